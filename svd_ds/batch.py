@@ -1,0 +1,91 @@
+"""The values that travel: what one floor of the house hands to the next.
+
+    shards -> Clip -> Batch -> (latents, Conditioning) -> loss
+
+Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels (H/8 x W/8),
+L context tokens, D context width, S scalars.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One training clip, decoded or read from the latent cache, in host memory."""
+
+    id: str
+    """The sample's key: unique in its data set."""
+    ordinal: int
+    """Position in the run's global order. It seeds everything random about the clip."""
+    frames_TCHW: Tensor
+    """uint8 RGB, (T, 3, H, W). A still image has T = 1."""
+    caption: str
+    fps: float
+    """Frames a second of `frames_TCHW`, after striding."""
+    motion_bucket: float
+    """0 to 255, from the motion score by the data set's own map."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of clips of one shape, on one rank."""
+
+    ids: tuple[str, ...]
+    ordinals: tuple[int, ...]
+    frames_BTCHW: Tensor
+    """uint8 RGB, (B, T, 3, H, W)."""
+    captions: tuple[str, ...]
+    fps_B: Tensor
+    """float32, (B,)."""
+    motion_bucket_B: Tensor
+    """float32, (B,)."""
+
+    @staticmethod
+    def of(clips: list[Clip]) -> Batch:
+        """Stack clips of equal shape."""
+        return Batch(
+            ids=tuple(clip.id for clip in clips),
+            ordinals=tuple(clip.ordinal for clip in clips),
+            frames_BTCHW=torch.stack([clip.frames_TCHW for clip in clips]),
+            captions=tuple(clip.caption for clip in clips),
+            fps_B=torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
+            motion_bucket_B=torch.tensor([clip.motion_bucket for clip in clips], dtype=torch.float32),
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            frames_BTCHW=self.frames_BTCHW.to(device, non_blocking=True),
+            fps_B=self.fps_B.to(device, non_blocking=True),
+            motion_bucket_B=self.motion_bucket_B.to(device, non_blocking=True),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told besides the noisy latents."""
+
+    context_BLD: Tensor
+    """Cross-attention tokens: text states (L = 77) or the CLIP image token (L = 1)."""
+    scalars_BS: Tensor
+    """Raw numbers, each embedded by the UNet: fps - 1, motion bucket, augmentation sigma, in that order."""
+    concat_BTCHW: Tensor | None = None
+    """Latents joined to the UNet's input channels, (B, T, C, h, w), not scaled by the VAE's scaling factor."""
+    image_only_BT: Tensor | None = None
+    """bool: True where a frame is an independent still image, which takes the image path (alpha = 1)."""
+
+    def unconditional(self) -> Conditioning:
+        """The branch that classifier-free guidance subtracts: context and concat zero, scalars kept."""
+        return replace(
+            self,
+            context_BLD=torch.zeros_like(self.context_BLD),
+            concat_BTCHW=None if self.concat_BTCHW is None else torch.zeros_like(self.concat_BTCHW),
+        )

@@ -1,0 +1,40 @@
+"""How every command of the project ends: exit code 0, or one clear sentence and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.markup import escape
+
+USER_ERRORS = (ValueError, OSError)
+"""What our own checks raise: a user's mistake, or the outside world's. Anything else is a bug of ours."""
+
+
+def wants_traceback() -> bool:
+    return "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def print_error(error: BaseException, who: str = "") -> None:
+    """Print `error` as one sentence on stderr; `who` names the rank where there are several."""
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(who + sentence)}")
+
+
+def run_door(main: Callable[[], None]) -> None:
+    """Run a command; end the process with 2 and one sentence on bad input, 130 when interrupted.
+
+    A traceback is shown for our own bugs, and for everything with `--debug` or HYDRA_FULL_ERROR=1.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if wants_traceback():
+            raise
+        print_error(error)
+        sys.exit(2)
