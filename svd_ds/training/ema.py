@@ -1,0 +1,89 @@
+"""Exponential moving averages of the weights, on each rank's own float32 shard.
+
+Nothing is gathered: the average of a shard is the shard of the average. Two kinds of profile:
+- power functions (Karras et al. 2024, arXiv 2312.02696, section 3.1), whose width is a fixed share of the run, so
+  that early weights are forgotten at any run length;
+- a constant decay a step, for the paper's finetunes (0.9999, arXiv 2311.15127 section D.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    lengths: tuple[float, ...] = (0.05, 0.10)
+    """Relative standard deviations sigma_rel of power-function profiles, each in (0, 0.28]."""
+    decays: tuple[float, ...] = ()
+    """Constant decays a step, as in 0.9999."""
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            if not 0 < length <= 0.28:
+                raise ValueError(f"ema.lengths holds {length}: a relative length lies in (0, 0.28]")
+        for decay in self.decays:
+            if not 0 < decay < 1:
+                raise ValueError(f"ema.decays holds {decay}: a decay lies in (0, 1)")
+        if not self.names:
+            raise ValueError("ema has no profile: samples are drawn from averaged weights, so give one length or decay")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name a profile, the one that samples are drawn from first."""
+        return tuple(f"decay-{decay:g}" for decay in self.decays) + tuple(
+            f"power-{length:.3f}" for length in self.lengths
+        )
+
+
+def power_exponent(length: float) -> float:
+    """gamma of the profile with relative standard deviation `length` (arXiv 2312.02696, equation 126).
+
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved for its largest real root.
+    """
+    inverse_square = length**-2
+    roots = np.roots([1, 7, 16 - inverse_square, 12 - inverse_square])
+    return float(roots.real.max())
+
+
+class ShardEMA:
+    """The averages of one rank's shards.
+
+    shards: parameter name -> flat float32 view of this rank's shard of the master weights, kept up to date by the
+    optimiser.
+    """
+
+    def __init__(self, config: EMAConfig, shards: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self.names = list(shards)
+        self.averages = {name: [shard.detach().clone() for shard in shards.values()] for name in config.names}
+
+    def decay_of(self, samples: int, batch: int) -> dict[str, float]:
+        """Decay of each profile for the step that ended at `samples` clips and consumed `batch` of them."""
+        constant = dict(zip(self.config.names, self.config.decays, strict=False))
+        power = {
+            name: (1 - batch / samples) ** (power_exponent(length) + 1)
+            for name, length in zip(self.config.names[len(constant) :], self.config.lengths, strict=True)
+        }
+        return constant | power
+
+    @torch.no_grad()
+    def update(self, shards: Mapping[str, Tensor], samples: int, batch: int) -> None:
+        """Move every average towards the weights after a step; arguments as `decay_of`."""
+        weights = [shards[name] for name in self.names]
+        for profile, decay in self.decay_of(samples, batch).items():
+            torch._foreach_lerp_(self.averages[profile], weights, 1 - decay)
+
+    def shards(self, profile: str) -> dict[str, Tensor]:
+        """Parameter name -> this rank's flat float32 shard of the average."""
+        return dict(zip(self.names, self.averages[profile], strict=True))
+
+    @torch.no_grad()
+    def load(self, profile: str, shards: Mapping[str, Tensor]) -> None:
+        for name, average in zip(self.names, self.averages[profile], strict=True):
+            average.copy_(shards[name])

@@ -1,0 +1,102 @@
+"""Which parameters learn, how fast, and when.
+
+The paper gives the optimiser (AdamW) and the rates, and says nothing of betas, decay, warm-up or clipping.
+Schedules are pure functions of the number of samples seen, so that they do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+TAGS = ("spatial", "temporal", "embedding")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-4
+    """Peak learning rate, multiplied per group by the rates below."""
+    spatial_rate: float = 1.0
+    """Multiplier for the layers that an image model has; 0 freezes them."""
+    temporal_rate: float = 1.0
+    """Multiplier for the layers that video adds; 0 freezes them."""
+    embedding_rate: float = 1.0
+    """Multiplier for the embeddings of noise level and scalars; 0 freezes them."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices and kernels; norms, biases and mix factors have none."""
+    gradient_clip: float = 1.0
+    """Largest global gradient norm."""
+    schedule: str = "constant"
+    """constant | cosine, after the warm-up."""
+    warmup_samples: int = 0
+    """The rate rises linearly over this many clips."""
+    final_rate: float = 0.0
+    """Where cosine ends, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"optim.schedule is {self.schedule!r}: choose constant or cosine")
+        if self.gradient_clip <= 0:
+            raise ValueError(f"optim.gradient_clip is {self.gradient_clip}: it must be above 0")
+        if not any(self.rate(tag) > 0 for tag in TAGS):
+            raise ValueError("optim freezes everything: spatial_rate, temporal_rate and embedding_rate are all 0")
+
+    def rate(self, tag: str) -> float:
+        return {
+            "spatial": self.spatial_rate,
+            "temporal": self.temporal_rate,
+            "embedding": self.embedding_rate,
+        }[tag]
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay."""
+
+    name: str
+    rate: float
+    weight_decay: float
+    members: tuple[str, ...]
+    """Names of parameters."""
+
+
+def parameter_groups(
+    tags: Mapping[str, str], shapes: Mapping[str, Sequence[int]], config: OptimConfig
+) -> list[ParameterGroup]:
+    """Sort parameters into groups by tag and by whether they decay; frozen ones are in no group.
+
+    tags: parameter name -> spatial | temporal | embedding. shapes: parameter name -> full shape.
+    """
+    members: dict[tuple[str, bool], list[str]] = {}
+    for name, tag in tags.items():
+        if config.rate(tag) > 0:
+            decays = len(shapes[name]) > 1
+            members.setdefault((tag, decays), []).append(name)
+    return [
+        ParameterGroup(
+            name=f"{tag}{'' if decays else '-no-decay'}",
+            rate=config.rate(tag),
+            weight_decay=config.weight_decay if decays else 0.0,
+            members=tuple(names),
+        )
+        for (tag, decays), names in sorted(members.items())
+    ]
+
+
+def learning_rate(config: OptimConfig, samples: int, total_samples: int) -> float:
+    """The peak rate once `samples` clips of a run of `total_samples` have been seen.
+
+    A step asks with the count that it will have reached at its end, so that the first step of a warm-up moves.
+    """
+    if samples < config.warmup_samples:
+        return config.lr * samples / config.warmup_samples
+    if config.schedule == "constant":
+        return config.lr
+    decay_samples = max(1, total_samples - config.warmup_samples)
+    progress = min(1.0, (samples - config.warmup_samples) / decay_samples)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (config.final_rate + (1 - config.final_rate) * cosine)
