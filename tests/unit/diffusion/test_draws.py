@@ -1,0 +1,63 @@
+"""Draws depend on the clip and on nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from svd_ds.diffusion.draws import NUM_SIGNALS, Draws, draw
+
+LATENT, PIXEL = (3, 4, 5, 6), (3, 40, 48)
+
+
+def tensors(draws: Draws) -> dict[str, Tensor]:
+    return {field.name: getattr(draws, field.name) for field in fields(draws)}
+
+
+def test_draws_do_not_depend_on_how_the_batch_is_split() -> None:
+    ordinals = [7, 0, 1_000_000_007, 3]
+    whole = tensors(draw(5, ordinals, LATENT, PIXEL))
+    parts = [tensors(draw(5, part, LATENT, PIXEL)) for part in ([7], [0, 1_000_000_007], [3])]
+    for name, value in whole.items():
+        assert torch.equal(value, torch.cat([part[name] for part in parts])), name
+
+
+def test_every_number_changes_with_seed_and_ordinal() -> None:
+    base = tensors(draw(5, [7], LATENT, PIXEL))
+    # 2^32 apart: a 32-bit seed would repeat.
+    for other in (
+        draw(6, [7], LATENT, PIXEL),
+        draw(5, [8], LATENT, PIXEL),
+        draw(5, [7 + 2**32], LATENT, PIXEL),
+    ):
+        for name, value in tensors(other).items():
+            assert (value != base[name]).float().mean() > 0.99, name
+
+
+def test_shapes_and_distributions() -> None:
+    draws = draw(0, range(2000), (1, 1, 2, 2), (1, 2, 2))
+    assert draws.u_B.shape == (2000,) and draws.drop_BS.shape == (2000, NUM_SIGNALS)
+    assert draws.noise_BTCHW.shape == (2000, 1, 1, 2, 2) and draws.noise_BTCHW.dtype == torch.float32
+    assert draws.pixel_noise_BCHW.shape == (2000, 1, 2, 2)
+    assert draws.u_B.min() > 0 and draws.u_B.max() < 1
+    for uniform in (draws.u_B, draws.drop_BS):
+        assert abs(uniform.mean() - 0.5) < 0.03 and abs(uniform.std() - 12**-0.5) < 0.01
+    for normal in (
+        draws.augmentation_B,
+        draws.noise_BTCHW,
+        draws.posterior_noise_BTCHW,
+        draws.pixel_noise_BCHW,
+    ):
+        assert abs(normal.mean()) < 0.08 and abs(normal.std() - 1) < 0.06
+
+
+def test_offset_noise_is_one_number_a_channel_and_moves_nothing_else() -> None:
+    plain = tensors(draw(1, [2, 3], LATENT, PIXEL))
+    moved = tensors(draw(1, [2, 3], LATENT, PIXEL, offset_noise=0.5))
+    offset = moved.pop("noise_BTCHW") - plain.pop("noise_BTCHW")
+    torch.testing.assert_close(offset, offset[:, :1, :, :1, :1].expand_as(offset))
+    assert len(offset[:, 0, :, 0, 0].unique()) == 8 and offset.abs().min() > 0
+    for name, value in plain.items():
+        assert torch.equal(value, moved[name]), name
