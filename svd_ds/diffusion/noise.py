@@ -5,15 +5,15 @@ Noise is added as x = x0 + sigma * n (variance exploding), so log-SNR = -2 ln si
     draws.u -> Noise.quantile -> sigma          Noise.weight -> multiplier of the loss
 
 A density is given by its quantile function, so that one uniform number a clip is all the randomness it needs.
-`weight` is what the density's source prescribes, expressed in v-space (see loss.py). Per unit of squared
-error,
+`weight` is what the density's source prescribes, expressed in v-space (see loss.py):
 
-    error of v       = error of the network's output      weight 1                  the SVD paper, EDM error
-    of epsilon = error of v / (1 + sigma^2)         weight 1 / (1 + sigma^2)  DDPM, simple diffusion, VDM
-    error of x0      = error of v * sigma^2 / (1 + sigma^2)
+    squared error of      times that of v             weight                    minimised by
+    v                     1                           1                         the SVD paper, EDM
+    epsilon               1 / (1 + sigma^2)           1 / (1 + sigma^2)         DDPM, simple diffusion, VDM
+    x0                    sigma^2 / (1 + sigma^2)
 
-because v = (n - sigma x0) / sqrt(1 + sigma^2) and x is known. All shapes pass through; all maths keep u's
-dtype.
+because v = (n - sigma x0) / sqrt(1 + sigma^2) while x = x0 + sigma n is known. Any shape goes in and comes
+out, in u's dtype.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class NoiseConfig:
                 f"noise.sigma_min is {self.sigma_min} and noise.sigma_max {self.sigma_max}, "
                 "but they must be above 0 and ascending"
             )
-        if not 0 < self.reference <= self.reference_clean:
+        if min(self.reference, self.reference_clean) <= 0:
             raise ValueError(
                 f"noise.reference is {self.reference} and noise.reference_clean {self.reference_clean}, "
-                "but they must be above 0 and must not descend"
+                "but both must be above 0"
             )
         if self.offset_noise < 0:
             raise ValueError(f"noise.offset_noise is {self.offset_noise}, but must not be negative")
@@ -89,8 +89,7 @@ class EpsilonWeighted(Noise):
 
 @dataclass(frozen=True)
 class LogNormal(Noise):
-    """ln sigma ~ N(mean, std^2): EDM (arXiv 2206.00364 table 1) and the SVD paper (arXiv 2311.15127 D.1 to
-    D.5).
+    """ln sigma ~ N(mean, std^2): EDM (arXiv 2206.00364 table 1) and the SVD paper (arXiv 2311.15127 D).
 
     Both weight the error of x0 by 1 / c_out^2, which is weight 1 here. EDM's own c_out assumes data of
     standard deviation 0.5; the paper's, and ours, assume 1, which latents times 0.18215 have about.
@@ -126,11 +125,11 @@ class Cosine(EpsilonWeighted):
     """log-SNR(t) = -2 ln tan(pi t / 2) + shift, t uniform, cut so that sigma ends at sigma_min and sigma_max.
 
     Without shift: the cosine schedule (arXiv 2102.09672) in continuous time. With 2 ln(reference / d) it is
-    simple diffusion's (arXiv 2301.11093), after the rule that average pooling by s multiplies SNR by s^2: a d
-    x d image gets at reference x reference the SNR that a reference-sized image would have had. Between two
-    references the log-SNR goes linearly in t, from the clean end (t = 0) to the noisy end (t = 1), as in
-    crowsonkb/k-diffusion `rand_cosine_interpolated`, whose cutting we also follow. simple diffusion's network
-    puts out v and its loss is the plain squared error of epsilon, hence the weight.
+    simple diffusion's (arXiv 2301.11093): average pooling by s multiplies SNR by s^2, so an image of side d
+    pooled to the reference side has the SNR that the schedule gives there. With two references the log-SNR
+    goes linearly in t from the clean end's (t = 0) to the noisy end's (t = 1), and the cut is shifted along,
+    both as in crowsonkb/k-diffusion `rand_cosine_interpolated`. simple diffusion's network puts out v, but
+    its loss is the plain squared error of epsilon, hence the weight.
     """
 
     shift_noisy: float
