@@ -4,7 +4,7 @@ A clip's ordinal is its place in the run's global order, so these numbers do not
 dealt to ranks or cut into micro-batches. Within a clip they are drawn in the order of the fields of `Draws`,
 offset noise last.
 
-Shape legend: B clips, T frames, C latent channels, H x W pixels or latent pixels.
+Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Draws:
     """float64, standard normal: becomes ln of the conditioning frame's noise level."""
     drop_BS: Tensor
     """float64, uniform in [0, 1): a conditioning signal is dropped where its column is below its rate."""
-    noise_BTCHW: Tensor
+    noise_BTChw: Tensor
     """float32, standard normal (plus offset noise): the n of x = x0 + sigma n."""
-    posterior_noise_BTCHW: Tensor
+    posterior_noise_BTChw: Tensor
     """float32, standard normal: samples the autoencoder's posterior."""
     pixel_noise_BCHW: Tensor
     """float32, standard normal: the noise put on the conditioning frame."""

@@ -39,15 +39,15 @@ def test_every_number_changes_with_seed_and_ordinal() -> None:
 def test_shapes_and_distributions() -> None:
     draws = draw(0, range(2000), (1, 1, 2, 2), (1, 2, 2))
     assert draws.u_B.shape == (2000,) and draws.drop_BS.shape == (2000, NUM_SIGNALS)
-    assert draws.noise_BTCHW.shape == (2000, 1, 1, 2, 2) and draws.noise_BTCHW.dtype == torch.float32
+    assert draws.noise_BTChw.shape == (2000, 1, 1, 2, 2) and draws.noise_BTChw.dtype == torch.float32
     assert draws.pixel_noise_BCHW.shape == (2000, 1, 2, 2)
     assert draws.u_B.min() > 0 and draws.u_B.max() < 1
     for uniform in (draws.u_B, draws.drop_BS):
         assert abs(uniform.mean() - 0.5) < 0.03 and abs(uniform.std() - 12**-0.5) < 0.01
     for normal in (
         draws.augmentation_B,
-        draws.noise_BTCHW,
-        draws.posterior_noise_BTCHW,
+        draws.noise_BTChw,
+        draws.posterior_noise_BTChw,
         draws.pixel_noise_BCHW,
     ):
         assert abs(normal.mean()) < 0.08 and abs(normal.std() - 1) < 0.06
@@ -56,7 +56,7 @@ def test_shapes_and_distributions() -> None:
 def test_offset_noise_is_one_number_a_channel_and_moves_nothing_else() -> None:
     plain = tensors(draw(1, [2, 3], LATENT, PIXEL))
     moved = tensors(draw(1, [2, 3], LATENT, PIXEL, offset_noise=0.5))
-    offset = moved.pop("noise_BTCHW") - plain.pop("noise_BTCHW")
+    offset = moved.pop("noise_BTChw") - plain.pop("noise_BTChw")
     torch.testing.assert_close(offset, offset[:, :1, :, :1, :1].expand_as(offset))
     assert len(offset[:, 0, :, 0, 0].unique()) == 8 and offset.abs().min() > 0
     for name, value in plain.items():
