@@ -1,0 +1,52 @@
+# make train    set up, train the small default on real video, sample a video, print where to look
+# make test     every fast test, two-rank ZeRO-3 included
+# make help     the rest
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+SHARDS := data/quickstart/index.jsonl
+# The rest of the command line of a training: make train ARGS="run.steps=50 run.dir=runs/short"
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow check lock clean
+
+help:           ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ /' | awk '{c=$$1; $$1=""; printf "make %-10s %s\n", c, $$0}'
+
+setup: $(VENV)/.installed $(SHARDS)  ## make .venv with the locked versions, cut the quickstart's clips into shards
+
+# torch first and exactly: any other spelling may pull gigabytes of CUDA packages where no GPU is.
+$(VENV)/.installed: requirements.lock setup.py
+	@echo "Installing the locked versions into $(VENV): about two minutes."
+	@$(PYTHON) -c 'import sys; sys.exit("svd_ds needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(SHARDS): | $(VENV)/.installed
+	@$(PY) tools/make_shards.py --quickstart $(dir $@)
+
+train: setup    ## train the small default on all GPUs, or on two CPU ranks; ARGS="key=value ..."
+	@$(PY) tools/launch.py -- $(ARGS)
+
+test: setup     ## the fast tests, two-rank ZeRO-3 included
+	@$(PY) -m pytest -q -m "not slow"
+
+test-slow: setup  ## the tests that take minutes
+	@$(PY) -m pytest -q -m slow
+
+check: setup    ## test, lint, formatting and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(MAKE) --no-print-directory test
+
+lock: $(VENV)/.installed  ## write requirements.lock from what .venv holds
+	@$(PY) -m pip freeze --all --exclude-editable | grep -v ^pip== | sed -E 's/^torch==([0-9.]+).*/torch==\1/' > requirements.lock
+
+clean:          ## remove .venv, shards and caches; runs/ stays
+	@rm -rf $(VENV) data .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Video pretraining at 14 x 256x384: the paper's 48 x 8 A100.
+#   sbatch slurm/stage2.sh data.path=/shared/shards [key=value ...]
+#   sbatch --nodes=2 --account=me slurm/stage2.sh debug=tiny      any #SBATCH line can be overridden
+#SBATCH --job-name=svd-stage2
+#SBATCH --nodes=48
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=2-00:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+. "$SLURM_SUBMIT_DIR/slurm/lib.sh"
+
+train +experiment=stage2 "$@"

@@ -1,0 +1,191 @@
+"""The whole of a run's settings: one dataclass, composed of the parts' own, with the checks that span parts.
+
+Hydra composes conf/train.yaml and its groups into a DictConfig; `to_config` turns that into a RunConfig, once.
+Beyond this file nobody sees a DictConfig.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from svd_ds.data.loader import DataConfig
+from svd_ds.diffusion.noise import NoiseConfig
+from svd_ds.model.conditioner import ConditionerConfig
+from svd_ds.model.unet import UNetConfig
+from svd_ds.parallel.zero import ZeroConfig
+from svd_ds.training.checkpoint import CheckpointConfig
+from svd_ds.training.ema import EMAConfig
+from svd_ds.training.metrics import LoggerConfig
+from svd_ds.training.optim import OptimConfig
+from svd_ds.training.preview import PreviewConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass(frozen=True)
+class RunSection:
+    dir: str = "runs/small"
+    """The run's folder; starting again with the same folder resumes."""
+    steps: int = 400
+    """Optimiser steps in all, over every life of the run."""
+    seed: int = 0
+    resume: str = "auto"
+    """auto (the newest checkpoint of run.dir, if any) | never (refuse a folder with checkpoints) | PATH of one."""
+    precision: str = "auto"
+    """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
+
+
+@dataclass(frozen=True)
+class FrozenConfig:
+    path: str = "tiny"
+    """Folder in the layout of the public SVD pipeline (vae/, image_encoder/, ...) or a hub id; tiny: the shipped set."""
+    chunk: int = 14
+    """Frames that the autoencoder takes at once."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    size: int = 8
+    """Clips an optimiser step, over all ranks and micro-batches: the paper's batch."""
+    micro: int | None = None
+    """Clips a rank takes at once; null takes all of its share."""
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches a rank takes a step.
+
+        Raises ValueError, with the nearest choices that work, unless micro x accumulation x ranks = size.
+        """
+        if self.size % ranks:
+            divisors = [n for n in range(1, self.size + 1) if self.size % n == 0]
+            nearest = sorted(divisors, key=lambda n: abs(n - ranks))[:3]
+            raise ValueError(
+                f"batch.size {self.size} cannot be split over {ranks} ranks; "
+                f"start {' or '.join(str(n) for n in sorted(nearest))}"
+            )
+        share = self.size // ranks
+        micro = self.micro or share
+        if share % micro:
+            fitting = [n for n in range(1, share + 1) if share % n == 0]
+            nearest = sorted(fitting, key=lambda n: abs(n - micro))[:3]
+            raise ValueError(
+                f"batch.micro {micro} does not divide the {share} clips that each of {ranks} ranks has of "
+                f"batch.size {self.size}; choose {' or '.join(str(n) for n in sorted(nearest))}"
+            )
+        return share // micro
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where the weights come from; null draws them at random."""
+
+    weights: str | None = None
+    """A diffusers folder, an original single .safetensors, or a run or checkpoint folder."""
+    which: str | None = None
+    """Of a run: raw, or the name of an average; null takes the first average."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run: RunSection = field(default_factory=RunSection)
+    model: UNetConfig = field(default_factory=UNetConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    conditioning: ConditionerConfig = field(default_factory=ConditionerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    parallel: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sampling: PreviewConfig = field(default_factory=PreviewConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        if self.run.steps < 1:
+            raise ValueError(f"run.steps is {self.run.steps}: it must be at least 1")
+        if self.run.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"run.precision is {self.run.precision!r}: choose auto, bf16 or fp32")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, as config.yaml holds them."""
+        return _plain(dataclasses.asdict(self))
+
+
+def register() -> None:
+    """Tell Hydra the schema, so that an unknown key or a wrong type is refused."""
+    ConfigStore.instance().store(name="schema", node=_schema())
+
+
+def to_config(node: DictConfig) -> RunConfig:
+    """The one conversion from Hydra's tree to values; runs every part's own checks."""
+    return _tuples(OmegaConf.to_object(node))
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that `python -m svd_ds.train OVERRIDES` runs with."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = hydra_compose("train", debug_last(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(node)
+        with_hydra = OmegaConf.to_container(node, resolve=False)
+    del with_hydra
+    return to_config(node)
+
+
+def debug_last(overrides: Sequence[str]) -> list[str]:
+    """Make `debug=tiny` the last of the appended groups, so that it lies over any experiment."""
+    is_debug = [override.lstrip("+").startswith("debug=") for override in overrides]
+    debug = ["+" + override.lstrip("+") for override, flag in zip(overrides, is_debug, strict=True) if flag]
+    return [override for override, flag in zip(overrides, is_debug, strict=True) if not flag] + debug
+
+
+def explain(error: HydraException | OmegaConfBaseException) -> str:
+    """One sentence from Hydra's several lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(("full_key", "reference_type", "object_type")))
+
+
+def _schema() -> DictConfig:
+    """RunConfig as a typed tree that Hydra may write to: OmegaConf makes frozen dataclasses read-only."""
+    node = OmegaConf.structured(RunConfig)
+    stack = [node]
+    while stack:
+        branch = stack.pop()
+        OmegaConf.set_readonly(branch, None)
+        if isinstance(branch, DictConfig):
+            children = (branch._get_node(key) for key in branch)
+            stack.extend(child for child in children if OmegaConf.is_config(child))
+    return node
+
+
+def _tuples(value: Any) -> Any:
+    """OmegaConf gives lists where a dataclass declares tuples."""
+    changes = {}
+    for entry in dataclasses.fields(value):
+        old = getattr(value, entry.name)
+        if isinstance(old, list):
+            changes[entry.name] = tuple(old)
+        elif dataclasses.is_dataclass(old):
+            changes[entry.name] = _tuples(old)
+    return dataclasses.replace(value, **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(branch) for key, branch in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(branch) for branch in value]
+    return value

@@ -1,0 +1,49 @@
+"""The door: `python -m svd_ds.train [+experiment=NAME] [key=value ...]`, one process a rank.
+
+Started by hand (one rank), by torchrun, by srun, or by tools/launch.py. With -m, Hydra runs every combination.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from svd_ds import config
+from svd_ds.door import USER_ERRORS, print_error, wants_traceback
+from svd_ds.parallel.env import Env
+
+
+@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
+def _task(node: DictConfig) -> None:
+    settings = config.to_config(node)
+    # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
+    from svd_ds.run import run
+
+    run(settings)
+
+
+def main() -> None:
+    """Compose, run, and end with 0; with 2 and one sentence on bad input; with 130 when interrupted."""
+    show_traceback = wants_traceback()
+    sys.argv[1:] = config.debug_last([word for word in sys.argv[1:] if word != "--debug"])
+    # Hydra would print its own errors in several lines; with this it raises them, and we print one.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    config.register()
+    try:
+        _task()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
+        if show_traceback:
+            raise
+        print_error(error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

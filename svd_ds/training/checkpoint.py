@@ -1,0 +1,140 @@
+"""Checkpoints that a killed run can trust: written under a temporary name, made durable, then renamed.
+
+    checkpoints/step-0000100/
+        COMPLETE            the marker: without it the folder does not count
+        state.json          Progress
+        engine/             DeepSpeed's ZeRO-3 shards: weights, master weights, optimiser state
+        unet/config.json    UNetConfig
+        unet/rank-00000-of-00002.safetensors          this rank's slices of the master weights
+        ema-power-0.050/rank-00000-of-00002.safetensors    and of each average
+
+A slice is flat float32: the ranks' slices joined in order, cut to the parameter's size and reshaped, give the
+parameter. So weights and averages are read (svd_ds.model.weights) without DeepSpeed, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from svd_ds.model.unet import UNetConfig
+from svd_ds.parallel.engine import Engine
+from svd_ds.parallel.env import Env, barrier
+from svd_ds.training.ema import ShardEMA
+from svd_ds.training.folder import step_name
+from svd_ds.training.state import Progress
+
+MARKER = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    """Steps between checkpoints; the last step always leaves one."""
+    keep_last: int = 2
+    """How many of the newest stay."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for good; 0 keeps none for good."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep_last < 1:
+            raise ValueError(
+                f"checkpoint.every is {self.every} and checkpoint.keep_last {self.keep_last}: both must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, seen from one rank."""
+
+    folder: Path
+    config: CheckpointConfig
+    env: Env
+
+    def complete(self) -> dict[int, Path]:
+        """Step -> folder of every checkpoint that was finished, oldest first."""
+        found = {
+            int(match[1]): path
+            for path in (self.folder.iterdir() if self.folder.exists() else ())
+            if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / MARKER).exists()
+        }
+        return dict(sorted(found.items()))
+
+    def latest(self) -> Path | None:
+        return next(reversed(self.complete().values()), None)
+
+    def save(self, progress: Progress, engine: Engine, ema: ShardEMA, unet: UNetConfig) -> None:
+        """Write one checkpoint. All ranks call it; an error on any leaves the earlier ones untouched."""
+        final = self.folder / step_name(progress.step)
+        if (final / MARKER).exists():
+            return
+        draft = final.with_name(final.name + ".tmp")
+        if self.env.rank == 0:
+            for leftover in (*self.folder.glob("*.tmp"), final):
+                shutil.rmtree(leftover, ignore_errors=True)
+            draft.mkdir(parents=True)
+        barrier()
+        engine.save(draft / "engine")
+        self._write_slices(draft / "unet", engine.local_shards())
+        for profile in ema.config.names:
+            self._write_slices(draft / f"ema-{profile}", ema.shards(profile))
+        if self.env.rank == 0:
+            (draft / "unet" / "config.json").write_text(json.dumps(asdict(unet), indent=1) + "\n")
+            progress.write(draft / "state.json")
+        barrier()
+        if self.env.rank == 0:
+            (draft / MARKER).touch()
+            _make_durable(draft)
+            os.replace(draft, final)
+            _sync(self.folder)
+            self._prune()
+        barrier()
+
+    def load(self, path: Path, engine: Engine, ema: ShardEMA) -> Progress:
+        """Put a checkpoint of the same number of ranks into the engine and the averages."""
+        ranks = len(list((path / "unet").glob("rank-*.safetensors")))
+        if ranks != self.env.world:
+            raise ValueError(
+                f"checkpoint {path} was saved by {ranks} ranks and this run has {self.env.world}: start as many ranks"
+            )
+        engine.load(path / "engine")
+        for profile in ema.config.names:
+            ema.load(profile, load_file(path / f"ema-{profile}" / self._slice_name()))
+        return Progress.read(path / "state.json")
+
+    def _slice_name(self) -> str:
+        return f"rank-{self.env.rank:05d}-of-{self.env.world:05d}.safetensors"
+
+    def _write_slices(self, folder: Path, slices: Mapping[str, Tensor]) -> None:
+        folder.mkdir(exist_ok=True)
+        save_file({name: value.detach().contiguous() for name, value in slices.items()}, folder / self._slice_name())
+
+    def _prune(self) -> None:
+        complete = self.complete()
+        for step, path in list(complete.items())[: -self.config.keep_last]:
+            if not (self.config.keep_every and step % self.config.keep_every == 0):
+                # The marker goes first: a prune that is cut short leaves nothing that looks whole.
+                (path / MARKER).unlink()
+                shutil.rmtree(path)
+
+
+def _make_durable(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""The run folder, readable by a person:
+
+config.yaml  metrics.jsonl  checkpoints/step-0000100/  samples/step-0000100/  report.html  logs/  wandb/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# May differ between two starts of one run: how long it goes on, what it shows, where it runs.
+FREE_KEYS = ("run", "checkpoint", "sampling", "logger", "parallel", "batch.micro", "data.workers", "frozen.chunk")
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def samples(self, step: int) -> Path:
+        return self.path / "samples" / step_name(step)
+
+    def check_belongs(self, config: dict[str, Any]) -> None:
+        """Refuse to go on with a folder that another config made.
+
+        Raises ValueError naming the first key that differs, with both values.
+        """
+        if not self.config.exists():
+            return
+        there, here = _flat(yaml.safe_load(self.config.read_text())), _flat(config)
+        for key in sorted(there.keys() | here.keys()):
+            if key.startswith(FREE_KEYS) or there.get(key) == here.get(key):
+                continue
+            raise ValueError(
+                f"run folder {self.path} belongs to another config: {key} is {there.get(key)!r} there and "
+                f"{here.get(key)!r} here; name another folder with run.dir=..."
+            )
+
+    def open(self, config: dict[str, Any], step: int) -> None:
+        """Make the folder for a life of the run that begins after `step`: later metrics are dropped."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        _write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
+        kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= step]
+        _write_atomically(self.metrics, "".join(kept))
+
+    def _metric_lines(self) -> list[str]:
+        if not self.metrics.exists():
+            return []
+        # A killed writer may leave half a line at the end.
+        return [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {
+        key: value
+        for name, branch in tree.items()
+        for key, value in _flat(branch, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

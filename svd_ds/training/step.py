@@ -1,0 +1,80 @@
+"""From a batch of clips to a loss: the only file of the trainer that knows diffusion.
+
+    frames -> latents x0            (the frozen autoencoder, its posterior sampled)
+    first frame -> Conditioning     (CLIP token; noised, encoded and repeated; scalars; signals dropped)
+    u -> sigma; x = x0 + sigma n    (the training density)
+    F(c_in x; c_noise) against v    (the UNet)
+
+Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svd_ds.batch import Batch, Conditioning
+from svd_ds.diffusion.denoiser import Network
+from svd_ds.diffusion.draws import Draws, draw
+from svd_ds.diffusion.loss import v_loss
+from svd_ds.diffusion.noise import Noise
+from svd_ds.model.autoencoder import Autoencoder, posterior
+from svd_ds.model.conditioner import Conditioner
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """Everything that a loss needs besides the network and the batch."""
+
+    noise: Noise
+    offset_noise: float
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+    seed: int
+
+    def loss(self, net: Network, batch: Batch) -> Tensor:
+        """Weighted v-space error of each clip, (B,) float32; differentiable in the network's parameters."""
+        with torch.no_grad():
+            frames_BTCHW = batch.frames_BTCHW.float() / 127.5 - 1
+            draws = self._draw(batch)
+            x0_BTChw = self._latents(frames_BTCHW, draws)
+            cond = self._condition(batch, frames_BTCHW[:, 0], draws)
+            sigma_B = self.noise.quantile(draws.u_B)
+        errors_BT = v_loss(net, x0_BTChw, sigma_B, draws.noise_BTChw, cond)
+        return self.noise.weight(sigma_B).float() * errors_BT.mean(dim=1)
+
+    def _draw(self, batch: Batch) -> Draws:
+        _, T, _, H, W = batch.frames_BTCHW.shape
+        f = self.autoencoder.downsampling
+        return draw(
+            self.seed,
+            batch.ordinals,
+            latent_shape=(T, self.autoencoder.latent_channels, H // f, W // f),
+            pixel_shape=(3, H, W),
+            device=batch.frames_BTCHW.device,
+            offset_noise=self.offset_noise,
+        )
+
+    def _latents(self, frames_BTCHW: Tensor, draws: Draws) -> Tensor:
+        moments_NChw = self.autoencoder.encode(frames_BTCHW.flatten(0, 1))
+        latents_NChw = posterior(moments_NChw.float(), draws.posterior_noise_BTChw.flatten(0, 1))
+        return self.autoencoder.scaling_factor * latents_NChw.unflatten(0, frames_BTCHW.shape[:2])
+
+    def _condition(self, batch: Batch, first_frame_BCHW: Tensor, draws: Draws) -> Conditioning:
+        config = self.conditioner.config
+        # ln(sigma_c) ~ N(-3.0, 0.5^2) (arXiv 2311.15127 D.4).
+        augmentation_sigma_B = (config.augmentation_mean + config.augmentation_std * draws.augmentation_B).exp()
+        return self.conditioner(
+            self.autoencoder,
+            first_frame_BCHW=first_frame_BCHW,
+            captions=batch.captions,
+            num_frames=batch.frames_BTCHW.shape[1],
+            fps_B=batch.fps_B,
+            motion_bucket_B=batch.motion_bucket_B,
+            augmentation_sigma_B=augmentation_sigma_B.float(),
+            pixel_noise_BCHW=draws.pixel_noise_BCHW,
+            drop_context_B=draws.drop_BS[:, 0] < config.drop_context,
+            drop_concat_B=draws.drop_BS[:, 1] < config.drop_concat,
+        )
