@@ -57,7 +57,7 @@ class RunFolder:
             return
         there, here = _flat(yaml.safe_load(self.config.read_text())), _flat(config)
         for key in sorted(there.keys() | here.keys()):
-            if key.startswith(FREE_KEYS) or there.get(key) == here.get(key):
+            if _is_free(key) or there.get(key) == here.get(key):
                 continue
             raise ValueError(
                 f"run folder {self.path} belongs to another config: {key} is {there.get(key)!r} there and "
@@ -77,6 +77,10 @@ class RunFolder:
             return []
         # A killed writer may leave half a line at the end.
         return [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

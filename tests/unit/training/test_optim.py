@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from svd_ds.training.optim import OptimConfig, learning_rate, parameter_groups
+
+TAGS = {"a.weight": "spatial", "a.bias": "spatial", "t.weight": "temporal", "e.weight": "embedding"}
+SHAPES = {"a.weight": (4, 4), "a.bias": (4,), "t.weight": (4, 4), "e.weight": (4, 4)}
+
+
+def test_groups_split_by_tag_and_decay() -> None:
+    groups = {g.name: g for g in parameter_groups(TAGS, SHAPES, OptimConfig(weight_decay=0.1, temporal_rate=2.0))}
+    assert groups["spatial"].members == ("a.weight",)
+    assert groups["spatial"].weight_decay == 0.1
+    assert groups["spatial-no-decay"].members == ("a.bias",)
+    assert groups["spatial-no-decay"].weight_decay == 0
+    assert groups["temporal"].rate == 2.0
+
+
+def test_rate_zero_freezes() -> None:
+    groups = parameter_groups(TAGS, SHAPES, OptimConfig(spatial_rate=0, temporal_rate=0))
+    assert [g.members for g in groups] == [("e.weight",)]
+    with pytest.raises(ValueError, match="freezes everything"):
+        OptimConfig(spatial_rate=0, temporal_rate=0, embedding_rate=0)
+
+
+def test_warmup_rises_to_the_peak_and_moves_at_once() -> None:
+    config = OptimConfig(lr=1e-3, warmup_samples=100)
+    assert learning_rate(config, 10, 1000) == pytest.approx(1e-4)
+    assert learning_rate(config, 100, 1000) == 1e-3
+    assert learning_rate(config, 900, 1000) == 1e-3
+
+
+def test_cosine_ends_at_its_final_share() -> None:
+    config = OptimConfig(lr=1.0, schedule="cosine", warmup_samples=100, final_rate=0.1)
+    assert learning_rate(config, 100, 1100) == pytest.approx(1.0)
+    assert learning_rate(config, 600, 1100) == pytest.approx(0.55)
+    assert learning_rate(config, 1100, 1100) == pytest.approx(0.1)
+    assert learning_rate(config, 5000, 1100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("schedule", "linear"), ("gradient_clip", 0.0)], ids=lambda part: str(part)
+)
+def test_nonsense_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"optim.{field} is {value!r}"):
+        OptimConfig(**{field: value})  # type: ignore[arg-type]
