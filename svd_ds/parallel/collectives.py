@@ -1,0 +1,49 @@
+"""The few things that ranks tell each other outside the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class SharedError(ValueError):
+    """A user's mistake that every rank knows of, so that one of them can tell it for all."""
+
+
+def mean_over_ranks(values: list[float]) -> list[float]:
+    """The mean of each number over all ranks. All ranks call it."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
+
+
+def join_over_ranks(part: Tensor) -> Tensor:
+    """Every rank's tensor of one shape, joined along the first axis in order of rank. All ranks call it."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
+
+
+def agreed(action: Callable[[], Result]) -> Result:
+    """Do what may fail on some ranks alone, such as reading files. All ranks call it; `action` must not wait for one.
+
+    Raises SharedError on every rank, with the sentence of the first rank that failed, so that none waits for it.
+    """
+    sentence, result = None, None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        sentence = str(error)
+    sentences: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(sentences, sentence)
+    for told in sentences:
+        if told is not None:
+            raise SharedError(told)
+    assert result is not None, "an agreed action returns something"
+    return result

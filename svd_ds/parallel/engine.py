@@ -1,0 +1,239 @@
+"""The training engine: DeepSpeed ZeRO-3 behind a small surface. The only import of deepspeed.
+
+    with Engine.sharded_init(config, mpu):
+        module = Network()                      # every parameter is cut into shards as soon as it is made
+    engine = Engine(module, groups, config, mpu)
+    engine.load_full(stream of (name, tensor))  # each rank keeps its slice
+    ...
+    for micro_batch in step:
+        engine.backward(loss(engine(x)))
+    norm = engine.step({"group": rate})
+
+A parameter's shard on rank r is elements [r * n, (r + 1) * n) of the flattened parameter, n = ceil(numel / ranks):
+the shards joined in order and cut to numel are the parameter. What is left over at the end is zero.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from svd_ds.parallel.groups import ModelParallelUnit
+
+# Said aloud, or DeepSpeed warns on every rank that it had to look for itself.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
+from deepspeed.utils import set_z3_leaf_module  # noqa: E402
+
+CHECKPOINT_TAG = "zero"
+
+
+class Engine:
+    """A module whose weights, gradients and optimiser state are spread over the data-parallel ranks.
+
+    module: built inside `sharded_init`.
+    groups: parameter groups as torch.optim takes them, each with `params`, `name` and `weight_decay`. A parameter
+        in no group is frozen.
+    config: from `deepspeed_config`; the one that `sharded_init` had.
+    leaves: modules whose parameters are gathered and released together. Their inputs and outputs are tensors, and
+        their outputs must not be changed in place.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        config: Mapping[str, Any],
+        mpu: ModelParallelUnit,
+        *,
+        leaves: Iterable[nn.Module] = (),
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        for parameter in module.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        for leaf in leaves:
+            set_z3_leaf_module(leaf, True)
+            leaf.register_forward_pre_hook(_ensure_input_gradient)
+        offload = "offload_optimizer" in config["zero_optimization"]
+        # The rate is given anew at every step.
+        if offload:
+            self._adam = DeepSpeedCPUAdam(list(groups), lr=0.0, betas=betas, eps=eps)
+        else:
+            self._adam = torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, fused=True)
+        _start_communication()
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=module, optimizer=self._adam, config=dict(config), mpu=mpu
+        )
+        self.module = module
+        self.group = mpu.get_data_parallel_group()
+        self._rank = mpu.get_data_parallel_rank()
+        self._accumulation: int = config["gradient_accumulation_steps"]
+        self._backwards = 0
+        self._parameters = dict(module.named_parameters())
+        self.shapes = {name: parameter.ds_shape for name, parameter in self._parameters.items()}
+        self._masters = {
+            name: self._master(parameter) for name, parameter in self._parameters.items() if parameter.requires_grad
+        }
+        self._clear_padding()
+
+    @staticmethod
+    def sharded_init(config: Mapping[str, Any], mpu: ModelParallelUnit) -> AbstractContextManager[None]:
+        """A context in which modules are built in shards: no rank ever holds more than one whole submodule.
+
+        Rank 0's initial values count. Floating-point buffers are made in the compute precision as well.
+        """
+        _start_communication()
+        return deepspeed.zero.Init(
+            config_dict_or_path=dict(config), data_parallel_group=mpu.get_data_parallel_group(), mpu=mpu
+        )
+
+    def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """Run the module. All ranks call it together, under torch.no_grad too."""
+        return self._engine(*inputs, **named_inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro-batch's gradient. `loss` is its mean; the step's gradient is the mean over micro-batches
+        and ranks."""
+        self._backwards += 1
+        self._engine.set_gradient_accumulation_boundary(self._backwards == self._accumulation)
+        self._engine.backward(loss)
+
+    def step(self, rates: Mapping[str, float]) -> float:
+        """Clip, take one AdamW step, forget the gradients.
+
+        rates: learning rate of each group, by its name. Returns the gradient's norm over all ranks before clipping:
+        inf where it is not finite, and then nothing was changed.
+        """
+        assert self._backwards == self._accumulation, f"{self._backwards} of {self._accumulation} micro-batches seen"
+        for group in self._adam.param_groups:
+            group["lr"] = rates[group["name"]]
+        self._engine.step()
+        self._backwards = 0
+        return float(self._engine.get_global_grad_norm())
+
+    def local_shards(self) -> dict[str, Tensor]:
+        """Name -> this rank's shard of the float32 master weights, flat, for every trained parameter.
+
+        Views: they follow the optimiser, and live where it lives (in host memory when it is offloaded).
+        To change weights use `load_full`: the compute copy would not follow.
+        """
+        return dict(self._masters)
+
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        """The whole parameter `name`, put together from every rank's `shard`. All ranks call it."""
+        shape = self.shapes[name]
+        whole = shard.new_empty(shard.numel() * dist.get_world_size(self.group))
+        dist.all_gather_into_tensor(whole, shard.contiguous(), group=self.group)
+        return whole[: shape.numel()].view(shape)
+
+    @torch.no_grad()
+    def load_full(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Take weights from a stream of whole tensors, of which each rank keeps its slice.
+
+        All ranks call it with the same stream. Master weights become exactly what is given, in float32. Returns the
+        names that the stream did not hold. ValueError for a name or a shape that the module does not have.
+        """
+        missing = dict.fromkeys(self.shapes)
+        with self._released():
+            for name, tensor in tensors:
+                shard = self._slice(name, tensor)
+                if name in self._masters:
+                    self._masters[name].copy_(shard)
+                self._parameters[name].ds_tensor.copy_(shard)
+                missing.pop(name, None)
+        return list(missing)
+
+    @contextmanager
+    def weights(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compute with other weights for a while, for instance an average's, then with our own again.
+
+        shards: name -> this rank's flat shard, for any of the trained parameters. No step may be taken inside.
+        """
+        own = {name: self._parameters[name].ds_tensor.clone() for name in shards}
+        self._set_compute_shards(shards)
+        try:
+            yield
+        finally:
+            self._set_compute_shards(own)
+
+    def save(self, folder: str | Path) -> None:
+        """Write DeepSpeed's sharded checkpoint: every rank its weights and optimiser state. All ranks call it."""
+        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote on as many ranks. The engine must be fresh: it has taken no step. All ranks call it.
+
+        The files are pickles that `save` wrote: load nobody else's.
+        """
+        if not (Path(folder) / CHECKPOINT_TAG).is_dir():
+            raise FileNotFoundError(f"{folder} holds no ZeRO checkpoint")
+        self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of `parameter` within the optimiser's flat float32 buffers."""
+        buffer, start, numel = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        return self._zero.fp32_partitioned_groups_flat[buffer].detach().narrow(0, start, numel)
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        # DeepSpeed leaves the end of the last rank's shard uninitialised.
+        for name, parameter in self._parameters.items():
+            kept = max(0, self.shapes[name].numel() - self._rank * parameter.ds_tensor.numel())
+            parameter.ds_tensor[kept:].zero_()
+            if name in self._masters:
+                self._masters[name][kept:].zero_()
+
+    def _slice(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self.shapes:
+            raise ValueError(f"the weights hold {name}, which the network does not have")
+        if tensor.shape != self.shapes[name]:
+            raise ValueError(f"the weights' {name} is {tuple(tensor.shape)}, the network's {tuple(self.shapes[name])}")
+        numel = self._parameters[name].ds_tensor.numel()
+        piece = tensor.reshape(-1)[self._rank * numel : (self._rank + 1) * numel]
+        return nn.functional.pad(piece, (0, numel - piece.numel()))
+
+    @torch.no_grad()
+    def _set_compute_shards(self, shards: Mapping[str, Tensor]) -> None:
+        with self._released():
+            for name, shard in shards.items():
+                self._parameters[name].ds_tensor.copy_(shard)
+
+    @contextmanager
+    def _released(self) -> Iterator[None]:
+        """Inside, no parameter is gathered; afterwards the small ones, which always are, are gathered anew."""
+        self._zero.checkpoint_event_prologue()
+        yield
+        self._zero.checkpoint_event_epilogue()
+
+
+def _start_communication() -> None:
+    """Put DeepSpeed's communication on top of torch.distributed."""
+    # On CPUs it would compile an all-reduce over shared memory, for 40 seconds, which only inference calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Names that DeepSpeed uses and that newer versions of torch would like to see replaced, at every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    deepspeed.init_distributed()
+
+
+def _ensure_input_gradient(leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give a leaf an input that wants a gradient, where everything before the leaf is frozen.
+
+    DeepSpeed reduces a leaf's gradients once those of its inputs are there: with none to wait for it would reduce
+    before they are computed.
+    """
+    if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return None
+    first = next(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point())
+    return (*inputs[:first], inputs[first].detach().requires_grad_(), *inputs[first + 1 :])

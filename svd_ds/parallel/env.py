@@ -1,0 +1,173 @@
+"""Where a process stands among the ranks of a run, read once from its environment.
+
+Three ways to start a rank are understood, the first that fits wins:
+- torchrun or tools/launch.py: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;
+- srun: a task of a Slurm job step. The shell of sbatch or salloc is one rank of its own, not a task;
+- by hand: one rank, no network.
+Nothing else in svd_ds reads these variables.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Env:
+    """One rank's place in the run."""
+
+    rank: int
+    world: int
+    """Ranks in the run."""
+    local_rank: int
+    """Position among this machine's ranks."""
+    local_world: int
+    """Ranks on this machine."""
+    address: str
+    """Host of rank 0, where the ranks find each other."""
+    port: int
+    device: torch.device
+    backend: str
+    """torch.distributed's backend: tensors of the host always travel over gloo."""
+
+    @staticmethod
+    def read(environ: Mapping[str, str] = os.environ) -> Env:
+        """Read the launcher's variables. ValueError where they are incomplete or the GPUs do not suffice."""
+        place = _torchrun(environ) or _srun(environ) or _Place(0, 1, 0, 1, "127.0.0.1", 0)
+        if not 0 <= place.rank < place.world:
+            raise ValueError(f"rank {place.rank} is not among the {place.world} ranks of the run")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = _device(place.local_rank, place.local_world, gpus)
+        return Env(
+            rank=place.rank,
+            world=place.world,
+            local_rank=place.local_rank,
+            local_world=place.local_world,
+            address=place.address,
+            port=place.port,
+            device=device,
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        )
+
+
+def init(env: Env, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank."""
+    # For the libraries that read the environment themselves; DeepSpeed takes LOCAL_RANK for the device's index.
+    local_rank = env.local_rank if env.device.index is None else env.device.index
+    os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world), LOCAL_RANK=str(local_rank))
+    device_id = None
+    if env.device.type == "cuda":
+        torch.cuda.set_device(env.device)
+        device_id = env.device
+    if env.world == 1:
+        dist.init_process_group(
+            env.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
+    else:
+        os.environ.update(MASTER_ADDR=env.address, MASTER_PORT=str(env.port))
+        dist.init_process_group(env.backend, timeout=timeout, device_id=device_id)
+
+
+def shutdown() -> None:
+    """Leave the run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether `device` has bfloat16 arithmetic in hardware; without it bfloat16 is emulated, and slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+@dataclass(frozen=True)
+class _Place:
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    address: str
+    port: int
+
+
+def _torchrun(environ: Mapping[str, str]) -> _Place | None:
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        return None
+    world = _number(environ, "WORLD_SIZE")
+    return _Place(
+        rank=_number(environ, "RANK"),
+        world=world,
+        local_rank=_number(environ, "LOCAL_RANK"),
+        local_world=_number(environ, "LOCAL_WORLD_SIZE", default=world),
+        address=environ.get("MASTER_ADDR", "127.0.0.1"),
+        port=_number(environ, "MASTER_PORT", default=0 if world == 1 else None),
+    )
+
+
+def _srun(environ: Mapping[str, str]) -> _Place | None:
+    # sbatch sets SLURM_PROCID in its shell too, and salloc's shell is a step of one task: the step's own task
+    # count tells what srun really started.
+    if not all(name in environ for name in ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        return None
+    tasks_per_node = _expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_STEP_NUM_TASKS"]))
+    nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    # Every rank must find the same port, and two steps on one node different ones; below the ephemeral range.
+    port = 15000 + (7 * _number(environ, "SLURM_JOB_ID", default=0) + _number(environ, "SLURM_STEP_ID")) % 15000
+    return _Place(
+        rank=_number(environ, "SLURM_PROCID"),
+        world=_number(environ, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_world=tasks_per_node[_number(environ, "SLURM_NODEID", default=0)],
+        address=environ.get("MASTER_ADDR", _first_host(nodes)),
+        port=_number(environ, "MASTER_PORT", default=port),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise ValueError(f"the launcher's variable {name} is {text!r}: it must be a whole number")
+    return int(text)
+
+
+def _first_host(nodelist: str) -> str:
+    """First name of a Slurm node list: "node[03-05,9],gpu1" -> "node03"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0]) if first else nodelist
+
+
+def _expand_counts(counts: str) -> list[int]:
+    """Tasks on each node from Slurm's short form: "2(x3),1" -> [2, 2, 2, 1]."""
+    expanded: list[int] = []
+    for part in counts.split(","):
+        count, _, repeats = part.rstrip(")").partition("(x")
+        expanded += [int(count)] * int(repeats or 1)
+    return expanded
+
+
+def _device(local_rank: int, local_world: int, gpus: int) -> torch.device:
+    if gpus == 0:
+        return torch.device("cpu")
+    if gpus >= local_world:
+        return torch.device("cuda", local_rank)
+    if gpus == 1:
+        # Slurm's GPU binding shows each task its own GPU as the only one.
+        return torch.device("cuda", 0)
+    raise ValueError(f"{local_world} ranks on this machine need a GPU each, and it has {gpus}")

@@ -1,0 +1,75 @@
+"""ZeRO-3 as a plain value, and the dictionary that DeepSpeed wants of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+PRECISIONS = ("bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """Counts are in elements, not bytes."""
+
+    persistence_threshold: int = 100_000
+    """Parameters up to this size stay gathered on every rank between steps."""
+    prefetch_bucket: int = 50_000_000
+    """How far ahead of their use parameters are gathered."""
+    max_live: int = 1_000_000_000
+    """Gathered parameters are freed at the latest when there are this many."""
+    max_reuse_distance: int = 1_000_000_000
+    """A gathered parameter stays if it is used again within this many."""
+    reduce_bucket: int = 50_000_000
+    """Gradients are reduced when this many wait. The buffer is allocated in full at the start."""
+    reduce_dtype: str = "fp32"
+    """Gradients are summed over the ranks in fp32 | bf16; bf16 halves the traffic and rounds each sum."""
+    overlap_comm: bool = True
+    """Communicate while computing (GPUs only)."""
+    offload_optimizer: bool = False
+    """Keep the master weights and Adam's moments in host memory and step there."""
+
+    def __post_init__(self) -> None:
+        if self.reduce_dtype not in PRECISIONS:
+            raise ValueError(f"zero.reduce_dtype is {self.reduce_dtype!r}: choose fp32 or bf16")
+        if self.reduce_bucket < 1:
+            raise ValueError(f"zero.reduce_bucket is {self.reduce_bucket}: it must be at least 1")
+
+
+def deepspeed_config(
+    zero: ZeroConfig, *, precision: str, micro_batch: int, accumulation: int, gradient_clip: float
+) -> dict[str, Any]:
+    """DeepSpeed's configuration (deepspeed.ai/docs/config-json).
+
+    precision: bf16 (compute in bfloat16, master weights and moments in float32) or fp32.
+    micro_batch: clips a rank computes at once. accumulation: micro-batches in a step.
+    gradient_clip: largest global gradient norm.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: choose bf16 or fp32")
+    sharding: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": zero.persistence_threshold,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket,
+        "stage3_max_live_parameters": zero.max_live,
+        "stage3_max_reuse_distance": zero.max_reuse_distance,
+        "reduce_bucket_size": zero.reduce_bucket,
+        "overlap_comm": zero.overlap_comm,
+        "contiguous_gradients": True,
+        # It would put its own version in place of torch.nn.functional.linear, for the whole process.
+        "memory_efficient_linear": False,
+    }
+    if zero.offload_optimizer:
+        sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": gradient_clip,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": zero.reduce_dtype,
+        # The optimiser is torch's own AdamW, which DeepSpeed does not list among those it tested.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "zero_optimization": sharding,
+    }
