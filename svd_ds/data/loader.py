@@ -1,0 +1,228 @@
+"""The loader, told in five steps. This is the only module that imports webdataset.
+
+1. order.py says which positions of the run's global order this rank reads, and which samples stand there.
+2. The micro-batches of those positions are dealt to the worker processes in turn, and collected in turn, so
+   their number changes nothing but the speed.
+3. A worker reads a sample's bytes by the range that the index gives, decodes and crops them (clips.py), and
+   draws what is random about that from (seed, ordinal).
+4. Clips are stacked to a `Batch`.
+5. The main process pairs each batch with the cursor behind its global step. A run that is given that cursor
+   goes on with the next step, at any number of ranks and workers.
+
+Workers come from a fork server, a process without threads: forking the training process itself would copy
+locks that gloo's, OpenMP's and CUDA's threads may hold. Signals meant for the run are blocked in them, since
+SLURM sends those to every process of a step, and a rank that has to write its checkpoint still needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import webdataset
+from torch.utils.data import DataLoader, get_worker_info
+
+from svd_ds.batch import Batch, Clip
+from svd_ds.data.clips import Box, ClipDraws, Timing, choose_caption, decode, fit, to_rgb
+from svd_ds.data.cursor import Cursor
+from svd_ds.data.order import rank_positions, samples_at, step_end
+from svd_ds.data.shards import Index, Sample
+
+CROPS = ("random", "center")
+RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips a run sees, and how they are read."""
+
+    path: str = "data/shards"
+    """Folder of shards with their index, as tools/make_shards.py writes it."""
+    num_frames: int = 14
+    """Frames a clip, T. Samples with fewer are left out; 1 trains on images (and single frames of videos)."""
+    height: int = 320
+    """Pixels. Samples that would have to be enlarged are left out."""
+    width: int = 576
+    """Pixels."""
+    fps: float = 6.0
+    """Wanted frames a second, met as near as a whole stride comes; 0 takes every stored frame."""
+    crop: str = "random"
+    """Where the window of the wanted aspect lies: "random" or "center"."""
+    flip: bool = False
+    """Mirror half of the clips. Leave off where captions name left and right."""
+    caption_weights: dict[str, float] = field(default_factory=dict)
+    """Captioner's name -> weight with which its caption is drawn; empty: all alike."""
+    num_workers: int = 2
+    """Processes that decode, for each rank; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Micro-batches that each worker holds ready."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_workers < 0 or self.fps < 0:
+            raise ValueError(f"data.num_workers={self.num_workers} or data.fps={self.fps} is negative")
+        if self.crop not in CROPS:
+            raise ValueError(f"data.crop={self.crop!r} is none of {', '.join(CROPS)}")
+        weights = self.caption_weights.values()
+        if weights and (min(weights) < 0 or sum(weights) == 0):
+            raise ValueError(f"data.caption_weights={self.caption_weights} are negative or all zero")
+
+
+class Loader:
+    """The endless (micro-batch, cursor behind the global step that it belongs to) of one rank."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        rank: int,
+        world: int,
+        global_batch: int,
+        micro_batch: int,
+        cursor: Cursor | None = None,
+    ) -> None:
+        """
+        Args:
+            global_batch: clips a global step over all ranks: world x micro_batch x accumulation.
+            cursor: where an earlier run stopped; None begins.
+
+        Raises ValueError or FileNotFoundError for batches that do not divide, shards that are missing or
+        truncated, data without a clip that is long and large enough, a cursor that belongs to other data.
+        """
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        if micro_batch < 1 or global_batch < 1 or global_batch % (world * micro_batch):
+            raise ValueError(
+                f"a global batch of {global_batch} clips is not a multiple of {world} ranks x {micro_batch} "
+                f"clips a micro-batch = {world * micro_batch}"
+            )
+        self.config, self.seed, self.rank, self.world = config, seed, rank, world
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        everything = Index.load(config.path)
+        self.index = everything.keep(partial(_usable, config))
+        self.num_left_out = len(everything) - len(self.index)
+        if not len(self.index):
+            raise ValueError(
+                f"none of the {len(everything)} samples in {config.path} has {config.num_frames} frames that "
+                f"fill {config.height} x {config.width} pixels: {_largest(everything)}"
+            )
+        self.cursor = cursor or Cursor(0, self.index.fingerprint)
+        self.cursor.check(self.index.fingerprint, config.path)
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
+        """Raises ValueError, naming shard and sample, for one that cannot be read."""
+        start = self.cursor.position
+        for batch in self._batches():
+            if isinstance(batch, _Failure):
+                raise ValueError(batch.sentence)
+            after = step_end(start, batch.ordinals[0], self.global_batch)
+            yield batch, Cursor(after, self.cursor.fingerprint)
+
+    def _batches(self) -> Iterator[Batch | _Failure]:
+        pipeline = webdataset.DataPipeline(
+            self._places,
+            webdataset.map(partial(_read_clip, self.index, self.config, self.seed)),
+            webdataset.batched(self.micro_batch, collation_fn=Batch.of, partial=False),
+            _failures_as_values,
+        )
+        if self.config.num_workers == 0:
+            return iter(pipeline)
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload([__name__])
+        with _run_signals_blocked():
+            return iter(
+                DataLoader(
+                    pipeline,
+                    batch_size=None,
+                    num_workers=self.config.num_workers,
+                    prefetch_factor=self.config.prefetch,
+                    multiprocessing_context=server,
+                )
+            )
+
+    def _places(self) -> Iterator[tuple[int, Sample]]:
+        """(ordinal, sample) for each clip of this rank that falls to this worker process."""
+        worker = get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        positions = rank_positions(
+            self.cursor.position, self.rank, self.world, self.micro_batch, number, num_workers
+        )
+        for ordinal, sample in samples_at(self.index.shard_sizes, self.seed, positions):
+            yield ordinal, self.index.sample(sample)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A worker's error as a value: torch would wrap the exception in the text of a traceback."""
+
+    sentence: str
+
+
+def _failures_as_values(batches: Iterable[Batch]) -> Iterator[Batch | _Failure]:
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        yield _Failure(str(error))
+
+
+def _read_clip(index: Index, config: DataConfig, seed: int, place: tuple[int, Sample]) -> Clip:
+    """Read, decode and crop one sample. Raises ValueError, naming shard and sample, if it cannot be read."""
+    ordinal, sample = place
+    draws = ClipDraws.of(seed, ordinal)
+    timing = Timing.of(sample.num_frames, sample.fps, config.num_frames, config.fps, draws.start)
+    placed = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
+    mirrored = config.flip and draws.flip < 0.5
+    try:
+        about = json.loads(index.read(sample, "json"))
+        caption = choose_caption(about["captions"], config.caption_weights, draws.caption)
+        frames = []
+        for frame in decode(index.read(sample, sample.media), timing.frames(config.num_frames)):
+            frame_CHW = to_rgb(frame)
+            box = Box.largest((frame.height, frame.width), (config.height, config.width), *placed)
+            frames.append(fit(frame_CHW, box, config.height, config.width, mirrored))
+    except ValueError as error:
+        shard = index.folder / index.shards[sample.shard].name
+        raise ValueError(f"sample {sample.id} of {shard} cannot be read: {error}") from error
+    return Clip(
+        id=sample.id,
+        ordinal=ordinal,
+        frames_TCHW=torch.stack(frames),
+        caption=caption,
+        fps=timing.fps,
+        motion_bucket=index.motion_map.bucket(sample.motion),
+    )
+
+
+def _usable(config: DataConfig, sample: Sample) -> bool:
+    """Is the sample long enough, and large enough to be reduced rather than enlarged?"""
+    box = Box.largest((sample.height, sample.width), (config.height, config.width))
+    large = box.height >= config.height and box.width >= config.width
+    return large and sample.num_frames >= config.num_frames
+
+
+def _largest(index: Index) -> str:
+    samples = list(index.samples())
+    num_frames = max((sample.num_frames for sample in samples), default=0)
+    height, width = max(((sample.height, sample.width) for sample in samples), default=(0, 0))
+    return f"the longest has {num_frames} frames, the largest is {height} x {width}"
+
+
+@contextmanager
+def _run_signals_blocked() -> Iterator[None]:
+    """Processes started inside inherit the block; a signal that arrives meanwhile comes afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

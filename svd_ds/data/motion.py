@@ -1,0 +1,48 @@
+"""From a motion score to the motion bucket that conditions the network, and back.
+
+The released model is told a bucket of 0 to 255, but how it follows from the optical flow is not published
+(arXiv 2311.15127, section D.2). Here it is the clip's rank among the data set's scores: quantiles of the
+scores are laid evenly over 0 to 255, linear in log flow between them. So bucket 127 asks for the median
+motion of the data that the model saw, and no part of the range is left untrained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_BUCKET = 255.0
+MIN_SCORE = 1e-4
+"""Scores below, in shortest sides a second, are standstill: a tenth of a pixel a second at 1080 lines."""
+NUM_QUANTILES = 17
+
+
+@dataclass(frozen=True)
+class MotionMap:
+    """A monotone map from motion scores (`flow.motion_score`) to buckets, kept in the index's header."""
+
+    scores: tuple[float, ...]
+    """Ascending, at least MIN_SCORE."""
+    buckets: tuple[float, ...]
+    """Of each score, ascending, 0 to 255."""
+
+    @staticmethod
+    def calibrate(scores: Sequence[float]) -> MotionMap:
+        """The map under which `scores` spread evenly over 0 to 255. Without scores, all are standstill."""
+        floored = np.maximum(np.asarray([*scores] or [MIN_SCORE], dtype=np.float64), MIN_SCORE)
+        levels = np.linspace(0.0, 1.0, NUM_QUANTILES)
+        quantiles = np.exp(np.quantile(np.log(floored), levels))
+        # Equal quantiles become one knot at their middle level, so that the map stays invertible.
+        knots = np.unique(quantiles)
+        middles = [MAX_BUCKET * levels[quantiles == knot].mean() for knot in knots]
+        return MotionMap(tuple(float(knot) for knot in knots), tuple(float(middle) for middle in middles))
+
+    def bucket(self, score: float) -> float:
+        """The bucket of a score; scores outside the calibrated range take the nearest end's."""
+        return float(np.interp(np.log(max(score, MIN_SCORE)), np.log(self.scores), self.buckets))
+
+    def score(self, bucket: float) -> float:
+        """The score that has `bucket`: the inverse of `bucket` inside the calibrated range."""
+        return float(np.exp(np.interp(bucket, self.buckets, np.log(self.scores))))

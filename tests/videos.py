@@ -1,0 +1,84 @@
+"""Small videos and shards for tests: shapes that move at a known speed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+
+from svd_ds.data.shards import ShardWriter
+
+
+def moving_square(
+    num_frames: int, height: int = 48, width: int = 64, speed: float = 2.0, seed: int = 0
+) -> np.ndarray:
+    """uint8 (T, H, W, 3): a textured square that moves `speed` pixels a frame to the right."""
+    generator = np.random.default_rng(seed)
+    side = height // 2
+    texture = generator.integers(0, 256, (side // 4, side // 4, 3)).repeat(4, 0).repeat(4, 1)
+    frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
+    frames[:] = generator.integers(60, 200, 3)
+    top, left = (height - side) // 2, int(generator.integers(0, width))
+    for number in range(num_frames):
+        columns = (left + round(speed * number) + np.arange(texture.shape[1])) % width
+        frames[number, top : top + texture.shape[0], columns] = texture.transpose(1, 0, 2)
+    return frames
+
+
+def counting(num_frames: int, height: int = 32, width: int = 64) -> np.ndarray:
+    """uint8 (T, H, W, 3): frame k is flat grey of level 4 k + 8, so that a decoded frame tells its number."""
+    levels = (np.arange(num_frames) * 4 + 8).astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (num_frames, height, width, 3)).copy()
+
+
+def encode(frames_THWC: np.ndarray, fps: int = 24, keyframe_every: int = 8, suffix: str = "mp4") -> bytes:
+    """The frames as a video file with B-frames, as encoders make them by default."""
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format=suffix) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "g": str(keyframe_every)})
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for frame in frames_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def write_video(path: Path, frames_THWC: np.ndarray, fps: int = 24) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode(frames_THWC, fps))
+    return path
+
+
+def about(
+    frames_THWC: np.ndarray, fps: float = 24.0, motion: float = 0.1, **more: object
+) -> dict[str, object]:
+    """What a sample's json holds."""
+    num_frames, height, width = frames_THWC.shape[:3]
+    return {
+        "captions": {"text": "a square moves"},
+        "num_frames": num_frames,
+        "fps": fps,
+        "height": height,
+        "width": width,
+        "motion": motion,
+        **more,
+    }
+
+
+def write_shards(folder: Path, shard_sizes: list[int], num_frames: int = 6) -> Path:
+    """Shards of the given sizes, their samples named s0000, s0001, ...; all share the same few pixels."""
+    frames = moving_square(num_frames, height=32, width=48)
+    content = encode(frames)
+    writer = ShardWriter(folder, samples_per_shard=max(shard_sizes))
+    number = 0
+    for size in shard_sizes:
+        for _ in range(size):
+            writer.add(f"s{number:04d}", "mp4", content, about(frames, motion=0.01 * (number + 1)))
+            number += 1
+        writer.end_shard()
+    writer.close()
+    return folder
