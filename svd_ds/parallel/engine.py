@@ -9,8 +9,8 @@
         engine.backward(loss(engine(x)))
     norm = engine.step({"group": rate})
 
-A parameter's shard on rank r is elements [r * n, (r + 1) * n) of the flattened parameter, n = ceil(numel / ranks):
-the shards joined in order and cut to numel are the parameter. What is left over at the end is zero.
+A parameter's shard on rank r is elements [r * n, (r + 1) * n) of the flattened parameter, where n is
+ceil(numel / ranks): the shards joined in order and cut to numel are the parameter. What is left over is zero.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from svd_ds.parallel.groups import ModelParallelUnit
 # Said aloud, or DeepSpeed warns on every rank that it had to look for itself.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
-from deepspeed.utils import set_z3_leaf_module  # noqa: E402
+import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import set_z3_leaf_module
 
 CHECKPOINT_TAG = "zero"
 
@@ -42,17 +42,17 @@ class Engine:
     """A module whose weights, gradients and optimiser state are spread over the data-parallel ranks.
 
     module: built inside `sharded_init`.
-    groups: parameter groups as torch.optim takes them, each with `params`, `name` and `weight_decay`. A parameter
-        in no group is frozen.
+    groups: parameter groups as torch.optim takes them, each with `params`, `name` and `weight_decay`. A
+        parameter in no group is frozen.
     config: from `deepspeed_config`; the one that `sharded_init` had.
-    leaves: modules whose parameters are gathered and released together. Their inputs and outputs are tensors, and
-        their outputs must not be changed in place.
+    leaves: modules whose parameters are gathered and released together. Their inputs and outputs are tensors,
+        and their outputs must not be changed in place.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        groups: Sequence[Mapping[str, Any]],
+        groups: Sequence[dict[str, Any]],
         config: Mapping[str, Any],
         mpu: ModelParallelUnit,
         *,
@@ -81,11 +81,10 @@ class Engine:
         self._rank = mpu.get_data_parallel_rank()
         self._accumulation: int = config["gradient_accumulation_steps"]
         self._backwards = 0
-        self._parameters = dict(module.named_parameters())
-        self.shapes = {name: parameter.ds_shape for name, parameter in self._parameters.items()}
-        self._masters = {
-            name: self._master(parameter) for name, parameter in self._parameters.items() if parameter.requires_grad
-        }
+        # DeepSpeed has added ds_tensor, this rank's shard in the compute precision, and ds_shape.
+        self._parameters: dict[str, Any] = dict(module.named_parameters())
+        self.shapes: dict[str, torch.Size] = {name: p.ds_shape for name, p in self._parameters.items()}
+        self._masters = {name: self._master(p) for name, p in self._parameters.items() if p.requires_grad}
         self._clear_padding()
 
     @staticmethod
@@ -104,8 +103,7 @@ class Engine:
         return self._engine(*inputs, **named_inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add one micro-batch's gradient. `loss` is its mean; the step's gradient is the mean over micro-batches
-        and ranks."""
+        """Add the gradient of one micro-batch's mean loss. A step averages over its micro-batches and ranks."""
         self._backwards += 1
         self._engine.set_gradient_accumulation_boundary(self._backwards == self._accumulation)
         self._engine.backward(loss)
@@ -113,10 +111,11 @@ class Engine:
     def step(self, rates: Mapping[str, float]) -> float:
         """Clip, take one AdamW step, forget the gradients.
 
-        rates: learning rate of each group, by its name. Returns the gradient's norm over all ranks before clipping:
-        inf where it is not finite, and then nothing was changed.
+        rates: learning rate of each group, by its name. Returns the gradient's norm over all ranks before
+        clipping: inf where it is not finite, and then nothing was changed.
         """
-        assert self._backwards == self._accumulation, f"{self._backwards} of {self._accumulation} micro-batches seen"
+        seen, due = self._backwards, self._accumulation
+        assert seen == due, f"a step of {due} micro-batches ends after {seen}"
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]]
         self._engine.step()
@@ -142,8 +141,8 @@ class Engine:
     def load_full(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Take weights from a stream of whole tensors, of which each rank keeps its slice.
 
-        All ranks call it with the same stream. Master weights become exactly what is given, in float32. Returns the
-        names that the stream did not hold. ValueError for a name or a shape that the module does not have.
+        All ranks call it with the same stream. Master weights become exactly what is given, in float32.
+        Returns the names that the stream did not hold. ValueError for a name or a shape that the module lacks.
         """
         missing = dict.fromkeys(self.shapes)
         with self._released():
@@ -157,9 +156,9 @@ class Engine:
 
     @contextmanager
     def weights(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
-        """Compute with other weights for a while, for instance an average's, then with our own again.
+        """Compute with other weights for a while, for instance with averages, then with our own again.
 
-        shards: name -> this rank's flat shard, for any of the trained parameters. No step may be taken inside.
+        shards: name -> this rank's flat shard, for any of the parameters. No step may be taken inside.
         """
         own = {name: self._parameters[name].ds_tensor.clone() for name in shards}
         self._set_compute_shards(shards)
@@ -169,11 +168,11 @@ class Engine:
             self._set_compute_shards(own)
 
     def save(self, folder: str | Path) -> None:
-        """Write DeepSpeed's sharded checkpoint: every rank its weights and optimiser state. All ranks call it."""
+        """Write DeepSpeed's sharded checkpoint: each rank its weights and moments. All ranks call it."""
         self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote on as many ranks. The engine must be fresh: it has taken no step. All ranks call it.
+        """Read what `save` wrote on as many ranks. All ranks call it, on an engine that took no step yet.
 
         The files are pickles that `save` wrote: load nobody else's.
         """
@@ -181,7 +180,7 @@ class Engine:
             raise FileNotFoundError(f"{folder} holds no ZeRO checkpoint")
         self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
+    def _master(self, parameter: Any) -> Tensor:
         """This rank's part of `parameter` within the optimiser's flat float32 buffers."""
         buffer, start, numel = self._zero.grad_position[self._zero.get_param_id(parameter)]
         return self._zero.fp32_partitioned_groups_flat[buffer].detach().narrow(0, start, numel)
@@ -199,7 +198,8 @@ class Engine:
         if name not in self.shapes:
             raise ValueError(f"the weights hold {name}, which the network does not have")
         if tensor.shape != self.shapes[name]:
-            raise ValueError(f"the weights' {name} is {tuple(tensor.shape)}, the network's {tuple(self.shapes[name])}")
+            theirs, ours = tuple(tensor.shape), tuple(self.shapes[name])
+            raise ValueError(f"the weights' {name} has shape {theirs}, the network's {ours}")
         numel = self._parameters[name].ds_tensor.numel()
         piece = tensor.reshape(-1)[self._rank * numel : (self._rank + 1) * numel]
         return nn.functional.pad(piece, (0, numel - piece.numel()))
@@ -212,7 +212,7 @@ class Engine:
 
     @contextmanager
     def _released(self) -> Iterator[None]:
-        """Inside, no parameter is gathered; afterwards the small ones, which always are, are gathered anew."""
+        """Inside, no parameter is gathered; afterwards those that stay gathered are so again."""
         self._zero.checkpoint_event_prologue()
         yield
         self._zero.checkpoint_event_epilogue()
@@ -230,8 +230,8 @@ def _start_communication() -> None:
 def _ensure_input_gradient(leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Give a leaf an input that wants a gradient, where everything before the leaf is frozen.
 
-    DeepSpeed reduces a leaf's gradients once those of its inputs are there: with none to wait for it would reduce
-    before they are computed.
+    DeepSpeed reduces a leaf's gradients once those of its inputs are there: with none to wait for it would
+    reduce before they are computed.
     """
     if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return None

@@ -59,7 +59,7 @@ class Env:
 
 def init(env: Env, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank."""
-    # For the libraries that read the environment themselves; DeepSpeed takes LOCAL_RANK for the device's index.
+    # For libraries that read the environment themselves; DeepSpeed takes LOCAL_RANK for the device's index.
     local_rank = env.local_rank if env.device.index is None else env.device.index
     os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world), LOCAL_RANK=str(local_rank))
     device_id = None
@@ -126,8 +126,9 @@ def _srun(environ: Mapping[str, str]) -> _Place | None:
         return None
     tasks_per_node = _expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_STEP_NUM_TASKS"]))
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    # Every rank must find the same port, and two steps on one node different ones; below the ephemeral range.
-    port = 15000 + (7 * _number(environ, "SLURM_JOB_ID", default=0) + _number(environ, "SLURM_STEP_ID")) % 15000
+    # Every rank must find the same port, and two steps on one node another; below the ephemeral range.
+    step = 7 * _number(environ, "SLURM_JOB_ID", default=0) + _number(environ, "SLURM_STEP_ID")
+    port = 15000 + step % 15000
     return _Place(
         rank=_number(environ, "SLURM_PROCID"),
         world=_number(environ, "SLURM_STEP_NUM_TASKS"),

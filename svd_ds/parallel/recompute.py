@@ -15,8 +15,8 @@ def apply_recompute(module: nn.Module, names: Iterable[str], policy: str) -> Non
     """Make the blocks of `module` called `names` forget their activations and compute them again in backward.
 
     policy: none keeps every activation, blocks keeps only what goes into each block.
-    Names of parameters do not change. Only `forward` is wrapped, not the call: ZeRO-3's hooks, which gather a
-    block's parameters before its forward and before its backward, run once each and outside the recomputation.
+    Names of parameters do not change. Only `forward` is wrapped, not the call: the hooks by which ZeRO-3
+    gathers a block's parameters before its forward and its backward run once each, outside the recomputation.
     """
     if policy not in POLICIES:
         raise ValueError(f"recompute is {policy!r}: choose {' or '.join(POLICIES)}")
