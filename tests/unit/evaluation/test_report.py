@@ -1,0 +1,155 @@
+"""The report of a run, and of several compared."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from svd_ds.evaluation.charts import smoothed
+from svd_ds.evaluation.report import read_run, write_report
+from svd_ds.video import contact_sheet, write_mp4
+
+
+def fake_run(path: Path, lr: float, num_steps: int = 30, sampled: tuple[int, ...] = (10, 30)) -> Path:
+    path.mkdir(parents=True)
+    config = {"optim": {"lr": lr, "betas": [0.9, 0.999]}, "model": {"heads": None}, "note": "<b>bold</b>"}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [
+        {
+            "step": s,
+            "samples": 8 * s,
+            "loss": math.exp(-s / 4),
+            "lr": lr,
+            "clips_per_s": 4.0,
+            "step_s": 130.0,
+            "new": [s],
+        }
+        for s in range(1, num_steps + 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    frames = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    for step in sampled:
+        folder = path / "samples" / f"step-{step:07d}"
+        write_mp4(frames, folder / "video-0.mp4", 6)
+        contact_sheet([frames], folder / "contact_sheet.png")
+    return path
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, and whether every tag is closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def sources(self, tag: str) -> list[str]:
+        return [attributes["src"] or "" for name, attributes in self.tags if name == tag]
+
+
+def report(tmp_path: Path, *runs: Path) -> tuple[str, Outline]:
+    write_report(list(runs), tmp_path / "out" / "report.html")
+    html = (tmp_path / "out" / "report.html").read_text()
+    outline = Outline(html)
+    assert not outline.open
+    return html, outline
+
+
+def test_one_run_in_one_file(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "small", 1e-4)
+    html, outline = report(tmp_path, run)
+    assert html.count("<svg") == 3  # loss, lr, clips a second: this run has no gradient norm
+    assert "small" in html and "optim.betas" in html and "[0.9, 0.999]" in html and "1 h 05 min" in html
+    assert "&lt;b&gt;bold&lt;/b&gt;" in html and "<b>bold" not in html
+    assert html.index("Step 30") < html.index("Step 10")
+    mp4 = (run / "samples" / "step-0000030" / "video-0.mp4").read_bytes()
+    assert outline.sources("video")[0] == "data:video/mp4;base64," + base64.b64encode(mp4).decode()
+    assert len(outline.sources("video")) == len(outline.sources("img")) == 2
+
+
+def test_nothing_is_fetched_from_elsewhere(tmp_path: Path) -> None:
+    _, outline = report(tmp_path, fake_run(tmp_path / "small", 1e-4))
+    for tag, attributes in outline.tags:
+        for key in ("src", "href", "xlink:href"):
+            value = attributes.get(key) or "#"
+            assert value.startswith(("data:", "#")), (tag, key, value[:80])
+
+
+def test_curves_take_the_colours_of_the_page(tmp_path: Path) -> None:
+    html, _ = report(tmp_path, fake_run(tmp_path / "small", 1e-4))
+    assert "currentColor" in html and "var(--rule)" in html and "prefers-color-scheme: dark" in html
+    assert not re.search("#010203|#040506", html)
+
+
+def test_several_runs_are_compared(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "a", 1e-4), fake_run(tmp_path / "b", 3e-5, sampled=(30,))]
+    html, outline = report(tmp_path, *runs)
+    table = html[html.index("what differs") : html.index("</table>")]
+    assert "optim.lr" in table and "0.0001" in table and "3e-05" in table
+    assert "optim.betas" not in table
+    assert html.count("nothing sampled at this step") == 1
+    assert len(outline.sources("video")) == 3
+    assert "clips seen" in html  # the common axis
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / folder / "small", 1e-4) for folder in ("x", "y")]
+    html, _ = report(tmp_path, *runs)
+    assert str(runs[0]) in html and str(runs[1]) in html
+
+
+def test_many_sampled_steps_are_thinned_and_the_newest_kept(tmp_path: Path) -> None:
+    html, outline = report(tmp_path, fake_run(tmp_path / "small", 1e-4, sampled=tuple(range(1, 31))))
+    assert len(outline.sources("video")) == 6
+    assert "Step 30<" in html and "Step 1<" in html
+
+
+def test_a_run_without_samples_or_steps_or_with_half_a_line(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "small", 1e-4, sampled=())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "loss": NaN}\n{"step": 3')
+    assert len(read_run(run).metrics) == 31
+    (run / "metrics.jsonl").write_text('{"step": 1, "samples": 8, "loss": NaN}\n')
+    report(tmp_path, run)
+    (run / "metrics.jsonl").write_text("")
+    html, _ = report(tmp_path, run)
+    assert "<svg" not in html and "Samples" not in html
+
+
+def test_wrong_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no run folder .*missing"):
+        write_report([tmp_path / "missing"], tmp_path / "x.html")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
+        write_report([tmp_path], tmp_path / "x.html")
+    run = fake_run(tmp_path / "small", 1e-4, sampled=())
+    (run / "metrics.jsonl").write_text("{}\nnot json\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl"):
+        write_report([run], tmp_path / "x.html")
+
+
+def test_smoothing_starts_unbiased_and_skips_what_is_not_a_number() -> None:
+    assert smoothed([2.0] * 100).tolist() == pytest.approx([2.0] * 100)
+    line = smoothed([math.nan, 4.0, math.nan, 4.0])
+    assert math.isnan(line[0]) and line[1:].tolist() == pytest.approx([4.0] * 3)
+    noisy = smoothed([(-1.0) ** i for i in range(1000)])
+    assert abs(noisy[-1]) < 0.1

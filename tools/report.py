@@ -1,0 +1,31 @@
+"""Write one HTML file about a run, or about several side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from svd_ds.door import run_door
+from svd_ds.evaluation.report import write_report
+
+EXAMPLE = """example:
+  python tools/report.py runs/small
+  python tools/report.py runs/lr-1e-4 runs/lr-3e-5 --out compare.html
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, help="the file to write; default: report.html in the first RUN")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args()
+    out = arguments.out or arguments.runs[0] / "report.html"
+    write_report(arguments.runs, out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run_door(main)
