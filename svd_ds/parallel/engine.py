@@ -103,7 +103,7 @@ class Engine:
         return self._engine(*inputs, **named_inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's mean loss. A step averages over its micro-batches and ranks."""
+        """Add the gradient of a micro-batch's mean loss. A step averages over its micro-batches and ranks."""
         self._backwards += 1
         self._engine.set_gradient_accumulation_boundary(self._backwards == self._accumulation)
         self._engine.backward(loss)
@@ -142,7 +142,7 @@ class Engine:
         """Take weights from a stream of whole tensors, of which each rank keeps its slice.
 
         All ranks call it with the same stream. Master weights become exactly what is given, in float32.
-        Returns the names that the stream did not hold. ValueError for a name or a shape that the module lacks.
+        Returns the names that the stream did not hold. ValueError for a name or shape that the module lacks.
         """
         missing = dict.fromkeys(self.shapes)
         with self._released():

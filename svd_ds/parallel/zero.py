@@ -31,9 +31,9 @@ class ZeroConfig:
 
     def __post_init__(self) -> None:
         if self.reduce_dtype not in PRECISIONS:
-            raise ValueError(f"zero.reduce_dtype is {self.reduce_dtype!r}: choose fp32 or bf16")
+            raise ValueError(f"parallel.reduce_dtype is {self.reduce_dtype!r}: choose fp32 or bf16")
         if self.reduce_bucket < 1:
-            raise ValueError(f"zero.reduce_bucket is {self.reduce_bucket}: it must be at least 1")
+            raise ValueError(f"parallel.reduce_bucket is {self.reduce_bucket}: it must be at least 1")
 
 
 def deepspeed_config(

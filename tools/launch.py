@@ -1,0 +1,113 @@
+"""Start several ranks of a program on this machine: the training, unless told otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from svd_ds.door import run_door
+
+GRACE_S = 5.0
+"""Once a rank has failed, how long the others have to say what they saw."""
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1
+
+libc = ctypes.CDLL(None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: tools/launch.py -n 2 -- +experiment=noise_schedule run.steps=100",
+    )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    parser.add_argument("-n", type=int, default=gpus or 2, help="ranks (default: one a GPU, or 2 without GPUs)")
+    parser.add_argument("--script", help="run this Python file on each rank instead of `python -m svd_ds.train`")
+    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="given to each rank as it is")
+    options = parser.parse_args()
+    if options.n < 1:
+        raise ValueError(f"-n is {options.n}: a run has at least 1 rank")
+    program = [options.script] if options.script else ["-m", "svd_ds.train"]
+    sys.exit(launch([sys.executable, *program, *options.arguments], options.n))
+
+
+def launch(command: list[str], num_ranks: int) -> int:
+    """Run `command` as `num_ranks` ranks and wait. Returns the exit code of the first rank that failed, or 0.
+
+    Signals go to every rank. When one fails the others are given a moment and then killed. None outlives us.
+    """
+    # Held here, not by rank 0, it gets a port that nobody can take in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [start(command, rank, num_ranks, store.port) for rank in range(num_ranks)]
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            process.send_signal(number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    return wait(ranks)
+
+
+def start(command: list[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
+    """Start one rank. Rank 0 writes to the terminal; of the others only errors are seen."""
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # torchrun's word for: the store is there already, rank 0 need not open one.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    launcher = os.getpid()
+
+    def die_with_launcher() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:
+            os._exit(1)
+
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=None if rank == 0 else subprocess.DEVNULL,
+        # A group of its own: Ctrl-C reaches it through us alone, and it can be killed with all its workers.
+        process_group=0,
+        preexec_fn=die_with_launcher,
+    )
+
+
+def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait until every rank has ended, and see to it that they do once one has failed."""
+    failure, deadline = 0, float("inf")
+    while any(process.poll() is None for process in ranks):
+        if not failure:
+            failure = next((code for process in ranks if (code := process.poll())), 0)
+            deadline = time.monotonic() + GRACE_S if failure else deadline
+        if time.monotonic() > deadline:
+            for process in ranks:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.05)
+    failure = failure or next((process.returncode for process in ranks if process.returncode), 0)
+    # As a shell does: 128 and the signal's number.
+    return failure if failure >= 0 else 128 - failure
+
+
+if __name__ == "__main__":
+    run_door(main)
