@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -46,12 +47,8 @@ def chart(title: str, curves: Sequence[Curve], x_label: str, smooth: bool) -> st
 
     A curve's colour is that of its place in `curves`; a single one has no legend.
     """
-    options = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "font.size": 9,
-        "axes.formatter.useoffset": False,
-    }
+    # Text stays text, and ids differ between the charts of a page.
+    options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}
     with matplotlib.rc_context(options):
         figure = Figure(figsize=(6.4, 2.9), layout="constrained")
         axes = figure.subplots()

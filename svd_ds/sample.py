@@ -1,0 +1,121 @@
+"""From a first frame, or a caption, to a video.
+
+    first frame -> Conditioning     (clean to CLIP; noised, encoded and repeated to the concat channels;
+    scalars) noise * sqrt(1 + sigma_0^2) -> euler or heun down the sigmas, guided -> latents -> decoder ->
+    frames
+
+Shape legend: B videos, T frames, C channels, H x W pixels, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from svd_ds.diffusion.denoiser import Network, denoise
+from svd_ds.diffusion.draws import draw
+from svd_ds.diffusion.guidance import KINDS, guidance_scale, guided
+from svd_ds.diffusion.noise import karras_sigmas
+from svd_ds.diffusion.samplers import SAMPLERS, Progress
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.conditioner import Conditioner
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to sample. The defaults are the released SVD's (Stability-AI/generative-models
+    simple_video_sample.py)."""
+
+    num_steps: int = 25
+    sampler: str = "euler"
+    """euler (one network call a step) or heun (two)."""
+    sigma_min: float = 0.002
+    sigma_max: float = 700.0
+    rho: float = 7.0
+    guidance: str = "linear"
+    """constant, linear or triangle over the frames."""
+    guidance_min: float = 1.0
+    """Scale at the first frame; a constant guidance has only the maximum."""
+    guidance_max: float = 2.5
+    fps: float = 6.0
+    """Told to the network, and the speed of the file."""
+    motion_bucket: float = 127.0
+    """0 to 255: how much should move."""
+    augmentation: float = 0.02
+    """Sigma of the noise put on the first frame before it is encoded."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}, but must be at least 1")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}, which is none of {', '.join(SAMPLERS)}")
+        if self.guidance not in KINDS:
+            raise ValueError(f"guidance is {self.guidance!r}, which is none of {', '.join(KINDS)}")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min is {self.sigma_min} and sigma_max {self.sigma_max}, "
+                "but they must be above 0 and ascending"
+            )
+        if self.fps <= 0:
+            raise ValueError(f"fps is {self.fps}, but must be above 0")
+        if self.augmentation < 0:
+            raise ValueError(f"augmentation is {self.augmentation}, but must not be negative")
+
+
+@torch.no_grad()
+def sample_video(
+    net: Network,
+    autoencoder: Autoencoder,
+    conditioner: Conditioner,
+    first_frame_BCHW: Tensor,
+    num_frames: int,
+    config: SampleConfig,
+    captions: Sequence[str] | None = None,
+    ordinals: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Sample a video for each first frame: (B, T, 3, H, W), float32, in [-1, 1] but where the decoder
+    overshoots.
+
+    first_frame_BCHW: in [-1, 1], on the network's device. It gives the video its size, and where the
+    conditioner takes text alone, nothing else. captions: one a video, none by default. ordinals: which of the
+    seed's noises each video starts from, the first B by default.
+
+    Raises ValueError for a size that is no multiple of the autoencoder's cells.
+    """
+    batch_size, _, height, width = first_frame_BCHW.shape
+    cell, device = autoencoder.downsampling, first_frame_BCHW.device
+    if height % cell or width % cell:
+        raise ValueError(
+            f"a video of {height}x{width} pixels cannot be sampled: both must be multiples of {cell}"
+        )
+    latent_shape = (num_frames, autoencoder.latent_channels, height // cell, width // cell)
+    draws = draw(config.seed, ordinals or range(batch_size), latent_shape, (3, height, width), device)
+
+    def every_video(value: float) -> Tensor:
+        return torch.full((batch_size,), value, device=device)
+
+    cond = conditioner(
+        autoencoder,
+        first_frame_BCHW=first_frame_BCHW,
+        captions=captions or [""] * batch_size,
+        num_frames=num_frames,
+        fps_B=every_video(config.fps),
+        motion_bucket_B=every_video(config.motion_bucket),
+        augmentation_sigma_B=every_video(config.augmentation),
+        pixel_noise_BCHW=draws.pixel_noise_BCHW,
+    )
+    scale_T = guidance_scale(config.guidance, config.guidance_min, config.guidance_max, num_frames)
+    guided_denoise = guided(partial(denoise, net), scale_T)
+    sigmas = karras_sigmas(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
+    start_BTChw = draws.noise_BTChw * math.sqrt(1 + sigmas[0].item() ** 2)
+    latents_BTChw = SAMPLERS[config.sampler](
+        lambda x, sigma_B: guided_denoise(x, sigma_B, cond), start_BTChw, sigmas, progress
+    )
+    return autoencoder.decode(latents_BTChw).float()

@@ -1,0 +1,154 @@
+"""Sampling puts its parts together rightly: shown with a network, an autoencoder and a conditioner made for
+the test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.conditioner import Conditioner
+from torch import Tensor
+
+from svd_ds.batch import Conditioning
+from svd_ds.sample import SampleConfig, sample_video
+
+NUM_FRAMES = 3
+
+
+class Averages:
+    """An autoencoder of 8x8 cells: a latent channel is the cell's mean red, green, blue and grey."""
+
+    latent_channels, downsampling, scaling_factor = 4, 8, 0.5
+
+    def latents(self, frames_BCHW: Tensor) -> Tensor:
+        cells = torch.nn.functional.avg_pool2d(frames_BCHW, 8)
+        return torch.cat([cells, cells.mean(dim=1, keepdim=True)], dim=1)
+
+    def decode(self, latents_BTChw: Tensor) -> Tensor:
+        cells = latents_BTChw[:, :, :3] / self.scaling_factor
+        return cells.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
+
+
+class Recorder:
+    """A conditioner that concatenates the noised first frame and keeps what it was told."""
+
+    def __call__(
+        self, autoencoder: Averages, *, first_frame_BCHW: Tensor, num_frames: int, **told: Any
+    ) -> Conditioning:
+        self.told = told
+        sigma = told["augmentation_sigma_B"][:, None, None, None]
+        noised = autoencoder.latents(first_frame_BCHW + sigma * told["pixel_noise_BCHW"])
+        scalars = torch.stack(
+            [told["fps_B"] - 1, told["motion_bucket_B"], told["augmentation_sigma_B"]], dim=1
+        )
+        return Conditioning(
+            context_BLD=torch.ones(len(noised), 1, 5),
+            scalars_BS=scalars,
+            concat_BTCHW=noised[:, None].expand(-1, num_frames, -1, -1, -1),
+        )
+
+
+def still(
+    x_BTCHW: Tensor, c_noise_B: Tensor, context: Tensor, scalars: Tensor, image_only: Tensor | None
+) -> Tensor:
+    """The network whose denoised latents are the scaled concat latents, whatever the noise."""
+    sigma = torch.exp(4 * c_noise_B)[:, None, None, None, None]
+    x, concat = x_BTCHW[:, :, :4] * (1 + sigma**2).sqrt(), x_BTCHW[:, :, 4:]
+    target = Averages.scaling_factor * concat
+    return (x / (1 + sigma**2) - target) * (1 + sigma**2).sqrt() / sigma
+
+
+def sample(
+    first_frame_BCHW: Tensor,
+    config: SampleConfig,
+    net: Any = still,
+    ordinals: Sequence[int] | None = None,
+    **more: Any,
+) -> tuple[Tensor, Recorder]:
+    recorder = Recorder()
+    frames = sample_video(
+        net,
+        cast(Autoencoder, Averages()),
+        cast(Conditioner, recorder),
+        first_frame_BCHW,
+        NUM_FRAMES,
+        config,
+        ordinals=ordinals,
+        **more,
+    )
+    return frames, recorder
+
+
+def first_frames() -> Tensor:
+    return (torch.rand(2, 3, 2, 3) * 2 - 1).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_network_that_repeats_the_first_frame_gives_a_still_video(sampler: str) -> None:
+    first = first_frames()
+    config = SampleConfig(
+        num_steps=8, sampler=sampler, guidance="constant", guidance_max=1.0, augmentation=0.0
+    )
+    steps: list[int] = []
+    frames, _ = sample(first, config, progress=steps.append)
+    assert frames.shape == (2, NUM_FRAMES, 3, 16, 24) and frames.dtype == torch.float32
+    torch.testing.assert_close(frames, first[:, None].expand_as(frames), rtol=0, atol=1e-3)
+    assert steps == list(range(1, 9))
+
+
+def test_guidance_rises_over_the_frames() -> None:
+    """Unconditional, `still` gives zero: a scale of s gives s times the first frame."""
+    first = first_frames()
+    frames, _ = sample(first, SampleConfig(num_steps=8, guidance_min=1.0, guidance_max=2.0, augmentation=0.0))
+    for frame, scale in enumerate([1.0, 1.5, 2.0]):
+        torch.testing.assert_close(frames[:, frame], scale * first, rtol=0, atol=2e-3)
+
+
+def test_the_conditioner_is_told_the_settings() -> None:
+    config = SampleConfig(num_steps=1, fps=7.0, motion_bucket=30.0, augmentation=0.25)
+    _, recorder = sample(first_frames(), config, captions=["a", "b"])
+    assert recorder.told["captions"] == ["a", "b"]
+    for name, value in (("fps_B", 7.0), ("motion_bucket_B", 30.0), ("augmentation_sigma_B", 0.25)):
+        assert recorder.told[name].tolist() == [value, value]
+    assert recorder.told["pixel_noise_BCHW"].std() == pytest.approx(1, abs=0.1)
+
+
+def test_the_start_has_the_largest_sigma() -> None:
+    starts = []
+
+    def net(x_BTCHW: Tensor, *_: Any) -> Tensor:
+        starts.append(x_BTCHW[:, :, :4])
+        return torch.zeros_like(starts[-1])
+
+    sample(first_frames().repeat(1, 1, 4, 4), SampleConfig(num_steps=1), net=net)
+    assert starts[0].std() == pytest.approx(
+        1, abs=0.05
+    )  # c_in times noise of standard deviation sqrt(1 + 700^2)
+
+
+def test_a_video_depends_on_seed_and_ordinal_alone() -> None:
+    first, config = first_frames(), SampleConfig(num_steps=3)
+    both, _ = sample(first, config)
+    second, _ = sample(first[1:], config, ordinals=[1])
+    torch.testing.assert_close(second, both[1:])
+    assert not torch.allclose(sample(first[1:], config, ordinals=[2])[0], second)
+    assert not torch.allclose(sample(first, SampleConfig(num_steps=3, seed=1))[0], both)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_steps": 0}, {"sampler": "ddim"}, {"guidance": "cubic"}, {"sigma_min": 800.0}, {"fps": 0.0}],
+)
+def test_wrong_settings_are_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as error:
+        SampleConfig(**fields)
+    name, value = next(iter(fields.items()))
+    assert name in str(error.value) and str(value) in str(error.value)
+
+
+def test_a_size_that_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match=r"20x24.* multiples of 8"):
+        sample(torch.zeros(1, 3, 20, 24), SampleConfig())
