@@ -154,8 +154,8 @@ class ShardWriter:
     an index is complete.
     """
 
-    def __init__(self, folder: str | Path, samples_per_shard: int = 16) -> None:
-        """Creates `folder`; raises ValueError where it already holds an index."""
+    def __init__(self, folder: str | Path, samples_per_shard: int = 16, overwrite: bool = False) -> None:
+        """Creates `folder`. Raises ValueError where it already holds an index, unless to `overwrite` it."""
         if samples_per_shard < 1:
             raise ValueError(f"a shard holds at least 1 sample, not {samples_per_shard}")
         self.folder = Path(folder)
@@ -165,8 +165,13 @@ class ShardWriter:
         self._ids: set[str] = set()
         self._open: list[tuple[str, dict[str, bytes], dict[str, Any]]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / INDEX_NAME).exists():
-            raise ValueError(f"{self.folder} already holds shards with an index; choose an empty folder")
+        index = self.folder / INDEX_NAME
+        if index.exists() and not overwrite:
+            raise ValueError(
+                f"{self.folder} already holds shards; choose another folder, or --overwrite them"
+            )
+        for stale in (index, *self.folder.glob("shard-*.tar*")):
+            stale.unlink(missing_ok=True)
 
     def add(self, sample_id: str, media: str, content: bytes, about: Mapping[str, Any]) -> None:
         """Append a sample.
@@ -186,7 +191,7 @@ class ShardWriter:
         if len(self._open) == self.samples_per_shard:
             self.end_shard()
 
-    def close(self, motion_map: MotionMap | None = None) -> None:
+    def close(self, motion_map: MotionMap | None = None) -> MotionMap:
         """Write what is left and the index, with `motion_map` or one calibrated on these samples."""
         self.end_shard()
         if motion_map is None:
@@ -199,6 +204,7 @@ class ShardWriter:
         }
         lines = [json.dumps(line) for line in (header, *map(asdict, self.samples))]
         _replace_file(self.folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
+        return motion_map
 
     def end_shard(self) -> None:
         """Write the samples added since the last shard, if any, as a shard."""
