@@ -1,8 +1,8 @@
 """From a first frame, or a caption, to a video.
 
-    first frame -> Conditioning     (clean to CLIP; noised, encoded and repeated to the concat channels;
-    scalars) noise * sqrt(1 + sigma_0^2) -> euler or heun down the sigmas, guided -> latents -> decoder ->
-    frames
+    first frame -> Conditioning    (clean to CLIP; noised, encoded, repeated to all frames; scalars)
+    noise -> latents               (a guided denoiser, Euler or Heun down the sigmas)
+    latents -> frames              (the decoder)
 
 Shape legend: B videos, T frames, C channels, H x W pixels, h x w latent pixels.
 """

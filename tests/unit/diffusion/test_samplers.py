@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from svd_ds.batch import Conditioning
+from svd_ds.diffusion.denoiser import denoise
 from svd_ds.diffusion.noise import karras_sigmas
 from svd_ds.diffusion.samplers import SAMPLERS, euler, heun
 
@@ -68,3 +70,35 @@ def test_progress_counts_steps_and_the_denoiser_sees_every_sigma() -> None:
     seen.clear()
     heun(denoise, torch.randn(2, 3, dtype=torch.float64), sigmas)
     assert len(seen) == 2 * 6 - 1
+
+
+def test_euler_goes_where_the_public_pipeline_goes() -> None:
+    """diffusers' EulerDiscreteScheduler as stable-video-diffusion-img2vid configures it, around the same
+    network."""
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        timestep_spacing="leading",
+        steps_offset=1,
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+    )
+    scheduler.set_timesteps(25)
+    cond = Conditioning(torch.zeros(2, 1, 1), torch.zeros(2, 1))
+
+    def net(x: Tensor, c_noise_B: Tensor, *_: object) -> Tensor:
+        return torch.sin(x + c_noise_B[:, None, None, None, None])
+
+    begin = torch.randn(2, 3, 4, 5, 5) * scheduler.init_noise_sigma
+    theirs = begin
+    for c_noise in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(theirs, c_noise)
+        theirs = scheduler.step(net(inputs, c_noise.expand(2)), c_noise, theirs).prev_sample
+    ours = euler(lambda x, sigma_B: denoise(net, x, sigma_B, cond), begin, karras_sigmas(25))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
