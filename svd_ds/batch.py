@@ -8,6 +8,7 @@ L context tokens, D context width, S scalars.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +56,17 @@ class Batch:
             captions=tuple(clip.caption for clip in clips),
             fps_B=torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
             motion_bucket_B=torch.tensor([clip.motion_bucket for clip in clips], dtype=torch.float32),
+        )
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The clips at `rows`, in that order."""
+        return Batch(
+            ids=tuple(self.ids[row] for row in rows),
+            ordinals=tuple(self.ordinals[row] for row in rows),
+            frames_BTCHW=self.frames_BTCHW[list(rows)],
+            captions=tuple(self.captions[row] for row in rows),
+            fps_B=self.fps_B[list(rows)],
+            motion_bucket_B=self.motion_bucket_B[list(rows)],
         )
 
     def to(self, device: torch.device) -> Batch:

@@ -98,6 +98,8 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    name: str = "small"
+    """Of the run; its folder is named after it."""
     run: RunSection = field(default_factory=RunSection)
     model: UNetConfig = field(default_factory=UNetConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
@@ -109,6 +111,8 @@ class RunConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     init: InitConfig = field(default_factory=InitConfig)
     parallel: ZeroConfig = field(default_factory=ZeroConfig)
+    recompute: str = "blocks"
+    """Activation checkpointing: none | blocks (every residual block and transformer)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sampling: PreviewConfig = field(default_factory=PreviewConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -139,10 +143,9 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = hydra_compose("train", debug_last(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(node)
-        with_hydra = OmegaConf.to_container(node, resolve=False)
-    del with_hydra
-    return to_config(node)
+    # A run is named after the choices that Hydra made: ${hydra:runtime.choices...}.
+    HydraConfig.instance().set_config(node)
+    return to_config(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]))
 
 
 def debug_last(overrides: Sequence[str]) -> list[str]:

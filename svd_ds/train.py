@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from svd_ds import config
 from svd_ds.door import USER_ERRORS, print_error, wants_traceback
+from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
 
 
@@ -24,7 +25,7 @@ def _task(node: DictConfig) -> None:
     # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
     from svd_ds.run import run
 
-    run(settings)
+    run(settings, Env.read())
 
 
 def main() -> None:
@@ -41,8 +42,19 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
         if show_traceback:
             raise
-        print_error(error)
+        _tell(error)
         sys.exit(2)
+
+
+def _tell(error: BaseException) -> None:
+    """Print one sentence: rank 0 what all ranks know, any rank what only it knows."""
+    env = Env.read()
+    of_config = isinstance(error, HydraException | OmegaConfBaseException)
+    shared = of_config or isinstance(error, SharedError)
+    if shared and env.rank != 0:
+        return
+    who = f"rank {env.rank}: " if env.world > 1 and not shared else ""
+    print_error(ValueError(config.explain(error)) if of_config else error, who)
 
 
 if __name__ == "__main__":

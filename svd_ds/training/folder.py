@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs.
-FREE_KEYS = ("run", "checkpoint", "sampling", "logger", "parallel", "batch.micro", "data.workers", "frozen.chunk")
+FREE_KEYS = ("run", "checkpoint", "sampling", "logger", "parallel", "recompute", "batch.micro",
+    "data.num_workers", "data.prefetch", "frozen.chunk")
 
 
 def step_name(step: int) -> str:

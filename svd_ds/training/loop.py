@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
+from svd_ds.model.unet import UNetConfig
+from svd_ds.parallel.collectives import mean_over_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.metrics import Metrics, StepMetrics
-from svd_ds.training.optim import OptimConfig, learning_rate
+from svd_ds.training.optim import OptimConfig, group_rates, learning_rate
 from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
 from svd_ds.training.state import Progress
@@ -41,6 +43,7 @@ class Parts:
 
     engine: Engine
     ema: ShardEMA
+    unet: UNetConfig
     diffusion: Diffusion
     batches: Iterator[tuple[Batch, Cursor]]
     checkpoints: Checkpoints
@@ -48,7 +51,6 @@ class Parts:
     stop: StopRequest
     metrics: Metrics | None
     """Rank 0's; None elsewhere."""
-    mean_over_ranks: Callable[[list[float]], list[float]]
     device: torch.device
 
 
@@ -59,20 +61,19 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
         started, data_s, losses = time.perf_counter(), 0.0, []
         samples = progress.samples + plan.batch_size
         lr = learning_rate(plan.optim, samples, plan.total_steps * plan.batch_size)
-        parts.engine.set_lr(lr)
 
         for _ in range(plan.accumulation):
             waiting = time.perf_counter()
             batch, cursor = next(parts.batches)
             data_s += time.perf_counter() - waiting
-            loss = parts.diffusion.loss(parts.engine.net, batch.to(parts.device)).mean()
+            loss = parts.diffusion.loss(parts.engine, batch.to(parts.device)).mean()
             parts.engine.backward(loss)
             losses.append(loss.item())
-        grad_norm = parts.engine.step()
+        grad_norm = parts.engine.step(group_rates(plan.optim, lr))
         progress = progress.advance(cursor, plan.batch_size)
         parts.ema.update(parts.engine.local_shards(), samples, plan.batch_size)
 
-        loss_mean, data_s, asked = parts.mean_over_ranks(
+        loss_mean, data_s, asked = mean_over_ranks(
             [sum(losses) / len(losses), data_s, float(parts.stop.asked)]
         )
         stopped = asked > 0
@@ -93,7 +94,9 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
 
         last = stopped or progress.step == plan.total_steps
         if last or progress.step % plan.checkpoint_every == 0:
-            parts.checkpoints.save(progress, parts.engine, parts.ema)
+            parts.checkpoints.save(progress, parts.engine, parts.ema, parts.unet)
         if progress.step % plan.preview_every == 0 or (last and not stopped):
-            parts.previews.make(progress.step, parts.engine, parts.ema, parts.metrics)
+            written = parts.previews.make(progress.step, parts.engine, parts.ema)
+            if parts.metrics is not None and written is not None:
+                parts.metrics.log_samples(progress.step, *written)
     return progress

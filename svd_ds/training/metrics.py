@@ -54,7 +54,7 @@ class StepMetrics:
 
 
 class Metrics:
-    """The voice of rank 0. Use as a context: leaving it closes the bar, the files and the W&B run."""
+    """The voice of rank 0. A context: leaving it closes the bar, the files and the W&B run."""
 
     def __init__(
         self, folder: RunFolder, config: LoggerConfig, settings: dict[str, Any], total_steps: int, step: int
@@ -74,7 +74,7 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
         if self.wandb is not None:
@@ -104,15 +104,14 @@ class Metrics:
             if self.bar is None:
                 self.console.print(line, markup=False)
 
-    def log_samples(self, step: int, videos: list[Path]) -> None:
-        """Send sampled videos (mp4) to W&B."""
+    def log_samples(self, step: int, videos: list[Path], sheet: Path) -> None:
+        """Say where a preview's videos (mp4) and contact sheet (png) are, and send them to W&B."""
+        self.say(f"step {step}  sampled {len(videos)} videos: {sheet}")
         if self.wandb is not None:
             import wandb
 
-            self.wandb.log(
-                {f"samples/{path.stem}": wandb.Video(str(path), format="mp4") for path in videos}
-                | {"train/step": step}
-            )
+            media = {f"samples/{path.stem}": wandb.Video(str(path), format="mp4") for path in videos}
+            self.wandb.log({**media, "samples/contact_sheet": wandb.Image(str(sheet)), "train/step": step})
 
     def _remaining(self, metrics: StepMetrics) -> str:
         mean_s = sum(entry.step_s for entry in self.recent) / len(self.recent)

@@ -58,7 +58,6 @@ class ParameterGroup:
     """Parameters that share a learning rate and a weight decay."""
 
     name: str
-    rate: float
     weight_decay: float
     members: tuple[str, ...]
     """Names of parameters."""
@@ -78,13 +77,17 @@ def parameter_groups(
             members.setdefault((tag, decays), []).append(name)
     return [
         ParameterGroup(
-            name=f"{tag}{'' if decays else '-no-decay'}",
-            rate=config.rate(tag),
+            name=_group_name(tag, decays),
             weight_decay=config.weight_decay if decays else 0.0,
             members=tuple(names),
         )
         for (tag, decays), names in sorted(members.items())
     ]
+
+
+def group_rates(config: OptimConfig, peak: float) -> dict[str, float]:
+    """Group name -> learning rate, when the peak group has `peak`."""
+    return {name: peak * config.rate(tag) for tag in TAGS for name in (_group_name(tag, True), _group_name(tag, False))}
 
 
 def learning_rate(config: OptimConfig, samples: int, total_samples: int) -> float:
@@ -100,3 +103,7 @@ def learning_rate(config: OptimConfig, samples: int, total_samples: int) -> floa
     progress = min(1.0, (samples - config.warmup_samples) / decay_samples)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_rate + (1 - config.final_rate) * cosine)
+
+
+def _group_name(tag: str, decays: bool) -> str:
+    return tag if decays else f"{tag}-no-decay"

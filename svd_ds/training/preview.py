@@ -1,13 +1,9 @@
-"""Videos sampled during training, from the averaged weights, so that one sees what is being learned.
-
-Each rank fills a UNet of its own from the average's shards, a parameter at a time, and samples its share of the
-clips; ZeRO-3's partitions are left alone.
-"""
+"""Videos sampled during training, from the averaged weights, so that one sees what is being learned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,13 +11,13 @@ from torch import Tensor
 from svd_ds.batch import Batch
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
-from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.parallel.collectives import join_over_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.sample import SampleConfig, sample_video
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import RunFolder
-from svd_ds.video import contact_sheet, write_mp4
+from svd_ds.video import contact_sheet, to_uint8, write_mp4
 
 
 @dataclass(frozen=True)
@@ -37,3 +33,50 @@ class PreviewConfig(SampleConfig):
             raise ValueError(
                 f"sampling.every is {self.every} and sampling.num_videos {self.num_videos}: both must be at least 1"
             )
+
+
+@dataclass(frozen=True)
+class Previews:
+    """Samples the same clips each time; the ranks share them out."""
+
+    config: PreviewConfig
+    clips: Batch
+    """The clips whose first frames and captions are the conditions."""
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+    folder: RunFolder
+    env: Env
+
+    def make(self, step: int, engine: Engine, ema: ShardEMA) -> tuple[list[Path], Path] | None:
+        """Sample from the first average and write `samples/step-.../` in the run folder. All ranks call it.
+
+        There: video-0.mp4 and on, and contact_sheet.png, in which each sample stands below its real clip.
+        Returns the paths of the videos and of the sheet on rank 0, None elsewhere.
+        """
+        per_rank = -(-len(self.clips) // self.env.world)
+        # Every rank must run the sharded network equally often: the last ones may sample a clip again.
+        mine = [min(self.env.rank * per_rank + i, len(self.clips) - 1) for i in range(per_rank)]
+        clips = self.clips.select(mine).to(self.env.device)
+        with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
+            frames_BTCHW = sample_video(
+                engine,
+                self.autoencoder,
+                self.conditioner,
+                first_frame_BCHW=clips.frames_BTCHW[:, 0].float() / 127.5 - 1,
+                num_frames=clips.frames_BTCHW.shape[1],
+                config=self.config,
+                captions=clips.captions,
+                ordinals=mine,
+            )
+        videos = join_over_ranks(to_uint8(frames_BTCHW))[: len(self.clips)]
+        return self._write(step, videos) if self.env.rank == 0 else None
+
+    def _write(self, step: int, videos_BTCHW: Tensor) -> tuple[list[Path], Path]:
+        folder = self.folder.samples(step)
+        paths = [folder / f"video-{i}.mp4" for i in range(len(videos_BTCHW))]
+        for path, frames_TCHW in zip(paths, videos_BTCHW, strict=True):
+            write_mp4(frames_TCHW, path, self.config.fps)
+        sheet = folder / "contact_sheet.png"
+        rows = [row for pair in zip(self.clips.frames_BTCHW, videos_BTCHW, strict=True) for row in pair]
+        contact_sheet(rows, sheet)
+        return paths, sheet

@@ -64,8 +64,6 @@ class Diffusion:
 
     def _condition(self, batch: Batch, first_frame_BCHW: Tensor, draws: Draws) -> Conditioning:
         config = self.conditioner.config
-        # ln(sigma_c) ~ N(-3.0, 0.5^2) (arXiv 2311.15127 D.4).
-        augmentation_sigma_B = (config.augmentation_mean + config.augmentation_std * draws.augmentation_B).exp()
         return self.conditioner(
             self.autoencoder,
             first_frame_BCHW=first_frame_BCHW,
@@ -73,8 +71,8 @@ class Diffusion:
             num_frames=batch.frames_BTCHW.shape[1],
             fps_B=batch.fps_B,
             motion_bucket_B=batch.motion_bucket_B,
-            augmentation_sigma_B=augmentation_sigma_B.float(),
+            augmentation_sigma_B=config.augmentation_sigma(draws.augmentation_B).float(),
             pixel_noise_BCHW=draws.pixel_noise_BCHW,
-            drop_context_B=draws.drop_BS[:, 0] < config.drop_context,
-            drop_concat_B=draws.drop_BS[:, 1] < config.drop_concat,
+            drop_context_B=draws.drop_BS[:, 0] < config.context_drop_rate,
+            drop_concat_B=draws.drop_BS[:, 1] < config.concat_drop_rate,
         )

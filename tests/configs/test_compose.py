@@ -1,0 +1,100 @@
+"""Every file under conf/ composes to a RunConfig and builds its network; what is misspelt is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import HydraException
+
+from svd_ds.config import CONF, RunConfig, compose, debug_last, explain
+from svd_ds.diffusion.noise import build_noise
+from svd_ds.model.unet import UNet
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+CHOICES = sorted(
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("experiment", "debug", "sweep")
+)
+# What an experiment leaves to the site: a path of its data and of its frozen parts.
+SITE = ["data.path=data/quickstart", "frozen.path=tiny"]
+
+
+def build(config: RunConfig) -> UNet:
+    build_noise(config.noise, config.data.height, config.data.width)
+    with torch.device("meta"):
+        return UNet(config.model)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda part: part)
+def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
+    build(compose([f"{group}={choice}", *SITE]))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("debug", [[], ["debug=tiny"]], ids=["full", "tiny"])
+def test_every_experiment_composes_and_builds(experiment: str, debug: list[str]) -> None:
+    config = compose([f"+experiment={experiment}", *debug, *SITE])
+    unet = build(config)
+    channels = {"none": 4, "image": 8}[config.conditioning.concat]
+    assert unet.config.in_channels == channels
+    assert unet.config.num_scalars == len(config.conditioning.scalars)
+
+
+def test_every_group_has_a_test() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert groups == {group for group, _ in CHOICES} | {"experiment", "debug"}
+
+
+def test_debug_lies_over_any_experiment_and_below_the_command_line() -> None:
+    config = compose(["debug=tiny", "+experiment=stage2"])
+    assert config.batch.size == 12
+    assert config.model.widths == (32, 64)
+    assert config.model.in_channels == 4, "the experiment's own shape stays"
+    assert compose(["debug=tiny", "+experiment=stage2", "run.steps=3"]).run.steps == 3
+
+
+def test_runs_of_members_have_folders_of_their_own() -> None:
+    one, two = (compose(["+experiment=noise_schedule", f"noise={noise}"]) for noise in ("edm", "svd_base"))
+    assert one.run.dir == "runs/noise_schedule-edm"
+    assert two.run.dir == "runs/noise_schedule-svd_base"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optim.learning_rate=1", "learning_rate"),
+        ("+experiment=stage9", "stage9"),
+        ("noise=brown", "brown"),
+        ("run.steps=many", "many"),
+        ("optim.schedule=linear", "linear"),
+    ],
+)
+def test_a_mistake_is_named(override: str, named: str) -> None:
+    with pytest.raises((HydraException, ValueError)) as caught:
+        compose([override])
+    assert named in explain(caught.value)
+    assert "\n" not in explain(caught.value)
+
+
+def test_debug_goes_to_the_end() -> None:
+    assert debug_last(["debug=tiny", "+experiment=a", "x=1"]) == ["+experiment=a", "x=1", "+debug=tiny"]
+
+
+def test_batch_size_is_kept_or_refused() -> None:
+    batch = compose(["batch.size=12", "batch.micro=2"]).batch
+    assert [batch.accumulation(ranks) for ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ValueError, match=r"batch.size 12 cannot be split over 5 ranks; start 4 or 6"):
+        batch.accumulation(5)
+    with pytest.raises(ValueError, match=r"batch.micro 2 does not divide the 3 clips .* choose 1 or 3"):
+        batch.accumulation(4)
+
+
+def test_what_a_config_writes_is_plain(tmp_path: Path) -> None:
+    import yaml
+
+    settings = compose().as_dict()
+    assert yaml.safe_load(yaml.safe_dump(settings)) == settings
+    assert settings["model"]["widths"] == list(compose().model.widths)
