@@ -1,0 +1,82 @@
+"""Softmax attention behind one function, whatever kernel computes it.
+
+Layout of queries, keys and values: (..., tokens, heads, head width), last dimension contiguous, any strides
+before it. That is how the projections leave them, so nothing is moved before a kernel that reads strides.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_BATCH = 65_535
+"""CUDA kernels put the batch on a grid dimension of 16 bits."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(head width)) v.
+
+    q is (batch, tokens, heads, width), k and v (batch, keys, heads, width); the result has q's shape.
+    With one more dimension in front, (clips, batch, tokens, heads, width), clips are taken one by one,
+    since their strides need not merge with the batch's; the result then lies in memory as (clips, tokens,
+    batch, heads, width), which is what attention over time has to hand back.
+
+    Args:
+        backend: `flash_attn`, `sdpa` (torch), `reference` (written out), or `auto`: flash_attn where it is
+            installed and the tensors are half precision on a GPU, else sdpa.
+    """
+    kernel = _kernel(backend, q)
+    if q.dim() == 4:
+        return _in_chunks(kernel, q, k, v)
+    if q.shape[0] == 1:
+        return _in_chunks(kernel, q[0], k[0], v[0])[None]
+    clips = zip(q.unbind(0), k.unbind(0), v.unbind(0), strict=True)
+    return torch.stack([_in_chunks(kernel, *clip).transpose(0, 1) for clip in clips]).transpose(1, 2)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _in_chunks(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.shape[0] <= MAX_BATCH:
+        return kernel(q, k, v)
+    chunks = zip(q.split(MAX_BATCH), k.split(MAX_BATCH), v.split(MAX_BATCH), strict=True)
+    return torch.cat([kernel(*chunk) for chunk in chunks])
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() / math.sqrt(q.shape[-1])
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1).to(v.dtype), v)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
+
+
+KERNELS: dict[str, Kernel] = {"flash_attn": _flash_attn, "sdpa": _sdpa, "reference": _reference}
+BACKENDS = ("auto", *KERNELS)
+
+
+@functools.cache
+def flash_attn_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _kernel(backend: str, q: Tensor) -> Kernel:
+    if backend == "auto":
+        fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+        backend = "flash_attn" if fits and flash_attn_installed() else "sdpa"
+    return KERNELS[backend]

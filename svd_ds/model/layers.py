@@ -1,0 +1,178 @@
+"""The small parts that the spatial and the temporal blocks share.
+
+Everything inside the UNet is (B, T, H, W, C) and contiguous: B clips, T frames, H x W latent pixels, C
+channels. Convolutions and group norms see that memory through a permuted view that torch knows as
+channels_last, so no layer moves data only to change its order.
+
+Initial values are torch's defaults but for the layers named Zero..., which start at zero as in the public
+code (sgm `zero_module`). Each layer sets its own parameters in its own constructor: DeepSpeed's zero.Init
+shares a parameter out over the ranks as soon as that constructor returns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svd_ds.model.attention import attention
+from svd_ds.model.groupnorm import group_norm_silu
+
+NORM_GROUPS = 32
+
+
+class FrameConv(nn.Conv2d):
+    """2-D convolution of every frame, keeping the size at stride 1 and halving it at stride 2."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        y_NCHW = super().forward(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2))
+        return y_NCHW.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+
+
+class TemporalConv(nn.Conv3d):
+    """Convolution over three neighbouring frames, pixel by pixel: kernel 3 x 1 x 1, zeros beyond the clip's
+    ends."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        # A 2-D convolution over the plane (T, H*W): the same sums, by kernels that are better tuned than
+        # the 3-D ones.
+        plane_BCTS = x_BTHWC.flatten(2, 3).permute(0, 3, 1, 2)
+        y_BCTS = F.conv2d(plane_BCTS, self.weight.squeeze(-1), self.bias, padding=(1, 0))
+        return y_BCTS.permute(0, 2, 3, 1).unflatten(2, x_BTHWC.shape[2:4])
+
+
+class _StartAtZero(nn.Module):
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class ZeroFrameConv(_StartAtZero, FrameConv):
+    """A FrameConv that starts at zero."""
+
+
+class ZeroTemporalConv(_StartAtZero, TemporalConv):
+    """A TemporalConv that starts at zero."""
+
+
+class ZeroLinear(_StartAtZero, nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group norm with the statistics of each frame, over H x W, then SiLU."""
+
+    def __init__(self, channels: int, eps: float, silu: bool = True) -> None:
+        super().__init__(NORM_GROUPS, channels, eps)
+        self.silu = silu
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        frames_NSC = x_BTHWC.flatten(0, 1).flatten(1, 2)
+        y_NSC = group_norm_silu(frames_NSC, self.weight, self.bias, self.num_groups, self.eps, self.silu)
+        return y_NSC.view(x_BTHWC.shape)
+
+
+class ClipNorm(nn.GroupNorm):
+    """Group norm with the statistics of each clip, over T x H x W, then SiLU."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(NORM_GROUPS, channels, eps)
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        clips_NSC = x_BTHWC.flatten(1, 3)
+        y_NSC = group_norm_silu(clips_NSC, self.weight, self.bias, self.num_groups, self.eps, silu=True)
+        return y_NSC.view(x_BTHWC.shape)
+
+
+def sinusoid(values: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of `values` at width/2 frequencies, 1 down to 1/10000: (..., width), float32."""
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    frequencies = torch.exp(-math.log(10_000) * exponents)
+    angles = values.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class EmbeddingMLP(nn.Module):
+    """Linear, SiLU, linear."""
+
+    def __init__(self, in_width: int, hidden_width: int, out_width: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(in_width, hidden_width)
+        self.linear2 = nn.Linear(hidden_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.silu(self.linear1(x.to(self.linear1.weight.dtype))))
+
+
+class Alpha(nn.Module):
+    """The learned share of the spatial path in a block's output: alpha = sigmoid(mix_factor).
+
+    An image, a frame without neighbours in time, has alpha = 1 (sgm's merge strategy `learned_with_images`).
+    """
+
+    tag = "temporal"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, image_only_BT: Tensor | None) -> Tensor:
+        """alpha, shaped to broadcast over (B, T, H, W, C)."""
+        alpha = self.mix_factor.sigmoid()
+        if image_only_BT is None:
+            return alpha
+        return torch.where(image_only_BT, torch.ones_like(alpha), alpha)[:, :, None, None, None]
+
+
+class FeedForward(nn.Module):
+    """Norm, then the gated GEGLU unit (arXiv 2002.05202) four times as wide as the block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.proj_in = nn.Linear(width, 8 * width)
+        self.proj_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.proj_in(self.norm(x)).chunk(2, dim=-1)
+        return self.proj_out(hidden * F.gelu(gate))
+
+
+class CrossAttention(nn.Module):
+    """Norm, then attention of every position of a clip to the clip's context tokens.
+
+    A position attends to the context alone, so it makes no difference whether positions are grouped by
+    frame, as in the spatial transformer, or by pixel, as in the temporal one: both are one attention of
+    T*H*W queries to L keys, and keys and values are computed once a clip.
+    """
+
+    def __init__(self, width: int, context_width: int, head_width: int, backend: str) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.backend = backend
+        self.norm = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(context_width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BTHWC: Tensor, context_BLD: Tensor) -> Tensor:
+        """What to add to x: like x, or (B, 1, 1, 1, C) where the context is one token."""
+        keys, values = self.kv(context_BLD).chunk(2, dim=-1)
+        if context_BLD.shape[1] == 1:
+            # The softmax of one score is 1, whatever the query: only the value path is left.
+            return self.out(values)[:, :, None, None, :]
+        heads = (-1, self.head_width)
+        queries = self.q(self.norm(x_BTHWC)).flatten(1, 3)
+        mixed = attention(
+            queries.unflatten(-1, heads), keys.unflatten(-1, heads), values.unflatten(-1, heads), self.backend
+        )
+        return self.out(mixed.flatten(-2)).view(x_BTHWC.shape)

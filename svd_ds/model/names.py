@@ -1,0 +1,140 @@
+"""Our parameter names and the two public layouts: sgm's single file ("original") and a diffusers folder.
+
+The tables below are the whole correspondence, read in both directions. A row is a module of ours and its
+public counterpart in each layout; parameter names (`weight`, `bias`, `mix_factor`) are the same everywhere.
+Where a public entry is a tuple, our parameter is those public tensors joined along dimension 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from svd_ds.model.unet import UNetConfig
+
+LAYOUTS = ("diffusers", "original")
+ORIGINAL_PREFIX = "model.diffusion_model."
+VIDEO_CLASS, IMAGE_CLASS = "UNetSpatioTemporalConditionModel", "UNet2DConditionModel"
+
+Row = tuple[str, str | tuple[str, ...], str | tuple[str, ...]]
+
+ENDS: tuple[Row, ...] = (
+    ("embedding.time.linear1", "time_embedding.linear_1", "time_embed.0"),
+    ("embedding.time.linear2", "time_embedding.linear_2", "time_embed.2"),
+    ("embedding.scalars.linear1", "add_embedding.linear_1", "label_emb.0.0"),
+    ("embedding.scalars.linear2", "add_embedding.linear_2", "label_emb.0.2"),
+    ("conv_in", "conv_in", "input_blocks.0.0"),
+    ("norm_out", "conv_norm_out", "out.0"),
+    ("conv_out", "conv_out", "out.2"),
+)
+RESIDUAL: tuple[Row, ...] = (
+    ("spatial.norm1", "spatial_res_block.norm1", "in_layers.0"),
+    ("spatial.conv1", "spatial_res_block.conv1", "in_layers.2"),
+    ("spatial.time_projection", "spatial_res_block.time_emb_proj", "emb_layers.1"),
+    ("spatial.norm2", "spatial_res_block.norm2", "out_layers.0"),
+    ("spatial.conv2", "spatial_res_block.conv2", "out_layers.3"),
+    ("spatial.shortcut", "spatial_res_block.conv_shortcut", "skip_connection"),
+    ("temporal.norm1", "temporal_res_block.norm1", "time_stack.in_layers.0"),
+    ("temporal.conv1", "temporal_res_block.conv1", "time_stack.in_layers.2"),
+    ("temporal.time_projection", "temporal_res_block.time_emb_proj", "time_stack.emb_layers.1"),
+    ("temporal.norm2", "temporal_res_block.norm2", "time_stack.out_layers.0"),
+    ("temporal.conv2", "temporal_res_block.conv2", "time_stack.out_layers.3"),
+    ("alpha", "time_mixer", "time_mixer"),
+)
+TRANSFORMER: tuple[Row, ...] = (
+    ("norm", "norm", "norm"),
+    ("proj_in", "proj_in", "proj_in"),
+    ("positions.mlp.linear1", "time_pos_embed.linear_1", "time_pos_embed.0"),
+    ("positions.mlp.linear2", "time_pos_embed.linear_2", "time_pos_embed.2"),
+    ("alpha", "time_mixer", "time_mixer"),
+    ("proj_out", "proj_out", "proj_out"),
+)
+TRANSFORMER_STACKS = (
+    ("spatial", "transformer_blocks", "transformer_blocks"),
+    ("temporal", "temporal_transformer_blocks", "time_stack"),
+)
+TRANSFORMER_BLOCK: tuple[tuple[str, str | tuple[str, ...]], ...] = (
+    ("feed_forward_in.norm", "norm_in"),
+    ("feed_forward_in.proj_in", "ff_in.net.0.proj"),
+    ("feed_forward_in.proj_out", "ff_in.net.2"),
+    ("attention.norm", "norm1"),
+    ("attention.qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+    ("attention.out", "attn1.to_out.0"),
+    ("cross.norm", "norm2"),
+    ("cross.q", "attn2.to_q"),
+    ("cross.kv", ("attn2.to_k", "attn2.to_v")),
+    ("cross.out", "attn2.to_out.0"),
+    ("feed_forward.norm", "norm3"),
+    ("feed_forward.proj_in", "ff.net.0.proj"),
+    ("feed_forward.proj_out", "ff.net.2"),
+)
+
+
+def public_names(parameter: str, modules: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The public tensors that make up our `parameter`, joined along dimension 0, given `public_modules`."""
+    module, leaf = parameter.rsplit(".", 1)
+    return tuple(f"{public}.{leaf}" for public in modules[module])
+
+
+def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]]:
+    """Our module -> its public modules, for a network of this config.
+
+    Raises:
+        ValueError: `layout` is not one of LAYOUTS.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"The layout must be one of {', '.join(LAYOUTS)}, not {layout!r}.")
+    column = 1 + LAYOUTS.index(layout)
+    prefix = ORIGINAL_PREFIX if layout == "original" else ""
+    modules = {}
+    for place, rows in [(("", "", ""), ENDS), *_places(config)]:
+        for row in rows:
+            public = row[column] if isinstance(row[column], tuple) else (row[column],)
+            modules[place[0] + row[0]] = tuple(prefix + place[column] + name for name in public)
+    return modules
+
+
+def _places(config: UNetConfig) -> Iterator[tuple[tuple[str, str, str], tuple[Row, ...]]]:
+    """Every block of the network: its path in the three layouts, and the table of what is inside."""
+    transformer = _transformer_rows(config.transformer_depth)
+    levels = len(config.widths)
+    step = 0
+    for level in range(levels):
+        for index in range(config.num_layers):
+            ours, theirs, original = f"encoder.{step}", f"down_blocks.{level}", f"input_blocks.{step + 1}"
+            yield (f"{ours}.residual.", f"{theirs}.resnets.{index}.", f"{original}.0."), RESIDUAL
+            yield (f"{ours}.transformer.", f"{theirs}.attentions.{index}.", f"{original}.1."), transformer
+            step += 1
+        ours, theirs, original = f"encoder.{step}", f"down_blocks.{level}", f"input_blocks.{step + 1}"
+        yield (f"{ours}.resize.", f"{theirs}.downsamplers.0.", f"{original}.0."), (("conv", "conv", "op"),)
+        step += 1
+
+    yield ("middle.0.residual.", "mid_block.resnets.0.", "middle_block.0."), RESIDUAL
+    yield ("middle.0.transformer.", "mid_block.attentions.0.", "middle_block.1."), transformer
+    yield ("middle.1.residual.", "mid_block.resnets.1.", "middle_block.2."), RESIDUAL
+
+    for step in range(levels * (config.num_layers + 1)):
+        up, index = divmod(step, config.num_layers + 1)
+        ours, theirs, original = f"decoder.{step}", f"up_blocks.{up}", f"output_blocks.{step}"
+        upsample = 2 if config.attention_levels[levels - 1 - up] else 1
+        yield (f"{ours}.residual.", f"{theirs}.resnets.{index}.", f"{original}.0."), RESIDUAL
+        yield (f"{ours}.transformer.", f"{theirs}.attentions.{index}.", f"{original}.1."), transformer
+        yield (
+            (f"{ours}.resize.", f"{theirs}.upsamplers.0.", f"{original}.{upsample}."),
+            (("conv", "conv", "conv"),),
+        )
+
+
+def _transformer_rows(depth: int) -> tuple[Row, ...]:
+    rows = list(TRANSFORMER)
+    for index in range(depth):
+        for ours, theirs, original in TRANSFORMER_STACKS:
+            for module, public in TRANSFORMER_BLOCK:
+                names = public if isinstance(public, tuple) else (public,)
+                rows.append(
+                    (
+                        f"{ours}.{index}.{module}",
+                        tuple(f"{theirs}.{index}.{name}" for name in names),
+                        tuple(f"{original}.{index}.{name}" for name in names),
+                    )
+                )
+    return tuple(rows)
