@@ -30,8 +30,12 @@ def main() -> None:
         epilog="example: tools/launch.py -n 2 -- +experiment=noise_schedule run.steps=100",
     )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    parser.add_argument("-n", type=int, default=gpus or 2, help="ranks (default: one a GPU, or 2 without GPUs)")
-    parser.add_argument("--script", help="run this Python file on each rank instead of `python -m svd_ds.train`")
+    parser.add_argument(
+        "-n", type=int, default=gpus or 2, help="ranks (default: one a GPU, or 2 without GPUs)"
+    )
+    parser.add_argument(
+        "--script", help="run this Python file on each rank instead of `python -m svd_ds.train`"
+    )
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="given to each rank as it is")
     options = parser.parse_args()
     if options.n < 1:

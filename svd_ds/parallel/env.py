@@ -59,9 +59,11 @@ class Env:
 
 def init(env: Env, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank."""
-    # For libraries that read the environment themselves; DeepSpeed takes LOCAL_RANK for the device's index.
+    # For DeepSpeed, which reads the environment itself: it takes LOCAL_RANK for the device's index, and without
+    # LOCAL_SIZE it starts a process to count the processor's NUMA nodes at every reduction of gradients.
     local_rank = env.local_rank if env.device.index is None else env.device.index
-    os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world), LOCAL_RANK=str(local_rank))
+    os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world))
+    os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_SIZE=str(env.local_world))
     device_id = None
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)

@@ -1,0 +1,80 @@
+"""The engine on real ranks over gloo; zero3_ranks.py holds what the ranks do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("zero3_ranks.py")
+CHECKS = (
+    "no_rank_holds_the_model",
+    "equals_plain_torch_and_resumes_bitwise",
+    "recomputation_changes_nothing",
+    "bf16_has_exact_master_weights",
+    "weights_loaded_in_the_middle_are_used",
+    "borrowed_weights_are_given_back",
+    "frozen_parts_stay_and_the_rest_learns_right",
+    "wrong_weights_are_refused",
+)
+RunRanks = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def outcomes(folder: Path) -> list[dict[str, Any]]:
+    """What each rank found: check -> traceback or None."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """All checks on two ranks, started once."""
+    folder = tmp_path_factory.mktemp("zero3")
+    (folder / "extensions").mkdir()
+    return folder, run_ranks(SCRIPT, folder, *CHECKS, TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_ranks(two_ranks: tuple[Path, subprocess.CompletedProcess[str]], check: str) -> None:
+    folder, ended = two_ranks
+    assert ended.returncode == 0, ended.stderr
+    found = outcomes(folder)
+    assert len(found) == 2
+    for rank, results in enumerate(found):
+        assert results[check] is None, f"rank {rank}: {results[check]}"
+
+
+def test_deepspeed_prints_nothing_and_compiles_nothing(
+    two_ranks: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, ended = two_ranks
+    assert ended.stdout == ""
+    assert ended.stderr == ""
+    assert not list((folder / "extensions").iterdir())
+
+
+def test_one_rank_by_hand(tmp_path: Path) -> None:
+    check = "equals_plain_torch_and_resumes_bitwise"
+    ended = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path, check],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=SCRIPT.parents[2],
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert outcomes(tmp_path) == [{check: None}]
+
+
+@pytest.mark.slow
+def test_offloaded_optimizer(run_ranks: RunRanks, tmp_path: Path) -> None:
+    check = "offloaded_optimizer_equals_plain_torch"
+    ended = run_ranks(SCRIPT, tmp_path, check)
+    assert ended.returncode == 0, ended.stderr
+    assert outcomes(tmp_path) == [{check: None}] * 2

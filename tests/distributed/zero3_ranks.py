@@ -1,0 +1,341 @@
+"""What each rank of test_zero3.py runs: the engine around a small UNet, against plain torch in one process.
+
+    zero3_ranks.py RESULTS CHECK ...
+
+Every rank goes through the checks named and writes RESULTS/rank-R.json: check -> traceback or null.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.parallel.engine import Engine
+from svd_ds.parallel.env import Env, init, shutdown
+from svd_ds.parallel.groups import ModelParallelUnit, ParallelDims, create_groups, destroy_groups
+from svd_ds.parallel.recompute import apply_recompute
+from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
+
+SMALL = UNetConfig(
+    in_channels=8,
+    widths=(32, 64),
+    num_layers=1,
+    attention_levels=(True, False),
+    context_width=16,
+    head_width=16,
+    scalar_width=8,
+)
+ACCUMULATION = 2
+MICRO_BATCH = 2
+GRADIENT_CLIP = 0.05
+RATES = {"spatial": 1e-3, "temporal": 2e-3, "embedding": 5e-4}
+WEIGHT_DECAY = 0.1
+BETAS = (0.8, 0.95)
+EPS = 1e-4
+"""Large, or Adam makes steps of the rounding errors of gradients that are nothing else."""
+
+
+class Ranks:
+    """This rank's place, and how to build an engine on it."""
+
+    def __init__(self, env: Env, mpu: ModelParallelUnit) -> None:
+        self.env = env
+        self.mpu = mpu
+        self._shared: dict[str, Engine] = {}
+
+    def shared_engine(self, precision: str = "fp32") -> Engine:
+        """An engine for checks that do not mind what it did before, with the weights of `random_weights`."""
+        if precision not in self._shared:
+            self._shared[precision] = self.engine(precision)
+        self._shared[precision].load_full(random_weights().items())
+        return self._shared[precision]
+
+    def engine(
+        self,
+        precision: str = "fp32",
+        recompute: str = "blocks",
+        trained: tuple[str, ...] = tuple(RATES),
+        **zero: int | bool | str,
+    ) -> Engine:
+        """An engine around the small UNet with the weights of `random_weights`."""
+        config = deepspeed_config(
+            ZeroConfig(persistence_threshold=1000, reduce_bucket=300_000, **zero),
+            precision=precision,
+            micro_batch=MICRO_BATCH,
+            accumulation=ACCUMULATION,
+            gradient_clip=GRADIENT_CLIP,
+        )
+        with Engine.sharded_init(config, self.mpu):
+            unet = UNet(SMALL)
+        apply_recompute(unet, unet.blocks(), recompute)
+        groups = optimizer_groups(unet, trained)
+        engine = Engine(unet, groups, config, self.mpu, leaves=unet.blocks().values(), betas=BETAS, eps=EPS)
+        engine.load_full(random_weights().items())
+        return engine
+
+    def train(
+        self, engine: Engine, steps: range, dtype: torch.dtype = torch.float32
+    ) -> list[tuple[float, float]]:
+        """Loss over all ranks and gradient norm of each step."""
+        history = []
+        for step in steps:
+            total = torch.zeros(())
+            for micro_batch in micro_batches(step, self.env.world)[self.env.rank]:
+                loss = loss_of(engine, micro_batch)
+                engine.backward(loss)
+                total += loss.detach()
+            norm = engine.step(RATES)
+            dist.all_reduce(total)
+            history.append((total.item() / (ACCUMULATION * self.env.world), norm))
+        return history
+
+
+def optimizer_groups(unet: UNet, trained: tuple[str, ...]) -> list[dict]:
+    parameters, tags = dict(unet.named_parameters()), parameter_tags(unet)
+    return [
+        {
+            "name": tag,
+            "params": [parameters[name] for name in parameters if tags[name] == tag],
+            "weight_decay": WEIGHT_DECAY,
+        }
+        for tag in trained
+    ]
+
+
+def random_weights(seed: int = 0) -> dict[str, Tensor]:
+    """Weights under which every layer does something, zero-initialised ones too. No bfloat16 holds them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in UNet(SMALL).named_parameters()}
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.08 + (name.endswith("weight") and len(shape) == 1))
+        for name, shape in shapes.items()
+    }
+
+
+def plain_unet(weights: dict[str, Tensor]) -> UNet:
+    unet = UNet(SMALL)
+    unet.load_state_dict(weights)
+    return unet
+
+
+def micro_batches(step: int, world: int) -> list[list[dict[str, Tensor]]]:
+    """The clips of a step, [rank][micro-batch]."""
+    generator = torch.Generator().manual_seed(1000 + step)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(MICRO_BATCH, *shape, generator=generator)
+
+    def micro_batch() -> dict[str, Tensor]:
+        inputs = {"x": draw(3, 8, 8, 8), "noise": draw(), "context": draw(5, 16), "scalars": draw(3)}
+        return inputs | {"target": draw(3, 4, 8, 8)}
+
+    return [[micro_batch() for _ in range(ACCUMULATION)] for _ in range(world)]
+
+
+def output_of(net: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
+    return net(batch["x"], batch["noise"], batch["context"], batch["scalars"], None)
+
+
+def loss_of(net: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
+    return (output_of(net, batch).float() - batch["target"]).square().mean()
+
+
+def plain_training(
+    num_steps: int, world: int, trained: tuple[str, ...] = tuple(RATES)
+) -> tuple[list[tuple[float, float]], UNet]:
+    """What `Ranks.train` must reproduce: the same steps in plain torch, all clips on one rank."""
+    unet = plain_unet(random_weights())
+    groups = optimizer_groups(unet, trained)
+    groups = [group | {"lr": RATES[group["name"]]} for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    history = []
+    for step in range(num_steps):
+        losses = [loss_of(unet, batch) for rank in micro_batches(step, world) for batch in rank]
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
+        optimizer.step()
+        history.append((loss.item(), norm.item()))
+    return history, unet
+
+
+def gathered(engine: Engine) -> dict[str, Tensor]:
+    return {name: engine.gather(name, shard) for name, shard in engine.local_shards().items()}
+
+
+def assert_close(ours: dict[str, Tensor], theirs: UNet, tolerance: float) -> None:
+    wanted = dict(theirs.named_parameters())
+    worst = max((ours[name] - wanted[name].detach()).abs().max().item() for name in ours)
+    assert worst < tolerance, f"weights differ by {worst}"
+
+
+def check_no_rank_holds_the_model(ranks: Ranks) -> None:
+    config = deepspeed_config(
+        ZeroConfig(), precision="bf16", micro_batch=1, accumulation=1, gradient_clip=1.0
+    )
+    with Engine.sharded_init(config, ranks.mpu):
+        unet = UNet(SMALL)
+    shapes = {name: tensor.shape for name, tensor in random_weights().items()}
+    for name, parameter in unet.named_parameters():
+        assert parameter.numel() == 0, f"{name} is whole"
+        assert parameter.ds_tensor.numel() == -(-shapes[name].numel() // ranks.env.world)
+        assert parameter.ds_tensor.dtype == torch.bfloat16
+
+
+def check_equals_plain_torch_and_resumes_bitwise(ranks: Ranks) -> None:
+    engine = ranks.engine()
+    wanted, unet = plain_training(5, ranks.env.world)
+    before = ranks.train(engine, range(3))
+    folder = [tempfile.mkdtemp() if ranks.env.rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    engine.save(folder[0])
+    after = ranks.train(engine, range(3, 5))
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(before + after, wanted, strict=True):
+        assert abs(loss - wanted_loss) < 1e-5 * wanted_loss, (before + after, wanted)
+        assert abs(norm - wanted_norm) < 1e-4 * wanted_norm, (before + after, wanted)
+        assert norm > GRADIENT_CLIP, "clipping is not exercised"
+    assert_close(gathered(engine), unet, 2e-5)
+
+    resumed = ranks.engine()
+    resumed.load(folder[0])
+    assert ranks.train(resumed, range(3, 5)) == after, "a resumed run differs"
+    final = resumed.local_shards()
+    assert all(torch.equal(shard, final[name]) for name, shard in engine.local_shards().items())
+
+
+def check_recomputation_changes_nothing(ranks: Ranks) -> None:
+    kept, recomputed = ranks.engine(recompute="none"), ranks.engine(recompute="blocks")
+    assert ranks.train(kept, range(2)) == ranks.train(recomputed, range(2))
+    shards = recomputed.local_shards()
+    assert all(torch.equal(shard, shards[name]) for name, shard in kept.local_shards().items())
+
+
+def check_bf16_has_exact_master_weights(ranks: Ranks) -> None:
+    engine, weights = ranks.shared_engine("bf16"), random_weights()
+    masters = gathered(engine)
+    assert all(torch.equal(masters[name], weights[name]) for name in weights), (
+        "loading rounds the master weights"
+    )
+    batch = micro_batches(0, 1)[0][0]
+    with torch.no_grad():
+        output = output_of(engine, batch)
+        wanted = output_of(plain_unet(weights).to(torch.bfloat16), batch)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, wanted)
+
+    history, (wanted_history, _) = ranks.train(engine, range(3)), plain_training(3, ranks.env.world)
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(history, wanted_history, strict=True):
+        assert abs(loss - wanted_loss) < 0.02 * wanted_loss, (history, wanted_history)
+        assert abs(norm - wanted_norm) < 0.1 * wanted_norm, (history, wanted_history)
+    moved = gathered(engine)
+    assert all(not torch.equal(moved[name], weights[name]) for name in weights), "a parameter never moved"
+
+
+def check_weights_loaded_in_the_middle_are_used(ranks: Ranks) -> None:
+    engine, batch = ranks.shared_engine(), micro_batches(7, 1)[0][0]
+    ranks.train(engine, range(1))
+    weights = random_weights(seed=1)
+    assert engine.load_full(weights.items()) == []
+    with torch.no_grad():
+        torch.testing.assert_close(output_of(engine, batch), output_of(plain_unet(weights), batch))
+    without_last = list(random_weights(seed=2).items())[:-1]
+    assert engine.load_full(without_last) == list(weights)[-1:]
+
+
+def check_borrowed_weights_are_given_back(ranks: Ranks) -> None:
+    for precision in ("fp32", "bf16"):
+        engine, batch = ranks.shared_engine(precision), micro_batches(7, 1)[0][0]
+        ranks.train(engine, range(1))
+        own = {name: shard.clone() for name, shard in engine.local_shards().items()}
+        with torch.no_grad():
+            before = output_of(engine, batch)
+            with engine.weights({name: 0.5 * shard for name, shard in own.items()}):
+                during = output_of(engine, batch)
+            after = output_of(engine, batch)
+        halved = plain_unet({name: 0.5 * engine.gather(name, shard) for name, shard in own.items()})
+        with torch.no_grad():
+            wanted = output_of(halved.to(before.dtype), batch)
+        torch.testing.assert_close(during, wanted)
+        assert torch.equal(before, after)
+        assert all(torch.equal(shard, own[name]) for name, shard in engine.local_shards().items())
+        ranks.train(engine, range(1))
+
+
+def check_frozen_parts_stay_and_the_rest_learns_right(ranks: Ranks) -> None:
+    engine = ranks.engine(trained=("temporal",))
+    wanted, unet = plain_training(3, ranks.env.world, trained=("temporal",))
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(ranks.train(engine, range(3)), wanted, strict=True):
+        assert abs(loss - wanted_loss) < 1e-5 * wanted_loss
+        assert abs(norm - wanted_norm) < 1e-4 * wanted_norm
+    tags = parameter_tags(unet)
+    assert set(engine.local_shards()) == {name for name in tags if tags[name] == "temporal"}
+    assert_close(gathered(engine), unet, 2e-5)
+    batch = micro_batches(9, 1)[0][0]
+    with torch.no_grad():
+        torch.testing.assert_close(output_of(engine, batch), output_of(unet, batch), rtol=1e-4, atol=1e-4)
+
+
+def check_wrong_weights_are_refused(ranks: Ranks) -> None:
+    engine = ranks.shared_engine()
+    name, tensor = next(iter(random_weights().items()))
+    for stream, words in (
+        ([("no.such.weight", tensor)], ["no.such.weight"]),
+        ([(name, torch.zeros(3, 1))], [name, "(3, 1)", str(tuple(tensor.shape))]),
+    ):
+        try:
+            engine.load_full(stream)
+        except ValueError as error:
+            assert all(word in str(error) for word in words), error
+        else:
+            raise AssertionError("not refused")
+
+
+def check_offloaded_optimizer_equals_plain_torch(ranks: Ranks) -> None:
+    wanted, unet = plain_training(3, ranks.env.world)
+    engine = ranks.engine(offload_optimizer=True)
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(ranks.train(engine, range(3)), wanted, strict=True):
+        assert abs(loss - wanted_loss) < 1e-5 * wanted_loss
+        assert abs(norm - wanted_norm) < 1e-4 * wanted_norm
+    assert_close(gathered(engine), unet, 2e-5)
+
+
+def checks() -> Iterator[tuple[str, Callable[[Ranks], None]]]:
+    for name, value in globals().items():
+        if name.startswith("check_"):
+            yield name.removeprefix("check_"), value
+
+
+def main(folder: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    env = Env.read()
+    init(env, timeout=timedelta(seconds=60))
+    ranks = Ranks(env, create_groups(ParallelDims(env.world)))
+    results = {}
+    for name, check in checks():
+        if name in names:
+            torch.manual_seed(env.rank)
+            try:
+                check(ranks)
+                results[name] = None
+            except Exception:
+                results[name] = traceback.format_exc()
+    Path(folder, f"rank-{env.rank}.json").write_text(json.dumps(results))
+    destroy_groups()
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
