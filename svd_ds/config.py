@@ -17,7 +17,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from svd_ds.data.loader import DataConfig
@@ -30,6 +30,9 @@ from svd_ds.training.ema import EMAConfig
 from svd_ds.training.metrics import LoggerConfig
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import PreviewConfig
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
+"""A key, choice or value that Hydra or OmegaConf does not take."""
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -68,20 +71,15 @@ class BatchConfig:
         Raises ValueError, with the nearest choices that work, unless micro x accumulation x ranks = size.
         """
         if self.size % ranks:
-            divisors = [n for n in range(1, self.size + 1) if self.size % n == 0]
-            nearest = sorted(divisors, key=lambda n: abs(n - ranks))[:3]
             raise ValueError(
-                f"batch.size {self.size} cannot be split over {ranks} ranks; "
-                f"start {' or '.join(str(n) for n in sorted(nearest))}"
+                f"batch.size {self.size} cannot be split over {ranks} ranks; start {_nearest_divisors(self.size, ranks)}"
             )
         share = self.size // ranks
         micro = self.micro or share
         if share % micro:
-            fitting = [n for n in range(1, share + 1) if share % n == 0]
-            nearest = sorted(fitting, key=lambda n: abs(n - micro))[:3]
             raise ValueError(
                 f"batch.micro {micro} does not divide the {share} clips that each of {ranks} ranks has of "
-                f"batch.size {self.size}; choose {' or '.join(str(n) for n in sorted(nearest))}"
+                f"batch.size {self.size}; choose {_nearest_divisors(share, micro)}"
             )
         return share // micro
 
@@ -145,7 +143,9 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
         node = hydra_compose("train", debug_last(overrides), return_hydra_config=True)
     # A run is named after the choices that Hydra made: ${hydra:runtime.choices...}.
     HydraConfig.instance().set_config(node)
-    return to_config(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]))
+    with read_write(node), open_dict(node):
+        del node["hydra"]
+    return to_config(node)
 
 
 def debug_last(overrides: Sequence[str]) -> list[str]:
@@ -155,10 +155,18 @@ def debug_last(overrides: Sequence[str]) -> list[str]:
     return [override for override, flag in zip(overrides, is_debug, strict=True) if not flag] + debug
 
 
-def explain(error: HydraException | OmegaConfBaseException) -> str:
+def explain(error: BaseException) -> str:
     """One sentence from Hydra's several lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith(("full_key", "reference_type", "object_type")))
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` next below and next above `wanted`, in words."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < wanted][-1:]
+    above = [n for n in divisors if n > wanted][:1]
+    return " or ".join(str(n) for n in below + above)
 
 
 def _schema() -> DictConfig:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from svd_ds import config
 from svd_ds.door import USER_ERRORS, print_error, wants_traceback
@@ -20,7 +18,7 @@ from svd_ds.parallel.env import Env
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
-def _task(node: DictConfig) -> None:
+def _task(node: Any) -> None:
     settings = config.to_config(node)
     # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
     from svd_ds.run import run
@@ -39,7 +37,7 @@ def main() -> None:
         _task()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException, *USER_ERRORS) as error:
+    except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
         if show_traceback:
             raise
         _tell(error)
@@ -49,7 +47,7 @@ def main() -> None:
 def _tell(error: BaseException) -> None:
     """Print one sentence: rank 0 what all ranks know, any rank what only it knows."""
     env = Env.read()
-    of_config = isinstance(error, HydraException | OmegaConfBaseException)
+    of_config = isinstance(error, config.COMPOSE_ERRORS)
     shared = of_config or isinstance(error, SharedError)
     if shared and env.rank != 0:
         return
