@@ -65,7 +65,8 @@ class Engine:
             parameter.requires_grad_(id(parameter) in trained)
         for leaf in leaves:
             set_z3_leaf_module(leaf, True)
-            leaf.register_forward_pre_hook(_ensure_input_gradient)
+            if any(parameter.requires_grad for parameter in leaf.parameters()):
+                leaf.register_forward_pre_hook(_ensure_input_gradient)
         offload = "offload_optimizer" in config["zero_optimization"]
         # The rate is given anew at every step.
         if offload:
@@ -230,8 +231,8 @@ def _start_communication() -> None:
 def _ensure_input_gradient(leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Give a leaf an input that wants a gradient, where everything before the leaf is frozen.
 
-    DeepSpeed reduces a leaf's gradients once those of its inputs are there: with none to wait for it would
-    reduce before they are computed.
+    DeepSpeed reduces a leaf's gradients and releases its parameters once the gradients of its inputs are
+    there: with none to wait for, it would do so before the leaf has run backward.
     """
     if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return None

@@ -59,7 +59,7 @@ class Env:
 
 def init(env: Env, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank."""
-    # For DeepSpeed, which reads the environment itself: it takes LOCAL_RANK for the device's index, and without
+    # For DeepSpeed, which reads the environment itself: LOCAL_RANK is its device's index, and without
     # LOCAL_SIZE it starts a process to count the processor's NUMA nodes at every reduction of gradients.
     local_rank = env.local_rank if env.device.index is None else env.device.index
     os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world))

@@ -1,0 +1,115 @@
+"""tools/launch.py: ranks start together, fail together, and none is left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+LAUNCHER = Path(__file__).parents[2] / "tools" / "launch.py"
+RANK = """
+import os, signal, sys, time
+rank, mode, folder = os.environ["RANK"], sys.argv[1], sys.argv[2]
+open(f"{folder}/{rank}.pid", "w").write(str(os.getpid()))
+if mode == "report":
+    print(f"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads")
+    print(f"error of rank {rank}", file=sys.stderr)
+if mode == "exit" and rank == "1":
+    sys.exit(7)
+if mode == "crash" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "asked":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+    open(f"{folder}/{rank}.ready", "w").close()
+if mode != "report":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launch", LAUNCHER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def command(mode: str, folder: Path) -> list[str]:
+    return [sys.executable, "-c", RANK, mode, str(folder)]
+
+
+def alive(folder: Path) -> list[int]:
+    """Process ids of ranks that still run; a zombie does not."""
+    found = []
+    for path in folder.glob("*.pid"):
+        status = Path("/proc", path.read_text(), "stat")
+        if status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+            found.append(int(path.read_text()))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_rank_0_prints_and_every_rank_complains(
+    launcher: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = max(1, len(os.sched_getaffinity(0)) // 3)
+    assert launcher.launch(command("report", tmp_path), 3) == 0
+    out, err = capfd.readouterr()
+    assert out == f"rank 0 of 3, {threads} threads\n"
+    assert sorted(err.splitlines()) == [f"error of rank {rank}" for rank in range(3)]
+
+
+@pytest.mark.parametrize(("mode", "code"), [("exit", 7), ("crash", 128 + signal.SIGKILL)])
+def test_one_failure_ends_all(
+    launcher: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, code: int
+) -> None:
+    monkeypatch.setattr(launcher, "GRACE_S", 0.2)
+    started = time.monotonic()
+    assert launcher.launch(command(mode, tmp_path), 2) == code
+    assert time.monotonic() - started < 30
+    assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_signals_reach_every_rank_and_no_rank_outlives_the_launcher(tmp_path: Path, number: int) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    process = subprocess.Popen(
+        [sys.executable, LAUNCHER, "-n", "2", "--script", script, "--", "asked", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(LAUNCHER.parents[1])},
+    )
+    wait_until(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
+    process.send_signal(number)
+    assert process.wait(30) == (0 if number == signal.SIGUSR1 else -signal.SIGKILL)
+    wait_until(lambda: not alive(tmp_path), 5)
+
+
+def test_no_ranks_are_refused(launcher: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.py", "-n", "0"])
+    with pytest.raises(ValueError, match="-n is 0"):
+        launcher.main()

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from svd_ds.parallel import env as environment
+from svd_ds.parallel.env import Env, supports_bf16
+
+SRUN = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NODELIST": "gpu[03-05,9],big1",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NODELIST": "gpu[04-05],big1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def place(env: Env) -> tuple[int, int, int, int, str]:
+    return env.rank, env.world, env.local_rank, env.local_world, env.address
+
+
+def test_by_hand_is_one_rank() -> None:
+    env = Env.read({})
+    assert place(env) == (0, 1, 0, 1, "127.0.0.1")
+    assert (env.device, env.backend) == (torch.device("cpu"), "gloo")
+
+
+def test_torchrun() -> None:
+    env = Env.read(TORCHRUN)
+    assert place(env) == (5, 8, 1, 4, "head")
+    assert env.port == 29500
+
+
+def test_srun_takes_the_steps_own_numbers() -> None:
+    env = Env.read(SRUN)
+    assert place(env) == (3, 5, 1, 2, "gpu04")
+    peer = Env.read(SRUN | {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"})
+    assert place(peer) == (4, 5, 0, 1, "gpu04")
+    assert peer.port == env.port
+    assert Env.read(SRUN | {"SLURM_STEP_ID": "3"}).port != env.port
+    assert Env.read(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}).address == "10.0.0.1"
+
+
+def test_a_batch_shell_is_one_rank() -> None:
+    shell = {name: value for name, value in SRUN.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
+    assert place(Env.read(shell)) == (0, 1, 0, 1, "127.0.0.1")
+
+
+def test_an_interactive_shell_is_one_rank() -> None:
+    shell = SRUN | {
+        "SLURM_STEP_ID": "4294967290",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "1",
+    }
+    assert place(Env.read(shell | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}))[:4] == (
+        0,
+        1,
+        0,
+        1,
+    )
+
+
+def test_torchrun_inside_srun_wins() -> None:
+    assert place(Env.read(SRUN | TORCHRUN)) == (5, 8, 1, 4, "head")
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("node1", "node1"),
+        ("a,b", "a"),
+        ("n[1-3,7],m2", "n1"),
+        ("rack[01-02]n[3,5]", "rack01n3"),
+        ("n[7]-ib", "n7-ib"),
+    ],
+)
+def test_first_host(nodelist: str, first: str) -> None:
+    assert Env.read(SRUN | {"SLURM_STEP_NODELIST": nodelist}).address == first
+
+
+@pytest.mark.parametrize(
+    ("environ", "word"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK"),
+        (TORCHRUN | {"RANK": "8"}, "8"),
+        ({name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"}, "MASTER_PORT"),
+    ],
+)
+def test_incomplete_launch_is_refused(environ: dict[str, str], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Env.read(environ)
+
+
+@pytest.mark.parametrize(("gpus", "index"), [(4, 1), (8, 1), (1, 0)])
+def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, index: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    env = Env.read(TORCHRUN)
+    assert env.device == torch.device("cuda", index)
+    assert env.backend == "cpu:gloo,cuda:nccl"
+
+
+def test_too_few_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"4 ranks .* has 3"):
+        Env.read(TORCHRUN)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "native"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"bf16": True}, True),
+    ],
+)
+def test_supports_bf16(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], native: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert supports_bf16(torch.device("cpu")) is native
+
+
+def test_barrier_of_one_process_needs_no_group() -> None:
+    environment.barrier()
+    environment.shutdown()

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
+
+
+def test_the_dictionary_is_this() -> None:
+    config = deepspeed_config(
+        ZeroConfig(), precision="bf16", micro_batch=2, accumulation=4, gradient_clip=1.0
+    )
+    assert config == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "reduce_bucket_size": 50_000_000,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "memory_efficient_linear": False,
+        },
+    }
+
+
+def test_every_field_has_its_effect() -> None:
+    common = {"precision": "fp32", "micro_batch": 1, "accumulation": 1, "gradient_clip": 0.5}
+    plain = deepspeed_config(ZeroConfig(), **common)
+    assert plain["bf16"] == {"enabled": False}
+    assert plain["gradient_clipping"] == 0.5
+    for changed in (
+        ZeroConfig(persistence_threshold=7),
+        ZeroConfig(prefetch_bucket=7),
+        ZeroConfig(max_live=7),
+        ZeroConfig(max_reuse_distance=7),
+        ZeroConfig(reduce_bucket=7),
+        ZeroConfig(reduce_dtype="bf16"),
+        ZeroConfig(overlap_comm=False),
+        ZeroConfig(offload_optimizer=True),
+    ):
+        assert deepspeed_config(changed, **common) != plain, changed
+
+
+def test_unknown_precisions_are_refused() -> None:
+    with pytest.raises(ValueError, match="fp16"):
+        deepspeed_config(ZeroConfig(), precision="fp16", micro_batch=1, accumulation=1, gradient_clip=1.0)
+    with pytest.raises(ValueError, match=r"parallel.reduce_dtype is 'fp16'"):
+        ZeroConfig(reduce_dtype="fp16")
+    with pytest.raises(ValueError, match=r"parallel.reduce_bucket is 0"):
+        ZeroConfig(reduce_bucket=0)
