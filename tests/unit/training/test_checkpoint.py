@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from svd_ds.data.cursor import Cursor
+from svd_ds.model.unet import UNetConfig
+from svd_ds.parallel.env import Env
+from svd_ds.training.checkpoint import MARKER, CheckpointConfig, Checkpoints
+from svd_ds.training.ema import EMAConfig, ShardEMA
+from svd_ds.training.state import Progress
+
+UNET = UNetConfig(widths=(32, 64), attention_levels=(True, True), head_width=32)
+
+
+class OneRankEngine:
+    """What a checkpoint asks of the engine, on one rank."""
+
+    def __init__(self) -> None:
+        self.shards = {"a": torch.randn(7), "b": torch.randn(3)}
+
+    def local_shards(self) -> dict[str, torch.Tensor]:
+        return self.shards
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "state").write_text("optimiser")
+
+    def load(self, folder: Path) -> None:
+        assert (folder / "state").read_text() == "optimiser"
+
+
+def checkpoints(folder: Path, **config: int) -> Checkpoints:
+    return Checkpoints(folder, CheckpointConfig(**config), Env.read({}))
+
+
+def progress(step: int) -> Progress:
+    return Progress(Cursor(position=8 * step, fingerprint="f"), step=step, samples=8 * step)
+
+
+def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
+    engine = engine or OneRankEngine()
+    ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
+    store.save(progress(step), engine, ema, UNET)
+    return ema
+
+
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
+    store, engine = checkpoints(tmp_path), OneRankEngine()
+    ema = save(store, 5, engine)
+    saved = ema.shards("power-0.100")["a"].clone()
+    ema.update({name: shard + 1 for name, shard in engine.shards.items()}, samples=8, batch=8)
+    path = store.latest()
+    assert path == tmp_path / "step-0000005"
+    assert store.load(path, engine, ema) == progress(5)  # type: ignore[arg-type]
+    assert torch.equal(ema.shards("power-0.100")["a"], saved)
+    weights = load_file(path / "unet" / "rank-00000-of-00001.safetensors")
+    assert torch.equal(weights["b"], engine.shards["b"])
+
+
+def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path)
+    save(store, 1)
+    (tmp_path / "step-0000002.tmp").mkdir()
+    (tmp_path / "step-0000003").mkdir()
+    assert list(store.complete()) == [1]
+    save(store, 4)
+    assert not (tmp_path / "step-0000002.tmp").exists(), "leftovers are cleared"
+
+
+def test_a_failed_save_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    class FullDisk(OneRankEngine):
+        def save(self, folder: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    store = checkpoints(tmp_path)
+    save(store, 1)
+    with pytest.raises(OSError, match="No space left"):
+        save(store, 2, FullDisk())
+    assert store.latest() == tmp_path / "step-0000001"
+
+
+def test_old_ones_go_and_every_nth_stays(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path, keep_last=2, keep_every=4)
+    for step in range(1, 8):
+        save(store, step)
+    assert list(store.complete()) == [4, 6, 7]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{step}" for step in (4, 6, 7)]
+
+
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    store, engine = checkpoints(tmp_path), OneRankEngine()
+    save(store, 3, engine)
+    written = (tmp_path / "step-0000003" / MARKER).stat().st_mtime_ns
+    save(store, 3, engine)
+    assert (tmp_path / "step-0000003" / MARKER).stat().st_mtime_ns == written
+
+
+def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    store, engine = checkpoints(tmp_path), OneRankEngine()
+    ema = save(store, 1, engine)
+    three = Checkpoints(tmp_path, store.config, dataclasses.replace(store.env, world=3))
+    with pytest.raises(ValueError, match="saved by 1 ranks and this run has 3"):
+        three.load(tmp_path / "step-0000001", engine, ema)  # type: ignore[arg-type]
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint.every is 0 and checkpoint.keep_last 2"):
+        CheckpointConfig(every=0)

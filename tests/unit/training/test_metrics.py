@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svd_ds.training.folder import RunFolder
+from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
+
+
+def step(number: int) -> StepMetrics:
+    return StepMetrics(
+        step=number, samples=8 * number, loss=0.5, lr=1e-3, grad_norm=1.0, clips_per_s=4.0, step_s=2.0, data_s=0.1
+    )
+
+
+def folder(path: Path) -> RunFolder:
+    run = RunFolder(path / "run")
+    run.open({"model": {"widths": [32]}}, step=0)
+    return run
+
+
+def test_every_step_is_a_line_of_json_and_some_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder(tmp_path)
+    with Metrics(run, LoggerConfig(every=2, wandb="disabled"), {}, total_steps=5, step=0) as metrics:
+        for number in range(1, 6):
+            metrics.log(step(number))
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[2]["clips_per_s"] == 4.0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split()[1] for line in told] == ["1/5", "2/5", "4/5", "5/5"]
+    assert "loss 0.5000  lr 1.00e-03  grad 1.000  4.00 clips/s  2.00 s/step  eta 0:02" in told[2]
+    assert (run.logs / "train.log").read_text().splitlines() == told
+
+
+def test_wandb_goes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    run = folder(tmp_path)
+    with Metrics(run, LoggerConfig(), {"a": 1}, total_steps=1, step=0) as metrics:
+        metrics.log(step(1))
+    recorded = list((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(recorded) == 1
+    run_id = (run.logs / "wandb-run-id").read_text()
+    assert run_id in recorded[0].name
+    with Metrics(run, LoggerConfig(), {"a": 1}, total_steps=1, step=0):
+        pass
+    assert (run.logs / "wandb-run-id").read_text() == run_id, "a resumed run keeps its id"
+
+
+@pytest.mark.parametrize(("field", "value"), [("wandb", "loud"), ("every", 0)])
+def test_nonsense_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"logger.{field} is {value!r}"):
+        LoggerConfig(**{field: value})  # type: ignore[arg-type]
