@@ -80,14 +80,13 @@ def sample_video(
     ordinals: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Sample a video for each first frame: (B, T, 3, H, W), float32, in [-1, 1] but where the decoder
-    overshoots.
+    """Sample a video for each first frame: (B, T, 3, H, W), float32 in [-1, 1].
 
     first_frame_BCHW: in [-1, 1], on the network's device. It gives the video its size, and where the
     conditioner takes text alone, nothing else. captions: one a video, none by default. ordinals: which of the
     seed's noises each video starts from, the first B by default.
 
-    Raises ValueError for a size that is no multiple of the autoencoder's cells.
+    Raises ValueError for a size that is no multiple of the autoencoder's cells, or no frames.
     """
     batch_size, _, height, width = first_frame_BCHW.shape
     cell, device = autoencoder.downsampling, first_frame_BCHW.device
@@ -95,6 +94,8 @@ def sample_video(
         raise ValueError(
             f"a video of {height}x{width} pixels cannot be sampled: both must be multiples of {cell}"
         )
+    if num_frames < 1:
+        raise ValueError(f"a video of {num_frames} frames cannot be sampled: it needs at least 1")
     latent_shape = (num_frames, autoencoder.latent_channels, height // cell, width // cell)
     draws = draw(config.seed, ordinals or range(batch_size), latent_shape, (3, height, width), device)
 
@@ -118,4 +119,4 @@ def sample_video(
     latents_BTChw = SAMPLERS[config.sampler](
         lambda x, sigma_B: guided_denoise(x, sigma_B, cond), start_BTChw, sigmas, progress
     )
-    return autoencoder.decode(latents_BTChw).float()
+    return autoencoder.decode(latents_BTChw)
