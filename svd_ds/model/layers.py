@@ -123,7 +123,11 @@ class Alpha(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix_factor = nn.Parameter(torch.full((1,), 0.5))
+        self.mix_factor = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.mix_factor, 0.5)
 
     def forward(self, image_only_BT: Tensor | None) -> Tensor:
         """alpha, shaped to broadcast over (B, T, H, W, C)."""

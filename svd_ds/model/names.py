@@ -13,7 +13,6 @@ from svd_ds.model.unet import UNetConfig
 
 LAYOUTS = ("diffusers", "original")
 ORIGINAL_PREFIX = "model.diffusion_model."
-VIDEO_CLASS, IMAGE_CLASS = "UNetSpatioTemporalConditionModel", "UNet2DConditionModel"
 
 Row = tuple[str, str | tuple[str, ...], str | tuple[str, ...]]
 
@@ -88,9 +87,12 @@ def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]
     modules = {}
     for place, rows in [(("", "", ""), ENDS), *_places(config)]:
         for row in rows:
-            public = row[column] if isinstance(row[column], tuple) else (row[column],)
-            modules[place[0] + row[0]] = tuple(prefix + place[column] + name for name in public)
+            modules[place[0] + row[0]] = tuple(prefix + place[column] + name for name in _joined(row[column]))
     return modules
+
+
+def _joined(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _places(config: UNetConfig) -> Iterator[tuple[tuple[str, str, str], tuple[Row, ...]]]:
@@ -129,12 +131,7 @@ def _transformer_rows(depth: int) -> tuple[Row, ...]:
     for index in range(depth):
         for ours, theirs, original in TRANSFORMER_STACKS:
             for module, public in TRANSFORMER_BLOCK:
-                names = public if isinstance(public, tuple) else (public,)
-                rows.append(
-                    (
-                        f"{ours}.{index}.{module}",
-                        tuple(f"{theirs}.{index}.{name}" for name in names),
-                        tuple(f"{original}.{index}.{name}" for name in names),
-                    )
-                )
+                in_diffusers = tuple(f"{theirs}.{index}.{name}" for name in _joined(public))
+                in_original = tuple(f"{original}.{index}.{name}" for name in _joined(public))
+                rows.append((f"{ours}.{index}.{module}", in_diffusers, in_original))
     return tuple(rows)

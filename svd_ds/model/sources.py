@@ -1,0 +1,231 @@
+"""Weights on disk, opened: which tensor of which file holds which parameter. The forms: see weights.py."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
+from svd_ds.model.names import ORIGINAL_PREFIX, public_modules, public_names
+from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+
+CONFIG_KEY = "svd_ds.config"
+"""Where a single file of ours keeps its config: shapes alone do not tell how wide a head is."""
+
+WIDENED = ("conv_in.weight", "embedding.scalars.linear1.weight")
+"""May have fewer inputs (dimension 1) on disk than in the network: the added come last and start at zero."""
+
+COMPLETE = "COMPLETE"
+"""The file that a checkpoint gets last."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor in an open file."""
+
+    path: Path
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Opened files, and where in them each of our parameters lies."""
+
+    config: UNetConfig
+    pieces: dict[str, list[Piece]]
+    """Our name -> what makes up the parameter, joined along dimension 0."""
+    flat: bool
+    """The pieces are slices of the flattened parameter, the last ones padded."""
+
+    def tensors(self, config: UNetConfig) -> Iterator[tuple[str, Tensor]]:
+        for name, (shape, _) in _network(config).items():
+            if name in self.pieces:
+                tensor = torch.cat([piece.file.get_tensor(piece.name) for piece in self.pieces[name]])
+                if self.flat:
+                    tensor = tensor[: shape.numel()].view(shape)
+                elif tensor.shape != shape:
+                    tensor, narrow = tensor.new_zeros(shape), tensor
+                    tensor[:, : narrow.shape[1]] = narrow
+                yield name, tensor
+
+    def check(self, config: UNetConfig) -> list[str]:
+        """The network's parameters that are not on disk and need not be.
+
+        Raises:
+            ValueError: another is missing, or one has another shape, or none of the network's has its name.
+        """
+        network = _network(config)
+        for name, pieces in self.pieces.items():
+            if name not in network:
+                raise ValueError(
+                    f"{pieces[0].path} holds {pieces[0].name}, for which the network has no place."
+                )
+            self._check_shape(name, network[name].shape, widens=config != self.config)
+        new = [name for name in network if name not in self.pieces]
+        # What can be new as a whole: what the video model adds to the image model, and the scalars.
+        temporal = {name for name, parameter in network.items() if parameter.tag == "temporal"}
+        scalars = {name for name in network if name.startswith("embedding.scalars.")}
+        for name in new:
+            if not any(name in whole and whole.isdisjoint(self.pieces) for whole in (temporal, scalars)):
+                where = next(iter(self.pieces.values()))[0].path
+                raise ValueError(
+                    f"{where} lacks {name}, which has the shape {network[name].shape} in the network."
+                )
+        return new
+
+    def _check_shape(self, name: str, shape: torch.Size, widens: bool) -> None:
+        pieces = self.pieces[name]
+        found: tuple[int, ...]
+        expected: tuple[int, ...]
+        if self.flat:
+            length = sum(piece.shape[0] for piece in pieces)
+            found, expected = (length,), tuple(shape)
+            fits = 0 <= length - shape.numel() < len(pieces)
+        else:
+            found, expected = pieces[0].shape, (shape[0] // len(pieces), *shape[1:])
+            fits = found == expected
+            if widens and name in WIDENED and len(found) == len(expected):
+                fits = found[1] <= expected[1] and (found[0], *found[2:]) == (expected[0], *expected[2:])
+        if not fits:
+            raise ValueError(
+                f"{pieces[0].path}: {pieces[0].name} has the shape {found}, and the network takes {expected}."
+            )
+
+
+class Parameter(NamedTuple):
+    shape: torch.Size
+    tag: str
+
+
+@functools.lru_cache(maxsize=4)
+def _network(config: UNetConfig) -> dict[str, Parameter]:
+    """Every parameter of the network, by name."""
+    with torch.device("meta"):
+        unet = UNet(config)
+    tags = parameter_tags(unet)
+    return {name: Parameter(parameter.shape, tags[name]) for name, parameter in unet.named_parameters()}
+
+
+def open_source(path: Path, which: str | None) -> Source:
+    """Open what `path` is; arguments and errors are those of `weights.read_weights`."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is nothing at {path}.")
+    if (path / "checkpoints").is_dir():
+        path = _newest_checkpoint(path)
+    if any((path / "unet").glob("rank-*.safetensors")):
+        return _open_checkpoint(path, which)
+    if which not in (None, "raw"):
+        raise ValueError(f"{path} is not a run or a checkpoint, so it has no average {which!r}.")
+    if path.is_file():
+        return _open_original(path)
+    folder = path / "unet" if (path / "unet" / "config.json").exists() else path
+    if (folder / "config.json").exists():
+        return _open_diffusers(folder)
+    raise ValueError(
+        f"{path} is neither a diffusers folder, nor a run or a checkpoint, nor a .safetensors file."
+    )
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    complete = sorted(marker.parent for marker in run.glob(f"checkpoints/step-*/{COMPLETE}"))
+    if not complete:
+        raise ValueError(f"The run {run} has no complete checkpoint yet.")
+    return complete[-1]
+
+
+def _open_checkpoint(path: Path, which: str | None) -> Source:
+    if not (path / COMPLETE).exists():
+        raise ValueError(f"The checkpoint {path} is not complete: it has no file {COMPLETE}.")
+    averages = sorted(folder.name.removeprefix("ema-") for folder in path.glob("ema-*"))
+    which = which or next(iter(averages), "raw")
+    if which not in ("raw", *averages):
+        raise ValueError(f"The checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}.")
+    folder = path / ("unet" if which == "raw" else f"ema-{which}")
+    files = sorted(folder.glob("rank-*-of-*.safetensors"))
+    ranks = int(files[0].stem.rpartition("-")[2]) if files else 0
+    if not files or len(files) != ranks:
+        raise ValueError(f"{folder} has the files of {len(files)} ranks out of {ranks}.")
+    config = UNetConfig(**json.loads((path / "unet" / "config.json").read_text()))
+    pieces: dict[str, list[Piece]] = {}
+    for file in files:
+        for name, piece in _tensors_of(file).items():
+            pieces.setdefault(name, []).append(piece)
+    return Source(config, pieces, flat=True)
+
+
+def _open_original(path: Path) -> Source:
+    tensors = {name: piece for name, piece in _tensors_of(path).items() if name.startswith(ORIGINAL_PREFIX)}
+    with safe_open(path, framework="pt") as file:
+        written = (file.metadata() or {}).get(CONFIG_KEY)
+    try:
+        if written:
+            config = UNetConfig(**json.loads(written))
+        else:
+            config = config_from_original({name: piece.shape for name, piece in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return _public_source(config, "original", tensors)
+
+
+def _open_diffusers(folder: Path) -> Source:
+    fields = json.loads((folder / "config.json").read_text())
+    try:
+        config = config_from_diffusers(fields)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    tensors: dict[str, Piece] = {}
+    for file in _diffusers_files(folder):
+        tensors |= _tensors_of(file)
+    # An image UNet has no temporal half beside its residual blocks, so it does not name the spatial one.
+    image = fields["_class_name"] == IMAGE_CLASS
+    return _public_source(config, "diffusers", tensors, leave_out="spatial_res_block." if image else "")
+
+
+def _diffusers_files(folder: Path) -> list[Path]:
+    """The one file, or the several of an index, or the one of a variant (fp16)."""
+    stem = "diffusion_pytorch_model"
+    if (whole := folder / f"{stem}.safetensors").exists():
+        return [whole]
+    if (index := folder / f"{stem}.safetensors.index.json").exists():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    variants = sorted(folder.glob(f"{stem}.*.safetensors"))
+    if len(variants) != 1:
+        raise ValueError(
+            f"{folder} has {len(variants)} files {stem}*.safetensors, and needs one, or an index."
+        )
+    return variants
+
+
+def _public_source(config: UNetConfig, layout: str, tensors: dict[str, Piece], leave_out: str = "") -> Source:
+    modules = public_modules(config, layout)
+    left = dict(tensors)
+    pieces = {}
+    for name in _network(config):
+        names = [public.replace(leave_out, "") for public in public_names(name, modules)]
+        if all(public in tensors for public in names):
+            pieces[name] = [left.pop(public) for public in names]
+    if left:
+        piece = next(iter(left.values()))
+        raise ValueError(f"{piece.path} holds {piece.name}, for which the network has no place.")
+    return Source(config, pieces, flat=False)
+
+
+def _tensors_of(path: Path) -> dict[str, Piece]:
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}.") from None
+    return {name: Piece(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
