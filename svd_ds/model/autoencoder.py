@@ -1,0 +1,109 @@
+"""The frozen autoencoder: frames <-> latents, a few frames at a time.
+
+It is diffusers' AutoencoderKLTemporalDecoder: the image encoder of Stable Diffusion 2.1 (f8, 4 channels) and
+a decoder that also mixes over time (sgm temporal_ae.py).
+
+    frames --encode--> moments --posterior--> latents --x scaling_factor--> diffusion --decode--> frames
+
+Shape legend: B clips, T frames, N images, C latent channels, H x W pixels, h x w latent pixels (H/8 x W/8).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLTemporalDecoder
+from torch import Tensor
+
+from svd_ds.model.frozen import load_frozen
+
+
+class Autoencoder:
+    """Frozen: no method keeps a graph. Results are float32, whatever the network computes in."""
+
+    def __init__(self, network: AutoencoderKLTemporalDecoder, chunk: int = 14) -> None:
+        """`chunk`: frames encoded, or decoded together, at a time. The public SVD decodes 14 together."""
+        if chunk < 1:
+            raise ValueError(f"the autoencoder's chunk is {chunk}, but must be at least 1 frame")
+        self.network: Any = network  # diffusers hides its attributes from type checkers
+        self.chunk = chunk
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        chunk: int = 14,
+    ) -> Autoencoder:
+        """Read `vae/` of a pipeline folder, or of a hub id like "organisation/name".
+
+        The public weights overflow in float16 and say so (`force_upcast`): those are kept in float32.
+        Raises FileNotFoundError where the folder lacks the part or its weights.
+        """
+        network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, dtype)
+        if dtype == torch.float16 and network.config.force_upcast:
+            network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, torch.float32)
+        return Autoencoder(network, chunk)
+
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by before diffusion: 1 / their standard deviation."""
+        return float(self.network.config.scaling_factor)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.network.config.latent_channels)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a latent pixel, along each side."""
+        return int(2 ** (len(self.network.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def encode(self, frames_NCHW: Tensor) -> Tensor:
+        """Frames in [-1, 1], (N, 3, H, W) -> moments, (N, 2C, h, w): means, then log-variances, NOT scaled.
+
+        Raises ValueError where a side is no multiple of the downsampling.
+        """
+        height, width = frames_NCHW.shape[-2:]
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(
+                f"frames are {height}x{width}, but the autoencoder needs sides that are multiples of "
+                f"{self.downsampling}"
+            )
+        weight = self.network.quant_conv.weight
+        moments = [
+            self.network.quant_conv(self.network.encoder(few.to(weight.device, weight.dtype))).float()
+            for few in frames_NCHW.split(self.chunk)
+        ]
+        return torch.cat(moments)
+
+    @torch.no_grad()
+    def decode(self, latents_BTCHW: Tensor) -> Tensor:
+        """Latents as the UNet sees them (scaled), (B, T, C, h, w) -> frames in [-1, 1], (B, T, 3, H, W).
+
+        The decoder mixes over the frames it is given together: `chunk` frames of one clip, never of two.
+        """
+        weight = self.network.quant_conv.weight
+        clips = []
+        for latents_TCHW in latents_BTCHW / self.scaling_factor:
+            frames = [
+                self.network.decode(few.to(weight.device, weight.dtype), num_frames=len(few)).sample.float()
+                for few in latents_TCHW.split(self.chunk)
+            ]
+            clips.append(torch.cat(frames))
+        return torch.stack(clips).clamp(-1, 1)
+
+
+def posterior(moments: Tensor, noise: Tensor | None = None) -> Tensor:
+    """A draw from the encoder's Gaussian, or its mean where `noise` is None.
+
+    moments (..., 2C, h, w), noise standard normal (..., C, h, w) -> unscaled latents (..., C, h, w).
+    Log-variances are clamped to [-30, 20], as the public code does (sgm distributions.py).
+    """
+    mean, log_variance = moments.chunk(2, dim=-3)
+    if noise is None:
+        return mean
+    return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise

@@ -1,0 +1,68 @@
+"""Frozen parts of a pipeline: one loader for a local folder and for a hub id.
+
+A pipeline keeps each part in a folder of its own: `vae/ image_encoder/ text_encoder/ tokenizer/`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_frozen(
+    kind: Any, path: str | Path, part: str, device: torch.device | str, dtype: torch.dtype
+) -> Any:
+    """Load the network `part` of the pipeline at `path`, in eval mode and without gradients.
+
+    `kind` is the diffusers or transformers class. Only safetensors are read. A folder that holds nothing but
+    a half-precision variant (`*.fp16.safetensors`) is read through it.
+    Raises FileNotFoundError where the folder lacks the part or its weights.
+    """
+    folder = part_folder(path, part)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if folder is not None:
+        weights = [file.name for file in folder.glob("*.safetensors")]
+        if not weights:
+            raise FileNotFoundError(f"{folder} holds no *.safetensors weights")
+        if all(".fp16." in name for name in weights):
+            options["variant"] = "fp16"
+    network: nn.Module = from_pretrained(kind, path, part, **options)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def from_pretrained(kind: Any, path: str | Path, part: str, **options: Any) -> Any:
+    """`kind.from_pretrained` on one part of a local pipeline folder or of a hub repository."""
+    folder = part_folder(path, part)
+    if folder is not None:
+        return kind.from_pretrained(str(folder), local_files_only=True, **options)
+    try:
+        return kind.from_pretrained(str(path), subfolder=part, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} is no local folder, and its {part}/ could not be loaded from the hub: {error}"
+        ) from error
+
+
+def part_folder(path: str | Path, part: str) -> Path | None:
+    """The local folder of a pipeline's part, or None where `path` is a hub id like "organisation/name".
+
+    Raises FileNotFoundError where it is neither, or where the folder lacks `part/config.json`
+    (`tokenizer_config.json` for a tokenizer).
+    """
+    if not Path(path).is_dir():
+        if HUB_ID.fullmatch(str(path)) and not Path(path).exists():
+            return None
+        raise FileNotFoundError(f"{path} is neither a folder nor a hub id like organisation/name")
+    folder = Path(path) / part
+    config = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+    if not (folder / config).is_file():
+        raise FileNotFoundError(
+            f"{path} has no {part}/{config}, but must be a folder in the layout of the public SVD pipeline"
+        )
+    return folder

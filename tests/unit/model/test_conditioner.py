@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
+    _resize_with_antialiasing,
+)
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import svd_ds
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.clip import clip_pixels, resize_antialiased
+from svd_ds.model.conditioner import Conditioner, ConditionerConfig
+
+TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"
+TEXT = ConditionerConfig(context="text", concat="none", scalars=("fps", "motion_bucket"))
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> Autoencoder:
+    return Autoencoder.load(TINY)
+
+
+@pytest.fixture(scope="module")
+def conditioner() -> Conditioner:
+    return Conditioner.load(ConditionerConfig(), TINY)
+
+
+def inputs(num_clips: int = 3, **changes) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "first_frame_BCHW": torch.rand(num_clips, 3, 32, 48, generator=generator) * 2 - 1,
+        "captions": [f"clip {i}" for i in range(num_clips)],
+        "num_frames": 5,
+        "fps_B": torch.tensor([7.0, 12.0, 25.0])[:num_clips],
+        "motion_bucket_B": torch.tensor([0.0, 127.0, 255.0])[:num_clips],
+        "augmentation_sigma_B": torch.tensor([0.02, 0.1, 0.5])[:num_clips],
+        "pixel_noise_BCHW": torch.randn(num_clips, 3, 32, 48, generator=generator),
+    } | changes
+
+
+def test_shapes_and_widths(conditioner, autoencoder):
+    cond = conditioner(autoencoder, **inputs())
+    assert cond.context_BLD.shape == (3, 1, conditioner.context_width) == (3, 1, 64)
+    assert (
+        cond.concat_BTCHW.shape == (3, 5, conditioner.concat_channels(autoencoder), 4, 6) == (3, 5, 4, 4, 6)
+    )
+    assert cond.scalars_BS.shape == (3, conditioner.num_scalars) == (3, 3)
+    assert {cond.context_BLD.dtype, cond.concat_BTCHW.dtype, cond.scalars_BS.dtype} == {torch.float32}
+
+
+def test_scalars_are_raw_with_one_taken_from_the_frame_rate(conditioner, autoencoder):
+    scalars = conditioner(autoencoder, **inputs()).scalars_BS
+    assert torch.equal(scalars, torch.tensor([[6, 0, 0.02], [11, 127, 0.1], [24, 255, 0.5]]))
+
+
+def test_concat_is_the_posterior_mean_of_the_noised_frame_not_scaled(conditioner, autoencoder):
+    given = inputs()
+    concat = conditioner(autoencoder, **given).concat_BTCHW
+    noised = (
+        given["first_frame_BCHW"] + given["augmentation_sigma_B"].view(3, 1, 1, 1) * given["pixel_noise_BCHW"]
+    )
+    with torch.no_grad():
+        mean = autoencoder.network.encode(noised).latent_dist.mean
+    torch.testing.assert_close(concat, mean[:, None].expand_as(concat), rtol=1e-4, atol=1e-4)
+
+
+def test_concat_is_one_frame_seen_many_times_not_copies(conditioner, autoencoder):
+    assert conditioner(autoencoder, **inputs()).concat_BTCHW.stride(1) == 0
+
+
+def test_the_image_token_comes_from_the_clean_frame(conditioner, autoencoder):
+    quiet = conditioner(autoencoder, **inputs())
+    noisy = conditioner(autoencoder, **inputs(augmentation_sigma_B=torch.full((3,), 5.0)))
+    assert torch.equal(quiet.context_BLD, noisy.context_BLD)
+    assert not torch.allclose(quiet.concat_BTCHW, noisy.concat_BTCHW)
+
+
+def test_a_batch_equals_its_clips_one_by_one(conditioner, autoencoder):
+    given = inputs()
+    whole = conditioner(autoencoder, **given)
+    for i in range(3):
+        one = {name: value if name == "num_frames" else value[i : i + 1] for name, value in given.items()}
+        alone = conditioner(autoencoder, **one)
+        torch.testing.assert_close(alone.context_BLD[0], whole.context_BLD[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone.concat_BTCHW[0], whole.concat_BTCHW[i], rtol=1e-4, atol=1e-4)
+        assert torch.equal(alone.scalars_BS[0], whole.scalars_BS[i])
+
+
+def test_dropped_signals_are_zero_clip_by_clip_and_independently(conditioner, autoencoder):
+    full = conditioner(autoencoder, **inputs())
+    drop_context, drop_concat = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    cond = conditioner(autoencoder, **inputs(), drop_context_B=drop_context, drop_concat_B=drop_concat)
+    assert cond.context_BLD[0].abs().max() == 0 and cond.concat_BTCHW[1].abs().max() == 0
+    assert torch.equal(cond.context_BLD[1:], full.context_BLD[1:])
+    assert torch.equal(cond.concat_BTCHW[[0, 2]], full.concat_BTCHW[[0, 2]])
+    assert torch.equal(cond.scalars_BS, full.scalars_BS)
+
+
+def test_what_is_dropped_equals_the_branch_that_guidance_subtracts(conditioner, autoencoder):
+    everything = torch.ones(3, dtype=torch.bool)
+    dropped = conditioner(autoencoder, **inputs(), drop_context_B=everything, drop_concat_B=everything)
+    unconditional = conditioner(autoencoder, **inputs()).unconditional()
+    for name in ("context_BLD", "concat_BTCHW", "scalars_BS"):
+        assert torch.equal(getattr(dropped, name), getattr(unconditional, name)), name
+
+
+@pytest.mark.parametrize("size", [(576, 1024), (128, 192), (225, 301)])
+def test_frames_are_resized_for_clip_as_the_public_pipeline_does(size):
+    frames = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(
+        resize_antialiased(frames, 224), _resize_with_antialiasing(frames, (224, 224)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_pixels_are_normalised_by_clips_mean_and_deviation():
+    white = clip_pixels(torch.ones(1, 3, 16, 16), 8)[0, :, 4, 4]
+    torch.testing.assert_close(
+        white,
+        (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073]))
+        / torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+    )
+
+
+@torch.no_grad()
+def test_text_states_are_those_of_transformers_padded_to_77(autoencoder):
+    conditioner = Conditioner.load(TEXT, TINY)
+    captions = ["a man in a car", "word " * 200, ""]
+    cond = conditioner(autoencoder, **inputs(captions=captions))
+    words = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    ids = words(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    network = CLIPTextModel.from_pretrained(TINY / "text_encoder", dtype=torch.float32)
+    torch.testing.assert_close(cond.context_BLD, network(ids).last_hidden_state)
+    assert cond.context_BLD.shape == (3, 77, conditioner.context_width)
+    assert cond.concat_BTCHW is None and conditioner.concat_channels(autoencoder) == 0
+    assert torch.equal(cond.scalars_BS, torch.tensor([[6.0, 0], [11, 127], [24, 255]]))
+    dropped = conditioner(autoencoder, **inputs(), drop_context_B=torch.tensor([False, True, False]))
+    assert dropped.context_BLD[1].abs().max() == 0 < dropped.context_BLD[0].abs().max()
+
+
+def test_without_any_signal_the_context_is_a_zero_token(autoencoder):
+    config = ConditionerConfig(context="none", concat="none", scalars=(), context_width=32)
+    conditioner = Conditioner.load(config, TINY)
+    cond = conditioner(autoencoder, **inputs())
+    assert torch.equal(cond.context_BLD, torch.zeros(3, 1, 32))
+    assert cond.scalars_BS.shape == (3, 0) and cond.concat_BTCHW is None
+
+
+def test_nothing_keeps_a_graph(conditioner, autoencoder):
+    given = inputs()
+    given["first_frame_BCHW"].requires_grad_()
+    cond = conditioner(autoencoder, **given)
+    assert not cond.context_BLD.requires_grad and not cond.concat_BTCHW.requires_grad
+    assert not any(parameter.requires_grad for parameter in conditioner.encoder.network.parameters())
+
+
+def test_augmentation_sigma_is_log_normal():
+    sigma = ConditionerConfig().augmentation_sigma(torch.tensor([-1.0, 0.0, 2.0]))
+    torch.testing.assert_close(sigma.log(), torch.tensor([-3.5, -3.0, -2.0]))
+
+
+def test_drop_rates_follow_what_the_context_is():
+    image = ConditionerConfig(drop_context=0.2, drop_text=0.3, drop_concat=0.4)
+    assert (image.context_drop_rate, image.concat_drop_rate) == (0.2, 0.4)
+    assert (TEXT.context_drop_rate, TEXT.concat_drop_rate) == (0.15, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"context": "audio"}, '"audio"'),
+        ({"concat": "mask"}, '"mask"'),
+        ({"scalars": ("fps", "colour")}, "colour"),
+        ({"scalars": ("fps", "fps")}, "different names"),
+        ({"concat": "none"}, "no frame gets any noise"),
+        ({"context": "none"}, "context_width is None"),
+        ({"context_width": 8}, "context_width is 8"),
+        ({"drop_context": 1.5}, "drop_context is 1.5"),
+        ({"drop_concat": -0.1}, "drop_concat is -0.1"),
+        ({"augmentation_std": -1.0}, "augmentation_std is -1.0"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ConditionerConfig(**fields)
+
+
+def test_a_folder_without_the_encoder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"image_encoder/config\.json"):
+        Conditioner.load(ConditionerConfig(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"text_encoder/config\.json"):
+        Conditioner.load(TEXT, tmp_path)
