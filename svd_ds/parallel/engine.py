@@ -16,6 +16,7 @@ ceil(numel / ranks): the shards joined in order and cut to numel are the paramet
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -67,9 +68,13 @@ class Engine:
             set_z3_leaf_module(leaf, True)
             if any(parameter.requires_grad for parameter in leaf.parameters()):
                 leaf.register_forward_pre_hook(_ensure_input_gradient)
-        offload = "offload_optimizer" in config["zero_optimization"]
         # The rate is given anew at every step.
-        if offload:
+        if "offload_optimizer" in config["zero_optimization"]:
+            if mpu.get_data_parallel_rank() == 0:
+                print(
+                    "loading DeepSpeed's CPU Adam: the first time it is compiled, which takes minutes",
+                    file=sys.stderr,
+                )
             self._adam = DeepSpeedCPUAdam(list(groups), lr=0.0, betas=betas, eps=eps)
         else:
             self._adam = torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, fused=True)

@@ -303,6 +303,21 @@ def check_wrong_weights_are_refused(ranks: Ranks) -> None:
             raise AssertionError("not refused")
 
 
+def check_a_gradient_that_is_not_finite_changes_nothing(ranks: Ranks) -> None:
+    for precision in ("fp32", "bf16"):
+        engine = ranks.shared_engine(precision)
+        ranks.train(engine, range(1))
+        before = {name: shard.clone() for name, shard in engine.local_shards().items()}
+        for micro_batch in micro_batches(0, ranks.env.world)[ranks.env.rank]:
+            loss = loss_of(engine, micro_batch)
+            engine.backward(loss * (float("nan") if ranks.env.rank == 0 else 1))
+        assert engine.step(RATES) == float("inf")
+        assert all(torch.equal(shard, before[name]) for name, shard in engine.local_shards().items())
+        ((_, norm),) = ranks.train(engine, range(1))
+        assert 0 < norm < float("inf")
+        assert all(shard.isfinite().all() for shard in engine.local_shards().values())
+
+
 def check_offloaded_optimizer_equals_plain_torch(ranks: Ranks) -> None:
     wanted, unet = plain_training(3, ranks.env.world)
     engine = ranks.engine(offload_optimizer=True)
