@@ -28,9 +28,9 @@ from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 
 SMALL = UNetConfig(
     in_channels=8,
-    widths=(32, 64),
+    widths=(32,),
     num_layers=1,
-    attention_levels=(True, False),
+    attention_levels=(True,),
     context_width=16,
     head_width=16,
     scalar_width=8,
@@ -69,7 +69,7 @@ class Ranks:
     ) -> Engine:
         """An engine around the small UNet with the weights of `random_weights`."""
         config = deepspeed_config(
-            ZeroConfig(persistence_threshold=1000, reduce_bucket=300_000, **zero),
+            ZeroConfig(persistence_threshold=1000, reduce_bucket=100_000, **zero),
             precision=precision,
             micro_batch=MICRO_BATCH,
             accumulation=ACCUMULATION,
@@ -137,8 +137,8 @@ def micro_batches(step: int, world: int) -> list[list[dict[str, Tensor]]]:
         return torch.randn(MICRO_BATCH, *shape, generator=generator)
 
     def micro_batch() -> dict[str, Tensor]:
-        inputs = {"x": draw(3, 8, 8, 8), "noise": draw(), "context": draw(5, 16), "scalars": draw(3)}
-        return inputs | {"target": draw(3, 4, 8, 8)}
+        inputs = {"x": draw(3, 8, 4, 4), "noise": draw(), "context": draw(5, 16), "scalars": draw(3)}
+        return inputs | {"target": draw(3, 4, 4, 4)}
 
     return [[micro_batch() for _ in range(ACCUMULATION)] for _ in range(world)]
 
