@@ -17,7 +17,7 @@ CHECKS = (
     "no_rank_holds_the_model",
     "equals_plain_torch_and_resumes_bitwise",
     "recomputation_changes_nothing",
-    "bf16_has_exact_master_weights",
+    "bf16_has_exact_master_weights_and_resumes_bitwise",
     "weights_loaded_in_the_middle_are_used",
     "borrowed_weights_are_given_back",
     "frozen_parts_stay_and_the_rest_learns_right",

@@ -172,6 +172,13 @@ def plain_training(
     return history, unet
 
 
+def shared_folder(ranks: Ranks) -> str:
+    """A new temporary folder, the same on every rank."""
+    folder = [tempfile.mkdtemp() if ranks.env.rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
 def gathered(engine: Engine) -> dict[str, Tensor]:
     return {name: engine.gather(name, shard) for name, shard in engine.local_shards().items()}
 
@@ -199,9 +206,8 @@ def check_equals_plain_torch_and_resumes_bitwise(ranks: Ranks) -> None:
     engine = ranks.engine()
     wanted, unet = plain_training(5, ranks.env.world)
     before = ranks.train(engine, range(3))
-    folder = [tempfile.mkdtemp() if ranks.env.rank == 0 else None]
-    dist.broadcast_object_list(folder)
-    engine.save(folder[0])
+    folder = shared_folder(ranks)
+    engine.save(folder)
     after = ranks.train(engine, range(3, 5))
     for (loss, norm), (wanted_loss, wanted_norm) in zip(before + after, wanted, strict=True):
         assert abs(loss - wanted_loss) < 1e-5 * wanted_loss, (before + after, wanted)
@@ -210,7 +216,7 @@ def check_equals_plain_torch_and_resumes_bitwise(ranks: Ranks) -> None:
     assert_close(gathered(engine), unet, 2e-5)
 
     resumed = ranks.engine()
-    resumed.load(folder[0])
+    resumed.load(folder)
     assert ranks.train(resumed, range(3, 5)) == after, "a resumed run differs"
     final = resumed.local_shards()
     assert all(torch.equal(shard, final[name]) for name, shard in engine.local_shards().items())
@@ -223,7 +229,7 @@ def check_recomputation_changes_nothing(ranks: Ranks) -> None:
     assert all(torch.equal(shard, shards[name]) for name, shard in kept.local_shards().items())
 
 
-def check_bf16_has_exact_master_weights(ranks: Ranks) -> None:
+def check_bf16_has_exact_master_weights_and_resumes_bitwise(ranks: Ranks) -> None:
     engine, weights = ranks.shared_engine("bf16"), random_weights()
     masters = gathered(engine)
     assert all(torch.equal(masters[name], weights[name]) for name in weights), (
@@ -242,6 +248,11 @@ def check_bf16_has_exact_master_weights(ranks: Ranks) -> None:
         assert abs(norm - wanted_norm) < 0.1 * wanted_norm, (history, wanted_history)
     moved = gathered(engine)
     assert all(not torch.equal(moved[name], weights[name]) for name in weights), "a parameter never moved"
+
+    folder, resumed = shared_folder(ranks), ranks.engine("bf16")
+    engine.save(folder)
+    resumed.load(folder)
+    assert ranks.train(resumed, range(3, 5)) == ranks.train(engine, range(3, 5)), "a resumed run differs"
 
 
 def check_weights_loaded_in_the_middle_are_used(ranks: Ranks) -> None:
