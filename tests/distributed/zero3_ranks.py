@@ -48,7 +48,8 @@ EPS = 1e-4
 class Ranks:
     """This rank's place, and how to build an engine on it."""
 
-    def __init__(self, env: Env, mpu: ModelParallelUnit) -> None:
+    def __init__(self, env: Env, mpu: ModelParallelUnit, folder: str) -> None:
+        self.folder = folder
         self.env = env
         self.mpu = mpu
         self._shared: dict[str, Engine] = {}
@@ -174,7 +175,7 @@ def plain_training(
 
 def shared_folder(ranks: Ranks) -> str:
     """A new temporary folder, the same on every rank."""
-    folder = [tempfile.mkdtemp() if ranks.env.rank == 0 else None]
+    folder = [tempfile.mkdtemp(dir=ranks.folder) if ranks.env.rank == 0 else None]
     dist.broadcast_object_list(folder)
     return folder[0]
 
@@ -348,7 +349,7 @@ def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
     env = Env.read()
     init(env, timeout=timedelta(seconds=60))
-    ranks = Ranks(env, create_groups(ParallelDims(env.world)))
+    ranks = Ranks(env, create_groups(ParallelDims(env.world)), folder)
     results = {}
     for name, check in checks():
         if name in names:
