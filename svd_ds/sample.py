@@ -13,8 +13,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from svd_ds.diffusion.denoiser import Network, denoise
@@ -23,7 +26,14 @@ from svd_ds.diffusion.guidance import KINDS, guidance_scale, guided
 from svd_ds.diffusion.noise import karras_sigmas
 from svd_ds.diffusion.samplers import SAMPLERS, Progress
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.conditioner import Conditioner
+from svd_ds.model.conditioner import Conditioner, ConditionerConfig
+from svd_ds.model.unet import UNet
+from svd_ds.model.weights import load_unet
+
+TINY = Path(__file__).parent / "assets" / "tiny_svd"
+"""The frozen parts that ship with the package: what a run calls frozen.path=tiny."""
+RELEASED_SIZE = (576, 1024)
+"""Height and width of the public SVD and SVD-XT, whose folders do not say it."""
 
 
 @dataclass(frozen=True)
@@ -120,3 +130,58 @@ def sample_video(
         lambda x, sigma_B: guided_denoise(x, sigma_B, cond), start_BTChw, sigmas, progress
     )
     return autoencoder.decode(latents_BTChw)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """All that sampling needs, and the shape the network was trained on."""
+
+    unet: UNet
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+    num_frames: int
+    height: int
+    width: int
+
+
+def load_pipeline(
+    path: Path, device: torch.device, dtype: torch.dtype, which: str | None = None, frozen: str | None = None
+) -> Pipeline:
+    """Read a run's or a checkpoint's folder, a diffusers pipeline, or an original single file.
+
+    which: of a run, the name of an average, or raw; its first average by default. frozen: where vae/ and the
+    encoders are, a folder or a hub id; by default where the run had them, or the pipeline itself.
+    Raises FileNotFoundError or ValueError where a part is missing.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run and no pipeline {path}")
+    settings = _run_settings(path)
+    if settings is None and frozen is None and not (path / "vae").is_dir():
+        raise ValueError(
+            f"{path} has neither config.yaml nor vae/, so the folder that has vae/ must be named"
+        )
+    unet = load_unet(path, which=which).to(device, dtype).eval()
+    if settings is None:
+        shape = (unet.config.num_frames, *RELEASED_SIZE)
+        parts, conditioning = frozen or str(path), ConditionerConfig()
+    else:
+        data = settings["data"]
+        shape = (data["num_frames"], data["height"], data["width"])
+        parts = frozen or settings["frozen"]["path"]
+        scalars = tuple(settings["conditioning"]["scalars"])
+        conditioning = ConditionerConfig(**settings["conditioning"] | {"scalars": scalars})
+    parts = str(TINY) if parts == "tiny" else parts
+    return Pipeline(
+        unet,
+        Autoencoder.load(parts, device, dtype),
+        Conditioner.load(conditioning, parts, device, dtype),
+        *shape,
+    )
+
+
+def _run_settings(path: Path) -> dict[str, Any] | None:
+    """config.yaml of the run that `path` is, or is a checkpoint of."""
+    for folder in (path, *path.resolve().parents[:2]):
+        if (folder / "config.yaml").is_file():
+            return yaml.safe_load((folder / "config.yaml").read_text())
+    return None

@@ -3,17 +3,23 @@ the test."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.conditioner import Conditioner
+import yaml
+from PIL import Image
 from torch import Tensor
 
 from svd_ds.batch import Conditioning
-from svd_ds.sample import SampleConfig, sample_video
+from svd_ds.diffusion.draws import draw
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.conditioner import Conditioner, ConditionerConfig
+from svd_ds.sample import RELEASED_SIZE, TINY, SampleConfig, load_pipeline, sample_video
 
 NUM_FRAMES = 3
 
@@ -152,3 +158,60 @@ def test_wrong_settings_are_named(fields: dict[str, Any]) -> None:
 def test_a_size_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"20x24.* multiples of 8"):
         sample(torch.zeros(1, 3, 20, 24), SampleConfig())
+
+
+def test_the_public_pipeline_samples_the_same_video() -> None:
+    """diffusers' StableVideoDiffusionPipeline with the shipped tiny weights, from the same noise."""
+    from diffusers import StableVideoDiffusionPipeline
+
+    image = torch.randint(256, (64, 96, 3), dtype=torch.uint8)
+    first = image.permute(2, 0, 1)[None].float() / 127.5 - 1
+    config = SampleConfig(num_steps=4, augmentation=0.0, guidance_max=3.0, fps=7.0)
+    pipeline = load_pipeline(TINY, torch.device("cpu"), torch.float32)
+    assert (pipeline.num_frames, pipeline.height, pipeline.width) == (14, *RELEASED_SIZE)
+    ours = sample_video(
+        pipeline.unet, pipeline.autoencoder, pipeline.conditioner, first, num_frames=5, config=config
+    )
+
+    theirs = StableVideoDiffusionPipeline.from_pretrained(str(TINY), torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    frames = theirs(
+        Image.fromarray(image.numpy()),
+        height=64,
+        width=96,
+        num_frames=5,
+        num_inference_steps=4,
+        fps=7,
+        noise_aug_strength=0.0,
+        latents=draw(0, [0], (5, 4, 8, 12), (3, 64, 96)).noise_BTChw,
+        output_type="pt",
+    ).frames
+    torch.testing.assert_close(ours, 2 * frames - 1, rtol=0, atol=1e-4)
+
+
+def write_run(folder: Path, frozen: str) -> Path:
+    """A run's folder as far as sampling reads it, around the tiny weights."""
+    shutil.copytree(TINY / "unet", folder / "checkpoints" / "step-0000001")
+    settings = {
+        "frozen": {"path": frozen},
+        "conditioning": asdict(ConditionerConfig(scalars=("fps", "motion_bucket", "augmentation"))),
+        "data": {"num_frames": 5, "height": 64, "width": 96},
+    }
+    settings["conditioning"]["scalars"] = list(settings["conditioning"]["scalars"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "checkpoints" / "step-0000001"
+
+
+@pytest.mark.parametrize("frozen", ["tiny", str(TINY)])
+def test_a_checkpoint_finds_its_parts_and_shape_in_its_run(tmp_path: Path, frozen: str) -> None:
+    pipeline = load_pipeline(write_run(tmp_path / "run", frozen), torch.device("cpu"), torch.float32)
+    assert (pipeline.num_frames, pipeline.height, pipeline.width) == (5, 64, 96)
+    assert pipeline.autoencoder.downsampling == 8
+    assert pipeline.conditioner.config == ConditionerConfig()
+
+
+def test_missing_parts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_pipeline(tmp_path / "nowhere", torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=r"neither config\.yaml nor vae/"):
+        load_pipeline(TINY / "unet", torch.device("cpu"), torch.float32)
