@@ -30,9 +30,11 @@ class Curve:
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Exponential moving average over about a fortieth of the curve, its start corrected for bias; NaN is
-    skipped."""
-    rate = 1 / max(1.0, len(values) / 40)
+    """Exponential moving average over about a fortieth of the curve, at least 10 values.
+
+    Its start is corrected for bias; what is not a number is skipped.
+    """
+    rate = 1 / max(10, len(values) / 40)
     total, weight, result = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
