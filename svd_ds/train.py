@@ -17,24 +17,28 @@ from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
 
 
-@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
-def _task(node: Any) -> None:
-    settings = config.to_config(node)
-    # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
-    from svd_ds.run import run
-
-    run(settings, Env.read())
-
-
 def main() -> None:
     """Compose, run, and end with 0; with 2 and one sentence on bad input; with 130 when interrupted."""
     show_traceback = wants_traceback()
     sys.argv[1:] = config.debug_last([word for word in sys.argv[1:] if word != "--debug"])
-    # Hydra would print its own errors in several lines; with this it raises them, and we print one.
+    # Hydra tells errors in several lines of its own; with this it raises those of composing, for us to tell.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     config.register()
+    errors: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
+    def task(node: Any) -> None:
+        # Those of running it would announce before it raises them: it does not get to see them.
+        if not errors:
+            try:
+                _run(node)
+            except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
+                errors.append(error)
+
     try:
-        _task()
+        task()
+        if errors:
+            raise errors[0]
     except KeyboardInterrupt:
         sys.exit(130)
     except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
@@ -44,7 +48,15 @@ def main() -> None:
         sys.exit(2)
 
 
-def _tell(error: BaseException) -> None:
+def _run(node: Any) -> None:
+    settings = config.to_config(node)
+    # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
+    from svd_ds.run import run
+
+    run(settings, Env.read())
+
+
+def _tell(error: Exception) -> None:
     """Print one sentence: rank 0 what all ranks know, any rank what only it knows."""
     env = Env.read()
     of_config = isinstance(error, config.COMPOSE_ERRORS)

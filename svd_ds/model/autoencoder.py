@@ -11,13 +11,15 @@ Shape legend: B clips, T frames, N images, C latent channels, H x W pixels, h x 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 
 from svd_ds.model.frozen import load_frozen
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLTemporalDecoder
 
 
 class Autoencoder:
@@ -42,9 +44,13 @@ class Autoencoder:
         The public weights overflow in float16 and say so (`force_upcast`): those are kept in float32.
         Raises FileNotFoundError where the folder lacks the part or its weights.
         """
+        from diffusers import AutoencoderKLTemporalDecoder  # takes seconds: not before it is needed
+
         network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, dtype)
         if dtype == torch.float16 and network.config.force_upcast:
-            network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, torch.float32)
+            from diffusers import AutoencoderKLTemporalDecoder  # takes seconds: not before it is needed
+
+        network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, torch.float32)
         return Autoencoder(network, chunk)
 
     @property

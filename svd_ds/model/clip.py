@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from svd_ds.model.frozen import from_pretrained, load_frozen
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels that CLIP was trained on, red, green, blue (openai/CLIP clip.py)."""
 
 
 class ImageEncoder:
@@ -30,6 +36,8 @@ class ImageEncoder:
     @staticmethod
     def load(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> ImageEncoder:
         """Read `image_encoder/` of a pipeline folder or hub id."""
+        from transformers import CLIPVisionModelWithProjection  # takes seconds: not before it is needed
+
         return ImageEncoder(load_frozen(CLIPVisionModelWithProjection, path, "image_encoder", device, dtype))
 
     @torch.no_grad()
@@ -56,6 +64,8 @@ class TextEncoder:
     @staticmethod
     def load(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
         """Read `text_encoder/` and `tokenizer/` of a pipeline folder or hub id."""
+        from transformers import CLIPTextModel, CLIPTokenizer
+
         network = load_frozen(CLIPTextModel, path, "text_encoder", device, dtype)
         return TextEncoder(network, from_pretrained(CLIPTokenizer, path, "tokenizer"))
 

@@ -38,6 +38,7 @@ def load_frozen(
 
 def from_pretrained(kind: Any, path: str | Path, part: str, **options: Any) -> Any:
     """`kind.from_pretrained` on one part of a local pipeline folder or of a hub repository."""
+    _quieten()
     folder = part_folder(path, part)
     if folder is not None:
         return kind.from_pretrained(str(folder), local_files_only=True, **options)
@@ -66,3 +67,13 @@ def part_folder(path: str | Path, part: str) -> Path | None:
             f"{path} has no {part}/{config}, but must be a folder in the layout of the public SVD pipeline"
         )
     return folder
+
+
+def _quieten() -> None:
+    """Keep the libraries' progress bars and hints off the console, which is the caller's; errors stay."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

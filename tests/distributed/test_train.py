@@ -1,0 +1,202 @@
+"""The trainer as a user starts it: two ranks, real shards, killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+
+from svd_ds.data.shards import ShardWriter
+from svd_ds.model.weights import load_unet
+from svd_ds.train import main as train_door
+from tests.videos import about, encode, moving_square
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    writer = ShardWriter(folder, samples_per_shard=5)
+    for i in range(13):
+        frames = moving_square(8, height=64, width=80, seed=i)
+        writer.add(f"clip{i:02d}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)))
+    writer.close()
+    return folder
+
+
+def command(shards: Path, run: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    settings = ("debug=tiny", f"data.path={shards}", f"run.dir={run}", f"run.steps={STEPS}", "checkpoint.every=2")
+    return [sys.executable, str(ROOT / "tools/launch.py"), "-n", str(ranks), "--", *settings, *overrides]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+
+def train(shards: Path, run: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(shards, run, *overrides, ranks=ranks),
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that was killed with SIGKILL in the middle and started again, and what it then printed."""
+    run = tmp_path_factory.mktemp("runs") / "killed"
+    first = subprocess.Popen(command(shards, run), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints/step-0000004/COMPLETE").exists():
+        assert first.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = train(shards, run)
+    assert second.returncode == 0, second.stderr
+    return run, second.stdout
+
+
+def test_killed_run_goes_on_and_counts_every_step_once(killed_and_resumed: tuple[Path, str]) -> None:
+    run, printed = killed_and_resumed
+    assert "resuming at step " in printed
+    assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
+    assert [row["samples"] for row in metrics(run)] == [12 * step for step in range(1, STEPS + 1)]
+
+
+def test_killed_run_has_the_losses_of_one_that_was_not(
+    killed_and_resumed: tuple[Path, str], shards: Path, tmp_path: Path
+) -> None:
+    whole = train(shards, tmp_path / "whole", "sampling.every=1000000")
+    assert whole.returncode == 0, whole.stderr
+    for key in ("loss", "grad_norm", "lr"):
+        assert [row[key] for row in metrics(killed_and_resumed[0])] == [row[key] for row in metrics(tmp_path / "whole")]
+
+
+def test_the_run_folder_is_as_documented(killed_and_resumed: tuple[Path, str]) -> None:
+    run, printed = killed_and_resumed
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "report.html", "logs"}
+    checkpoint = run / "checkpoints" / f"step-{STEPS:07d}"
+    shards_of_ranks = {path.name for path in checkpoint.glob("engine/zero/*optim_states.pt")}
+    assert len(shards_of_ranks) == 2, "a ZeRO-3 shard a rank"
+    assert len(list(checkpoint.glob("ema-power-0.050/rank-*-of-00002.safetensors"))) == 2
+    video = run / "samples" / f"step-{STEPS:07d}" / "video-0.mp4"
+    with av.open(str(video)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 4
+    with Image.open(video.with_name("contact_sheet.png")) as sheet:
+        assert sheet.width > sheet.height > 64
+    report = (run / "report.html").read_text()
+    assert "<svg" in report
+    assert "data:video/mp4;base64," in report
+    assert "http://" not in report.replace("http://www.w3.org", ""), "self-contained"
+    assert str(run / "report.html") in printed
+
+
+def test_weights_and_averages_are_read_without_the_engine(killed_and_resumed: tuple[Path, str]) -> None:
+    run, _ = killed_and_resumed
+    raw, average = load_unet(run, which="raw"), load_unet(run, which="ema-power-0.050")
+    different = [
+        name
+        for (name, one), other in zip(raw.named_parameters(), average.parameters(), strict=True)
+        if not one.equal(other)
+    ]
+    assert len(different) > len(list(raw.parameters())) / 2
+
+
+def test_sigterm_leaves_a_checkpoint_and_resumes(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    first = subprocess.Popen(
+        command(shards, run, "run.steps=100000", "checkpoint.every=100000", "sampling.every=100000"),
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("step 1/"):
+            first.send_signal(signal.SIGTERM)
+            break
+    printed, _ = first.communicate(timeout=120)
+    assert first.returncode == 0
+    assert "stopped at step" in printed
+    last = metrics(run)[-1]["step"]
+    assert (run / f"checkpoints/step-{last:07d}/COMPLETE").exists()
+
+
+def sentence(ended: subprocess.CompletedProcess[str]) -> str:
+    """What a refused run said: one line, no traceback, a non-zero exit."""
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    lines = ended.stderr.strip().splitlines()
+    assert len(lines) == 1, ended.stderr
+    return lines[0]
+
+
+def test_a_truncated_shard_is_named_and_all_ranks_stop(shards: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in shards.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    shard = broken / "shard-00001.tar"
+    whole = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[: whole // 2])
+    said = sentence(train(broken, tmp_path / "run"))
+    assert all(part in said for part in ("shard-00001.tar", str(whole), str(whole // 2)))
+
+
+def test_a_batch_that_cannot_be_split_is_refused(shards: Path, tmp_path: Path) -> None:
+    assert "batch.size 3 cannot be split over 2 ranks; start 1 or 3" in sentence(train(shards, tmp_path, "batch.size=3"))
+
+
+def test_a_folder_of_another_config_is_refused(
+    killed_and_resumed: tuple[Path, str], shards: Path
+) -> None:
+    said = sentence(train(shards, killed_and_resumed[0], "optim.lr=0.5"))
+    assert "belongs to another config" in said
+    assert "optim.lr is 0.001 there and 0.5 here" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optim.learning_rate=1", ["learning_rate"]),
+        ("+experiment=stage9", ["stage9"]),
+        ("data.path=nowhere", ["nowhere"]),
+        ("data.height=60", ["data.height is 60", "16"]),
+        ("model.context_width=48", ["48", "64"]),
+        ("frozen.path=conf", ["conf", "vae"]),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    shards: Path,
+    tmp_path: Path,
+    override: str,
+    parts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One rank started by hand, in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train", *command(shards, tmp_path / "run")[5:], override])
+    with pytest.raises(SystemExit) as ended:
+        train_door()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1, told
+    assert told[0].startswith("error: ")
+    assert all(part in told[0] for part in parts), told[0]

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from svd_ds.batch import Batch, Clip
+from svd_ds.diffusion.noise import NoiseConfig, build_noise
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.conditioner import Conditioner, ConditionerConfig
+from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.run import TINY
+from svd_ds.training.step import Diffusion
+from tests.videos import moving_square
+
+
+def clip(ordinal: int, num_frames: int = 4, fps: float = 6.0, motion_bucket: float = 100.0) -> Clip:
+    frames = torch.from_numpy(moving_square(num_frames, height=64, width=64, seed=ordinal)).permute(0, 3, 1, 2)
+    return Clip(f"s{ordinal}", ordinal, frames.contiguous(), "a square moves", fps, motion_bucket)
+
+
+@pytest.fixture(scope="module")
+def diffusion() -> Diffusion:
+    config = ConditionerConfig(drop_context=0.0, drop_concat=0.0)
+    return Diffusion(
+        noise=build_noise(NoiseConfig(P_mean=1.0, P_std=1.6), 64, 64),
+        offset_noise=0.0,
+        autoencoder=Autoencoder.load(TINY),
+        conditioner=Conditioner.load(config, TINY),
+        seed=0,
+    )
+
+
+class Recorder:
+    """A network that remembers what it was given and says nothing."""
+
+    def __call__(self, x: Tensor, c_noise: Tensor, context: Tensor, scalars: Tensor, image_only: Tensor | None) -> Tensor:
+        self.x, self.c_noise, self.context, self.scalars = x, c_noise, context, scalars
+        return torch.zeros_like(x[:, :, :4])
+
+
+def test_the_network_sees_what_the_paper_says(diffusion: Diffusion) -> None:
+    net = Recorder()
+    loss_B = diffusion.loss(net, Batch.of([clip(3, fps=8.0, motion_bucket=40.0), clip(9)]))
+    assert loss_B.shape == (2,)
+    assert net.x.shape == (2, 4, 8, 8, 8), "4 noisy latent channels and 4 of the conditioning frame"
+    assert net.context.shape == (2, 1, 64)
+    assert net.scalars[0, :2].tolist() == [7.0, 40.0], "fps - 1, motion bucket"
+    assert 0.003 < net.scalars[0, 2] < 0.6, "the augmentation's sigma, ln of it N(-3, 0.5^2)"
+    concat = net.x[:, :, 4:]
+    assert torch.equal(concat[:, 0], concat[:, 3]), "one frame on all frames"
+    assert not torch.equal(concat[0], concat[1])
+    latents = diffusion.autoencoder.encode(clip(3).frames_TCHW[:1].float() / 127.5 - 1)[:, :4]
+    error = (concat[0, :1] - latents).norm() / latents.norm()
+    assert error < 0.5, "the posterior mean of the first frame, but for its noise, and not scaled"
+
+
+def test_sigma_belongs_to_the_clip_whatever_its_batch(diffusion: Diffusion) -> None:
+    net = Recorder()
+    together = diffusion.loss(net, Batch.of([clip(3), clip(9)]))
+    noise_levels = net.c_noise
+    alone = torch.cat([diffusion.loss(net, Batch.of([clip(ordinal)])) for ordinal in (3, 9)])
+    assert torch.allclose(together, alone, rtol=1e-5)
+    assert noise_levels[0] != noise_levels[1]
+    u = 0.5 * (1 + math.erf((4 * net.c_noise.item() - 1.0) / (1.6 * math.sqrt(2))))
+    assert 0 < u < 1
+
+
+def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
+    dropping = ConditionerConfig(drop_context=0.5, drop_concat=0.5)
+    conditioner = Conditioner(dropping, diffusion.conditioner.encoder)
+    net = Recorder()
+    replace(diffusion, conditioner=conditioner).loss(net, Batch.of([clip(i) for i in range(16)]))
+    context_dropped = (net.context == 0).all(dim=(1, 2)).tolist()
+    concat_dropped = (net.x[:, :, 4:] == 0).flatten(1).all(dim=1).tolist()
+    assert 2 < sum(context_dropped) < 14
+    assert 2 < sum(concat_dropped) < 14
+    assert context_dropped != concat_dropped, "independently of each other"
+
+
+def test_one_clip_can_be_overfitted(diffusion: Diffusion) -> None:
+    """The proof that signal and gradient reach every part: the loss falls by more than ten."""
+    config = UNetConfig(
+        widths=(32, 64), attention_levels=(True, True), num_layers=1, context_width=64, head_width=32, scalar_width=32
+    )
+    unet = UNet(config)
+    num_steps, batch_size = 300, 4
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-3, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, num_steps, pct_start=0.1)
+    still = clip(0, num_frames=2)
+    losses = []
+    for step in range(num_steps):
+        # The same clip, with a sigma and noise of its own at each place of the order.
+        batch = Batch.of([replace(still, ordinal=step * batch_size + i) for i in range(batch_size)])
+        loss = diffusion.loss(unet, batch).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    first, last = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
+    assert last < first / 10, f"the loss fell from {first:.3f} to {last:.3f}"
