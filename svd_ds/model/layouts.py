@@ -21,7 +21,7 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     if config.num_scalars == 0:
         raise ValueError(
             f"diffusers' {VIDEO_CLASS} always takes scalars and this network has num_scalars 0: "
-            "save it in the original layout."
+            "save it in the original layout"
         )
     kinds = ["CrossAttn" if attends else "" for attends in config.attention_levels]
     return {
@@ -49,11 +49,11 @@ def config_from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     """
     kind = fields.get("_class_name")
     if kind not in (VIDEO_CLASS, IMAGE_CLASS):
-        raise ValueError(f"its class is {kind}, not {VIDEO_CLASS} or {IMAGE_CLASS}.")
+        raise ValueError(f"its class is {kind}, not {VIDEO_CLASS} or {IMAGE_CLASS}")
     video = kind == VIDEO_CLASS
     if not video and not fields.get("use_linear_projection"):
         raise ValueError(
-            "its use_linear_projection is false, and only Stable Diffusion 2's kind of UNet, true, fits."
+            "its use_linear_projection is false, and only Stable Diffusion 2's kind of UNet, true, fits"
         )
     widths = fields["block_out_channels"]
     # diffusers' image UNet calls the number of heads attention_head_dim.
@@ -61,7 +61,7 @@ def config_from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     heads = [heads] * len(widths) if isinstance(heads, int) else heads
     head_widths = {width // number for width, number in zip(widths, heads, strict=True)}
     if len(head_widths) > 1:
-        raise ValueError(f"its attention heads have different widths, {sorted(head_widths)}.")
+        raise ValueError(f"its attention heads have different widths, {sorted(head_widths)}")
     scalar_width = fields["addition_time_embed_dim"] if video else UNetConfig.scalar_width
     return UNetConfig(
         in_channels=fields["in_channels"],
@@ -82,7 +82,7 @@ def _one(fields: dict[str, Any], key: str, default: int = 0) -> int:
     value = fields.get(key, default)
     values = value if isinstance(value, list) else [value]
     if len(set(values)) > 1:
-        raise ValueError(f"its {key} differs from level to level, {values}.")
+        raise ValueError(f"its {key} differs from level to level, {values}")
     return int(values[0])
 
 
@@ -95,7 +95,7 @@ def config_from_original(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
 
     def shape(name: str) -> Sequence[int]:
         if ORIGINAL_PREFIX + name not in shapes:
-            raise ValueError(f"it has no tensor {ORIGINAL_PREFIX}{name}.")
+            raise ValueError(f"it has no tensor {ORIGINAL_PREFIX}{name}")
         return shapes[ORIGINAL_PREFIX + name]
 
     def present(name: str) -> bool:
@@ -110,7 +110,7 @@ def config_from_original(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
         else:
             break
     if not all(levels):
-        raise ValueError("it has a level without residual blocks.")
+        raise ValueError("it has a level without residual blocks")
     scalars = shape("label_emb.0.0.weight")[1] if present("label_emb.0.0.weight") else 0
     depth = itertools.takewhile(
         lambda index: present(f"middle_block.1.transformer_blocks.{index}.norm1.weight"), itertools.count()

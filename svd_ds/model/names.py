@@ -81,7 +81,7 @@ def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]
         ValueError: `layout` is not one of LAYOUTS.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"The layout must be one of {', '.join(LAYOUTS)}, not {layout!r}.")
+        raise ValueError(f"the layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
     column = 1 + LAYOUTS.index(layout)
     prefix = ORIGINAL_PREFIX if layout == "original" else ""
     modules = {}

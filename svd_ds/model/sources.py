@@ -71,7 +71,7 @@ class Source:
         for name, pieces in self.pieces.items():
             if name not in network:
                 raise ValueError(
-                    f"{pieces[0].path} holds {pieces[0].name}, for which the network has no place."
+                    f"{pieces[0].path} holds {pieces[0].name}, for which the network has no place"
                 )
             self._check_shape(name, network[name].shape, widens=config != self.config)
         new = [name for name in network if name not in self.pieces]
@@ -81,9 +81,7 @@ class Source:
         for name in new:
             if not any(name in whole and whole.isdisjoint(self.pieces) for whole in (temporal, scalars)):
                 where = next(iter(self.pieces.values()))[0].path
-                raise ValueError(
-                    f"{where} lacks {name}, which has the shape {network[name].shape} in the network."
-                )
+                raise ValueError(f"{where} lacks {name}, of shape {tuple(network[name].shape)}")
         return new
 
     def _check_shape(self, name: str, shape: torch.Size, widens: bool) -> None:
@@ -101,7 +99,7 @@ class Source:
                 fits = found[1] <= expected[1] and (found[0], *found[2:]) == (expected[0], *expected[2:])
         if not fits:
             raise ValueError(
-                f"{pieces[0].path}: {pieces[0].name} has the shape {found}, and the network takes {expected}."
+                f"{pieces[0].path}: {pieces[0].name} has the shape {found}, and the network takes {expected}"
             )
 
 
@@ -122,42 +120,42 @@ def _network(config: UNetConfig) -> dict[str, Parameter]:
 def open_source(path: Path, which: str | None) -> Source:
     """Open what `path` is; arguments and errors are those of `weights.read_weights`."""
     if not path.exists():
-        raise FileNotFoundError(f"There is nothing at {path}.")
+        raise FileNotFoundError(f"there is nothing at {path}")
     if (path / "checkpoints").is_dir():
         path = _newest_checkpoint(path)
     if any((path / "unet").glob("rank-*.safetensors")):
         return _open_checkpoint(path, which)
     if which not in (None, "raw"):
-        raise ValueError(f"{path} is not a run or a checkpoint, so it has no average {which!r}.")
+        raise ValueError(f"{path} is not a run or a checkpoint, so it has no average {which!r}")
     if path.is_file():
         return _open_original(path)
     folder = path / "unet" if (path / "unet" / "config.json").exists() else path
     if (folder / "config.json").exists():
         return _open_diffusers(folder)
     raise ValueError(
-        f"{path} is neither a diffusers folder, nor a run or a checkpoint, nor a .safetensors file."
+        f"{path} is neither a diffusers folder, nor a run or a checkpoint, nor a .safetensors file"
     )
 
 
 def _newest_checkpoint(run: Path) -> Path:
     complete = sorted(marker.parent for marker in run.glob(f"checkpoints/step-*/{COMPLETE}"))
     if not complete:
-        raise ValueError(f"The run {run} has no complete checkpoint yet.")
+        raise ValueError(f"the run {run} has no complete checkpoint yet")
     return complete[-1]
 
 
 def _open_checkpoint(path: Path, which: str | None) -> Source:
     if not (path / COMPLETE).exists():
-        raise ValueError(f"The checkpoint {path} is not complete: it has no file {COMPLETE}.")
+        raise ValueError(f"the checkpoint {path} is not complete: it has no file {COMPLETE}")
     averages = sorted(folder.name.removeprefix("ema-") for folder in path.glob("ema-*"))
     which = which or next(iter(averages), "raw")
     if which not in ("raw", *averages):
-        raise ValueError(f"The checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}.")
+        raise ValueError(f"the checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}")
     folder = path / ("unet" if which == "raw" else f"ema-{which}")
     files = sorted(folder.glob("rank-*-of-*.safetensors"))
     ranks = int(files[0].stem.rpartition("-")[2]) if files else 0
     if not files or len(files) != ranks:
-        raise ValueError(f"{folder} has the files of {len(files)} ranks out of {ranks}.")
+        raise ValueError(f"{folder} has the files of {len(files)} ranks out of {ranks}")
     config = UNetConfig(**json.loads((path / "unet" / "config.json").read_text()))
     pieces: dict[str, list[Piece]] = {}
     for file in files:
@@ -204,7 +202,7 @@ def _diffusers_files(folder: Path) -> list[Path]:
     variants = sorted(folder.glob(f"{stem}.*.safetensors"))
     if len(variants) != 1:
         raise ValueError(
-            f"{folder} has {len(variants)} files {stem}*.safetensors, and needs one, or an index."
+            f"{folder} has {len(variants)} files {stem}*.safetensors, and needs one, or an index"
         )
     return variants
 
@@ -219,7 +217,7 @@ def _public_source(config: UNetConfig, layout: str, tensors: dict[str, Piece], l
             pieces[name] = [left.pop(public) for public in names]
     if left:
         piece = next(iter(left.values()))
-        raise ValueError(f"{piece.path} holds {piece.name}, for which the network has no place.")
+        raise ValueError(f"{piece.path} holds {piece.name}, for which the network has no place")
     return Source(config, pieces, flat=False)
 
 
@@ -227,5 +225,5 @@ def _tensors_of(path: Path) -> dict[str, Piece]:
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}.") from None
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
     return {name: Piece(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

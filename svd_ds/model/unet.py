@@ -56,13 +56,13 @@ class UNetConfig:
         if not self.widths or len(self.widths) != len(self.attention_levels):
             raise ValueError(
                 f"widths has {len(self.widths)} levels and attention_levels {len(self.attention_levels)}: "
-                "the UNet needs one entry a level in both."
+                "the UNet needs one entry a level in both"
             )
         for width in self.widths:
             if width % NORM_GROUPS or width % self.head_width:
                 raise ValueError(
-                    f"Each of widths must be a multiple of {NORM_GROUPS} (group norm) and of the head_width "
-                    f"{self.head_width}, which {width} is not."
+                    f"each of widths must be a multiple of {NORM_GROUPS} (group norm) and of the head_width "
+                    f"{self.head_width}, which {width} is not"
                 )
         for name in (
             "in_channels",
@@ -73,15 +73,15 @@ class UNetConfig:
             "num_frames",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_scalars < 0 or self.scalar_width < 2 or self.scalar_width % 2:
             raise ValueError(
                 f"num_scalars must be 0 or more, and scalar_width even; they are {self.num_scalars} and "
-                f"{self.scalar_width}."
+                f"{self.scalar_width}"
             )
         for name in ("spatial_attention", "temporal_attention"):
             if getattr(self, name) not in BACKENDS:
-                raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, not {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, not {getattr(self, name)!r}")
 
     @property
     def embedding_width(self) -> int:
@@ -227,25 +227,27 @@ def check_inputs(
     """Refuse, before any compute, inputs that the network cannot take."""
     if x_BTCHW.dim() != 5 or x_BTCHW.shape[2] != config.in_channels:
         raise ValueError(
-            f"The UNet takes latents of shape (B, T, {config.in_channels}, H, W), not {tuple(x_BTCHW.shape)}."
+            f"the UNet takes latents of shape (B, T, {config.in_channels}, H, W), not {tuple(x_BTCHW.shape)}"
         )
     num_clips, num_frames, _, *size = x_BTCHW.shape
     for name, length in zip(("height", "width"), size, strict=True):
         if length % config.size_multiple:
             raise ValueError(
-                f"The latent {name} {length} ({length * PIXELS_PER_LATENT} pixels) is not a multiple of "
-                f"{config.size_multiple} ({config.size_multiple * PIXELS_PER_LATENT} pixels)."
+                f"the latent {name} {length} ({length * PIXELS_PER_LATENT} pixels) is not a multiple of "
+                f"{config.size_multiple} ({config.size_multiple * PIXELS_PER_LATENT} pixels)"
             )
     expected = {
         "c_noise": (c_noise_B, (num_clips,)),
-        "context": (context_BLD, (num_clips, max(context_BLD.shape[1:2], default=1), config.context_width)),
+        "context": (context_BLD, (num_clips, "tokens", config.context_width)),
         "scalars": (scalars_BS, (num_clips, config.num_scalars)),
     }
     if image_only_BT is not None:
         expected["image_only"] = (image_only_BT, (num_clips, num_frames))
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have the shape {shape}, not {tuple(tensor.shape)}.")
+        fits = [length in (size, "tokens") for length, size in zip(shape, tensor.shape, strict=False)]
+        if tensor.dim() != len(shape) or not all(fits):
+            wanted = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have the shape ({wanted}), not {tuple(tensor.shape)}")
 
 
 def parameter_tags(unet: nn.Module) -> dict[str, str]:

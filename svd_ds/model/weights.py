@@ -102,7 +102,7 @@ def write_weights(
         path = path / "diffusion_pytorch_model.safetensors"
     elif path.suffix != ".safetensors":
         raise ValueError(
-            f"The original layout is one file, whose name must end in .safetensors, not {path.name}."
+            f"the original layout is one file, whose name must end in .safetensors, not {path.name}"
         )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,82 @@
+"""Every backend computes the same attention, in any strides, at any batch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from svd_ds.model import attention as module
+from svd_ds.model.attention import attention
+
+
+def draw(*shape: int, keys: int | None = None) -> list[torch.Tensor]:
+    lengths = (shape[-3], keys or shape[-3], keys or shape[-3])
+    return [torch.randn(*shape[:-3], length, *shape[-2:], requires_grad=True) for length in lengths]
+
+
+@pytest.mark.parametrize("keys", [None, 1, 77])
+def test_sdpa_equals_the_written_out_formula(keys: int | None) -> None:
+    q, k, v = draw(3, 14, 2, 32, keys=keys)
+    results = []
+    for backend in ("reference", "sdpa", "auto"):
+        out = attention(q, k, v, backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for other in results[1:]:
+        for expected, found in zip(results[0], other, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reference_is_the_formula() -> None:
+    q, k, v = (t.detach() for t in draw(1, 5, 1, 4))
+    weights = torch.softmax(q[0, :, 0] @ k[0, :, 0].T / 2, dim=-1)
+    torch.testing.assert_close(attention(q, k, v, "reference")[0, :, 0], weights @ v[0, :, 0])
+
+
+@pytest.mark.parametrize("clips", [1, 3])
+def test_clips_of_strided_views_come_back_in_time_order(clips: int) -> None:
+    qkv = torch.randn(clips, 5, 6, 3, 2, 8)  # clips, frames, pixels
+    q, k, v = qkv.transpose(1, 2).unbind(3)
+    out = attention(q, k, v, "sdpa")
+    expected = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), "reference")
+    torch.testing.assert_close(out.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
+    if clips > 1:
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("clips", [None, 2])
+def test_no_kernel_sees_a_batch_past_the_limit(clips: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.MAX_BATCH == 65_535
+    monkeypatch.setattr(module, "MAX_BATCH", 30)
+    rows = 37
+    q, k, v = (torch.randn(*((clips,) if clips else ()), rows, 2, 1, 2) for _ in range(3))
+    seen = []
+
+    def kernel(*qkv: torch.Tensor) -> torch.Tensor:
+        seen.append(qkv[0].shape[0])
+        return module._reference(*qkv)
+
+    monkeypatch.setitem(module.KERNELS, "sdpa", kernel)
+    out = attention(q, k, v, "sdpa")
+    assert seen == [30, 7] * (clips or 1)
+    expected = module._reference(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)).view(q.shape)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "installed", "expected"),
+    [
+        (True, torch.bfloat16, True, "flash_attn"),
+        (True, torch.float16, True, "flash_attn"),
+        (True, torch.bfloat16, False, "sdpa"),
+        (True, torch.float32, True, "sdpa"),
+        (False, torch.bfloat16, True, "sdpa"),
+    ],
+)
+def test_auto_takes_flash_attn_where_it_can(
+    is_cuda: bool, dtype: torch.dtype, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "flash_attn_installed", lambda: installed)
+    tensor = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+    assert module._kernel("auto", tensor) is module.KERNELS[expected]  # type: ignore[arg-type]
