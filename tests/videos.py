@@ -37,7 +37,9 @@ def encode(frames_THWC: np.ndarray, fps: int = 24, keyframe_every: int = 8, suff
     """The frames as a video file with B-frames, as encoders make them by default."""
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format=suffix) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "g": str(keyframe_every)})
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": "12", "g": str(keyframe_every), "mbtree": "0"}
+        )
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1

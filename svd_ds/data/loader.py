@@ -8,34 +8,27 @@
 4. Clips are stacked to a `Batch`.
 5. The main process pairs each batch with the cursor behind its global step. A run that is given that cursor
    goes on with the next step, at any number of ranks and workers.
-
-Workers come from a fork server, a process without threads: forking the training process itself would copy
-locks that gloo's, OpenMP's and CUDA's threads may hold. Signals meant for the run are blocked in them, since
-SLURM sends those to every process of a step, and a rank that has to write its checkpoint still needs them.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import webdataset
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from svd_ds.batch import Batch, Clip
+from svd_ds.data import workers
 from svd_ds.data.clips import Box, ClipDraws, Timing, choose_caption, decode, fit, to_rgb
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.order import rank_positions, samples_at, step_end
 from svd_ds.data.shards import Index, Sample
 
 CROPS = ("random", "center")
-RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -138,18 +131,7 @@ class Loader:
         )
         if self.config.num_workers == 0:
             return iter(pipeline)
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload([__name__])
-        with _run_signals_blocked():
-            return iter(
-                DataLoader(
-                    pipeline,
-                    batch_size=None,
-                    num_workers=self.config.num_workers,
-                    prefetch_factor=self.config.prefetch,
-                    multiprocessing_context=server,
-                )
-            )
+        return workers.start(pipeline, self.config.num_workers, self.config.prefetch, __name__)
 
     def _places(self) -> Iterator[tuple[int, Sample]]:
         """(ordinal, sample) for each clip of this rank that falls to this worker process."""
@@ -216,13 +198,3 @@ def _largest(index: Index) -> str:
     num_frames = max((sample.num_frames for sample in samples), default=0)
     height, width = max(((sample.height, sample.width) for sample in samples), default=(0, 0))
     return f"the longest has {num_frames} frames, the largest is {height} x {width}"
-
-
-@contextmanager
-def _run_signals_blocked() -> Iterator[None]:
-    """Processes started inside inherit the block; a signal that arrives meanwhile comes afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -33,7 +33,7 @@ class MotionMap:
         """The map under which `scores` spread evenly over 0 to 255. Without scores, all are standstill."""
         floored = np.maximum(np.asarray([*scores] or [MIN_SCORE], dtype=np.float64), MIN_SCORE)
         levels = np.linspace(0.0, 1.0, NUM_QUANTILES)
-        quantiles = np.exp(np.quantile(np.log(floored), levels))
+        quantiles = np.quantile(floored, levels)
         # Equal quantiles become one knot at their middle level, so that the map stays invertible.
         knots = np.unique(quantiles)
         middles = [MAX_BUCKET * levels[quantiles == knot].mean() for knot in knots]

@@ -1,0 +1,129 @@
+"""Which frames a clip takes, that they are the right ones, and how they are fitted."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from svd_ds.data.clips import Box, ClipDraws, Timing, choose_caption, decode, fit, to_rgb
+from tests.videos import counting, encode, moving_square
+
+
+@given(
+    stored=st.integers(1, 300),
+    num_frames=st.integers(1, 25),
+    fps=st.floats(1, 120),
+    wanted=st.just(0.0) | st.floats(0.5, 60),
+    draw=st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=200, deadline=None)
+def test_timing_stays_inside_the_sample(
+    stored: int, num_frames: int, fps: float, wanted: float, draw: float
+) -> None:
+    stored = max(stored, num_frames)
+    timing = Timing.of(stored, fps, num_frames, wanted, draw)
+    frames = timing.frames(num_frames)
+    assert len(frames) == num_frames and frames[0] >= 0 and frames[-1] < stored
+    assert timing.fps * timing.stride == pytest.approx(fps)
+
+
+def test_timing_meets_the_wanted_rate() -> None:
+    assert Timing.of(100, 24.0, 8, 6.0, 0.0) == Timing(0, 4, 6.0)
+    assert Timing.of(100, 24.0, 8, 0.0, 0.0) == Timing(0, 1, 24.0)
+    assert Timing.of(100, 24.0, 8, 30.0, 0.0).stride == 1
+    assert Timing.of(15, 24.0, 8, 6.0, 0.0) == Timing(0, 2, 12.0), "too short for 6 a second"
+    assert Timing.of(100, 24.0, 8, 6.0, 0.9999).frames(8)[-1] == 99
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "matroska"])
+@pytest.mark.parametrize("wanted", [range(40), range(0, 40, 7), range(9, 33, 5), range(39, 40)])
+def test_decode_finds_the_frames_with_these_numbers(suffix: str, wanted: range) -> None:
+    content = encode(counting(40), suffix=suffix)
+    levels = [float(to_rgb(frame).float().mean()) for frame in decode(content, wanted)]
+    assert levels == pytest.approx([4 * number + 8 for number in wanted], abs=1.5)
+
+
+def test_decode_seeks_rather_than_reads_from_the_start() -> None:
+    content = encode(moving_square(64), keyframe_every=8)
+    broken = bytearray(content)
+    middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 4
+    broken[middle : middle + 400] = bytes(400)
+    clean = [to_rgb(frame) for frame in decode(content, range(56, 60))]
+    assert all(
+        torch.equal(to_rgb(frame), same)
+        for frame, same in zip(decode(bytes(broken), range(56, 60)), clean, strict=True)
+    )
+
+
+def test_decode_says_what_is_wrong() -> None:
+    content = encode(counting(10))
+    with pytest.raises(ValueError, match="ends after 2 of 3 frames, before number 10"):
+        list(decode(content, [3, 9, 10]))
+    for junk in (b"", b"text named mp4", content[: len(content) // 3]):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            list(decode(junk, [0]))
+
+
+def test_an_image_is_a_clip_of_one_frame() -> None:
+    pixels = np.full((40, 60, 3), (200, 60, 20), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
+    (frame,) = decode(buffer.getvalue(), [0])
+    assert np.abs(to_rgb(frame).permute(1, 2, 0).numpy().astype(int) - pixels).max() <= 3
+
+
+@given(
+    frame=st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+    wanted=st.tuples(st.integers(8, 600), st.integers(8, 1100)),
+    top=st.floats(0, 1, exclude_max=True),
+    left=st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=200, deadline=None)
+def test_box_is_the_largest_window_of_the_aspect(
+    frame: tuple[int, int], wanted: tuple[int, int], top: float, left: float
+) -> None:
+    box = Box.largest(frame, wanted, top, left)
+    assert box.top >= 0 and box.top + box.height <= frame[0] and 0 <= box.left <= frame[1] - box.width
+    assert box.height == frame[0] or box.width == frame[1]
+    assert abs(box.height * wanted[1] - box.width * wanted[0]) <= max(wanted)
+
+
+def test_box_is_placed() -> None:
+    assert Box.largest((100, 300), (50, 50)) == Box(0, 100, 100, 100)
+    assert Box.largest((100, 300), (50, 50), left=0.0) == Box(0, 0, 100, 100)
+    assert Box.largest((300, 100), (50, 50), top=0.9999) == Box(200, 0, 100, 100)
+
+
+def test_fit_is_antialiased_like_pillow() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 160, 3)).astype(np.uint8)
+    frame = torch.from_numpy(pixels).permute(2, 0, 1)
+    ours = fit(frame, Box(10, 20, 64, 96), 16, 24)
+    theirs = Image.fromarray(pixels[10:74, 20:116]).resize((24, 16), Image.Resampling.BICUBIC)
+    assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+    assert torch.equal(fit(frame, Box(10, 20, 64, 96), 16, 24, flip=True), ours.flip(-1))
+
+
+def test_captions_follow_their_weights() -> None:
+    captions = {"coca": "a", "vblip": "b", "llm": "c"}
+    weights = {"coca": 0.5, "vblip": 0.25, "llm": 0.25}
+    draws = [(n + 0.5) / 1000 for n in range(1000)]
+    drawn = [choose_caption(captions, weights, draw) for draw in draws]
+    assert [drawn.count(text) for text in "abc"] == [500, 250, 250]
+    only_two = [choose_caption({"coca": "a", "llm": "c"}, weights, draw) for draw in draws]
+    assert only_two.count("a") == pytest.approx(667, abs=1)
+    assert {choose_caption(captions, {}, draw) for draw in draws} == set("abc")
+    with pytest.raises(ValueError, match=r"captions \(name\) have no weight"):
+        choose_caption({"name": "x"}, weights, 0.5)
+
+
+def test_draws_depend_on_seed_and_ordinal_only() -> None:
+    assert ClipDraws.of(3, 7) == ClipDraws.of(3, 7)
+    assert len({ClipDraws.of(seed, ordinal) for seed in range(10) for ordinal in range(10)}) == 100
+    starts = [ClipDraws.of(0, ordinal).start for ordinal in range(2000)]
+    assert np.mean(starts) == pytest.approx(0.5, abs=0.03)

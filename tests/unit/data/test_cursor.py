@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from svd_ds.data.cursor import Cursor
+
+
+def test_round_trip_through_json() -> None:
+    cursor = Cursor(96, "0123456789abcdef")
+    assert Cursor(**json.loads(json.dumps(asdict(cursor)))) == cursor
+
+
+def test_other_data_is_refused_in_words() -> None:
+    cursor = Cursor(96, "aaaa")
+    cursor.check("aaaa", "shards")
+    with pytest.raises(ValueError, match=r"96 samples .* aaaa.* shards .* bbbb"):
+        cursor.check("bbbb", "shards")

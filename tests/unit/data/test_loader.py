@@ -1,0 +1,180 @@
+"""The loader: one global order over any number of ranks and workers, exact resume, errors in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from svd_ds.batch import Batch
+from svd_ds.data.cursor import Cursor
+from svd_ds.data.loader import DataConfig, Loader
+from svd_ds.data.order import samples_at
+from svd_ds.data.shards import Index, ShardWriter
+from tests.videos import about, counting, encode, moving_square, write_shards
+
+SHARD_SIZES = [1, 50, 3, 2, 17, 1, 9, 5, 4, 8]
+TOTAL = sum(SHARD_SIZES)
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), SHARD_SIZES)
+
+
+def config(folder: Path, **changes: object) -> DataConfig:
+    small = DataConfig(path=str(folder), num_frames=2, height=16, width=16, fps=0, num_workers=0)
+    return replace(small, **changes)
+
+
+def read(
+    data: DataConfig,
+    world: int,
+    num_steps: int,
+    global_batch: int,
+    cursor: Cursor | None = None,
+    micro_batch: int = 1,
+) -> tuple[dict[int, tuple[str, float]], Cursor]:
+    """Position -> (id, mean of its pixels) of the global steps over all ranks, and the cursor behind them."""
+    found: dict[int, tuple[str, float]] = {}
+    cursors = set()
+    for rank in range(world):
+        loader = Loader(data, 5, rank, world, global_batch, micro_batch, cursor)
+        batches = list(islice(loader, num_steps * global_batch // world // micro_batch))
+        for batch, _ in batches:
+            means = batch.frames_BTCHW.float().mean((1, 2, 3, 4)).tolist()
+            found.update(zip(batch.ordinals, zip(batch.ids, means, strict=True), strict=True))
+        cursors.add(batches[-1][1])
+    assert len(cursors) == 1, "every rank stands at the same place"
+    return found, cursors.pop()
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_same_order_for_any_ranks_and_workers(shards: Path, world: int, num_workers: int) -> None:
+    found, cursor = read(config(shards, num_workers=num_workers), world, num_steps=9, global_batch=12)
+    assert cursor.position == 108
+    assert sorted(found) == list(range(108))
+    names = [f"s{sample:04d}" for _, sample in samples_at(SHARD_SIZES, 5, range(108))]
+    assert [found[position][0] for position in range(108)] == names
+    assert sorted(names[:TOTAL]) == [f"s{n:04d}" for n in range(TOTAL)], "every sample once an epoch"
+    reference, _ = read(config(shards), 1, num_steps=9, global_batch=12, micro_batch=4)
+    assert found == reference, "and the very same pixels"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_resume_at_other_ranks_and_workers_goes_on_exactly(shards: Path, world: int) -> None:
+    whole, end = read(config(shards), 1, num_steps=12, global_batch=12)
+    first, middle = read(config(shards, num_workers=2), 4, num_steps=5, global_batch=12)
+    rest, after = read(config(shards, num_workers=1), world, num_steps=7, global_batch=12, cursor=middle)
+    assert {**first, **rest} == whole and not first.keys() & rest.keys()
+    assert after == end
+
+
+def test_resume_with_another_batch_size_goes_on_too(shards: Path) -> None:
+    whole, _ = read(config(shards), 1, num_steps=6, global_batch=10)
+    first, middle = read(config(shards), 1, num_steps=2, global_batch=10)
+    rest, _ = read(config(shards), 2, num_steps=5, global_batch=8, cursor=middle)
+    assert {**first, **rest} == whole
+
+
+def test_cursor_stands_behind_the_whole_global_step(shards: Path) -> None:
+    loader = Loader(config(shards), 0, 1, 2, global_batch=12, micro_batch=2)
+    assert [cursor.position for _, cursor in islice(loader, 7)] == [12, 12, 12, 24, 24, 24, 36]
+
+
+def test_batch(shards: Path) -> None:
+    batch, _ = next(iter(Loader(config(shards, num_frames=3, width=24, fps=12), 0, 0, 1, 4, 4)))
+    assert isinstance(batch, Batch) and len(batch) == 4
+    assert batch.frames_BTCHW.shape == (4, 3, 3, 16, 24) and batch.frames_BTCHW.dtype == torch.uint8
+    assert batch.fps_B.tolist() == [12.0] * 4 and batch.captions == ("a square moves",) * 4
+    index = Index.load(shards)
+    motion = {sample.id: sample.motion for sample in index.samples()}
+    assert batch.motion_bucket_B.tolist() == pytest.approx(
+        [index.motion_map.bucket(motion[i]) for i in batch.ids]
+    )
+
+
+def test_options(tmp_path: Path) -> None:
+    frames = counting(20, height=32, width=64)
+    frames[:, :, :32] = 0
+    writer = ShardWriter(tmp_path)
+    writer.add("a", "mp4", encode(frames), about(frames))
+    writer.close()
+
+    def clips(**changes: object) -> torch.Tensor:
+        loader = Loader(config(tmp_path, **changes), 0, 0, 1, 32, 32)
+        return next(iter(loader))[0].frames_BTCHW.float()
+
+    centred = clips(crop="center")
+    assert (centred[..., :6].mean((1, 2, 3, 4)) < 4).all() and (
+        centred[..., -6:].mean((1, 2, 3, 4)) > 7
+    ).all()
+    assert len(set(centred.mean((1, 2, 3, 4)).tolist())) > 5, "starts differ"
+    share_of_black = (clips(crop="random") < 4).float().mean((1, 2, 3, 4))
+    assert share_of_black.min() < 0.3 and share_of_black.max() > 0.7, "places differ"
+    mirrored = clips(crop="center", flip=True)[..., :6].mean((1, 2, 3, 4)) > 7
+    assert 8 <= mirrored.sum() <= 24
+
+
+def test_short_and_small_samples_are_left_out(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    for name, shape in {
+        "good": (6, 32, 48),
+        "short": (3, 32, 48),
+        "small": (6, 12, 48),
+        "narrow": (6, 48, 12),
+    }.items():
+        frames = moving_square(*shape)
+        writer.add(name, "mp4", encode(frames), about(frames))
+    writer.close()
+    loader = Loader(config(tmp_path, num_frames=6), 0, 0, 1, 2, 2)
+    assert len(loader) == 1 and loader.num_left_out == 3
+    assert next(iter(loader))[0].ids == ("good", "good")
+    with pytest.raises(
+        ValueError, match=r"none of the 4 samples .* has 9 frames .* the longest has 6 frames"
+    ):
+        Loader(config(tmp_path, num_frames=9), 0, 0, 1, 2, 2)
+
+
+def test_batches_that_do_not_divide_are_refused(shards: Path) -> None:
+    with pytest.raises(ValueError, match="10 clips is not a multiple of 2 ranks x 4 clips a micro-batch = 8"):
+        Loader(config(shards), 0, 0, 2, global_batch=10, micro_batch=4)
+
+
+def test_cursor_of_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
+    _, cursor = next(iter(Loader(config(shards), 0, 0, 1, 2, 2)))
+    other = write_shards(tmp_path, [4])
+    with pytest.raises(ValueError, match="2 samples so far are of a set with fingerprint"):
+        Loader(config(other), 0, 0, 1, 2, 2, cursor)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_sample_without_frames_is_named_in_one_sentence(tmp_path: Path, num_workers: int) -> None:
+    frames = moving_square(6, 32, 48)
+    writer = ShardWriter(tmp_path)
+    writer.add("good", "mp4", encode(frames), about(frames))
+    writer.add("bad", "mp4", b"no video at all", about(frames))
+    writer.close()
+    loader = Loader(config(tmp_path, num_workers=num_workers), 0, 0, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"^sample bad of .*shard-00000\.tar cannot be read: .*$") as caught:
+        next(iter(loader))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 0}, r"data\.num_frames must be at least 1, not 0"),
+        ({"crop": "left"}, "'left' is none of random, center"),
+        ({"num_workers": -1}, "negative"),
+        ({"caption_weights": {"coca": 0.0}}, "all zero"),
+    ],
+)
+def test_config_is_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(DataConfig(), **changes)

@@ -1,0 +1,137 @@
+"""Shards and their index: what is written, and how damage is named."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from svd_ds.data.motion import MotionMap
+from svd_ds.data.shards import Index, ShardWriter
+from tests.videos import about, encode, moving_square, write_shards
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_index_finds_every_member(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3, 1, 2])
+    index = Index.load(tmp_path)
+    assert index.shard_sizes == (3, 1, 2)
+    assert [sample.id for sample in index.samples()] == [f"s{n:04d}" for n in range(6)]
+    assert index.sample(4).id == "s0004"
+    for sample in index.samples():
+        with tarfile.open(tmp_path / index.shards[sample.shard].name) as tar:
+            for member in sample.members:
+                stored = tar.extractfile(f"{sample.id}.{member}")
+                assert stored is not None and stored.read() == index.read(sample, member)
+        assert json.loads(index.read(sample, "json"))["num_frames"] == sample.num_frames == 6
+
+
+def test_long_ids_are_found_too(tmp_path: Path) -> None:
+    frames = moving_square(2)
+    writer = ShardWriter(tmp_path)
+    writer.add("x" * 300, "mp4", encode(frames), about(frames))
+    writer.close()
+    index = Index.load(tmp_path)
+    assert json.loads(index.read(index.sample(0), "json"))["num_frames"] == 2
+
+
+def test_same_samples_same_bytes_and_nothing_partial(tmp_path: Path) -> None:
+    one, other = (files(write_shards(tmp_path / name, [2, 3])) for name in ("one", "other"))
+    assert one == other
+    assert list(one) == ["index.jsonl", "shard-00000.tar", "shard-00001.tar"]
+
+
+def test_without_close_there_is_no_index(tmp_path: Path) -> None:
+    frames = moving_square(2)
+    writer = ShardWriter(tmp_path, samples_per_shard=1)
+    writer.add("a", "mp4", encode(frames), about(frames))
+    with pytest.raises(FileNotFoundError, match=r"has no index\.jsonl"):
+        Index.load(tmp_path)
+
+
+def test_keep(tmp_path: Path) -> None:
+    index = Index.load(write_shards(tmp_path, [3, 1, 2]))
+    kept = index.keep(lambda sample: sample.id not in ("s0001", "s0003"))
+    assert [sample.id for sample in kept.samples()] == ["s0000", "s0002", "s0004", "s0005"]
+    assert kept.shard_sizes == (2, 0, 2)
+    assert index.keep(lambda sample: True).fingerprint == index.fingerprint
+    fingerprints = {index.keep(lambda sample, n=n: sample.id != f"s000{n}").fingerprint for n in range(6)}
+    assert len(fingerprints | {index.fingerprint}) == 7
+
+
+def test_motion_map_is_kept(tmp_path: Path) -> None:
+    assert Index.load(write_shards(tmp_path, [4])).motion_map == MotionMap.calibrate([0.01, 0.02, 0.03, 0.04])
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no data folder .*nowhere"):
+        Index.load(tmp_path / "nowhere")
+    write_shards(tmp_path, [1, 1])
+    (tmp_path / "shard-00001.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard .*shard-00001\.tar is missing"):
+        Index.load(tmp_path)
+
+
+def test_truncated_shard_is_named_with_both_sizes(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1, 2])
+    path = tmp_path / "shard-00001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    with pytest.raises(
+        ValueError, match=rf"shard-00001\.tar has 5000 bytes .* {len(whole)}: it is truncated"
+    ):
+        Index.load(tmp_path)
+
+
+def test_shard_that_shrinks_later_is_named(tmp_path: Path) -> None:
+    index = Index.load(write_shards(tmp_path, [1]))
+    (tmp_path / "shard-00000.tar").write_bytes(bytes(1600))
+    with pytest.raises(ValueError, match=r"shard-00000\.tar holds 64 of the \d+ bytes of s0000\.mp4"):
+        index.read(index.sample(0), "mp4")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "does not begin with the header"),
+        (b"not json\n", "does not begin with the header"),
+        (b'{"id": "a"}\n', "does not begin with the header"),
+        (b'{"format": "svd_ds shards", "version": 9}\n', "version 9; this program reads 1"),
+    ],
+)
+def test_foreign_index_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "index.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Index.load(tmp_path)
+
+
+def test_index_cut_short_is_refused(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, [3]) / "index.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="lists 2 of its 3 samples"):
+        Index.load(tmp_path)
+
+
+def test_writer_refuses(tmp_path: Path) -> None:
+    frames = moving_square(2)
+    writer = ShardWriter(tmp_path)
+    writer.add("a", "mp4", b"", about(frames))
+    with pytest.raises(ValueError, match="two samples have the id a"):
+        writer.add("a", "mp4", b"", about(frames))
+    with pytest.raises(ValueError, match=r"'a\.b' may hold only"):
+        writer.add("a.b", "mp4", b"", about(frames))
+    with pytest.raises(ValueError, match="at least 1 sample, not 0"):
+        ShardWriter(tmp_path, samples_per_shard=0)
+
+
+def test_overwrite(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1, 1, 1])
+    with pytest.raises(ValueError, match="already holds shards"):
+        ShardWriter(tmp_path)
+    ShardWriter(tmp_path, overwrite=True)
+    assert not list(tmp_path.iterdir())
