@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="svd_ds",
     version="0.1.0",
-    description="Train Stable Video Diffusion: the full spatial + temporal UNet, ZeRO-3 sharded, in all the paper's stages",
+    description="Train Stable Video Diffusion: the full UNet, ZeRO-3 sharded, in all the paper's stages",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["svd_ds", "svd_ds.*"]),

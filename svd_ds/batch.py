@@ -90,7 +90,8 @@ class Conditioning:
     scalars_BS: Tensor
     """Raw numbers, each embedded by the UNet: fps - 1, motion bucket, augmentation sigma, in that order."""
     concat_BTCHW: Tensor | None = None
-    """Latents joined to the UNet's input channels, (B, T, C, h, w), not scaled by the VAE's scaling factor."""
+    """Latents joined to the UNet's input channels, (B, T, C, h, w), not scaled by the VAE's scaling
+    factor."""
     image_only_BT: Tensor | None = None
     """bool: True where a frame is an independent still image, which takes the image path (alpha = 1)."""
 

@@ -1,7 +1,7 @@
 """The whole of a run's settings: one dataclass, composed of the parts' own, with the checks that span parts.
 
-Hydra composes conf/train.yaml and its groups into a DictConfig; `to_config` turns that into a RunConfig, once.
-Beyond this file nobody sees a DictConfig.
+Hydra composes conf/train.yaml and its groups into a DictConfig; `to_config` turns that into a RunConfig,
+once. Beyond this file nobody sees a DictConfig.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class RunSection:
     """Optimiser steps in all, over every life of the run."""
     seed: int = 0
     resume: str = "auto"
-    """auto (the newest checkpoint of run.dir, if any) | never (refuse a folder with checkpoints) | PATH of one."""
+    """auto (the newest checkpoint of run.dir, if any) | never (refuse a folder with checkpoints) | PATH of
+    one."""
     precision: str = "auto"
     """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
 
@@ -53,7 +54,8 @@ class RunSection:
 @dataclass(frozen=True)
 class FrozenConfig:
     path: str = "tiny"
-    """Folder in the layout of the public SVD pipeline (vae/, image_encoder/, ...) or a hub id; tiny: the shipped set."""
+    """Folder in the layout of the public SVD pipeline (vae/, image_encoder/, ...) or a hub id; tiny: the
+    shipped set."""
     chunk: int = 14
     """Frames that the autoencoder takes at once."""
 
@@ -72,7 +74,8 @@ class BatchConfig:
         """
         if self.size % ranks:
             raise ValueError(
-                f"batch.size {self.size} cannot be split over {ranks} ranks; start {_nearest_divisors(self.size, ranks)}"
+                f"batch.size {self.size} cannot be split over {ranks} ranks; start "
+                f"{_nearest_divisors(self.size, ranks)}"
             )
         share = self.size // ranks
         micro = self.micro or share
@@ -158,7 +161,9 @@ def debug_last(overrides: Sequence[str]) -> list[str]:
 def explain(error: BaseException) -> str:
     """One sentence from Hydra's several lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith(("full_key", "reference_type", "object_type")))
+    return " ".join(
+        line for line in lines if not line.startswith(("full_key", "reference_type", "object_type"))
+    )
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:

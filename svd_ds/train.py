@@ -1,6 +1,7 @@
 """The door: `python -m svd_ds.train [+experiment=NAME] [key=value ...]`, one process a rank.
 
-Started by hand (one rank), by torchrun, by srun, or by tools/launch.py. With -m, Hydra runs every combination.
+Started by hand (one rank), by torchrun, by srun, or by tools/launch.py. With -m, Hydra runs every
+combination.
 """
 
 from __future__ import annotations

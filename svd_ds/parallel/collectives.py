@@ -31,9 +31,11 @@ def join_over_ranks(part: Tensor) -> Tensor:
 
 
 def agreed(action: Callable[[], Result]) -> Result:
-    """Do what may fail on some ranks alone, such as reading files. All ranks call it; `action` must not wait for one.
+    """Do what may fail on some ranks alone, such as reading files. All ranks call it; `action` must not wait
+    for one.
 
-    Raises SharedError on every rank, with the sentence of the first rank that failed, so that none waits for it.
+    Raises SharedError on every rank, with the sentence of the first rank that failed, so that none waits for
+    it.
     """
     sentence, result = None, None
     try:

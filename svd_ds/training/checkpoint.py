@@ -47,7 +47,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_last < 1:
             raise ValueError(
-                f"checkpoint.every is {self.every} and checkpoint.keep_last {self.keep_last}: both must be at least 1"
+                f"checkpoint.every is {self.every} and checkpoint.keep_last {self.keep_last}: both must be "
+                "at least 1"
             )
 
 
@@ -103,7 +104,8 @@ class Checkpoints:
         ranks = len(list((path / "unet").glob("rank-*.safetensors")))
         if ranks != self.env.world:
             raise ValueError(
-                f"checkpoint {path} was saved by {ranks} ranks and this run has {self.env.world}: start as many ranks"
+                f"checkpoint {path} was saved by {ranks} ranks and this run has {self.env.world}: start as "
+                "many ranks"
             )
         engine.load(path / "engine")
         for profile in ema.config.names:
@@ -115,7 +117,9 @@ class Checkpoints:
 
     def _write_slices(self, folder: Path, slices: Mapping[str, Tensor]) -> None:
         folder.mkdir(exist_ok=True)
-        save_file({name: value.detach().contiguous() for name, value in slices.items()}, folder / self._slice_name())
+        save_file(
+            {name: value.detach().contiguous() for name, value in slices.items()}, folder / self._slice_name()
+        )
 
     def _prune(self) -> None:
         complete = self.complete()

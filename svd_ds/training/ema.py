@@ -1,8 +1,8 @@
 """Exponential moving averages of the weights, on each rank's own float32 shard.
 
 Nothing is gathered: the average of a shard is the shard of the average. Two kinds of profile:
-- power functions (Karras et al. 2024, arXiv 2312.02696, section 3.1), whose width is a fixed share of the run, so
-  that early weights are forgotten at any run length;
+- power functions (Karras et al. 2024, arXiv 2312.02696, section 3.1), whose width is a fixed share of the
+  run, so that early weights are forgotten at any run length;
 - a constant decay a step, for the paper's finetunes (0.9999, arXiv 2311.15127 section D.3).
 """
 
@@ -31,7 +31,9 @@ class EMAConfig:
             if not 0 < decay < 1:
                 raise ValueError(f"ema.decays holds {decay}: a decay lies in (0, 1)")
         if not self.names:
-            raise ValueError("ema has no profile: samples are drawn from averaged weights, so give one length or decay")
+            raise ValueError(
+                "ema has no profile: samples are drawn from averaged weights, so give one length or decay"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,8 +56,8 @@ def power_exponent(length: float) -> float:
 class ShardEMA:
     """The averages of one rank's shards.
 
-    shards: parameter name -> flat float32 view of this rank's shard of the master weights, kept up to date by the
-    optimiser.
+    shards: parameter name -> flat float32 view of this rank's shard of the master weights, kept up to date by
+    the optimiser.
     """
 
     def __init__(self, config: EMAConfig, shards: Mapping[str, Tensor]) -> None:

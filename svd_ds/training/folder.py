@@ -14,8 +14,18 @@ from typing import Any
 import yaml
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs.
-FREE_KEYS = ("run", "checkpoint", "sampling", "logger", "parallel", "recompute", "batch.micro",
-    "data.num_workers", "data.prefetch", "frozen.chunk")
+FREE_KEYS = (
+    "run",
+    "checkpoint",
+    "sampling",
+    "logger",
+    "parallel",
+    "recompute",
+    "batch.micro",
+    "data.num_workers",
+    "data.prefetch",
+    "frozen.chunk",
+)
 
 
 def step_name(step: int) -> str:

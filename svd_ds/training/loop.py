@@ -55,7 +55,8 @@ class Parts:
 
 
 def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
-    """Train from `progress` to the plan's last step, or until the ranks are asked to stop; return where it ended."""
+    """Train from `progress` to the plan's last step, or until the ranks are asked to stop; return where it
+    ended."""
     stopped = False
     while progress.step < plan.total_steps and not stopped:
         started, data_s, losses = time.perf_counter(), 0.0, []

@@ -1,4 +1,5 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, and Weights & Biases. The only import of wandb."""
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, and Weights & Biases. The only import of
+wandb."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class LoggerConfig:
     every: int = 10
     """Steps between plain lines."""
     wandb: str = "auto"
-    """auto (online when a key is set, else offline) | online | offline | disabled. WANDB_MODE overrides auto."""
+    """auto (online when a key is set, else offline) | online | offline | disabled. WANDB_MODE overrides
+    auto."""
     project: str = "svd_ds"
     entity: str | None = None
 
@@ -132,7 +134,7 @@ def _progress_bar(console: Console) -> Progress:
     )
 
 
-def _wandb_mode(config: LoggerConfig) -> str:
+def _wandb_mode(config: LoggerConfig) -> Any:
     if config.wandb != "auto":
         return config.wandb
     if mode := os.environ.get("WANDB_MODE"):
@@ -147,7 +149,8 @@ def _wandb_mode(config: LoggerConfig) -> str:
 
 
 def _start_wandb(folder: RunFolder, config: LoggerConfig, settings: dict[str, Any], say: Any) -> Any:
-    """Start or take up the folder's W&B run; None when disabled. An unreachable server means offline, said once."""
+    """Start or take up the folder's W&B run; None when disabled. An unreachable server means offline, said
+    once."""
     mode = _wandb_mode(config)
     if mode == "disabled":
         return None
@@ -169,7 +172,9 @@ def _start_wandb(folder: RunFolder, config: LoggerConfig, settings: dict[str, An
     try:
         run = wandb.init(mode=mode, settings=quiet, **options)
     except wandb.errors.CommError as error:
-        say(f"warning: W&B cannot be reached ({error}); this run is logged offline in {folder.path / 'wandb'}")
+        say(
+            f"warning: W&B cannot be reached ({error}); this run is logged offline in {folder.path / 'wandb'}"
+        )
         run = wandb.init(mode="offline", settings=quiet, **options)
     # A resumed run repeats W&B's own step: ours is the axis.
     run.define_metric("train/step")

@@ -43,7 +43,9 @@ class OptimConfig:
         if self.gradient_clip <= 0:
             raise ValueError(f"optim.gradient_clip is {self.gradient_clip}: it must be above 0")
         if not any(self.rate(tag) > 0 for tag in TAGS):
-            raise ValueError("optim freezes everything: spatial_rate, temporal_rate and embedding_rate are all 0")
+            raise ValueError(
+                "optim freezes everything: spatial_rate, temporal_rate and embedding_rate are all 0"
+            )
 
     def rate(self, tag: str) -> float:
         return {
@@ -87,13 +89,18 @@ def parameter_groups(
 
 def group_rates(config: OptimConfig, peak: float) -> dict[str, float]:
     """Group name -> learning rate, when the peak group has `peak`."""
-    return {name: peak * config.rate(tag) for tag in TAGS for name in (_group_name(tag, True), _group_name(tag, False))}
+    return {
+        name: peak * config.rate(tag)
+        for tag in TAGS
+        for name in (_group_name(tag, True), _group_name(tag, False))
+    }
 
 
 def learning_rate(config: OptimConfig, samples: int, total_samples: int) -> float:
     """The peak rate once `samples` clips of a run of `total_samples` have been seen.
 
-    A step asks with the count that it will have reached at its end, so that the first step of a warm-up moves.
+    A step asks with the count that it will have reached at its end, so that the first step of a warm-up
+    moves.
     """
     if samples < config.warmup_samples:
         return config.lr * samples / config.warmup_samples

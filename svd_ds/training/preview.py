@@ -31,7 +31,8 @@ class PreviewConfig(SampleConfig):
         super().__post_init__()
         if self.every < 1 or self.num_videos < 1:
             raise ValueError(
-                f"sampling.every is {self.every} and sampling.num_videos {self.num_videos}: both must be at least 1"
+                f"sampling.every is {self.every} and sampling.num_videos {self.num_videos}: both must be at "
+                "least 1"
             )
 
 

@@ -1,6 +1,7 @@
 """Where a run stands, as numbers: all that a checkpoint needs besides tensors.
 
-There is no random state here. Everything random about a clip comes from (seed, its position in the global order).
+There is no random state here. Everything random about a clip comes from (seed, its position in the global
+order).
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ FLOORS = {
     "training": 3,
     "evaluation": 3,
     "config": 4,
-    "run": 5,
-    "train": 6,
+    "inputs": 5,
+    "run": 6,
+    "train": 7,
 }
 ONLY_HOME = {
     "deepspeed": "parallel/engine.py",

@@ -13,14 +13,17 @@ def test_exponent_has_the_relative_deviation_it_was_asked_for(length: float) -> 
 
 
 def test_power_average_weighs_the_past_by_a_power_function() -> None:
-    """The average of n steps has the weights t^gamma, whose relative standard deviation is the length asked for."""
+    """The average of n steps has the weights t^gamma, whose relative standard deviation is the length asked
+    for."""
     num_steps, batch = 2000, 4
     profile = EMAConfig(lengths=(0.10,), decays=())
     shards = {"w": torch.zeros(num_steps, dtype=torch.float64)}
     ema = ShardEMA(profile, shards)
     for step in range(num_steps):
         shards["w"].zero_()
-        shards["w"][step] = 1.0  # after the last step, entry t of the average is the weight that step t has in it
+        shards["w"][step] = (
+            1.0  # after the last step, entry t of the average is the weight that step t has in it
+        )
         ema.update(shards, (step + 1) * batch, batch)
     weights = ema.shards("power-0.100")["w"]
     times = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps

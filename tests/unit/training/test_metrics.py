@@ -11,7 +11,14 @@ from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
 
 def step(number: int) -> StepMetrics:
     return StepMetrics(
-        step=number, samples=8 * number, loss=0.5, lr=1e-3, grad_norm=1.0, clips_per_s=4.0, step_s=2.0, data_s=0.1
+        step=number,
+        samples=8 * number,
+        loss=0.5,
+        lr=1e-3,
+        grad_norm=1.0,
+        clips_per_s=4.0,
+        step_s=2.0,
+        data_s=0.1,
     )
 
 

@@ -12,13 +12,15 @@ from svd_ds.diffusion.noise import NoiseConfig, build_noise
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet, UNetConfig
-from svd_ds.run import TINY
+from svd_ds.sample import TINY
 from svd_ds.training.step import Diffusion
 from tests.videos import moving_square
 
 
 def clip(ordinal: int, num_frames: int = 4, fps: float = 6.0, motion_bucket: float = 100.0) -> Clip:
-    frames = torch.from_numpy(moving_square(num_frames, height=64, width=64, seed=ordinal)).permute(0, 3, 1, 2)
+    frames = torch.from_numpy(moving_square(num_frames, height=64, width=64, seed=ordinal)).permute(
+        0, 3, 1, 2
+    )
     return Clip(f"s{ordinal}", ordinal, frames.contiguous(), "a square moves", fps, motion_bucket)
 
 
@@ -37,7 +39,9 @@ def diffusion() -> Diffusion:
 class Recorder:
     """A network that remembers what it was given and says nothing."""
 
-    def __call__(self, x: Tensor, c_noise: Tensor, context: Tensor, scalars: Tensor, image_only: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, c_noise: Tensor, context: Tensor, scalars: Tensor, image_only: Tensor | None
+    ) -> Tensor:
         self.x, self.c_noise, self.context, self.scalars = x, c_noise, context, scalars
         return torch.zeros_like(x[:, :, :4])
 
@@ -84,7 +88,12 @@ def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
 def test_one_clip_can_be_overfitted(diffusion: Diffusion) -> None:
     """The proof that signal and gradient reach every part: the loss falls by more than ten."""
     config = UNetConfig(
-        widths=(32, 64), attention_levels=(True, True), num_layers=1, context_width=64, head_width=32, scalar_width=32
+        widths=(32, 64),
+        attention_levels=(True, True),
+        num_layers=1,
+        context_width=64,
+        head_width=32,
+        scalar_width=32,
     )
     unet = UNet(config)
     num_steps, batch_size = 300, 4

@@ -1,0 +1,131 @@
+"""What a run reads before it computes: run folder, checkpoint, data, frozen parts. All of it checked here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from svd_ds.batch import Batch
+from svd_ds.config import RunConfig
+from svd_ds.data.cursor import Cursor
+from svd_ds.data.loader import Loader
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.conditioner import Conditioner
+from svd_ds.parallel.env import Env, supports_bf16
+from svd_ds.sample import TINY
+from svd_ds.training.checkpoint import Checkpoints
+from svd_ds.training.folder import RunFolder
+from svd_ds.training.state import Progress
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before it computes: everything here is checked."""
+
+    folder: RunFolder
+    checkpoints: Checkpoints
+    resume: Path | None
+    progress: Progress
+    loader: Loader
+    preview_clips: Batch
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+    precision: str
+
+
+def read_inputs(config: RunConfig, env: Env) -> Inputs:
+    """Open and check everything that the run reads. Raises ValueError or OSError with one sentence."""
+    config.batch.accumulation(env.world)
+    folder = RunFolder(Path(config.run.dir))
+    folder.check_belongs(config.as_dict())
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, env)
+    resume = _resume_from(config.run.resume, checkpoints)
+    progress = Progress.read(resume / "state.json") if resume else None
+
+    loader = _loader(config, env, progress.cursor if progress else None)
+    precision = config.run.precision
+    if precision == "auto":
+        precision = "bf16" if supports_bf16(env.device) else "fp32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    frozen = str(TINY) if config.frozen.path == "tiny" else config.frozen.path
+    inputs = Inputs(
+        folder=folder,
+        checkpoints=checkpoints,
+        resume=resume,
+        progress=progress or Progress(loader.cursor),
+        loader=loader,
+        preview_clips=_preview_clips(config),
+        autoencoder=Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk),
+        conditioner=Conditioner.load(config.conditioning, frozen, env.device, dtype),
+        precision=precision,
+    )
+    check_fit(config, inputs)
+    return inputs
+
+
+def check_fit(config: RunConfig, inputs: Inputs) -> None:
+    """Refuse a network that does not fit its frozen parts, conditions or data, with both numbers."""
+    latent, concat = (
+        inputs.autoencoder.latent_channels,
+        inputs.conditioner.concat_channels(inputs.autoencoder),
+    )
+    if config.model.in_channels != latent + concat:
+        raise ValueError(
+            f"model.in_channels is {config.model.in_channels}, but the autoencoder's {latent} latent "
+            "channels and "
+            f"conditioning.concat={config.conditioning.concat} make {latent + concat}"
+        )
+    if config.model.context_width != inputs.conditioner.context_width:
+        raise ValueError(
+            f"model.context_width is {config.model.context_width}, but the encoder in {config.frozen.path} "
+            "gives "
+            f"tokens of width {inputs.conditioner.context_width}"
+        )
+    if config.model.num_scalars != inputs.conditioner.num_scalars:
+        raise ValueError(
+            f"model.num_scalars is {config.model.num_scalars}, but conditioning.scalars names "
+            f"{inputs.conditioner.num_scalars}: {', '.join(config.conditioning.scalars)}"
+        )
+    multiple = inputs.autoencoder.downsampling * config.model.size_multiple
+    for name, size in (("height", config.data.height), ("width", config.data.width)):
+        if size % multiple:
+            raise ValueError(f"data.{name} is {size}: this network takes multiples of {multiple} pixels")
+
+
+def _resume_from(resume: str, checkpoints: Checkpoints) -> Path | None:
+    if resume == "auto":
+        return checkpoints.latest()
+    if resume == "never":
+        if latest := checkpoints.latest():
+            raise ValueError(
+                f"run.resume is never, but the run folder has {latest}; name another with run.dir=..."
+            )
+        return None
+    path = Path(resume)
+    if not (path / "state.json").exists():
+        raise ValueError(f"run.resume is {resume!r}: neither auto nor never, nor a checkpoint folder")
+    return path
+
+
+def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
+    accumulation = config.batch.accumulation(env.world)
+    return Loader(
+        config.data,
+        seed=config.run.seed,
+        rank=env.rank,
+        world=env.world,
+        global_batch=config.batch.size,
+        micro_batch=config.batch.size // env.world // accumulation,
+        cursor=cursor,
+    )
+
+
+def _preview_clips(config: RunConfig) -> Batch:
+    """The first clips of the order, whole frames: the same for every rank and every life of the run."""
+    count = config.sampling.num_videos
+    centred = replace(config.data, crop="center", flip=False, num_workers=0)
+    loader = Loader(centred, config.run.seed, rank=0, world=1, global_batch=count, micro_batch=count)
+    clips, _ = next(iter(loader))
+    return clips
