@@ -123,7 +123,7 @@ def decode(content: bytes, wanted: Sequence[int]) -> Iterator[VideoFrame]:
                 if found == len(wanted):
                     return
     except av.FFmpegError as error:
-        raise ValueError(f"the file cannot be decoded ({error})") from error
+        raise ValueError(f"the file cannot be decoded ({error.strerror})") from error
     raise ValueError(f"the file ends after {found} of {len(wanted)} frames, before number {wanted[-1]}")
 
 

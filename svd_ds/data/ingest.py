@@ -55,7 +55,7 @@ def find_files(folder: Path, out: Path) -> list[Path]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
     media = {path.with_suffix("") for path in files if path.suffix.lower() in VIDEOS + IMAGES}
     sidecars = {path for path in files if path.suffix in SIDECARS and path.with_suffix("") in media}
-    return [path for path in files if path not in sidecars and out not in path.parents]
+    return [path for path in files if path not in sidecars and out.resolve() not in path.resolve().parents]
 
 
 def free_key(source: str, taken: set[str]) -> str:
@@ -129,7 +129,7 @@ def read_image(path: Path, size: int) -> RawClip:
 
 
 def count_frames(length: str, rate: Fraction) -> int:
-    """ "48" is 48 frames, "2s" as many as two seconds have at `rate`. Raises ValueError for anything else."""
+    """Frames in a length: "48" is 48, "2s" as many as two seconds have at `rate`; ValueError for the rest."""
     match = re.fullmatch(r"(\d+)|(\d*\.?\d+)s", length)
     if not match:
         raise ValueError(f"{length!r} is neither a number of frames (48) nor of seconds (2s)")

@@ -89,6 +89,19 @@ def test_shapes_images_and_junk(make_shards: Callable[..., Ended], folder: Path,
     assert captions["sub_shape_1-000000"] == "a square moves slowly"
     assert captions["sub_shape_2-000000"] == "shape 2"
 
+    images, _ = next(iter(Loader(DataConfig(str(out), 1, 32, 40, num_workers=0), 0, 0, 1, 13, 13)))
+    assert "still-000000" in images.ids and images.frames_BTCHW.shape == (13, 1, 3, 32, 40)
+
+
+def test_shards_inside_the_folder_are_not_cut_again(
+    make_shards: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "a.mp4", counting(4))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        ended = make_shards(tmp_path, "shards", "--length", 4, "--overwrite")
+        assert "0 of 1 files refused" in ended.out
+
 
 def test_hold_out_overwrite_and_repeatability(
     make_shards: Callable[..., Ended], folder: Path, tmp_path: Path
