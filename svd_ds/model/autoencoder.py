@@ -48,9 +48,7 @@ class Autoencoder:
 
         network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, dtype)
         if dtype == torch.float16 and network.config.force_upcast:
-            from diffusers import AutoencoderKLTemporalDecoder  # takes seconds: not before it is needed
-
-        network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, torch.float32)
+            network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, torch.float32)
         return Autoencoder(network, chunk)
 
     @property
