@@ -24,6 +24,7 @@ from svd_ds.data.loader import DataConfig
 from svd_ds.diffusion.noise import NoiseConfig
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.model.unet import UNetConfig
+from svd_ds.parallel.recompute import POLICIES
 from svd_ds.parallel.zero import ZeroConfig
 from svd_ds.training.checkpoint import CheckpointConfig
 from svd_ds.training.ema import EMAConfig
@@ -47,8 +48,6 @@ class RunSection:
     resume: str = "auto"
     """auto (the newest checkpoint of run.dir, if any) | never (refuse a folder with checkpoints) | PATH of
     one."""
-    precision: str = "auto"
-    """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,8 @@ class RunConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     init: InitConfig = field(default_factory=InitConfig)
     parallel: ZeroConfig = field(default_factory=ZeroConfig)
+    precision: str = "auto"
+    """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
     recompute: str = "blocks"
     """Activation checkpointing: none | blocks (every residual block and transformer)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -121,8 +122,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.run.steps < 1:
             raise ValueError(f"run.steps is {self.run.steps}: it must be at least 1")
-        if self.run.precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"run.precision is {self.run.precision!r}: choose auto, bf16 or fp32")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision is {self.precision!r}: choose auto, bf16 or fp32")
+        if self.recompute not in POLICIES:
+            raise ValueError(f"recompute is {self.recompute!r}: choose {' or '.join(POLICIES)}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, as config.yaml holds them."""

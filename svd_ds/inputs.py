@@ -45,7 +45,7 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
     progress = Progress.read(resume / "state.json") if resume else None
 
     loader = _loader(config, env, progress.cursor if progress else None)
-    precision = config.run.precision
+    precision = config.precision
     if precision == "auto":
         precision = "bf16" if supports_bf16(env.device) else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -73,15 +73,13 @@ def check_fit(config: RunConfig, inputs: Inputs) -> None:
     )
     if config.model.in_channels != latent + concat:
         raise ValueError(
-            f"model.in_channels is {config.model.in_channels}, but the autoencoder's {latent} latent "
-            "channels and "
+            f"model.in_channels is {config.model.in_channels}, but {latent} latent channels and "
             f"conditioning.concat={config.conditioning.concat} make {latent + concat}"
         )
     if config.model.context_width != inputs.conditioner.context_width:
         raise ValueError(
             f"model.context_width is {config.model.context_width}, but the encoder in {config.frozen.path} "
-            "gives "
-            f"tokens of width {inputs.conditioner.context_width}"
+            f"gives tokens of width {inputs.conditioner.context_width}"
         )
     if config.model.num_scalars != inputs.conditioner.num_scalars:
         raise ValueError(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svd_ds.model.attention import attention
-from svd_ds.model.groupnorm import group_norm_silu
+from svd_ds.model.fused import geglu, group_norm_silu
 
 NORM_GROUPS = 32
 
@@ -147,8 +147,7 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, gate = self.proj_in(self.norm(x)).chunk(2, dim=-1)
-        return self.proj_out(hidden * F.gelu(gate))
+        return self.proj_out(geglu(self.proj_in(self.norm(x))))
 
 
 class CrossAttention(nn.Module):

@@ -15,7 +15,9 @@ import yaml
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs.
 FREE_KEYS = (
-    "run",
+    "run.dir",
+    "run.steps",
+    "run.resume",
     "checkpoint",
     "sampling",
     "logger",
