@@ -151,17 +151,25 @@ def _open_checkpoint(path: Path, which: str | None) -> Source:
     which = which or next(iter(averages), "raw")
     if which not in ("raw", *averages):
         raise ValueError(f"the checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}")
-    folder = path / ("unet" if which == "raw" else f"ema-{which}")
+    config = UNetConfig(**json.loads((path / "unet" / "config.json").read_text()))
+    pieces = _slices_of(path / "unet")
+    if which != "raw":
+        # Only what is trained has an average.
+        pieces |= _slices_of(path / f"ema-{which}")
+    return Source(config, pieces, flat=True)
+
+
+def _slices_of(folder: Path) -> dict[str, list[Piece]]:
+    """Name -> the ranks' slices in order."""
     files = sorted(folder.glob("rank-*-of-*.safetensors"))
     ranks = int(files[0].stem.rpartition("-")[2]) if files else 0
     if not files or len(files) != ranks:
         raise ValueError(f"{folder} has the files of {len(files)} ranks out of {ranks}")
-    config = UNetConfig(**json.loads((path / "unet" / "config.json").read_text()))
     pieces: dict[str, list[Piece]] = {}
     for file in files:
         for name, piece in _tensors_of(file).items():
             pieces.setdefault(name, []).append(piece)
-    return Source(config, pieces, flat=True)
+    return pieces
 
 
 def _open_original(path: Path) -> Source:

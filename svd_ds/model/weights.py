@@ -7,7 +7,7 @@ Wherever weights are read, `path` is one of
 - a run folder, which means its newest complete checkpoint, or a checkpoint folder: `unet/config.json` and
   `unet/rank-00000-of-00002.safetensors ...`, which hold the ranks' flat slices of every parameter under our
   names; joined in order, cut to the parameter's size and reshaped, they are the parameter. Averages lie
-  beside `unet` as `ema-NAME`.
+  beside `unet` as `ema-NAME`, without the parameters that are frozen.
 
 Tensors are read one at a time. Nothing is unpickled.
 """

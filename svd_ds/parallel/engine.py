@@ -136,6 +136,17 @@ class Engine:
         """
         return dict(self._masters)
 
+    def frozen_shards(self) -> dict[str, Tensor]:
+        """Name -> this rank's shard of every parameter that is not trained, flat, as float32.
+
+        Their values are those of the compute precision: what has no optimiser has no float32 master.
+        """
+        return {
+            name: parameter.ds_tensor.detach().float()
+            for name, parameter in self._parameters.items()
+            if name not in self._masters
+        }
+
     def gather(self, name: str, shard: Tensor) -> Tensor:
         """The whole parameter `name`, put together from every rank's `shard`. All ranks call it."""
         shape = self.shapes[name]

@@ -5,8 +5,8 @@
         state.json          Progress
         engine/             DeepSpeed's ZeRO-3 shards: weights, master weights, optimiser state
         unet/config.json    UNetConfig
-        unet/rank-00000-of-00002.safetensors          this rank's slices of the master weights
-        ema-power-0.050/rank-00000-of-00002.safetensors    and of each average
+        unet/rank-00000-of-00002.safetensors          this rank's slices of the weights, frozen ones too
+        ema-power-0.050/rank-00000-of-00002.safetensors    and of each average of those that are trained
 
 A slice is flat float32: the ranks' slices joined in order, cut to the parameter's size and reshaped, give the
 parameter. So weights and averages are read (svd_ds.model.weights) without DeepSpeed, on any number of ranks.
@@ -84,7 +84,7 @@ class Checkpoints:
             draft.mkdir(parents=True)
         barrier()
         engine.save(draft / "engine")
-        self._write_slices(draft / "unet", engine.local_shards())
+        self._write_slices(draft / "unet", {**engine.local_shards(), **engine.frozen_shards()})
         for profile in ema.config.names:
             self._write_slices(draft / f"ema-{profile}", ema.shards(profile))
         if self.env.rank == 0:

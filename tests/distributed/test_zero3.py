@@ -21,6 +21,7 @@ CHECKS = (
     "weights_loaded_in_the_middle_are_used",
     "borrowed_weights_are_given_back",
     "frozen_parts_stay_and_the_rest_learns_right",
+    "frozen_parts_are_saved_and_resumed",
     "wrong_weights_are_refused",
     "a_gradient_that_is_not_finite_changes_nothing",
 )

@@ -300,6 +300,26 @@ def check_frozen_parts_stay_and_the_rest_learns_right(ranks: Ranks) -> None:
         torch.testing.assert_close(output_of(engine, batch), output_of(unet, batch), rtol=1e-4, atol=1e-4)
 
 
+def check_frozen_parts_are_saved_and_resumed(ranks: Ranks) -> None:
+    for precision in ("fp32", "bf16"):
+        engine, weights = ranks.engine(precision, trained=("temporal",)), random_weights()
+        ranks.train(engine, range(1))
+        shards = engine.local_shards() | engine.frozen_shards()
+        assert shards.keys() == weights.keys()
+        for name in engine.frozen_shards():
+            assert shards[name].dtype == torch.float32
+            wanted = weights[name] if precision == "fp32" else weights[name].bfloat16().float()
+            assert torch.equal(engine.gather(name, shards[name]), wanted), name
+
+        folder, resumed = shared_folder(ranks), ranks.engine(precision, trained=("temporal",))
+        engine.save(folder)
+        resumed.load_full(random_weights(seed=1).items())
+        resumed.load(folder)
+        assert ranks.train(resumed, range(1, 3)) == ranks.train(engine, range(1, 3)), "a resumed run differs"
+        frozen = resumed.frozen_shards()
+        assert all(torch.equal(shard, frozen[name]) for name, shard in engine.frozen_shards().items())
+
+
 def check_wrong_weights_are_refused(ranks: Ranks) -> None:
     engine = ranks.shared_engine()
     name, tensor = next(iter(random_weights().items()))

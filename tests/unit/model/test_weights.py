@@ -260,6 +260,15 @@ class TestRuns:
         with pytest.raises(ValueError, match=r"has raw, power-0.050, power-0.100, and no '0.9999'"):
             load_unet(tmp_path, "0.9999")
 
+    def test_an_average_takes_what_is_frozen_from_the_weights(self, unet: UNet, tmp_path: Path) -> None:
+        save_checkpoint(tmp_path, unet, 2)
+        nn.init.constant_(unet.conv_in.bias, 5.0)
+        save_checkpoint(tmp_path, unet, 2, "power-0.050")
+        for file in (tmp_path / "ema-power-0.050").iterdir():
+            save_file({"conv_in.bias": load_file(file)["conv_in.bias"]}, file)
+        assert_same(load_unet(tmp_path), unet)
+        assert load_unet(tmp_path, "raw").conv_in.bias[0] != 5.0
+
     def test_a_rank_that_is_missing_is_noticed(self, unet: UNet, tmp_path: Path) -> None:
         save_checkpoint(tmp_path, unet, 3)
         (tmp_path / "unet/rank-00001-of-00003.safetensors").unlink()

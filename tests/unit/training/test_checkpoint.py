@@ -23,9 +23,13 @@ class OneRankEngine:
 
     def __init__(self) -> None:
         self.shards = {"a": torch.randn(7), "b": torch.randn(3)}
+        self.frozen = {"c": torch.randn(2)}
 
     def local_shards(self) -> dict[str, torch.Tensor]:
         return self.shards
+
+    def frozen_shards(self) -> dict[str, torch.Tensor]:
+        return self.frozen
 
     def save(self, folder: Path) -> None:
         folder.mkdir()
@@ -61,6 +65,9 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     assert torch.equal(ema.shards("power-0.100")["a"], saved)
     weights = load_file(path / "unet" / "rank-00000-of-00001.safetensors")
     assert torch.equal(weights["b"], engine.shards["b"])
+    assert torch.equal(weights["c"], engine.frozen["c"])
+    averages = load_file(path / "ema-power-0.100" / "rank-00000-of-00001.safetensors")
+    assert averages.keys() == {"a", "b"}, "what does not learn has no average"
 
 
 def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
