@@ -155,7 +155,7 @@ def load_pipeline(
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no run and no pipeline {path}")
-    settings = _run_settings(path)
+    settings = run_settings(path)
     if settings is None and frozen is None and not (path / "vae").is_dir():
         raise ValueError(
             f"{path} has neither config.yaml nor vae/, so the folder that has vae/ must be named"
@@ -179,7 +179,7 @@ def load_pipeline(
     )
 
 
-def _run_settings(path: Path) -> dict[str, Any] | None:
+def run_settings(path: Path) -> dict[str, Any] | None:
     """config.yaml of the run that `path` is, or is a checkpoint of."""
     for folder in (path, *path.resolve().parents[:2]):
         if (folder / "config.yaml").is_file():

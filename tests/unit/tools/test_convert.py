@@ -1,0 +1,147 @@
+"""tools/convert.py from the command line: a run becomes what the public code loads, and comes back."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from svd_ds.model.sources import COMPLETE
+from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.model.weights import load_unet, save_unet
+from svd_ds.sample import TINY
+
+TOOL = Path(__file__).parents[3] / "tools" / "convert.py"
+SMALL = UNetConfig(
+    widths=(32,), attention_levels=(True,), num_layers=1, head_width=32, context_width=64, scalar_width=32
+)
+Convert = Callable[..., int]
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Convert:
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        try:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+def make_run(folder: Path, config: UNetConfig = SMALL, **conditioning: Any) -> dict[str, UNet]:
+    """A run's folder with one checkpoint: `raw` and the average `power-0.050`, in the slices of one rank."""
+    checkpoint = folder / "checkpoints" / "step-0000007"
+    unets = {}
+    for which, name in (("raw", "unet"), ("power-0.050", "ema-power-0.050")):
+        unets[which] = unet = UNet(config)
+        for parameter in unet.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        slices = {name: p.detach().flatten() for name, p in unet.named_parameters()}
+        (checkpoint / name).mkdir(parents=True)
+        save_file(slices, checkpoint / name / "rank-00000-of-00001.safetensors")
+    (checkpoint / "unet" / "config.json").write_text(json.dumps(asdict(config)))
+    (checkpoint / COMPLETE).touch()
+    signals = {"context": "image", "concat": "image", "scalars": ["fps", "motion_bucket", "augmentation"]}
+    settings = {"frozen": {"path": "tiny"}, "conditioning": signals | conditioning}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return unets
+
+
+def assert_same(found: UNet, expected: UNet) -> None:
+    assert found.config == expected.config
+    for (name, ours), (_, theirs) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_run_becomes_a_pipeline_that_diffusers_runs(convert: Convert, tmp_path: Path) -> None:
+    from diffusers import StableVideoDiffusionPipeline
+
+    unets = make_run(tmp_path / "run")
+    assert convert(tmp_path / "run", tmp_path / "deep" / "pipeline", "--layout", "diffusers") == 0
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["pipeline"], "no drafts are left"
+    assert_same(load_unet(tmp_path / "deep" / "pipeline"), unets["power-0.050"])
+
+    pipeline = StableVideoDiffusionPipeline.from_pretrained(str(tmp_path / "deep" / "pipeline"))
+    pipeline.set_progress_bar_config(disable=True)
+    image = Image.effect_noise((64, 64), 50).convert("RGB")
+    video = pipeline(image, height=64, width=64, num_frames=2, num_inference_steps=2, output_type="pt").frames
+    assert video.shape == (1, 2, 3, 64, 64)
+    assert video.isfinite().all()
+
+
+def test_there_and_back_is_bit_exact(convert: Convert, tmp_path: Path) -> None:
+    unets = make_run(tmp_path / "run")
+    first, folder, last = tmp_path / "a.safetensors", tmp_path / "pipeline", tmp_path / "b.safetensors"
+    assert convert(tmp_path / "run", first, "--layout", "original", "--which", "raw") == 0
+    assert_same(load_unet(first), unets["raw"])
+    assert convert(first, folder, "--layout", "diffusers", "--frozen", TINY) == 0
+    assert convert(folder, last, "--layout", "original") == 0
+    before, after = load_file(first), load_file(last)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_text_to_video_run_gives_its_network_alone(
+    convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(SMALL, in_channels=4, num_scalars=2)
+    make_run(tmp_path / "run", config, context="text", concat="none", scalars=["fps", "motion_bucket"])
+    assert convert(tmp_path / "run", tmp_path / "out", "--layout", "diffusers") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unet"]
+    assert "unet/ alone" in capsys.readouterr().out
+    assert load_unet(tmp_path / "out").config == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{run}", "{full}", "--layout", "diffusers"], "full is there already"),
+        (["{run}", "svd.ckpt", "--layout", "original"], "svd.ckpt must end in .safetensors"),
+        (["{run}", "{out}", "--layout", "diffusers", "--which", "best"], "has raw, power-0.050, and no 'best'"),
+        (["{run}", "{out}", "--layout", "diffusers", "--frozen", "{full}"], "has no model_index.json"),
+        (["{run}/nothing", "{out}", "--layout", "diffusers"], "there is nothing at"),
+        (["{weights}", "{out}", "--layout", "diffusers"], "weights alone: name a folder"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(
+    convert: Convert,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    places = {name: tmp_path / name for name in ("run", "full", "out", "weights")}
+    unets = make_run(places["run"])
+    save_unet(unets["raw"], places["weights"])
+    places["full"].mkdir()
+    (places["full"] / "something").touch()
+    assert convert(*(argument.format(**places) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert not places["out"].exists()
+
+
+def test_an_image_model_is_not_taken_for_a_video_model(
+    convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Heads and scalars as wide as the public models': a file without our metadata is read by its shapes.
+    public = replace(SMALL, widths=(64,), head_width=64, scalar_width=256)
+    save_unet(UNet(public), tmp_path / "video.safetensors", "original")
+    tensors = load_file(tmp_path / "video.safetensors")
+    image = {name: tensor for name, tensor in tensors.items() if "time_" not in name or "time_embed." in name}
+    save_file(image, tmp_path / "image.safetensors")
+    assert convert(tmp_path / "image.safetensors", tmp_path / "x.safetensors", "--layout", "original") == 2
+    assert "it is an image model" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""Write a run's weights, or public ones, in a public layout: a folder for diffusers, or a single file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from svd_ds.door import run_door
+from svd_ds.model.conditioner import SCALARS
+from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.model.weights import read_weights, write_weights
+from svd_ds.sample import TINY, run_settings
+
+EXAMPLE = """examples:
+  python tools/convert.py runs/small pipeline --layout diffusers
+  python tools/convert.py runs/small/checkpoints/step-0000100 svd.safetensors --layout original --which raw
+  python tools/convert.py svd.safetensors pipeline --layout diffusers --frozen ~/stable-video-diffusion-img2vid
+
+With --layout diffusers an image-to-video network becomes a folder that diffusers'
+StableVideoDiffusionPipeline.from_pretrained loads; its other parts are copied from where the run had them.
+"""
+PIPELINE = "StableVideoDiffusionPipeline"
+PARTS = ("vae", "image_encoder", "feature_extractor", "scheduler")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    target: Path = arguments.target
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} is there already: name a new one, or remove it")
+    if arguments.layout == "original" and target.suffix != ".safetensors":
+        raise ValueError(f"the original layout is one file: {target} must end in .safetensors")
+    config, tensors = read_weights(arguments.source, which=arguments.which)
+    frozen = None
+    if arguments.layout == "diffusers":
+        frozen = pipeline_parts(arguments.source, arguments.frozen, config)
+
+    weights = dict(track(tensors, "read", total=num_tensors(config)))
+    if len(weights) < num_tensors(config):
+        raise ValueError(
+            f"{arguments.source} holds {len(weights)} of the video network's {num_tensors(config)} tensors: "
+            "it is an image model, from which a run starts with init.weights"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        draft = Path(folder) / target.name
+        if arguments.layout == "original":
+            write_weights(config, weights.items(), draft, "original")
+        else:
+            write_weights(config, weights.items(), draft / "unet", "diffusers")
+            if frozen is not None:
+                copy_parts(frozen, draft)
+        os.replace(draft, target)
+    if arguments.layout == "diffusers" and frozen is None:
+        print(f"wrote {target} with unet/ alone: diffusers has no pipeline for what this network takes")
+    else:
+        print(f"wrote {target}")
+
+
+def num_tensors(config: UNetConfig) -> int:
+    with torch.device("meta"):
+        return len(list(UNet(config).parameters()))
+
+
+def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Path | None:
+    """The folder of a pipeline that this network fits into, or None where diffusers has no such pipeline.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: nobody says where the parts are, or the folder is another kind of pipeline.
+    """
+    settings = run_settings(source)
+    if not takes_what_the_pipeline_gives(config, settings):
+        return None
+    if frozen is None and settings is not None:
+        frozen = TINY if settings["frozen"]["path"] == "tiny" else Path(settings["frozen"]["path"])
+    elif frozen is None and (source / "vae").is_dir():
+        frozen = source
+    if frozen is None:
+        raise ValueError(f"{source} is weights alone: name a folder that has {', '.join(PARTS)} by --frozen")
+    for name in ("model_index.json", *PARTS):
+        if not (frozen / name).exists():
+            raise FileNotFoundError(f"{frozen} has no {name}: name a local {PIPELINE} folder by --frozen")
+    kind = json.loads((frozen / "model_index.json").read_text())["_class_name"]
+    if kind != PIPELINE:
+        raise ValueError(f"{frozen} is a {kind}: name a local {PIPELINE} folder by --frozen")
+    return frozen
+
+
+def takes_what_the_pipeline_gives(config: UNetConfig, settings: dict[str, Any] | None) -> bool:
+    """Whether the network is conditioned on an image in the released models' way."""
+    if config.in_channels != 2 * config.out_channels or config.num_scalars != len(SCALARS):
+        return False
+    if settings is None:
+        return True
+    told = settings["conditioning"]
+    return told["context"] == told["concat"] == "image" and tuple(told["scalars"]) == SCALARS
+
+
+def copy_parts(frozen: Path, pipeline: Path) -> None:
+    for part in PARTS:
+        shutil.copytree(frozen / part, pipeline / part)
+    shutil.copy(frozen / "model_index.json", pipeline)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="a run, a checkpoint, a diffusers folder, an original file")
+    add("target", type=Path, metavar="DST", help="the folder (diffusers) or file (original) to be")
+    add("--layout", choices=("diffusers", "original"), required=True)
+    add("--which", metavar="NAME", help="of a run: an average, or raw; default: its first average")
+    add("--frozen", type=Path, metavar="FOLDER", help="the pipeline whose other parts are copied")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_door(main)
