@@ -22,7 +22,7 @@ from svd_ds.sample import TINY, run_settings
 EXAMPLE = """examples:
   python tools/convert.py runs/small pipeline --layout diffusers
   python tools/convert.py runs/small/checkpoints/step-0000100 svd.safetensors --layout original --which raw
-  python tools/convert.py svd.safetensors pipeline --layout diffusers --frozen ~/stable-video-diffusion-img2vid
+  python tools/convert.py svd.safetensors pipeline --layout diffusers --frozen ~/svd-xt
 
 With --layout diffusers an image-to-video network becomes a folder that diffusers'
 StableVideoDiffusionPipeline.from_pretrained loads; its other parts are copied from where the run had them.

@@ -110,7 +110,10 @@ def test_a_text_to_video_run_gives_its_network_alone(
     [
         (["{run}", "{full}", "--layout", "diffusers"], "full is there already"),
         (["{run}", "svd.ckpt", "--layout", "original"], "svd.ckpt must end in .safetensors"),
-        (["{run}", "{out}", "--layout", "diffusers", "--which", "best"], "has raw, power-0.050, and no 'best'"),
+        (
+            ["{run}", "{out}", "--layout", "diffusers", "--which", "best"],
+            "has raw, power-0.050, and no 'best'",
+        ),
         (["{run}", "{out}", "--layout", "diffusers", "--frozen", "{full}"], "has no model_index.json"),
         (["{run}/nothing", "{out}", "--layout", "diffusers"], "there is nothing at"),
         (["{weights}", "{out}", "--layout", "diffusers"], "weights alone: name a folder"),
