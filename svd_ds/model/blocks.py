@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svd_ds.model.layers import Alpha, FrameConv, FrameNorm, ZeroLinear
+from svd_ds.model.layers import Alpha, FrameConv, FrameNorm, Linear, ZeroLinear
 from svd_ds.model.spatial import SpatialResidual, SpatialTransformerBlock
 from svd_ds.model.temporal import FramePositions, TemporalResidual, TemporalTransformerBlock
 
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         super().__init__()
         sizes = (width, context_width, head_width)
         self.norm = FrameNorm(width, eps=1e-6, silu=False)
-        self.proj_in = nn.Linear(width, width)
+        self.proj_in = Linear(width, width)
         self.spatial = nn.ModuleList(SpatialTransformerBlock(*sizes, spatial_attention) for _ in range(depth))
         self.positions = FramePositions(width)
         self.temporal = nn.ModuleList(

@@ -3,9 +3,9 @@
 Both compute once more in the backward pass what is cheap to compute, and keep their inputs alone.
 
 torch's own group norm wants channels first: on a GPU it copies, on a CPU it sums channels_last tensors one by
-one (errors near 1e-5 for a large frame). Here the channels are the last dimension, each pass over the activations
-is one torch reduction or one fused multiply-add, in their dtype with float32 inside, and all else is arithmetic
-on (N, C).
+one (errors near 1e-5 for a large frame). Here the channels are the last dimension, each pass over the
+activations is one torch reduction or one fused multiply-add, in their dtype with float32 inside, and all else
+is arithmetic on (N, C).
 
 Shapes: N normed units (frames or clips), S positions, C channels; a group is C / groups channels.
 """

@@ -24,29 +24,47 @@ NORM_GROUPS = 32
 
 
 class FrameConv(nn.Conv2d):
-    """2-D convolution of every frame, keeping the size at stride 1 and halving it at stride 2."""
+    """3 x 3 convolution of every frame, keeping the size at stride 1 and halving it at stride 2."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
         y_NCHW = super().forward(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2))
         return y_NCHW.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
 
 
-class TemporalConv(nn.Conv3d):
-    """Convolution over three neighbouring frames, pixel by pixel: kernel 3 x 1 x 1, zeros beyond the clip's
-    ends."""
+class TemporalConv(nn.Conv2d):
+    """Convolution over three neighbouring frames, pixel by pixel; beyond the clip's ends are zeros.
+
+    The public code has a 3-D convolution with the kernel 3 x 1 x 1. Over the plane (T, H*W) it is a 2-D one
+    with the kernel 3 x 1, which a CPU does in a third of the time (docs/numerics.md), so the weight is
+    (out, in, 3, 1). It is used as it is: what a view of it is kept for, ZeRO-3 cannot free.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+        super().__init__(in_channels, out_channels, kernel_size=(3, 1), padding=(1, 0))
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
-        # A 2-D convolution over the plane (T, H*W): the same sums, by kernels that are better tuned than
-        # the 3-D ones.
-        plane_BCTS = x_BTHWC.flatten(2, 3).permute(0, 3, 1, 2)
-        y_BCTS = F.conv2d(plane_BCTS, self.weight.squeeze(-1), self.bias, padding=(1, 0))
+        y_BCTS = super().forward(x_BTHWC.flatten(2, 3).permute(0, 3, 1, 2))
         return y_BCTS.permute(0, 2, 3, 1).unflatten(2, x_BTHWC.shape[2:4])
+
+
+class Linear(nn.Linear):
+    """A linear layer over the last dimension.
+
+    In float32 on a CPU its product is put to oneDNN as a 1 x 1 convolution of a batch of ROWS, which can take
+    half the time of torch's own way, BLAS (docs/numerics.md).
+    """
+
+    ROWS = 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or x.dtype != torch.float32 or x.shape[:-1].numel() % self.ROWS:
+            return super().forward(x)
+        rows_NCHW = x.reshape(self.ROWS, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+        y_NCHW = F.conv2d(rows_NCHW, self.weight[..., None, None], self.bias)
+        return y_NCHW.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class _StartAtZero(nn.Module):
@@ -63,7 +81,7 @@ class ZeroTemporalConv(_StartAtZero, TemporalConv):
     """A TemporalConv that starts at zero."""
 
 
-class ZeroLinear(_StartAtZero, nn.Linear):
+class ZeroLinear(_StartAtZero, Linear):
     """A linear layer that starts at zero."""
 
 
@@ -106,8 +124,8 @@ class EmbeddingMLP(nn.Module):
 
     def __init__(self, in_width: int, hidden_width: int, out_width: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(in_width, hidden_width)
-        self.linear2 = nn.Linear(hidden_width, out_width)
+        self.linear1 = Linear(in_width, hidden_width)
+        self.linear2 = Linear(hidden_width, out_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(F.silu(self.linear1(x.to(self.linear1.weight.dtype))))
@@ -143,8 +161,8 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.proj_in = nn.Linear(width, 8 * width)
-        self.proj_out = nn.Linear(4 * width, width)
+        self.proj_in = Linear(width, 8 * width)
+        self.proj_out = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_out(geglu(self.proj_in(self.norm(x))))
@@ -163,9 +181,9 @@ class CrossAttention(nn.Module):
         self.head_width = head_width
         self.backend = backend
         self.norm = nn.LayerNorm(width)
-        self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(context_width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.q = Linear(width, width, bias=False)
+        self.kv = Linear(context_width, 2 * width, bias=False)
+        self.out = Linear(width, width)
 
     def forward(self, x_BTHWC: Tensor, context_BLD: Tensor) -> Tensor:
         """What to add to x: like x, or (B, 1, 1, 1, C) where the context is one token."""

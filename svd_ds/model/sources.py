@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
-from svd_ds.model.names import ORIGINAL_PREFIX, public_modules, public_names
+from svd_ds.model.names import ORIGINAL_PREFIX, public_modules, public_names, public_shape
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 
 CONFIG_KEY = "svd_ds.config"
@@ -54,12 +54,10 @@ class Source:
         for name, (shape, _) in _network(config).items():
             if name in self.pieces:
                 tensor = torch.cat([piece.file.get_tensor(piece.name) for piece in self.pieces[name]])
-                if self.flat:
-                    tensor = tensor[: shape.numel()].view(shape)
-                elif tensor.shape != shape:
+                if not self.flat and tensor.numel() < shape.numel():
                     tensor, narrow = tensor.new_zeros(shape), tensor
                     tensor[:, : narrow.shape[1]] = narrow
-                yield name, tensor
+                yield name, tensor.flatten()[: shape.numel()].view(shape)
 
     def check(self, config: UNetConfig) -> list[str]:
         """The network's parameters that are not on disk and need not be.
@@ -93,7 +91,8 @@ class Source:
             found, expected = (length,), tuple(shape)
             fits = 0 <= length - shape.numel() < len(pieces)
         else:
-            found, expected = pieces[0].shape, (shape[0] // len(pieces), *shape[1:])
+            found = pieces[0].shape
+            expected = public_shape(name, (shape[0] // len(pieces), *shape[1:]))
             fits = found == expected
             if widens and name in WIDENED and len(found) == len(expected):
                 fits = found[1] <= expected[1] and (found[0], *found[2:]) == (expected[0], *expected[2:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from svd_ds.model.attention import attention
-from svd_ds.model.layers import CrossAttention, FeedForward, FrameConv, FrameNorm, ZeroFrameConv
+from svd_ds.model.layers import CrossAttention, FeedForward, FrameConv, FrameNorm, Linear, ZeroFrameConv
 
 
 class SpatialResidual(nn.Module):
@@ -21,10 +21,10 @@ class SpatialResidual(nn.Module):
         super().__init__()
         self.norm1 = FrameNorm(in_width, eps)
         self.conv1 = FrameConv(in_width, width)
-        self.time_projection = nn.Linear(embedding_width, width)
+        self.time_projection = Linear(embedding_width, width)
         self.norm2 = FrameNorm(width, eps)
         self.conv2 = ZeroFrameConv(width, width)
-        self.shortcut = FrameConv(in_width, width, kernel_size=1) if in_width != width else nn.Identity()
+        self.shortcut = Linear(in_width, width) if in_width != width else nn.Identity()
 
     def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor) -> Tensor:
         """embedding_BE has been through its SiLU already: it is the same for every block."""
@@ -42,8 +42,8 @@ class SpatialAttention(nn.Module):
         self.head_width = head_width
         self.backend = backend
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.out = Linear(width, width)
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
         qkv_NSC = self.qkv(self.norm(x_BTHWC)).flatten(0, 1).flatten(1, 2)

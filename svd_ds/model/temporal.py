@@ -17,6 +17,7 @@ from svd_ds.model.layers import (
     CrossAttention,
     EmbeddingMLP,
     FeedForward,
+    Linear,
     TemporalConv,
     ZeroTemporalConv,
     sinusoid,
@@ -33,7 +34,7 @@ class TemporalResidual(nn.Module):
         super().__init__()
         self.norm1 = ClipNorm(width, eps)
         self.conv1 = TemporalConv(width, width)
-        self.time_projection = nn.Linear(embedding_width, width)
+        self.time_projection = Linear(embedding_width, width)
         self.norm2 = ClipNorm(width, eps)
         self.conv2 = ZeroTemporalConv(width, width)
 
@@ -68,8 +69,8 @@ class TemporalAttention(nn.Module):
         self.head_width = head_width
         self.backend = backend
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.out = Linear(width, width)
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
         qkv_BSTC = self.qkv(self.norm(x_BTHWC)).flatten(2, 3).transpose(1, 2)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svd_ds.model.layouts import config_to_diffusers
-from svd_ds.model.names import public_modules, public_names
+from svd_ds.model.names import public_modules, public_names, public_shape
 from svd_ds.model.sources import CONFIG_KEY, open_source
 from svd_ds.model.unet import UNet, UNetConfig
 
@@ -111,7 +111,8 @@ def write_weights(
     for name, tensor in tensors:
         names = public_names(name, modules)
         parts = tensor.detach().cpu().chunk(len(names))
-        # Parts of one tensor are cloned, for safetensors refuses shared memory.
-        copies = [part.clone() for part in parts] if len(parts) > 1 else parts
-        public |= zip(names, copies, strict=True)
+        for public_name, part in zip(names, parts, strict=True):
+            # Parts of one tensor are cloned, for safetensors refuses shared memory.
+            part = part.clone() if len(parts) > 1 else part
+            public[public_name] = part.view(public_shape(name, part.shape))
     save_file(public, path, metadata)

@@ -68,9 +68,10 @@ def from_public() -> Callable[[UNetConfig, dict[str, Tensor]], dict[str, Tensor]
     def convert(config: UNetConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         modules = public_modules(config, "diffusers")
         with torch.device("meta"):
-            names = [name for name, _ in UNet(config).named_parameters()]
+            parameters = dict(UNet(config).named_parameters())
         return {
-            name: torch.cat([tensors[public] for public in public_names(name, modules)]) for name in names
+            name: torch.cat([tensors[public] for public in public_names(name, modules)]).view(parameter.shape)
+            for name, parameter in parameters.items()
         }
 
     return convert

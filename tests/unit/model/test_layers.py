@@ -17,6 +17,7 @@ from svd_ds.model.layers import (
     FeedForward,
     FrameConv,
     FrameNorm,
+    Linear,
     TemporalConv,
     ZeroFrameConv,
     ZeroLinear,
@@ -51,7 +52,7 @@ class Copies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("layer", [FrameConv(C, C), FrameConv(C, 2 * C, 1), TemporalConv(C, C)])
+@pytest.mark.parametrize("layer", [FrameConv(C, C), TemporalConv(C, C), Linear(C, C)])
 def test_convolutions_neither_copy_nor_leave_the_layout(layer: nn.Module, x_BTHWC: Tensor) -> None:
     with Copies(x_BTHWC.numel()) as copies, torch.no_grad():
         y = layer(x_BTHWC)
@@ -70,8 +71,21 @@ def test_frame_conv_convolves_each_frame(stride: int, x_BTHWC: Tensor) -> None:
 def test_temporal_conv_is_the_3d_convolution(num_frames: int) -> None:
     x = torch.randn(B, num_frames, H, W, C)
     layer = TemporalConv(C, 8)
-    expected = F.conv3d(channels_first(x), layer.weight, layer.bias, padding=(1, 0, 0))
+    expected = F.conv3d(channels_first(x), layer.weight[..., None], layer.bias, padding=(1, 0, 0))
     torch.testing.assert_close(channels_first(layer(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_is_torchs(rows: int, dtype: torch.dtype) -> None:
+    layer, x = Linear(C, 8).to(dtype), torch.randn(rows, 3, C, dtype=dtype, requires_grad=True)
+    inputs, grad = (x, layer.weight, layer.bias), torch.randn(rows, 3, 8, dtype=dtype)
+    ours, theirs = layer(x), F.linear(*inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for found, expected in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_take_their_statistics_per_frame_and_per_clip(x_BTHWC: Tensor) -> None:

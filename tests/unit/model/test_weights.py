@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import svd_ds
 from svd_ds.model.layouts import config_from_diffusers, config_from_original, config_to_diffusers
-from svd_ds.model.names import public_modules, public_names
+from svd_ds.model.names import public_modules, public_names, public_shape
 from svd_ds.model.sources import COMPLETE
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.model.weights import load_unet, read_weights, save_unet, write_weights
@@ -151,7 +151,7 @@ class TestConfigs:
         with torch.device("meta"):
             network = UNet(config)
         shapes = {
-            public: part.shape
+            public: public_shape(name, part.shape)
             for name, parameter in network.named_parameters()
             for names in [public_names(name, modules)]
             for public, part in zip(names, parameter.chunk(len(names)), strict=True)
