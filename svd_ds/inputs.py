@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from svd_ds.batch import Batch
 from svd_ds.config import RunConfig
@@ -13,6 +15,7 @@ from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
+from svd_ds.model.weights import read_weights
 from svd_ds.parallel.env import Env, supports_bf16
 from svd_ds.sample import TINY
 from svd_ds.training.checkpoint import Checkpoints
@@ -33,6 +36,8 @@ class Inputs:
     autoencoder: Autoencoder
     conditioner: Conditioner
     precision: str
+    weights: Iterator[tuple[str, Tensor]] | None
+    """To begin with, name by name; None draws them at random, or leaves them to the checkpoint."""
 
 
 def read_inputs(config: RunConfig, env: Env) -> Inputs:
@@ -60,6 +65,7 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
         autoencoder=Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk),
         conditioner=Conditioner.load(config.conditioning, frozen, env.device, dtype),
         precision=precision,
+        weights=None if resume else _initial_weights(config),
     )
     check_fit(config, inputs)
     return inputs
@@ -105,6 +111,13 @@ def _resume_from(resume: str, checkpoints: Checkpoints) -> Path | None:
     if not (path / "state.json").exists():
         raise ValueError(f"run.resume is {resume!r}: neither auto nor never, nor a checkpoint folder")
     return path
+
+
+def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
+    if config.init.weights is None:
+        return None
+    _, tensors = read_weights(config.init.weights, config.model, config.init.which)
+    return tensors
 
 
 def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from svd_ds.diffusion.noise import build_noise
 from svd_ds.evaluation.report import write_report
 from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.model.unet import UNet, parameter_tags
-from svd_ds.model.weights import read_weights
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import agreed
 from svd_ds.parallel.engine import Engine
@@ -52,8 +50,7 @@ def run(config: RunConfig, env: Env) -> None:
 
 def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
     engine = build_engine(config, env, inputs.precision)
-    if inputs.resume is None and config.init.weights is not None:
-        engine.load_full(_initial_weights(config))
+    new = engine.load_full(inputs.weights) if inputs.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
     if inputs.resume is not None:
         inputs.checkpoints.load(inputs.resume, engine, ema)
@@ -65,6 +62,10 @@ def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
     with _open_metrics(config, env, inputs) as metrics:
         if metrics is not None:
             metrics.say(_opening(config, env, inputs, engine))
+            if new:
+                metrics.say(
+                    f"{len(new)} tensors are not in {config.init.weights} and start afresh: {new[0]}, ..."
+                )
         parts = Parts(
             engine=engine,
             ema=ema,
@@ -155,11 +156,6 @@ def _optimizer_groups(config: RunConfig, unet: UNet) -> list[dict[str, Any]]:
         }
         for group in parameter_groups(parameter_tags(unet), shapes, config.optim)
     ]
-
-
-def _initial_weights(config: RunConfig) -> Any:
-    _, tensors = read_weights(Path(config.init.weights or ""), which=config.init.which)
-    return tensors
 
 
 def _opening(config: RunConfig, env: Env, inputs: Inputs, engine: Engine) -> str:

@@ -14,12 +14,13 @@ import hydra
 
 from svd_ds import config
 from svd_ds.door import USER_ERRORS, print_error, wants_traceback
-from svd_ds.parallel.collectives import SharedError
+from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env
 
 
 def main() -> None:
-    """Compose, run, and end with 0; with 2 and one sentence on bad input; with 130 when interrupted."""
+    """Compose, run, and end with 0; with 2 and one sentence on bad input; with 1 when another rank was lost;
+    with 130 when interrupted."""
     show_traceback = wants_traceback()
     sys.argv[1:] = config.debug_last([word for word in sys.argv[1:] if word != "--debug"])
     # Hydra tells errors in several lines of its own; with this it raises those of composing, for us to tell.
@@ -47,6 +48,11 @@ def main() -> None:
             raise
         _tell(error)
         sys.exit(2)
+    except RuntimeError as error:
+        if show_traceback or not lost_a_rank(error):
+            raise
+        print(f"rank {Env.read().rank} ends, because another rank did", file=sys.stderr)
+        sys.exit(1)
 
 
 def _run(node: Any) -> None:

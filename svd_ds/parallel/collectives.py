@@ -16,6 +16,12 @@ class SharedError(ValueError):
     """A user's mistake that every rank knows of, so that one of them can tell it for all."""
 
 
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether `error` only says that another rank has gone: that rank tells why."""
+    # gloo raises plain RuntimeErrors, which name its own source files; nccl raises DistErrors.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def mean_over_ranks(values: list[float]) -> list[float]:
     """The mean of each number over all ranks. All ranks call it."""
     total = torch.tensor(values, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import av
 import pytest
 from PIL import Image
 
-from svd_ds.data.shards import ShardWriter
+from svd_ds.data.shards import Index, ShardWriter
 from svd_ds.model.weights import load_unet
 from svd_ds.train import main as train_door
 from tests.videos import about, encode, moving_square
@@ -157,14 +158,29 @@ def sentence(ended: subprocess.CompletedProcess[str]) -> str:
 
 def test_a_truncated_shard_is_named_and_all_ranks_stop(shards: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in shards.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(shards, broken)
     shard = broken / "shard-00001.tar"
     whole = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[: whole // 2])
     said = sentence(train(broken, tmp_path / "run"))
     assert all(part in said for part in ("shard-00001.tar", str(whole), str(whole // 2)))
+
+
+def test_a_clip_that_cannot_be_decoded_ends_every_rank(shards: Path, tmp_path: Path) -> None:
+    """One rank alone meets it, in the middle of the run; the other must not wait for ever."""
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    sample = next(sample for sample in Index.load(broken).samples() if sample.id == "clip07")
+    offset, size = sample.members["mp4"]
+    with open(broken / Index.load(broken).shards[sample.shard].name, "r+b") as shard:
+        shard.seek(offset)
+        shard.write(bytes(size))
+    ended = train(broken, tmp_path / "run", "run.steps=1000", "checkpoint.every=1000", "sampling.every=1000")
+    assert ended.returncode == 2
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, ended.stderr
+    assert "sample clip07 of" in told[0]
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_batch_that_cannot_be_split_is_refused(shards: Path, tmp_path: Path) -> None:
@@ -188,6 +204,8 @@ def test_a_folder_of_another_config_is_refused(killed_and_resumed: tuple[Path, s
         ("data.height=60", ["data.height is 60", "16"]),
         ("model.context_width=48", ["48", "64"]),
         ("frozen.path=conf", ["conf", "vae"]),
+        ("init.weights=README.md", ["README.md"]),
+        ("init.weights=svd_ds/assets/tiny_svd/vae", ["tiny_svd/vae"]),
     ],
 )
 def test_bad_input_is_one_sentence(
