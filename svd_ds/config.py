@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svd_ds.data.loader import DataConfig
 from svd_ds.diffusion.noise import NoiseConfig
 from svd_ds.model.conditioner import ConditionerConfig
+from svd_ds.model.lora import LoraConfig
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 from svd_ds.parallel.zero import ZeroConfig
@@ -110,6 +111,8 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))
+    """Low-rank adapters, which then learn alone."""
     parallel: ZeroConfig = field(default_factory=ZeroConfig)
     precision: str = "auto"
     """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
@@ -126,6 +129,11 @@ class RunConfig:
             raise ValueError(f"precision is {self.precision!r}: choose auto, bf16 or fp32")
         if self.recompute not in POLICIES:
             raise ValueError(f"recompute is {self.recompute!r}: choose {' or '.join(POLICIES)}")
+
+        if self.lora.rank and self.init.weights is None:
+            raise ValueError(
+                f"lora.rank is {self.lora.rank} and init.weights null: adapters adapt trained weights"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, as config.yaml holds them."""

@@ -18,6 +18,7 @@ from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise
 from svd_ds.evaluation.report import write_report
 from svd_ds.inputs import Inputs, read_inputs
+from svd_ds.model.lora import add_lora
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import agreed
@@ -70,6 +71,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
             engine=engine,
             ema=ema,
             unet=config.model,
+            lora=config.lora,
             diffusion=Diffusion(
                 noise=build_noise(config.noise, config.data.height, config.data.width),
                 offset_noise=config.noise.offset_noise,
@@ -116,7 +118,7 @@ def _open_metrics(config: RunConfig, env: Env, inputs: Inputs) -> AbstractContex
 def build_engine(config: RunConfig, env: Env, precision: str) -> Engine:
     """The sharded network and its optimiser. The order matters:
 
-    groups before the network, which is cut into shards over them as it is made;
+    groups before the network, which is cut into shards over them as it is made, adapters too;
     recomputation before the engine, whose hooks must lie outside it;
     leaf blocks inside the engine, so that a block's parameters travel as one.
     """
@@ -131,6 +133,7 @@ def build_engine(config: RunConfig, env: Env, precision: str) -> Engine:
     torch.manual_seed(config.run.seed)
     with Engine.sharded_init(zero, mpu):
         unet = UNet(config.model)
+        add_lora(unet, config.lora)
     apply_recompute(unet, unet.blocks(), config.recompute)
     return Engine(
         unet,
@@ -146,7 +149,11 @@ def build_engine(config: RunConfig, env: Env, precision: str) -> Engine:
 def _optimizer_groups(config: RunConfig, unet: UNet) -> list[dict[str, Any]]:
     with torch.device("meta"):
         # Parameters of the sharded network have no shape of their own any more.
-        shapes = {name: parameter.shape for name, parameter in UNet(config.model).named_parameters()}
+        whole = UNet(config.model)
+        adapters = add_lora(whole, config.lora)
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+    learns = adapters or shapes
+    tags = {name: tag for name, tag in parameter_tags(unet).items() if name in learns}
     parameters = dict(unet.named_parameters())
     return [
         {
@@ -154,7 +161,7 @@ def _optimizer_groups(config: RunConfig, unet: UNet) -> list[dict[str, Any]]:
             "weight_decay": group.weight_decay,
             "params": [parameters[name] for name in group.members],
         }
-        for group in parameter_groups(parameter_tags(unet), shapes, config.optim)
+        for group in parameter_groups(tags, shapes, config.optim)
     ]
 
 

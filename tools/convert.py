@@ -1,4 +1,4 @@
-"""Write a run's weights, or public ones, in a public layout: a folder for diffusers, or a single file."""
+"""Write a run's weights, or public ones, in a public layout: a diffusers folder, a single file, adapters."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from svd_ds.door import run_door
 from svd_ds.model.conditioner import SCALARS
+from svd_ds.model.lora import save_lora
 from svd_ds.model.unet import UNet, UNetConfig
-from svd_ds.model.weights import read_weights, write_weights
+from svd_ds.model.weights import load_unet, read_weights, write_weights
 from svd_ds.sample import TINY, run_settings
 
 EXAMPLE = """examples:
   python tools/convert.py runs/small pipeline --layout diffusers
   python tools/convert.py runs/small/checkpoints/step-0000100 svd.safetensors --layout original --which raw
   python tools/convert.py svd.safetensors pipeline --layout diffusers --frozen ~/svd-xt
+  python tools/convert.py runs/camera camera.safetensors --layout lora
 
 With --layout diffusers an image-to-video network becomes a folder that diffusers'
 StableVideoDiffusionPipeline.from_pretrained loads; its other parts are copied from where the run had them.
+Low-rank adapters are merged into the weights, or written by themselves with --layout lora.
 """
 PIPELINE = "StableVideoDiffusionPipeline"
 PARTS = ("vae", "image_encoder", "feature_extractor", "scheduler")
@@ -36,38 +41,50 @@ def main() -> None:
     target: Path = arguments.target
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} is there already: name a new one, or remove it")
-    if arguments.layout == "original" and target.suffix != ".safetensors":
-        raise ValueError(f"the original layout is one file: {target} must end in .safetensors")
-    config, tensors = read_weights(arguments.source, which=arguments.which)
-    frozen = None
-    if arguments.layout == "diffusers":
-        frozen = pipeline_parts(arguments.source, arguments.frozen, config)
-
-    weights = dict(track(tensors, "read", total=num_tensors(config)))
-    if len(weights) < num_tensors(config):
-        raise ValueError(
-            f"{arguments.source} holds {len(weights)} of the video network's {num_tensors(config)} tensors: "
-            "it is an image model, from which a run starts with init.weights"
-        )
+    if arguments.layout != "diffusers" and target.suffix != ".safetensors":
+        raise ValueError(f"the {arguments.layout} layout is one file: {target} must end in .safetensors")
+    if not arguments.source.exists():
+        raise FileNotFoundError(f"there is nothing at {arguments.source}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         draft = Path(folder) / target.name
-        if arguments.layout == "original":
-            write_weights(config, weights.items(), draft, "original")
-        else:
-            write_weights(config, weights.items(), draft / "unet", "diffusers")
-            if frozen is not None:
-                copy_parts(frozen, draft)
+        note = convert(arguments, draft)
         os.replace(draft, target)
-    if arguments.layout == "diffusers" and frozen is None:
-        print(f"wrote {target} with unet/ alone: diffusers has no pipeline for what this network takes")
-    else:
-        print(f"wrote {target}")
+    print(f"wrote {target}{note}")
 
 
-def num_tensors(config: UNetConfig) -> int:
+def convert(arguments: argparse.Namespace, draft: Path) -> str:
+    """Write the layout asked for to `draft`; what is to be said of it."""
+    if arguments.layout == "lora":
+        save_lora(load_unet(arguments.source, arguments.which, merge=False), draft)
+        return ""
+    config, tensors = read_weights(arguments.source, which=arguments.which)
+    if arguments.layout == "original":
+        write_weights(config, read_all(arguments.source, config, tensors), draft, "original")
+        return ""
+    frozen = pipeline_parts(arguments.source, arguments.frozen, config)
+    write_weights(config, read_all(arguments.source, config, tensors), draft / "unet", "diffusers")
+    if frozen is None:
+        return " with unet/ alone: diffusers has no pipeline for what this network takes"
+    for part in PARTS:
+        shutil.copytree(frozen / part, draft / part)
+    shutil.copy(frozen / "model_index.json", draft)
+    return ""
+
+
+def read_all(
+    source: Path, config: UNetConfig, tensors: Iterator[tuple[str, Tensor]]
+) -> list[tuple[str, Tensor]]:
+    """Every tensor of a video network. ValueError where `source` has only an image model's."""
     with torch.device("meta"):
-        return len(list(UNet(config).parameters()))
+        total = len(list(UNet(config).parameters()))
+    weights = list(track(tensors, "read", total=total))
+    if len(weights) < total:
+        raise ValueError(
+            f"{source} holds {len(weights)} of the video network's {total} tensors: it is an image model, "
+            "from which a run starts with init.weights"
+        )
+    return weights
 
 
 def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Path | None:
@@ -105,20 +122,14 @@ def takes_what_the_pipeline_gives(config: UNetConfig, settings: dict[str, Any] |
     return told["context"] == told["concat"] == "image" and tuple(told["scalars"]) == SCALARS
 
 
-def copy_parts(frozen: Path, pipeline: Path) -> None:
-    for part in PARTS:
-        shutil.copytree(frozen / part, pipeline / part)
-    shutil.copy(frozen / "model_index.json", pipeline)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="a run, a checkpoint, a diffusers folder, an original file")
-    add("target", type=Path, metavar="DST", help="the folder (diffusers) or file (original) to be")
-    add("--layout", choices=("diffusers", "original"), required=True)
+    add("target", type=Path, metavar="DST", help="the folder (diffusers) or file to be")
+    add("--layout", choices=("diffusers", "original", "lora"), required=True)
     add("--which", metavar="NAME", help="of a run: an average, or raw; default: its first average")
     add("--frozen", type=Path, metavar="FOLDER", help="the pipeline whose other parts are copied")
     add("--debug", action="store_true", help="show the traceback of an error")

@@ -62,7 +62,7 @@ class LowRank(nn.Module):
 
     def __init__(self, layer: nn.Linear, parts: int, rank: int, alpha: float) -> None:
         super().__init__()
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         self.rank, self.alpha = rank, alpha
         self.a = nn.Linear(layer.in_features, parts * rank, bias=False, **like)
         self.b = nn.Parameter(torch.zeros(parts, layer.out_features // parts, rank, **like))
@@ -71,6 +71,11 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         low = self.a(x).unflatten(-1, (-1, self.rank))
         return self.alpha / self.rank * torch.einsum("...pr,por->...po", low, self.b).flatten(-2)
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return ".lora." in parameter
 
 
 def _add_update(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ def merge_lora(unet: UNet) -> None:
 def lora_state(unet: UNet) -> dict[str, Tensor]:
     """The adapters under their public names. ValueError where a network has no public layout."""
     modules = public_modules(unet.config, "diffusers")
-    state = {}
+    state: dict[str, Tensor] = {}
     for path, layer in _adapted(unet).items():
         parts_of_a = layer.lora.a.weight.detach().cpu().chunk(len(modules[path]))
         for public, a, b in zip(modules[path], parts_of_a, layer.lora.b.detach().cpu(), strict=True):
@@ -118,7 +123,7 @@ def save_lora(unet: UNet, path: str | Path) -> None:
     """Write the adapters to one .safetensors file. ValueError where the network has none."""
     adapters = [layer.lora for layer in _adapted(unet).values()]
     if not adapters:
-        raise ValueError(f"the network has no adapters to write to {path}")
+        raise ValueError("the network has no adapters to write")
     state = lora_state(unet)
     settings = {
         "unet.r": adapters[0].rank,
@@ -194,7 +199,7 @@ def _adapted(unet: UNet) -> dict[str, Any]:
 
 
 def _adapter_parameters(unet: UNet) -> list[str]:
-    return [name for name, _ in unet.named_parameters() if ".lora." in name]
+    return [name for name, _ in unet.named_parameters() if is_adapter(name)]
 
 
 def _module_of(key: str) -> str:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
+from svd_ds.model.lora import LoraConfig, add_lora, is_adapter, low_rank_update
 from svd_ds.model.names import ORIGINAL_PREFIX, public_modules, public_names, public_shape
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 
@@ -49,15 +50,27 @@ class Source:
     """Our name -> what makes up the parameter, joined along dimension 0."""
     flat: bool
     """The pieces are slices of the flattened parameter, the last ones padded."""
+    lora: LoraConfig | None = None
+    """The adapters among the parameters."""
 
-    def tensors(self, config: UNetConfig) -> Iterator[tuple[str, Tensor]]:
-        for name, (shape, _) in _network(config).items():
-            if name in self.pieces:
-                tensor = torch.cat([piece.file.get_tensor(piece.name) for piece in self.pieces[name]])
-                if not self.flat and tensor.numel() < shape.numel():
-                    tensor, narrow = tensor.new_zeros(shape), tensor
-                    tensor[:, : narrow.shape[1]] = narrow
-                yield name, tensor.flatten()[: shape.numel()].view(shape)
+    def tensors(self, config: UNetConfig, merge: bool) -> Iterator[tuple[str, Tensor]]:
+        network = _network(config, self.lora)
+        for name, (shape, _) in network.items():
+            if name not in self.pieces or (merge and is_adapter(name)):
+                continue
+            tensor = self._read(name, shape)
+            adapter = [f"{name.removesuffix('.weight')}.lora.{leaf}" for leaf in ("a.weight", "b")]
+            if merge and self.lora is not None and adapter[1] in network:
+                a, b = (self._read(part, network[part].shape) for part in adapter)
+                tensor = tensor + low_rank_update(a, b, self.lora.alpha)
+            yield name, tensor
+
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        tensor = torch.cat([piece.file.get_tensor(piece.name) for piece in self.pieces[name]])
+        if not self.flat and tensor.numel() < shape.numel():
+            tensor, narrow = tensor.new_zeros(shape), tensor
+            tensor[:, : narrow.shape[1]] = narrow
+        return tensor.flatten()[: shape.numel()].view(shape)
 
     def check(self, config: UNetConfig) -> list[str]:
         """The network's parameters that are not on disk and need not be.
@@ -65,7 +78,7 @@ class Source:
         Raises:
             ValueError: another is missing, or one has another shape, or none of the network's has its name.
         """
-        network = _network(config)
+        network = _network(config, self.lora)
         for name, pieces in self.pieces.items():
             if name not in network:
                 raise ValueError(
@@ -108,10 +121,12 @@ class Parameter(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _network(config: UNetConfig) -> dict[str, Parameter]:
-    """Every parameter of the network, by name."""
+def _network(config: UNetConfig, lora: LoraConfig | None = None) -> dict[str, Parameter]:
+    """Every parameter of the network and its adapters, by name."""
     with torch.device("meta"):
         unet = UNet(config)
+        if lora is not None:
+            add_lora(unet, lora)
     tags = parameter_tags(unet)
     return {name: Parameter(parameter.shape, tags[name]) for name, parameter in unet.named_parameters()}
 
@@ -155,7 +170,9 @@ def _open_checkpoint(path: Path, which: str | None) -> Source:
     if which != "raw":
         # Only what is trained has an average.
         pieces |= _slices_of(path / f"ema-{which}")
-    return Source(config, pieces, flat=True)
+    settings = path / "unet" / "lora.json"
+    lora = LoraConfig(**json.loads(settings.read_text())) if settings.exists() else None
+    return Source(config, pieces, flat=True, lora=lora)
 
 
 def _slices_of(folder: Path) -> dict[str, list[Piece]]:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svd_ds.model.layouts import config_to_diffusers
+from svd_ds.model.lora import add_lora
 from svd_ds.model.names import public_modules, public_names, public_shape
 from svd_ds.model.sources import CONFIG_KEY, open_source
 from svd_ds.model.unet import UNet, UNetConfig
@@ -33,22 +34,28 @@ from svd_ds.model.unet import UNet, UNetConfig
 logger = logging.getLogger(__name__)
 
 
-def load_unet(path: str | Path, which: str | None = None, config: UNetConfig | None = None) -> UNet:
+def load_unet(
+    path: str | Path, which: str | None = None, config: UNetConfig | None = None, merge: bool = True
+) -> UNet:
     """A float32 UNet on the CPU with the weights at `path`; arguments and errors as of `read_weights`.
 
-    What `path` lacks (the temporal layers of an image UNet) has initial values, and a warning says so.
+    A run that trained low-rank adapters gives the network with their updates merged into its weights, or
+    with `merge=False` the adapters on it. What `path` lacks (the temporal layers of an image UNet) has
+    initial values, and a warning says so.
     """
     source = open_source(Path(path), which)
     config = config or source.config
     new = source.check(config)
     with torch.device("meta"):
         unet = UNet(config)
+        if source.lora is not None and not merge:
+            add_lora(unet, source.lora)
     unet.to_empty(device="cpu")
     for module in {name.rpartition(".")[0] for name in new}:
         cast(Any, unet.get_submodule(module)).reset_parameters()
     parameters = dict(unet.named_parameters())
     with torch.no_grad():
-        for name, tensor in source.tensors(config):
+        for name, tensor in source.tensors(config, merge):
             parameters[name].copy_(tensor)
     if new:
         logger.warning("%d tensors are not in %s and start afresh: %s and so on", len(new), path, new[0])
@@ -73,7 +80,7 @@ def read_weights(
     source = open_source(Path(path), which)
     config = config or source.config
     source.check(config)
-    return config, source.tensors(config)
+    return config, source.tensors(config, merge=True)
 
 
 def save_unet(unet: UNet, path: str | Path, layout: str = "diffusers") -> None:

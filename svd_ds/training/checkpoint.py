@@ -4,7 +4,7 @@
         COMPLETE            the marker: without it the folder does not count
         state.json          Progress
         engine/             DeepSpeed's ZeRO-3 shards: weights, master weights, optimiser state
-        unet/config.json    UNetConfig
+        unet/config.json    UNetConfig, and lora.json where adapters are trained
         unet/rank-00000-of-00002.safetensors          this rank's slices of the weights, frozen ones too
         ema-power-0.050/rank-00000-of-00002.safetensors    and of each average of those that are trained
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svd_ds.model.lora import LoraConfig
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, barrier
@@ -72,7 +73,9 @@ class Checkpoints:
     def latest(self) -> Path | None:
         return next(reversed(self.complete().values()), None)
 
-    def save(self, progress: Progress, engine: Engine, ema: ShardEMA, unet: UNetConfig) -> None:
+    def save(
+        self, progress: Progress, engine: Engine, ema: ShardEMA, unet: UNetConfig, lora: LoraConfig
+    ) -> None:
         """Write one checkpoint. All ranks call it; an error on any leaves the earlier ones untouched."""
         final = self.folder / step_name(progress.step)
         if (final / MARKER).exists():
@@ -89,6 +92,8 @@ class Checkpoints:
             self._write_slices(draft / f"ema-{profile}", ema.shards(profile))
         if self.env.rank == 0:
             (draft / "unet" / "config.json").write_text(json.dumps(asdict(unet), indent=1) + "\n")
+            if lora.rank:
+                (draft / "unet" / "lora.json").write_text(json.dumps(asdict(lora), indent=1) + "\n")
             progress.write(draft / "state.json")
         barrier()
         if self.env.rank == 0:

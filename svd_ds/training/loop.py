@@ -10,6 +10,7 @@ import torch
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
+from svd_ds.model.lora import LoraConfig
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.collectives import mean_over_ranks
 from svd_ds.parallel.engine import Engine
@@ -44,6 +45,7 @@ class Parts:
     engine: Engine
     ema: ShardEMA
     unet: UNetConfig
+    lora: LoraConfig
     diffusion: Diffusion
     batches: Iterator[tuple[Batch, Cursor]]
     checkpoints: Checkpoints
@@ -95,7 +97,7 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
 
         last = stopped or progress.step == plan.total_steps
         if last or progress.step % plan.checkpoint_every == 0:
-            parts.checkpoints.save(progress, parts.engine, parts.ema, parts.unet)
+            parts.checkpoints.save(progress, parts.engine, parts.ema, parts.unet, parts.lora)
         if progress.step % plan.preview_every == 0 or (last and not stopped):
             written = parts.previews.make(progress.step, parts.engine, parts.ema)
             if parts.metrics is not None and written is not None:

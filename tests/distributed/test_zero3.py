@@ -22,6 +22,7 @@ CHECKS = (
     "borrowed_weights_are_given_back",
     "frozen_parts_stay_and_the_rest_learns_right",
     "frozen_parts_are_saved_and_resumed",
+    "adapters_learn_alone_and_right",
     "wrong_weights_are_refused",
     "a_gradient_that_is_not_finite_changes_nothing",
 )

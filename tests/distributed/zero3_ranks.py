@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from svd_ds.model.lora import LoraConfig, add_lora
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, init, shutdown
@@ -43,6 +44,7 @@ WEIGHT_DECAY = 0.1
 BETAS = (0.8, 0.95)
 EPS = 1e-4
 """Large, or Adam makes steps of the rounding errors of gradients that are nothing else."""
+NO_LORA = LoraConfig(rank=0)
 
 
 class Ranks:
@@ -66,6 +68,7 @@ class Ranks:
         precision: str = "fp32",
         recompute: str = "blocks",
         trained: tuple[str, ...] = tuple(RATES),
+        lora: LoraConfig = NO_LORA,
         **zero: int | bool | str,
     ) -> Engine:
         """An engine around the small UNet with the weights of `random_weights`."""
@@ -78,10 +81,11 @@ class Ranks:
         )
         with Engine.sharded_init(config, self.mpu):
             unet = UNet(SMALL)
+            adapters = add_lora(unet, lora)
         apply_recompute(unet, unet.blocks(), recompute)
-        groups = optimizer_groups(unet, trained)
+        groups = optimizer_groups(unet, trained, adapters)
         engine = Engine(unet, groups, config, self.mpu, leaves=unet.blocks().values(), betas=BETAS, eps=EPS)
-        engine.load_full(random_weights().items())
+        engine.load_full((random_weights() | random_adapters(lora)).items())
         return engine
 
     def train(
@@ -101,12 +105,13 @@ class Ranks:
         return history
 
 
-def optimizer_groups(unet: UNet, trained: tuple[str, ...]) -> list[dict]:
+def optimizer_groups(unet: UNet, trained: tuple[str, ...], adapters: list[str]) -> list[dict]:
     parameters, tags = dict(unet.named_parameters()), parameter_tags(unet)
+    learns = adapters or list(parameters)
     return [
         {
             "name": tag,
-            "params": [parameters[name] for name in parameters if tags[name] == tag],
+            "params": [parameters[name] for name in learns if tags[name] == tag],
             "weight_decay": WEIGHT_DECAY,
         }
         for tag in trained
@@ -122,6 +127,14 @@ def random_weights(seed: int = 0) -> dict[str, Tensor]:
         name: (torch.randn(shape, generator=generator) * 0.08 + (name.endswith("weight") and len(shape) == 1))
         for name, shape in shapes.items()
     }
+
+
+def random_adapters(lora: LoraConfig) -> dict[str, Tensor]:
+    """Adapters that do something, the zero-initialised halves too."""
+    unet, generator = UNet(SMALL), torch.Generator().manual_seed(3)
+    names = add_lora(unet, lora)
+    shapes = {name: parameter.shape for name, parameter in unet.named_parameters()}
+    return {name: torch.randn(shapes[name], generator=generator) * 0.3 for name in names}
 
 
 def plain_unet(weights: dict[str, Tensor]) -> UNet:
@@ -153,11 +166,12 @@ def loss_of(net: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
 
 
 def plain_training(
-    num_steps: int, world: int, trained: tuple[str, ...] = tuple(RATES)
+    num_steps: int, world: int, trained: tuple[str, ...] = tuple(RATES), lora: LoraConfig = NO_LORA
 ) -> tuple[list[tuple[float, float]], UNet]:
     """What `Ranks.train` must reproduce: the same steps in plain torch, all clips on one rank."""
     unet = plain_unet(random_weights())
-    groups = optimizer_groups(unet, trained)
+    groups = optimizer_groups(unet, trained, add_lora(unet, lora))
+    unet.load_state_dict(random_adapters(lora), strict=False)
     groups = [group | {"lr": RATES[group["name"]]} for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -318,6 +332,21 @@ def check_frozen_parts_are_saved_and_resumed(ranks: Ranks) -> None:
         assert ranks.train(resumed, range(1, 3)) == ranks.train(engine, range(1, 3)), "a resumed run differs"
         frozen = resumed.frozen_shards()
         assert all(torch.equal(shard, frozen[name]) for name, shard in engine.frozen_shards().items())
+
+
+def check_adapters_learn_alone_and_right(ranks: Ranks) -> None:
+    lora = LoraConfig(rank=2, alpha=4.0, target="attention")
+    trained = ("spatial", "temporal")
+    engine = ranks.engine(trained=trained, lora=lora)
+    wanted, unet = plain_training(2, ranks.env.world, trained, lora)
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(ranks.train(engine, range(2)), wanted, strict=True):
+        assert abs(loss - wanted_loss) < 1e-5 * wanted_loss
+        assert abs(norm - wanted_norm) < 1e-4 * wanted_norm
+    assert engine.local_shards().keys() == random_adapters(lora).keys()
+    assert_close(gathered(engine), unet, 2e-5)
+    weights = random_weights()
+    for name, shard in engine.frozen_shards().items():
+        assert torch.equal(engine.gather(name, shard), weights[name]), name
 
 
 def check_wrong_weights_are_refused(ranks: Ranks) -> None:

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from svd_ds.model.lora import LoraConfig, add_lora, lora_state, merge_lora
 from svd_ds.model.sources import COMPLETE
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import load_unet, save_unet
@@ -80,6 +81,32 @@ def test_a_run_becomes_a_pipeline_that_diffusers_runs(convert: Convert, tmp_path
     video = pipeline(image, height=64, width=64, num_frames=2, num_inference_steps=2, output_type="pt").frames
     assert video.shape == (1, 2, 3, 64, 64)
     assert video.isfinite().all()
+
+
+def test_adapters_are_merged_or_written_by_themselves(
+    convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = make_run(tmp_path / "run")["raw"]
+    checkpoint, lora = tmp_path / "run" / "checkpoints" / "step-0000007", LoraConfig(rank=2, alpha=4.0)
+    assert convert(tmp_path / "run", tmp_path / "lora.safetensors", "--layout", "lora") == 2
+    assert "the network has no adapters" in capsys.readouterr().err
+
+    names = add_lora(unet, lora)
+    adapters = {name: p for name, p in unet.named_parameters() if name in names}
+    for parameter in adapters.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for folder, parameters in (("unet", unet.named_parameters()), ("ema-power-0.050", adapters.items())):
+        slices = {name: p.detach().flatten() for name, p in parameters}
+        save_file(slices, checkpoint / folder / "rank-00000-of-00001.safetensors")
+    (checkpoint / "unet" / "lora.json").write_text(json.dumps(asdict(lora)))
+
+    assert convert(tmp_path / "run", tmp_path / "lora.safetensors", "--layout", "lora") == 0
+    written = load_file(tmp_path / "lora.safetensors")
+    assert all(torch.equal(written[key], tensor) for key, tensor in lora_state(unet).items())
+    merge_lora(unet)
+    assert convert(tmp_path / "run", tmp_path / "merged.safetensors", "--layout", "original") == 0
+    assert_same(load_unet(tmp_path / "merged.safetensors"), unet)
+    assert_same(load_unet(tmp_path / "run"), unet)
 
 
 def test_there_and_back_is_bit_exact(convert: Convert, tmp_path: Path) -> None:

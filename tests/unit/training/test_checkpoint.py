@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from svd_ds.data.cursor import Cursor
+from svd_ds.model.lora import LoraConfig
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.env import Env
 from svd_ds.training.checkpoint import MARKER, CheckpointConfig, Checkpoints
@@ -16,6 +17,7 @@ from svd_ds.training.ema import EMAConfig, ShardEMA
 from svd_ds.training.state import Progress
 
 UNET = UNetConfig(widths=(32, 64), attention_levels=(True, True), head_width=32)
+LORA = LoraConfig(rank=2)
 
 
 class OneRankEngine:
@@ -50,7 +52,7 @@ def progress(step: int) -> Progress:
 def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
     engine = engine or OneRankEngine()
     ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
-    store.save(progress(step), engine, ema, UNET)
+    store.save(progress(step), engine, ema, UNET, LORA)
     return ema
 
 
