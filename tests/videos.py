@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from svd_ds.data.shards import ShardWriter
+from svd_ds.data.writer import ShardWriter
 
 
 def moving_square(

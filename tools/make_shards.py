@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from svd_ds.data.ingest import captions_of, clips_of, count_frames, describe, encode, find_files, free_key
-from svd_ds.data.shards import ShardWriter
+from svd_ds.data.writer import ShardWriter
 from svd_ds.door import run_door
 
 EXAMPLE = """examples:

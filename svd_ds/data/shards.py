@@ -1,4 +1,4 @@
-"""Shards and their index, as docs/data.md fixes them: written atomically, checked when loaded.
+"""Shards and their index, as docs/data.md fixes them: checked when loaded. writer.py writes them.
 
 An index of any size costs eight bytes a sample in memory: a line is parsed when its sample is asked for, so a
 loader's worker processes start at once and share the file through the page cache.
@@ -7,13 +7,9 @@ loader's worker processes start at once and share the file through the page cach
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import re
-import tarfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,94 +141,6 @@ class Index:
         if len(content) != size:
             raise ValueError(f"{path} holds {len(content)} of the {size} bytes of {sample.id}.{member}")
         return content
-
-
-class ShardWriter:
-    """Writes samples as shards with their index. The same samples give the same bytes.
-
-    A shard appears under its name only when it is whole, the index only when all shards are: a folder with
-    an index is complete.
-    """
-
-    def __init__(self, folder: str | Path, samples_per_shard: int = 16, overwrite: bool = False) -> None:
-        """Creates `folder`. Raises ValueError where it already holds an index, unless to `overwrite` it."""
-        if samples_per_shard < 1:
-            raise ValueError(f"a shard holds at least 1 sample, not {samples_per_shard}")
-        self.folder = Path(folder)
-        self.samples_per_shard = samples_per_shard
-        self.shards: list[Shard] = []
-        self.samples: list[Sample] = []
-        self._ids: set[str] = set()
-        self._open: list[tuple[str, dict[str, bytes], dict[str, Any]]] = []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        index = self.folder / INDEX_NAME
-        if index.exists() and not overwrite:
-            raise ValueError(
-                f"{self.folder} already holds shards; choose another folder, or --overwrite them"
-            )
-        for stale in (index, *self.folder.glob("shard-*.tar*")):
-            stale.unlink(missing_ok=True)
-
-    def add(self, sample_id: str, media: str, content: bytes, about: Mapping[str, Any]) -> None:
-        """Append a sample.
-
-        Args:
-            sample_id: letters, digits, `_` and `-`; unique in the data set.
-            media: "mp4" or "jpg", the extension of `content`.
-            about: what the sample's json holds; at least captions, num_frames, fps, height, width, motion.
-        """
-        if not re.fullmatch(r"[\w-]+", sample_id):
-            raise ValueError(f"sample id {sample_id!r} may hold only letters, digits, _ and -")
-        if sample_id in self._ids:
-            raise ValueError(f"two samples have the id {sample_id}")
-        self._ids.add(sample_id)
-        text = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
-        self._open.append((sample_id, {"json": text, media: content}, dict(about)))
-        if len(self._open) == self.samples_per_shard:
-            self.end_shard()
-
-    def close(self, motion_map: MotionMap | None = None) -> MotionMap:
-        """Write what is left and the index, with `motion_map` or one calibrated on these samples."""
-        self.end_shard()
-        if motion_map is None:
-            motion_map = MotionMap.calibrate([clip.motion for clip in self.samples if clip.num_frames > 1])
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "motion_map": asdict(motion_map),
-            "shards": [asdict(shard) for shard in self.shards],
-        }
-        lines = [json.dumps(line) for line in (header, *map(asdict, self.samples))]
-        _replace_file(self.folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
-        return motion_map
-
-    def end_shard(self) -> None:
-        """Write the samples added since the last shard, if any, as a shard."""
-        if not self._open:
-            return
-        name = f"shard-{len(self.shards):05d}.tar"
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for sample_id, contents, about in self._open:
-                members = {}
-                for extension, content in contents.items():
-                    entry = tarfile.TarInfo(f"{sample_id}.{extension}")
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
-                    padded = -len(content) % tarfile.BLOCKSIZE + len(content)
-                    members[extension] = (tar.offset - padded, len(content))
-                known = {name: about[name] for name in ("num_frames", "fps", "height", "width", "motion")}
-                self.samples.append(Sample(id=sample_id, shard=len(self.shards), members=members, **known))
-        _replace_file(self.folder / name, buffer.getvalue())
-        self.shards.append(Shard(name, len(buffer.getvalue()), len(self._open)))
-        self._open.clear()
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for half of it."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _parse_header(path: Path, content: bytes) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import av
 import pytest
 from PIL import Image
 
-from svd_ds.data.shards import Index, ShardWriter
+from svd_ds.data.shards import Index
+from svd_ds.data.writer import ShardWriter
 from svd_ds.model.weights import load_unet
 from svd_ds.train import main as train_door
 from tests.videos import about, encode, moving_square

@@ -13,7 +13,8 @@ from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import DataConfig, Loader
 from svd_ds.data.order import samples_at
-from svd_ds.data.shards import Index, ShardWriter
+from svd_ds.data.shards import Index
+from svd_ds.data.writer import ShardWriter
 from tests.videos import about, counting, encode, moving_square, write_shards
 
 SHARD_SIZES = [1, 50, 3, 2, 17, 1, 9, 5, 4, 8]

@@ -1,0 +1,154 @@
+"""Writes shards and their index, as docs/data.md fixes them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from svd_ds.data.motion import MotionMap
+from svd_ds.data.shards import FORMAT, INDEX_NAME, VERSION, Sample, Shard
+
+
+class ShardWriter:
+    """Writes samples as shards with their index. The same samples give the same bytes.
+
+    A shard appears under its name only when it is whole, the index only when all shards are: a folder with
+    an index is complete.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        samples_per_shard: int = 16,
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
+        """Creates `folder`. Raises ValueError where it already holds an index, unless to `overwrite` it.
+
+        With `resume` the shards of a writer that did not come to its `close` are left for `adopt_shard`.
+        """
+        if samples_per_shard < 1:
+            raise ValueError(f"a shard holds at least 1 sample, not {samples_per_shard}")
+        self.folder = Path(folder)
+        self.samples_per_shard = samples_per_shard
+        self.shards: list[Shard] = []
+        self.samples: list[Sample] = []
+        self._ids: set[str] = set()
+        self._open: list[tuple[str, dict[str, bytes]]] = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        index = self.folder / INDEX_NAME
+        if index.exists() and not overwrite:
+            raise ValueError(
+                f"{self.folder} already holds shards; choose another folder, or --overwrite them"
+            )
+        for stale in (index, *self.folder.glob("shard-*.tar.part" if resume else "shard-*.tar*")):
+            stale.unlink(missing_ok=True)
+
+    def add(
+        self,
+        sample_id: str,
+        media: str,
+        content: bytes,
+        about: Mapping[str, Any],
+        more: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Append a sample.
+
+        Args:
+            sample_id: letters, digits, `_` and `-`; unique in the data set.
+            media: "mp4" or "jpg", the extension of `content`.
+            about: what the sample's json holds; at least captions, num_frames, fps, height, width, motion.
+            more: extension -> content of further members.
+        """
+        if not re.fullmatch(r"[\w-]+", sample_id):
+            raise ValueError(f"sample id {sample_id!r} may hold only letters, digits, _ and -")
+        if sample_id in self._ids:
+            raise ValueError(f"two samples have the id {sample_id}")
+        self._ids.add(sample_id)
+        text = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+        self._open.append((sample_id, {"json": text, media: content, **(more or {})}))
+        if len(self._open) == self.samples_per_shard:
+            self.end_shard()
+
+    def close(self, motion_map: MotionMap | None = None) -> MotionMap:
+        """Write what is left and the index, with `motion_map` or one calibrated on these samples."""
+        self.end_shard()
+        if motion_map is None:
+            motion_map = MotionMap.calibrate([clip.motion for clip in self.samples if clip.num_frames > 1])
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "motion_map": asdict(motion_map),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        lines = [json.dumps(line) for line in (header, *map(asdict, self.samples))]
+        replace_file(self.folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
+        return motion_map
+
+    def end_shard(self) -> None:
+        """Write the samples added since the last shard, if any, as a shard."""
+        if not self._open:
+            return
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for sample_id, contents in self._open:
+                for extension, content in contents.items():
+                    entry = tarfile.TarInfo(f"{sample_id}.{extension}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+        path = self._next_shard()
+        replace_file(path, buffer.getvalue())
+        self._list(path, list(_samples_of(path, len(self.shards))))
+        self._open.clear()
+
+    def adopt_shard(self, num_samples: int) -> bool:
+        """List the next shard as an earlier writer left it; False where it has not `num_samples` samples."""
+        assert not self._open, "a shard is adopted between two others"
+        path = self._next_shard()
+        try:
+            samples = list(_samples_of(path, len(self.shards)))
+        except (FileNotFoundError, tarfile.TarError):
+            return False
+        if len(samples) != num_samples:
+            return False
+        self._ids.update(sample.id for sample in samples)
+        self._list(path, samples)
+        return True
+
+    def _next_shard(self) -> Path:
+        return self.folder / f"shard-{len(self.shards):05d}.tar"
+
+    def _list(self, path: Path, samples: list[Sample]) -> None:
+        self.samples += samples
+        self.shards.append(Shard(path.name, path.stat().st_size, len(samples)))
+
+
+def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
+    """What the index is to know of each sample in a shard, whose members lie beside each other."""
+    with tarfile.open(path) as tar:
+        for sample_id, entries in groupby(tar, key=lambda entry: entry.name.split(".", 1)[0]):
+            members = {entry.name.split(".", 1)[1]: entry for entry in entries}
+            text = tar.extractfile(members["json"])
+            assert text is not None, "a member is a plain file"
+            about = json.load(text)
+            yield Sample(
+                id=sample_id,
+                shard=shard,
+                members={name: (entry.offset_data, entry.size) for name, entry in members.items()},
+                **{name: about[name] for name in ("num_frames", "fps", "height", "width", "motion")},
+            )
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that its name never stands for half of it."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(content)
+    os.replace(partial, path)

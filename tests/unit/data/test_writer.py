@@ -1,0 +1,100 @@
+"""Writing shards: the same bytes, nothing partial, and taking over what an earlier writer left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svd_ds.data.shards import Index
+from svd_ds.data.writer import ShardWriter
+from tests.videos import about, encode, moving_square, write_shards
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_long_ids_are_found_too(tmp_path: Path) -> None:
+    frames = moving_square(2)
+    writer = ShardWriter(tmp_path)
+    writer.add("x" * 300, "mp4", encode(frames), about(frames))
+    writer.close()
+    index = Index.load(tmp_path)
+    assert json.loads(index.read(index.sample(0), "json"))["num_frames"] == 2
+
+
+def test_same_samples_same_bytes_and_nothing_partial(tmp_path: Path) -> None:
+    one, other = (files(write_shards(tmp_path / name, [2, 3])) for name in ("one", "other"))
+    assert one == other
+    assert list(one) == ["index.jsonl", "shard-00000.tar", "shard-00001.tar"]
+
+
+def test_without_close_there_is_no_index(tmp_path: Path) -> None:
+    frames = moving_square(2)
+    writer = ShardWriter(tmp_path, samples_per_shard=1)
+    writer.add("a", "mp4", encode(frames), about(frames))
+    with pytest.raises(FileNotFoundError, match=r"has no index\.jsonl"):
+        Index.load(tmp_path)
+
+
+def test_writer_refuses(tmp_path: Path) -> None:
+    frames = moving_square(2)
+    writer = ShardWriter(tmp_path)
+    writer.add("a", "mp4", b"", about(frames))
+    with pytest.raises(ValueError, match="two samples have the id a"):
+        writer.add("a", "mp4", b"", about(frames))
+    with pytest.raises(ValueError, match=r"'a\.b' may hold only"):
+        writer.add("a.b", "mp4", b"", about(frames))
+    with pytest.raises(ValueError, match="at least 1 sample, not 0"):
+        ShardWriter(tmp_path, samples_per_shard=0)
+
+
+def test_overwrite(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1, 1, 1])
+    with pytest.raises(ValueError, match="already holds shards"):
+        ShardWriter(tmp_path)
+    ShardWriter(tmp_path, overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_members(tmp_path: Path) -> None:
+    frames = moving_square(2)
+    writer = ShardWriter(tmp_path)
+    writer.add("a", "mp4", b"pixels", about(frames), more={"latents.safetensors": b"latents"})
+    writer.add("b", "mp4", b"pixels", about(frames))
+    writer.close()
+    index = Index.load(tmp_path)
+    assert [list(sample.members) for sample in index.samples()] == [
+        ["json", "mp4", "latents.safetensors"],
+        ["json", "mp4"],
+    ]
+    assert index.read(index.sample(0), "latents.safetensors") == b"latents"
+
+
+def test_a_writer_takes_over_whole_shards_of_another(tmp_path: Path) -> None:
+    whole = files(write_shards(tmp_path / "whole", [3, 2, 1]))
+    cut_off = write_shards(tmp_path / "cut_off", [3, 2, 1])
+    (cut_off / "index.jsonl").unlink()
+    (cut_off / "shard-00001.tar").write_bytes(whole["shard-00001.tar"][:1500])
+    (cut_off / "shard-00002.tar").unlink()
+    (cut_off / "shard-00002.tar.part").write_bytes(b"half")
+
+    writer = ShardWriter(cut_off, samples_per_shard=3, resume=True)
+    assert not writer.adopt_shard(2), "another number of samples"
+    assert writer.adopt_shard(3)
+    assert not writer.adopt_shard(2), "cut short"
+    with pytest.raises(ValueError, match="two samples have the id s0001"):
+        writer.add("s0001", "mp4", b"", about(moving_square(2)))
+    source = Index.load(tmp_path / "whole")
+    for number in (3, 4):
+        sample = source.sample(number)
+        contents = {member: source.read(sample, member) for member in sample.members}
+        writer.add(sample.id, "mp4", contents["mp4"], json.loads(contents["json"]))
+    writer.end_shard()
+    assert not writer.adopt_shard(1), "missing"
+    sample = source.sample(5)
+    writer.add(sample.id, "mp4", source.read(sample, "mp4"), json.loads(source.read(sample, "json")))
+    writer.close()
+    assert files(cut_off) == whole
