@@ -2,8 +2,8 @@
 
     shards -> Clip -> Batch -> (latents, Conditioning) -> loss
 
-Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels (H/8 x W/8),
-L context tokens, D context width, S scalars.
+Shape legend: B clips, T frames, C latent channels, M = 2C moments of them, H x W pixels, h x w latent
+pixels (H/8 x W/8), L context tokens, D context width, S scalars.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ class Clip:
     ordinal: int
     """Position in the run's global order. It seeds everything random about the clip."""
     frames_TCHW: Tensor
-    """uint8 RGB, (T, 3, H, W). A still image has T = 1."""
+    """uint8 RGB, (T, 3, H, W); the first frame alone, (1, 3, H, W), beside `moments_TMhw`. A still image has
+    T = 1."""
     caption: str
     fps: float
-    """Frames a second of `frames_TCHW`, after striding."""
+    """Frames a second of the clip, after striding."""
     motion_bucket: float
     """0 to 255, from the motion score by the data set's own map."""
+    moments_TMhw: Tensor | None = None
+    """float16, (T, 2C, h, w): what the autoencoder makes of every frame, from the latent cache."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,25 @@ class Batch:
     ids: tuple[str, ...]
     ordinals: tuple[int, ...]
     frames_BTCHW: Tensor
-    """uint8 RGB, (B, T, 3, H, W)."""
+    """uint8 RGB, (B, T, 3, H, W); the first frames alone, (B, 1, 3, H, W), beside `moments_BTMhw`."""
     captions: tuple[str, ...]
     fps_B: Tensor
     """float32, (B,)."""
     motion_bucket_B: Tensor
     """float32, (B,)."""
+    moments_BTMhw: Tensor | None = None
+    """float16, (B, T, 2C, h, w): mean and log-variance of the unscaled latents; None: not cached."""
+
+    @property
+    def num_frames(self) -> int:
+        """T, of a whole clip."""
+        return (self.frames_BTCHW if self.moments_BTMhw is None else self.moments_BTMhw).shape[1]
 
     @staticmethod
     def of(clips: list[Clip]) -> Batch:
-        """Stack clips of equal shape."""
+        """Stack clips of equal shape, all of them with moments or none."""
+        moments = [clip.moments_TMhw for clip in clips if clip.moments_TMhw is not None]
+        assert len(moments) in (0, len(clips)), "the latent cache is on or off"
         return Batch(
             ids=tuple(clip.id for clip in clips),
             ordinals=tuple(clip.ordinal for clip in clips),
@@ -56,6 +68,7 @@ class Batch:
             captions=tuple(clip.caption for clip in clips),
             fps_B=torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
             motion_bucket_B=torch.tensor([clip.motion_bucket for clip in clips], dtype=torch.float32),
+            moments_BTMhw=torch.stack(moments) if moments else None,
         )
 
     def select(self, rows: Sequence[int]) -> Batch:
@@ -67,14 +80,17 @@ class Batch:
             captions=tuple(self.captions[row] for row in rows),
             fps_B=self.fps_B[list(rows)],
             motion_bucket_B=self.motion_bucket_B[list(rows)],
+            moments_BTMhw=None if self.moments_BTMhw is None else self.moments_BTMhw[list(rows)],
         )
 
     def to(self, device: torch.device) -> Batch:
+        moments = self.moments_BTMhw
         return replace(
             self,
             frames_BTCHW=self.frames_BTCHW.to(device, non_blocking=True),
             fps_B=self.fps_B.to(device, non_blocking=True),
             motion_bucket_B=self.motion_bucket_B.to(device, non_blocking=True),
+            moments_BTMhw=None if moments is None else moments.to(device, non_blocking=True),
         )
 
     def __len__(self) -> int:

@@ -96,6 +96,12 @@ def check_fit(config: RunConfig, inputs: Inputs) -> None:
     for name, size in (("height", config.data.height), ("width", config.data.width)):
         if size % multiple:
             raise ValueError(f"data.{name} is {size}: this network takes multiples of {multiple} pixels")
+    origin = inputs.loader.origin
+    if origin is not None and origin.autoencoder != (ours := inputs.autoencoder.fingerprint()):
+        raise ValueError(
+            f"the latents in {config.data.path} are of the autoencoder {origin.autoencoder}, and the one in "
+            f"{config.frozen.path} is {ours}; tools/encode.py --frozen makes others"
+        )
 
 
 def _resume_from(resume: str, checkpoints: Checkpoints) -> Path | None:
@@ -134,9 +140,9 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
 
 
 def _preview_clips(config: RunConfig) -> Batch:
-    """The first clips of the order, whole frames: the same for every rank and every life of the run."""
+    """The first clips of the order, as pixels, whole frames: the same for every rank and life of the run."""
     count = config.sampling.num_videos
-    centred = replace(config.data, crop="center", flip=False, num_workers=0)
+    centred = replace(config.data, crop="center", flip=False, latents=False, num_workers=0)
     loader = Loader(centred, config.run.seed, rank=0, world=1, global_batch=count, micro_batch=count)
     clips, _ = next(iter(loader))
     return clips

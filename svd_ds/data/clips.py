@@ -142,6 +142,31 @@ def fit(frame_CHW: Tensor, box: Box, height: int, width: int, flip: bool = False
     return resized.flip(-1) if flip else resized
 
 
+def fills(frame: tuple[int, int], wanted: tuple[int, int]) -> bool:
+    """Is a frame large enough to be reduced to `wanted` rather than enlarged? Both (H, W)."""
+    box = Box.largest(frame, wanted)
+    return box.height >= wanted[0] and box.width >= wanted[1]
+
+
+def read_frames(
+    content: bytes,
+    wanted: Sequence[int],
+    size: tuple[int, int],
+    top: float = 0.5,
+    left: float = 0.5,
+    flip: bool = False,
+) -> Tensor:
+    """Some frames of a file held in memory, uint8 (T, 3, H, W): see `decode`, `Box.largest` and `fit`.
+
+    Raises ValueError if the file cannot be decoded or ends too early.
+    """
+    frames = []
+    for frame in decode(content, wanted):
+        box = Box.largest((frame.height, frame.width), size, top, left)
+        frames.append(fit(to_rgb(frame), box, *size, flip))
+    return torch.stack(frames)
+
+
 def choose_caption(captions: Mapping[str, str], weights: Mapping[str, float], draw: float) -> str:
     """Draw one of a sample's captions by the captioners' weights, over the captioners that it has.
 

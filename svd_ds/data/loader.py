@@ -4,7 +4,8 @@
 2. The micro-batches of those positions are dealt to the worker processes in turn, and collected in turn, so
    their number changes nothing but the speed.
 3. A worker reads a sample's bytes by the range that the index gives, decodes and crops them (clips.py), and
-   draws what is random about that from (seed, ordinal).
+   draws what is random about that from (seed, ordinal). From a latent cache (latents.py) it reads the clip's
+   moments and decodes its first frame alone; the draws are the same.
 4. Clips are stacked to a `Batch`.
 5. The main process pairs each batch with the cursor behind its global step. A run that is given that cursor
    goes on with the next step, at any number of ranks and workers.
@@ -17,13 +18,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 import webdataset
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from svd_ds.batch import Batch, Clip
-from svd_ds.data import workers
-from svd_ds.data.clips import Box, ClipDraws, Timing, choose_caption, decode, fit, to_rgb
+from svd_ds.data import latents, workers
+from svd_ds.data.clips import ClipDraws, Timing, choose_caption, fills, read_frames
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.order import rank_positions, samples_at, step_end
 from svd_ds.data.shards import Index, Sample
@@ -49,6 +50,8 @@ class DataConfig:
     """Where the window of the wanted aspect lies: "random" or "center"."""
     flip: bool = False
     """Mirror half of the clips. Leave off where captions name left and right."""
+    latents: bool = False
+    """Read the latents that tools/encode.py cached, and decode only first frames. Centred, never mirrored."""
     caption_weights: dict[str, float] = field(default_factory=dict)
     """Captioner's name -> weight with which its caption is drawn; empty: all alike."""
     num_workers: int = 2
@@ -64,6 +67,11 @@ class DataConfig:
             raise ValueError(f"data.num_workers={self.num_workers} or data.fps={self.fps} is negative")
         if self.crop not in CROPS:
             raise ValueError(f"data.crop={self.crop!r} is none of {', '.join(CROPS)}")
+        if self.latents and (self.crop != "center" or self.flip):
+            raise ValueError(
+                "data.latents=true needs data.crop=center and data.flip=false, as latents are made, but they "
+                f"are {self.crop} and {str(self.flip).lower()}"
+            )
         weights = self.caption_weights.values()
         if weights and (min(weights) < 0 or sum(weights) == 0):
             raise ValueError(f"data.caption_weights={self.caption_weights} are negative or all zero")
@@ -88,7 +96,8 @@ class Loader:
             cursor: where an earlier run stopped; None begins.
 
         Raises ValueError or FileNotFoundError for batches that do not divide, shards that are missing or
-        truncated, data without a clip that is long and large enough, a cursor that belongs to other data.
+        truncated, data without a clip that is long and large enough, latents that are missing or of another
+        size, a cursor that belongs to other data.
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
         if micro_batch < 1 or global_batch < 1 or global_batch % (world * micro_batch):
@@ -106,6 +115,7 @@ class Loader:
                 f"none of the {len(everything)} samples in {config.path} has {config.num_frames} frames that "
                 f"fill {config.height} x {config.width} pixels: {_largest(everything)}"
             )
+        self.origin = _origin(self.index, config) if config.latents else None
         self.cursor = cursor or Cursor(0, self.index.fingerprint)
         self.cursor.check(self.index.fingerprint, config.path)
 
@@ -125,7 +135,7 @@ class Loader:
     def _batches(self) -> Iterator[Batch | _Failure]:
         pipeline = webdataset.DataPipeline(
             self._places,
-            webdataset.map(partial(_read_clip, self.index, self.config, self.seed)),
+            webdataset.map(partial(_read_clip, self.index, self.config, self.origin, self.seed)),
             webdataset.batched(self.micro_batch, collation_fn=Batch.of, partial=False),
             _failures_as_values,
         )
@@ -158,38 +168,63 @@ def _failures_as_values(batches: Iterable[Batch]) -> Iterator[Batch | _Failure]:
         yield _Failure(str(error))
 
 
-def _read_clip(index: Index, config: DataConfig, seed: int, place: tuple[int, Sample]) -> Clip:
+def _origin(index: Index, config: DataConfig) -> latents.Origin:
+    """What the latents were made of. Raises ValueError where a sample has none, or those of another size."""
+    for sample in index.samples():
+        if latents.MEMBER not in sample.members:
+            raise ValueError(f"sample {sample.id} in {config.path} has no latents; tools/encode.py adds them")
+    first = index.sample(0)
+    origin = latents.read_origin(index.read(first, latents.MEMBER))
+    if (origin.height, origin.width) != (config.height, config.width):
+        raise ValueError(
+            f"the latents in {config.path} are of {origin.height} x {origin.width} pixels, and data.height x "
+            f"data.width is {config.height} x {config.width}; tools/encode.py --size makes others"
+        )
+    return origin
+
+
+def _read_clip(
+    index: Index, config: DataConfig, origin: latents.Origin | None, seed: int, place: tuple[int, Sample]
+) -> Clip:
     """Read, decode and crop one sample. Raises ValueError, naming shard and sample, if it cannot be read."""
     ordinal, sample = place
     draws = ClipDraws.of(seed, ordinal)
     timing = Timing.of(sample.num_frames, sample.fps, config.num_frames, config.fps, draws.start)
-    placed = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
+    wanted = timing.frames(config.num_frames)
+    top, left = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
     mirrored = config.flip and draws.flip < 0.5
+    moments = None
     try:
         about = json.loads(index.read(sample, "json"))
         caption = choose_caption(about["captions"], config.caption_weights, draws.caption)
-        frames = []
-        for frame in decode(index.read(sample, sample.media), timing.frames(config.num_frames)):
-            frame_CHW = to_rgb(frame)
-            box = Box.largest((frame.height, frame.width), (config.height, config.width), *placed)
-            frames.append(fit(frame_CHW, box, config.height, config.width, mirrored))
+        if origin is not None:
+            moments = _read_moments(index.read(sample, latents.MEMBER), wanted, origin)
+            wanted = wanted[:1]
+        media = index.read(sample, sample.media)
+        frames = read_frames(media, wanted, (config.height, config.width), top, left, mirrored)
     except ValueError as error:
         shard = index.folder / index.shards[sample.shard].name
         raise ValueError(f"sample {sample.id} of {shard} cannot be read: {error}") from error
     return Clip(
         id=sample.id,
         ordinal=ordinal,
-        frames_TCHW=torch.stack(frames),
+        frames_TCHW=frames,
         caption=caption,
         fps=timing.fps,
         motion_bucket=index.motion_map.bucket(sample.motion),
+        moments_TMhw=moments,
     )
+
+
+def _read_moments(content: bytes, wanted: range, origin: latents.Origin) -> Tensor:
+    if (other := latents.read_origin(content)) != origin:
+        raise ValueError(f"its latents are {other}, where the first sample's are {origin}")
+    return latents.unpack(content, wanted)
 
 
 def _usable(config: DataConfig, sample: Sample) -> bool:
     """Is the sample long enough, and large enough to be reduced rather than enlarged?"""
-    box = Box.largest((sample.height, sample.width), (config.height, config.width))
-    large = box.height >= config.height and box.width >= config.width
+    large = fills((sample.height, sample.width), (config.height, config.width))
     return large and sample.num_frames >= config.num_frames
 
 

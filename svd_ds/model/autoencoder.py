@@ -10,6 +10,7 @@ Shape legend: B clips, T frames, N images, C latent channels, H x W pixels, h x 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,18 +66,34 @@ class Autoencoder:
         """Pixels a latent pixel, along each side."""
         return int(2 ** (len(self.network.config.block_out_channels) - 1))
 
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits that name what makes the moments: the encoder.
+
+        A hash of its parameters' names, shapes and values, the values in bfloat16: the same whether they were
+        loaded in float32 or bfloat16. Moments depend on neither the decoder nor the scaling factor.
+        """
+        digest = hashlib.sha256()
+        for part in ("encoder", "quant_conv"):
+            for name, value in sorted(getattr(self.network, part).state_dict().items()):
+                digest.update(f"{part}.{name} {tuple(value.shape)}\n".encode())
+                digest.update(value.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        return digest.hexdigest()[:12]
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError where a side, in pixels, is no multiple of the downsampling."""
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(
+                f"frames are {height}x{width}, but the autoencoder needs sides that are multiples of "
+                f"{self.downsampling}"
+            )
+
     @torch.no_grad()
     def encode(self, frames_NCHW: Tensor) -> Tensor:
         """Frames in [-1, 1], (N, 3, H, W) -> moments, (N, 2C, h, w): means, then log-variances, NOT scaled.
 
         Raises ValueError where a side is no multiple of the downsampling.
         """
-        height, width = frames_NCHW.shape[-2:]
-        if height % self.downsampling or width % self.downsampling:
-            raise ValueError(
-                f"frames are {height}x{width}, but the autoencoder needs sides that are multiples of "
-                f"{self.downsampling}"
-            )
+        self.check_size(*frames_NCHW.shape[-2:])
         weight = self.network.quant_conv.weight
         moments = [
             self.network.quant_conv(self.network.encoder(few.to(weight.device, weight.dtype))).float()

@@ -64,7 +64,7 @@ class Previews:
                 self.autoencoder,
                 self.conditioner,
                 first_frame_BCHW=clips.frames_BTCHW[:, 0].float() / 127.5 - 1,
-                num_frames=clips.frames_BTCHW.shape[1],
+                num_frames=clips.num_frames,
                 config=self.config,
                 captions=clips.captions,
                 ordinals=mine,

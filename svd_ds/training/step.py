@@ -1,11 +1,12 @@
 """From a batch of clips to a loss: the only file of the trainer that knows diffusion.
 
-    frames -> latents x0            (the frozen autoencoder, its posterior sampled)
+    frames -> latents x0            (the frozen autoencoder or its cached moments; the posterior sampled)
     first frame -> Conditioning     (CLIP token; noised, encoded and repeated; scalars; signals dropped)
     u -> sigma; x = x0 + sigma n    (the training density)
     F(c_in x; c_noise) against v    (the UNet)
 
-Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels.
+Shape legend: B clips, T frames, N images, C latent channels, M = 2C moments of them, H x W pixels,
+h x w latent pixels.
 """
 
 from __future__ import annotations
@@ -39,28 +40,31 @@ class Diffusion:
         with torch.no_grad():
             frames_BTCHW = batch.frames_BTCHW.float() / 127.5 - 1
             draws = self._draw(batch)
-            x0_BTChw = self._latents(frames_BTCHW, draws)
+            x0_BTChw = self._latents(batch, frames_BTCHW, draws)
             cond = self._condition(batch, frames_BTCHW[:, 0], draws)
             sigma_B = self.noise.quantile(draws.u_B)
         errors_BT = v_loss(net, x0_BTChw, sigma_B, draws.noise_BTChw, cond)
         return self.noise.weight(sigma_B).float() * errors_BT.mean(dim=1)
 
     def _draw(self, batch: Batch) -> Draws:
-        _, T, _, H, W = batch.frames_BTCHW.shape
+        H, W = batch.frames_BTCHW.shape[-2:]
         f = self.autoencoder.downsampling
         return draw(
             self.seed,
             batch.ordinals,
-            latent_shape=(T, self.autoencoder.latent_channels, H // f, W // f),
+            latent_shape=(batch.num_frames, self.autoencoder.latent_channels, H // f, W // f),
             pixel_shape=(3, H, W),
             device=batch.frames_BTCHW.device,
             offset_noise=self.offset_noise,
         )
 
-    def _latents(self, frames_BTCHW: Tensor, draws: Draws) -> Tensor:
-        moments_NChw = self.autoencoder.encode(frames_BTCHW.flatten(0, 1))
-        latents_NChw = posterior(moments_NChw.float(), draws.posterior_noise_BTChw.flatten(0, 1))
-        return self.autoencoder.scaling_factor * latents_NChw.unflatten(0, frames_BTCHW.shape[:2])
+    def _latents(self, batch: Batch, frames_BTCHW: Tensor, draws: Draws) -> Tensor:
+        moments_BTMhw = batch.moments_BTMhw
+        if moments_BTMhw is None:
+            moments_NMhw = self.autoencoder.encode(frames_BTCHW.flatten(0, 1))
+            moments_BTMhw = moments_NMhw.unflatten(0, frames_BTCHW.shape[:2])
+        latents_BTChw = posterior(moments_BTMhw.float(), draws.posterior_noise_BTChw)
+        return self.autoencoder.scaling_factor * latents_BTChw
 
     def _condition(self, batch: Batch, first_frame_BCHW: Tensor, draws: Draws) -> Conditioning:
         config = self.conditioner.config
@@ -68,7 +72,7 @@ class Diffusion:
             self.autoencoder,
             first_frame_BCHW=first_frame_BCHW,
             captions=batch.captions,
-            num_frames=batch.frames_BTCHW.shape[1],
+            num_frames=batch.num_frames,
             fps_B=batch.fps_B,
             motion_bucket_B=batch.motion_bucket_B,
             augmentation_sigma_B=config.augmentation_sigma(draws.augmentation_B).float(),
