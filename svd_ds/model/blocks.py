@@ -100,8 +100,8 @@ class Layer(nn.Module):
 
     def __init__(
         self,
-        residual: Residual | None = None,
-        transformer: Transformer | None = None,
+        residual: nn.Module | None = None,
+        transformer: nn.Module | None = None,
         resize: Downsample | Upsample | None = None,
     ) -> None:
         super().__init__()

@@ -87,8 +87,13 @@ def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]
     """Our module -> its public modules, for a network of this config.
 
     Raises:
-        ValueError: `layout` is not one of LAYOUTS.
+        ValueError: `layout` is not one of LAYOUTS, or the network has other temporal layers than SVD's.
     """
+    if config.temporal != "svd":
+        raise ValueError(
+            f"temporal layers of the kind {config.temporal} have no public layout: only the checkpoints of a "
+            "run hold them"
+        )
     if layout not in LAYOUTS:
         raise ValueError(f"the layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
     column = 1 + LAYOUTS.index(layout)

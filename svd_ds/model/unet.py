@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from svd_ds.model.attention import BACKENDS
 from svd_ds.model.blocks import Downsample, Layer, Residual, Transformer, Upsample
 from svd_ds.model.layers import NORM_GROUPS, EmbeddingMLP, FrameConv, FrameNorm, ZeroFrameConv, sinusoid
+from svd_ds.model.pseudo3d import PseudoResidual, PseudoTransformer
 
 PIXELS_PER_LATENT = 8
+BLOCKS = {"svd": (Residual, Transformer), "make_a_video": (PseudoResidual, PseudoTransformer)}
+"""The kinds of layers of time, and the blocks that have them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class UNetConfig:
     """Width of the sinusoidal embedding of each scalar."""
     num_frames: int = 14
     """The clip length that samplers take by default. The network itself takes any."""
+    temporal: str = "svd"
+    """The layers of time: svd (VideoLDM's too), or make_a_video for comparison (pseudo3d.py)."""
     spatial_attention: str = "auto"
     """auto, flash_attn, sdpa or reference: for attention among a frame's pixels, and to the context."""
     temporal_attention: str = "auto"
@@ -79,6 +84,8 @@ class UNetConfig:
                 f"num_scalars must be 0 or more, and scalar_width even; they are {self.num_scalars} and "
                 f"{self.scalar_width}"
             )
+        if self.temporal not in BLOCKS:
+            raise ValueError(f"temporal must be one of {', '.join(BLOCKS)}, not {self.temporal!r}")
         for name in ("spatial_attention", "temporal_attention"):
             if getattr(self, name) not in BACKENDS:
                 raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, not {getattr(self, name)!r}")
@@ -128,13 +135,15 @@ class UNet(nn.Module):
         self.conv_in = FrameConv(config.in_channels, config.widths[0])
         self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
-        def residual(in_width: int, width: int, eps: float) -> Residual:
-            return Residual(in_width, width, config.embedding_width, eps)
+        residual_kind, transformer_kind = BLOCKS[config.temporal]
 
-        def transformer(width: int, attends: bool) -> Transformer | None:
+        def residual(in_width: int, width: int, eps: float) -> nn.Module:
+            return residual_kind(in_width, width, config.embedding_width, eps)
+
+        def transformer(width: int, attends: bool) -> nn.Module | None:
             if not attends:
                 return None
-            return Transformer(
+            return transformer_kind(
                 width,
                 context_width=config.context_width,
                 head_width=config.head_width,
@@ -212,7 +221,7 @@ class UNet(nn.Module):
         return {
             name: module
             for name, module in self.named_modules()
-            if isinstance(module, Residual | Transformer)
+            if isinstance(module, BLOCKS[self.config.temporal])
         }
 
 

@@ -238,6 +238,11 @@ class TestRuns:
         save_checkpoint(tmp_path, unet, ranks)
         assert_same(load_unet(tmp_path), unet)
 
+    def test_layers_of_time_without_a_public_layout_come_back(self, randomize: Any, tmp_path: Path) -> None:
+        unet = randomize(UNet(replace(SMALL, temporal="make_a_video")))
+        save_checkpoint(tmp_path, unet, 2)
+        assert_same(load_unet(tmp_path), unet)
+
     def test_a_run_is_its_newest_complete_checkpoint(self, unet: UNet, tmp_path: Path) -> None:
         for step in (90, 100, 110):
             nn.init.constant_(unet.conv_in.bias, step)

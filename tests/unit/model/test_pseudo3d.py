@@ -1,0 +1,106 @@
+"""Make-A-Video's layers of time: inserted they change nothing, and then they look along time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.model.weights import load_unet, save_unet
+
+SVD = UNetConfig(
+    widths=(32, 64),
+    attention_levels=(True, False),
+    num_layers=1,
+    head_width=32,
+    context_width=48,
+    num_scalars=0,
+)
+CONFIG = replace(SVD, temporal="make_a_video")
+NUM_FRAMES = 3
+
+
+@pytest.fixture
+def unet() -> UNet:
+    """As it starts on a trained image model: random everywhere but in the layers of time."""
+    unet = UNet(CONFIG)
+    tags = parameter_tags(unet)
+    for name, parameter in unet.named_parameters():
+        if tags[name] != "temporal":
+            nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+def inputs() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, NUM_FRAMES, 8, 4, 4, generator=generator)
+    context = torch.randn(2, 3, 48, generator=generator)
+    return x, torch.tensor([-0.5, 0.5]), context, torch.zeros(2, 0)
+
+
+def image_only(value: bool) -> Tensor:
+    return torch.full((2, NUM_FRAMES), value)
+
+
+def test_at_first_it_is_the_image_model_bit_for_bit(unet: UNet) -> None:
+    clip = inputs()
+    output = unet(*clip)
+    assert output.std() > 0.1
+    assert torch.equal(output, unet(*clip, image_only(True)))
+    svd = UNet(SVD)
+    svd.load_state_dict(unet.state_dict(), strict=False)
+    torch.testing.assert_close(svd(*clip, image_only(True)), output, rtol=1e-5, atol=1e-5)
+
+
+def test_its_image_half_has_the_names_of_svds(unet: UNet) -> None:
+    def image_half(network: UNet) -> dict[str, str]:
+        return {name: tag for name, tag in parameter_tags(network).items() if tag != "temporal"}
+
+    assert image_half(unet) == image_half(UNet(SVD))
+    assert unet.blocks().keys() == UNet(SVD).blocks().keys()
+
+
+def test_every_layer_of_time_learns_and_joins_the_frames(
+    unet: UNet, randomize: Callable[[nn.Module], nn.Module]
+) -> None:
+    randomize(unet)
+    clip = inputs()
+    before = unet(*clip)
+    before.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in unet.parameters())
+
+    other = clip[0].clone()
+    other[:, 2] += 1
+    with torch.no_grad():
+        assert not torch.allclose(unet(other, *clip[1:])[:, 0], before[:, 0])
+        alone, images = unet(other, *clip[1:], image_only(True)), unet(*clip, image_only(True))
+        assert torch.equal(alone[:, :2], images[:, :2]), "an image does not see its neighbours"
+        assert not torch.allclose(images, before)
+        assert torch.equal(unet(*clip, image_only(False)), before)
+
+
+def test_it_starts_from_an_image_model(
+    unet: UNet, image_unet: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image_unet(SVD).save_pretrained(tmp_path / "unet")
+    loaded = load_unet(tmp_path, config=CONFIG)
+    assert "start afresh" in caplog.text
+    assert torch.equal(loaded(*inputs()), loaded(*inputs(), image_only(True)))
+
+
+@pytest.mark.parametrize(("layout", "name"), [("diffusers", "folder"), ("original", "x.safetensors")])
+def test_no_public_layout_holds_it(unet: UNet, layout: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kind make_a_video have no public layout"):
+        save_unet(unet, tmp_path / name, layout)
+    assert not (tmp_path / name).exists()
+
+
+def test_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="temporal must be one of svd, make_a_video, not 'mochi'"):
+        replace(SVD, temporal="mochi")
