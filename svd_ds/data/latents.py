@@ -42,8 +42,8 @@ def pack(moments_TMhw: Tensor, origin: Origin) -> bytes:
     stored = moments_TMhw.to("cpu", torch.float16).contiguous()
     if not stored.isfinite().all():
         raise ValueError("its latents are not finite in float16")
-    metadata = {name: str(value) for name, value in asdict(origin).items()}
-    return safetensors.torch.save({"moments": stored}, metadata)
+    # One entry: safetensors writes several in an order of its own each time.
+    return safetensors.torch.save({"moments": stored}, {"origin": json.dumps(asdict(origin))})
 
 
 def read_origin(content: bytes) -> Origin:
@@ -51,8 +51,7 @@ def read_origin(content: bytes) -> Origin:
     try:
         length = int.from_bytes(content[:HEADER_LENGTH_BYTES], "little")
         header = json.loads(content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length])
-        about = header["__metadata__"]
-        return Origin(int(about["height"]), int(about["width"]), about["autoencoder"])
+        return Origin(**json.loads(header["__metadata__"]["origin"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its {MEMBER} does not say what it was made of") from error
 

@@ -61,6 +61,7 @@ def test_the_commands_left_what_they_promise(folder: Path) -> None:
     assert (folder / "samples").is_dir(), "tools/sample.py"
     assert (folder / "report.html").stat().st_size > 10_000, "tools/report.py"
     assert (folder / "data" / "mine" / "index.jsonl").exists(), "tools/make_shards.py"
+    assert (folder / "data" / "mine-latents" / "index.jsonl").exists(), "tools/encode.py"
     assert (folder / "runs" / "mine" / "checkpoints" / "step-0000002" / "COMPLETE").exists(), (
         "tools/launch.py"
     )

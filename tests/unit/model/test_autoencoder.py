@@ -73,6 +73,17 @@ def test_its_properties(ours):
     assert (ours.scaling_factor, ours.latent_channels, ours.downsampling) == (0.18215, 4, 8)
 
 
+def test_the_fingerprint_names_the_encoder_at_any_precision(ours):
+    fingerprint = ours.fingerprint()
+    assert len(fingerprint) == 12 and int(fingerprint, 16) >= 0
+    other = Autoencoder.load(TINY, dtype=torch.bfloat16)
+    assert other.fingerprint() == fingerprint
+    other.network.decoder.conv_out.bias += 1
+    assert other.fingerprint() == fingerprint, "moments do not depend on the decoder"
+    other.network.quant_conv.bias[0] += 1
+    assert other.fingerprint() != fingerprint
+
+
 def test_a_network_that_overflows_in_float16_stays_in_float32(frames_NCHW):
     half, bfloat = Autoencoder.load(TINY, dtype=torch.float16), Autoencoder.load(TINY, dtype=torch.bfloat16)
     assert half.network.dtype == torch.float32

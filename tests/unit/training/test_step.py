@@ -73,6 +73,17 @@ def test_sigma_belongs_to_the_clip_whatever_its_batch(diffusion: Diffusion) -> N
     assert 0 < u < 1
 
 
+def test_cached_moments_stand_for_the_frames(diffusion: Diffusion) -> None:
+    batch = Batch.of([clip(3), clip(9)])
+    moments_NMhw = diffusion.autoencoder.encode(batch.frames_BTCHW.flatten(0, 1).float() / 127.5 - 1)
+    first = replace(batch, frames_BTCHW=batch.frames_BTCHW[:, :1])
+    cached = replace(first, moments_BTMhw=moments_NMhw.unflatten(0, (2, 4)))
+    net = Recorder()
+    expected, seen = diffusion.loss(net, batch), net.x
+    assert torch.allclose(diffusion.loss(net, cached), expected, rtol=1e-5)
+    assert torch.allclose(net.x, seen, rtol=1e-4, atol=1e-5)
+
+
 def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
     dropping = ConditionerConfig(drop_context=0.5, drop_concat=0.5)
     conditioner = Conditioner(dropping, diffusion.conditioner.encoder)

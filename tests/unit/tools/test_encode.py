@@ -1,0 +1,209 @@
+"""tools/encode.py from the command line: shards with latents, from which the losses are the same."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from svd_ds.data.latents import MEMBER, read_origin
+from svd_ds.data.loader import DataConfig, Loader
+from svd_ds.data.shards import Index
+from svd_ds.data.writer import ShardWriter
+from svd_ds.diffusion.noise import NoiseConfig, build_noise
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.conditioner import Conditioner, ConditionerConfig
+from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.sample import TINY
+from svd_ds.training.step import Diffusion
+from tests.videos import about, moving_square
+from tests.videos import encode as encode_video
+
+TOOL = Path(__file__).parents[3] / "tools" / "encode.py"
+SIZE = "32x48"
+SMALL = UNetConfig(
+    widths=(32, 64),
+    attention_levels=(True, True),
+    num_layers=1,
+    head_width=32,
+    context_width=64,
+    scalar_width=32,
+)
+Encode = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def encode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Encode:
+    """Run the tool in this process, as its door does: exit code, output, errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "300")
+        code = 0
+        try:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@dataclass
+class Encoder:
+    """Stands before the real one: counts, and interrupts as a user does."""
+
+    num_frames: list[int]
+    interrupt_at: int | None = None
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
+    encoder, real = Encoder([]), Autoencoder.encode
+
+    def counted(self: Autoencoder, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        if len(encoder.num_frames) == encoder.interrupt_at:
+            raise KeyboardInterrupt
+        encoder.num_frames.append(len(frames_NCHW))
+        return real(self, frames_NCHW)
+
+    monkeypatch.setattr(Autoencoder, "encode", counted)
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of two squares that move; the last sample is too small."""
+    folder = tmp_path_factory.mktemp("shards")
+    writer = ShardWriter(folder, samples_per_shard=2)
+    for number in range(4):
+        height = 40 if number < 3 else 24
+        frames = moving_square(10, height=height, width=64, seed=number)
+        writer.add(f"s{number}", "mp4", encode_video(frames), about(frames, motion=0.1 * number))
+    writer.close()
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_losses_with_and_without_the_cache(encode: Encode, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    code, said, err = encode(shards, out, "--size", SIZE)
+    assert code == 0, err
+    assert "4 clips, 3 of them with latents of 32x48 pixels" in said
+
+    source, copy = Index.load(shards), Index.load(out)
+    assert copy.motion_map == source.motion_map and copy.shard_sizes == source.shard_sizes
+    for before, after in zip(source.samples(), copy.samples(), strict=True):
+        assert (MEMBER in after.members) == (before.id != "s3")
+        assert all(source.read(before, member) == copy.read(after, member) for member in before.members)
+
+    autoencoder = Autoencoder.load(TINY)
+    origin = read_origin(copy.read(copy.sample(0), MEMBER))
+    assert origin.autoencoder == autoencoder.fingerprint()
+    diffusion = Diffusion(
+        noise=build_noise(NoiseConfig(), 32, 48),
+        offset_noise=0.0,
+        autoencoder=autoencoder,
+        conditioner=Conditioner.load(ConditionerConfig(), TINY),
+        seed=0,
+    )
+    unet = UNet(SMALL)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    def losses(path: Path, latents: bool) -> torch.Tensor:
+        config = DataConfig(str(path), 3, 32, 48, fps=12, crop="center", latents=latents, num_workers=0)
+        loader = Loader(config, 0, 0, 1, 2, 2)
+        with torch.no_grad():
+            return torch.cat([diffusion.loss(unet, batch) for batch, _ in islice(loader, 4)])
+
+    decoded, cached = losses(shards, False), losses(out, True)
+    assert decoded.std() > 0.01 * decoded.mean(), "losses that differ from clip to clip"
+    torch.testing.assert_close(cached, decoded, rtol=2e-3, atol=0)
+    assert not torch.equal(cached, decoded), "the cache was read: float16 rounds"
+
+
+def test_a_start_after_an_interruption_goes_on_with_the_unfinished_shard(
+    encode: Encode, encoder: Encoder, shards: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert encode(shards, whole, "--size", SIZE)[0] == 0
+    assert encoder.num_frames == [10, 10, 10]
+
+    encoder.num_frames, encoder.interrupt_at = [], 2
+    assert encode(shards, out, "--size", SIZE)[0] == 130
+    assert sorted(files(out)) == ["encoding.json", "shard-00000.tar"], "one shard whole, no index"
+    first = (out / "shard-00000.tar").stat()
+
+    encoder.num_frames, encoder.interrupt_at = [], None
+    assert encode(shards, out, "--size", SIZE)[0] == 0
+    assert encoder.num_frames == [10], "the second shard's alone"
+    assert files(out) == files(whole)
+    assert (out / "shard-00000.tar").stat() == first
+
+    encoder.num_frames = []
+    assert "4 clips, 3 of them with latents" in encode(shards, out, "--size", SIZE)[1]
+    assert encoder.num_frames == [], "and what is done is done"
+
+
+def test_another_job_in_the_same_folder_is_refused_with_both_values(
+    encode: Encode, shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert encode(shards, out, "--size", "16x24")[0] == 0
+    before = files(out)
+    code, _, err = encode(shards, out, "--size", SIZE)
+    assert code == 2 and "whose height is 16, and here it is 32" in err
+    code, _, err = encode(shards, out, "--size", "16x24", "--precision", "bf16")
+    assert code == 2 and "whose precision is fp32, and here it is bf16" in err
+    assert files(out) == before
+    assert encode(shards, out, "--size", SIZE, "--overwrite")[0] == 0
+    index = Index.load(out)
+    assert read_origin(index.read(index.sample(0), MEMBER)).height == 32
+    # Latents of another size are replaced in a copy of a copy.
+    again = tmp_path / "again"
+    assert encode(out, again, "--size", "16x24")[0] == 0
+    index = Index.load(again)
+    assert [read_origin(index.read(sample, MEMBER)).height for sample in index.samples()] == [16] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "out", "--size", SIZE), "there is no data folder"),
+        (("shards", "shards", "--size", SIZE, "--overwrite"), "cannot be both SHARDS and OUT"),
+        (("shards", "out", "--size", "64x64"), "none of the 4 samples in"),
+        (("shards", "out", "--size", "30x40"), "frames are 30x40, but"),
+        (("shards", "out", "--size", SIZE, "--frozen", "nowhere"), "neither a folder nor a hub id"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(
+    encode: Encode, shards: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    before = files(shards)
+    named = {"shards": shards, "out": tmp_path / "out", "nowhere": tmp_path / "nowhere"}
+    code, _, err = encode(*(named.get(argument, argument) for argument in arguments))
+    assert code == 2 and message in err and "Traceback" not in err
+    assert files(shards) == before and not (tmp_path / "out").exists()
+
+
+def test_a_sample_that_cannot_be_decoded_is_named(encode: Encode, tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "shards")
+    writer.add("bad", "mp4", b"no video at all", about(moving_square(4)))
+    writer.close()
+    code, _, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE)
+    assert (
+        code == 2
+        and "sample bad of" in err
+        and "shard-00000.tar cannot be encoded: the file cannot be" in err
+    )
