@@ -45,7 +45,7 @@ check: setup    ## test, lint, formatting and types
 	@$(VENV)/bin/mypy
 	@$(MAKE) --no-print-directory test
 
-lock: $(VENV)/.installed  ## write requirements.lock from what .venv holds
+lock:           ## write requirements.lock from what .venv holds
 	@$(PY) -m pip freeze --all --exclude-editable | grep -v ^pip== | sed -E 's/^torch==([0-9.]+).*/torch==\1/' > requirements.lock
 
 clean:          ## remove .venv, shards and caches; runs/ stays

