@@ -174,7 +174,10 @@ def _origin(index: Index, config: DataConfig) -> latents.Origin:
         if latents.MEMBER not in sample.members:
             raise ValueError(f"sample {sample.id} in {config.path} has no latents; tools/encode.py adds them")
     first = index.sample(0)
-    origin = latents.read_origin(index.read(first, latents.MEMBER))
+    try:
+        origin = latents.read_origin(index.read(first, latents.MEMBER))
+    except ValueError as error:
+        raise ValueError(f"sample {first.id} in {config.path} cannot be read: {error}") from error
     if (origin.height, origin.width) != (config.height, config.width):
         raise ValueError(
             f"the latents in {config.path} are of {origin.height} x {origin.width} pixels, and data.height x "

@@ -127,6 +127,11 @@ def test_a_sample_whose_latents_do_not_fit_is_named(tmp_path: Path, content: byt
         list(islice(Loader(replace(config, num_frames=NUM_STORED), 0, 0, 1, 1, 1), 2))
 
 
+def test_a_first_sample_of_unknown_origin_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^sample a in .* its latents\.safetensors does not say"):
+        Loader(write(tmp_path, {"a": b"no safetensors"}), 0, 0, 1, 1, 1)
+
+
 @pytest.mark.parametrize("changes", [{"crop": "random"}, {"crop": "center", "flip": True}])
 def test_a_crop_that_the_latents_cannot_have_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"data\.latents=true needs data\.crop=center and data\.flip=false"):
