@@ -24,9 +24,10 @@ class IdentityTemporalConv(TemporalConv):
     tag = "temporal"
 
     def reset_parameters(self) -> None:
-        nn.init.dirac_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        middle_frame = self.weight.data.select(self.weight.shape.index(3), 1)
+        nn.init.eye_(middle_frame.squeeze())
 
 
 class ZeroTemporalAttention(TemporalAttention):
