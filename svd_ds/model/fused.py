@@ -1,13 +1,18 @@
-"""Layers that keep less for the backward pass than torch would: group norm with SiLU, and GEGLU.
+"""Operations with a backward pass of their own: convolution, group norm with SiLU, GEGLU.
 
-Both compute once more in the backward pass what is cheap to compute, and keep their inputs alone.
+All take channels as the last dimension, move no data only to change its order, and keep nothing for the
+backward pass but their inputs: what is cheap to compute is computed again.
 
-torch's own group norm wants channels first: on a GPU it copies, on a CPU it sums channels_last tensors one by
-one (errors near 1e-5 for a large frame). Here the channels are the last dimension, each pass over the
-activations is one torch reduction or one fused multiply-add, in their dtype with float32 inside, and all else
-is arithmetic on (N, C).
+Convolution: torch reads memory that ends in channels through a permuted view, if the weight has that order
+too; it is (out, height, width, in) here. The parameter is kept, not a view of it, which ZeRO-3 could not
+free.
 
-Shapes: N normed units (frames or clips), S positions, C channels; a group is C / groups channels.
+Group norm: torch's own wants channels first: on a GPU it copies, on a CPU it sums channels_last tensors one
+by one (errors near 1e-5 for a large frame). Here each pass over the activations is one reduction or one
+fused multiply-add, in their dtype with float32 inside, and all else is arithmetic on (N, C).
+
+Shapes: N units (frames or clips), S positions, C channels; a group is C / groups channels; I, O channels in
+and out.
 """
 
 from __future__ import annotations
@@ -17,6 +22,52 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def conv(
+    x_NHWI: Tensor,
+    weight_OHWI: Tensor,
+    bias_O: Tensor | None,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """2-D convolution over the second and third dimension: (N, H, W, O)."""
+    return _Conv.apply(x_NHWI, weight_OHWI, bias_O, stride, padding)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NHWI: Tensor,
+        weight_OHWI: Tensor,
+        bias_O: Tensor | None,
+        stride: int,
+        padding: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(x_NHWI, weight_OHWI)
+        ctx.stride, ctx.padding, ctx.bias_sizes = stride, padding, None if bias_O is None else bias_O.shape
+        y_NOHW = F.conv2d(_channels_first(x_NHWI), _channels_first(weight_OHWI), bias_O, stride, padding)
+        return _channels_last(y_NOHW)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        operands = map(_channels_first, (grads[0], *ctx.saved_tensors))
+        window = ([ctx.stride] * 2, ctx.padding, [1, 1], False, [0, 0], 1)
+        dx_NIHW, dweight_OIHW, dbias_O = torch.ops.aten.convolution_backward(
+            *operands, ctx.bias_sizes, *window, ctx.needs_input_grad[:3]
+        )
+        dx_NHWI = None if dx_NIHW is None else _channels_last(dx_NIHW)
+        dweight_OHWI = None if dweight_OIHW is None else _channels_last(dweight_OIHW)
+        return dx_NHWI, dweight_OHWI, dbias_O, None, None
+
+
+def _channels_first(x_NHWC: Tensor) -> Tensor:
+    return x_NHWC.permute(0, 3, 1, 2)
+
+
+def _channels_last(x_NCHW: Tensor) -> Tensor:
+    return x_NCHW.permute(0, 2, 3, 1)
 
 
 def group_norm_silu(

@@ -1,8 +1,8 @@
 """The small parts that the spatial and the temporal blocks share.
 
 Everything inside the UNet is (B, T, H, W, C) and contiguous: B clips, T frames, H x W latent pixels, C
-channels. Convolutions and group norms see that memory through a permuted view that torch knows as
-channels_last, so no layer moves data only to change its order.
+channels. No layer moves data only to change its order: convolutions and norms read that memory as it lies
+(fused.py).
 
 Initial values are torch's defaults but for the layers named Zero..., which start at zero as in the public
 code (sgm `zero_module`). Each layer sets its own parameters in its own constructor: DeepSpeed's zero.Init
@@ -18,53 +18,68 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svd_ds.model.attention import attention
-from svd_ds.model.fused import geglu, group_norm_silu
+from svd_ds.model.fused import conv, geglu, group_norm_silu
 
 NORM_GROUPS = 32
 
 
-class FrameConv(nn.Conv2d):
+class _Conv(nn.Module):
+    """Weight and bias of a 2-D convolution, drawn as torch does; the weight is (out, height, width, in)."""
+
+    def __init__(self, in_channels: int, out_channels: int, height: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, height, width, in_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight[0].numel() ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+
+class FrameConv(_Conv):
     """3 x 3 convolution of every frame, keeping the size at stride 1 and halving it at stride 2."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
+        super().__init__(in_channels, out_channels, 3, 3)
+        self.stride = stride
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
-        y_NCHW = super().forward(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2))
-        return y_NCHW.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+        y_NHWC = conv(x_BTHWC.flatten(0, 1), self.weight, self.bias, self.stride, padding=(1, 1))
+        return y_NHWC.unflatten(0, x_BTHWC.shape[:2])
 
 
-class TemporalConv(nn.Conv2d):
+class TemporalConv(_Conv):
     """Convolution over three neighbouring frames, pixel by pixel; beyond the clip's ends are zeros.
 
     The public code has a 3-D convolution with the kernel 3 x 1 x 1. Over the plane (T, H*W) it is a 2-D one
-    with the kernel 3 x 1, which a CPU does in a third of the time (docs/numerics.md), so the weight is
-    (out, in, 3, 1). It is used as it is: what a view of it is kept for, ZeRO-3 cannot free.
+    with the kernel 3 x 1, which a CPU does in a third of the time (docs/numerics.md).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=(3, 1), padding=(1, 0))
+        super().__init__(in_channels, out_channels, 3, 1)
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
-        y_BCTS = super().forward(x_BTHWC.flatten(2, 3).permute(0, 3, 1, 2))
-        return y_BCTS.permute(0, 2, 3, 1).unflatten(2, x_BTHWC.shape[2:4])
+        y_BTSC = conv(x_BTHWC.flatten(2, 3), self.weight, self.bias, padding=(1, 0))
+        return y_BTSC.unflatten(2, x_BTHWC.shape[2:4])
 
 
 class Linear(nn.Linear):
     """A linear layer over the last dimension.
 
-    In float32 on a CPU its product is put to oneDNN as a 1 x 1 convolution of a batch of ROWS, which can take
-    half the time of torch's own way, BLAS (docs/numerics.md).
+    For many rows of float32 on a CPU the product goes to oneDNN as a 1 x 1 convolution of a batch of 16,
+    which can take half the time of torch's own way, BLAS; for few it would take longer (docs/numerics.md).
     """
 
-    ROWS = 16
+    BATCH, MIN_ROWS = 16, 512
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu or x.dtype != torch.float32 or x.shape[:-1].numel() % self.ROWS:
+        rows = x.shape[:-1].numel()
+        if not x.is_cpu or x.dtype != torch.float32 or rows % self.BATCH or rows < self.MIN_ROWS:
             return super().forward(x)
-        rows_NCHW = x.reshape(self.ROWS, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-        y_NCHW = F.conv2d(rows_NCHW, self.weight[..., None, None], self.bias)
-        return y_NCHW.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        y_NHWC = conv(x.reshape(self.BATCH, -1, 1, x.shape[-1]), self.weight[:, None, None], self.bias)
+        return y_NHWC.view(*x.shape[:-1], -1)
 
 
 class _StartAtZero(nn.Module):

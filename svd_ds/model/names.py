@@ -7,7 +7,9 @@ Where a public entry is a tuple, our parameter is those public tensors joined al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+
+from torch import Tensor
 
 from svd_ds.model.unet import UNetConfig
 
@@ -68,19 +70,35 @@ TRANSFORMER_BLOCK: tuple[tuple[str, str | tuple[str, ...]], ...] = (
 )
 
 
-TRAILING_ONES = {"temporal.conv1.weight": 1, "temporal.conv2.weight": 1, "spatial.shortcut.weight": 2}
-"""Public weights with as many dimensions of size 1 at their end, which ours do not have."""
-
-
 def public_names(parameter: str, modules: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     """The public tensors that make up our `parameter`, joined along dimension 0, given `public_modules`."""
     module, leaf = parameter.rsplit(".", 1)
     return tuple(f"{public}.{leaf}" for public in modules[module])
 
 
-def public_shape(parameter: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The public shape of our `parameter`, or of a part of it, which has `shape` here."""
-    return (*shape, *[1] * TRAILING_ONES.get(".".join(parameter.split(".")[-3:]), 0))
+def to_public(parameter: str, tensor: Tensor) -> Tensor:
+    """Our `parameter`, or a part of it, as the public layouts have it: a view.
+
+    Public convolutions have (out, in, *kernel), with the kernel 3 x 1 x 1 along time and 1 x 1 in shortcuts.
+    """
+    if ".temporal.conv" in parameter and tensor.dim() == 4:
+        return tensor.permute(0, 3, 1, 2)[..., None]
+    if tensor.dim() == 4:
+        return tensor.permute(0, 3, 1, 2)
+    if parameter.endswith(".shortcut.weight"):
+        return tensor[..., None, None]
+    return tensor
+
+
+def from_public(parameter: str, tensor: Tensor) -> Tensor:
+    """The inverse of `to_public`."""
+    if tensor.dim() == 5:
+        return tensor[..., 0].permute(0, 2, 3, 1)
+    if parameter.endswith(".shortcut.weight"):
+        return tensor[..., 0, 0]
+    if tensor.dim() == 4:
+        return tensor.permute(0, 2, 3, 1)
+    return tensor
 
 
 def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]]:

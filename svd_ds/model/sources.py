@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
 from svd_ds.model.lora import LoraConfig, add_lora, is_adapter, low_rank_update
-from svd_ds.model.names import ORIGINAL_PREFIX, public_modules, public_names, public_shape
+from svd_ds.model.names import ORIGINAL_PREFIX, from_public, public_modules, public_names, to_public
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 
 CONFIG_KEY = "svd_ds.config"
@@ -67,10 +68,11 @@ class Source:
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         tensor = torch.cat([piece.file.get_tensor(piece.name) for piece in self.pieces[name]])
-        if not self.flat and tensor.numel() < shape.numel():
-            tensor, narrow = tensor.new_zeros(shape), tensor
-            tensor[:, : narrow.shape[1]] = narrow
-        return tensor.flatten()[: shape.numel()].view(shape)
+        if self.flat:
+            return tensor[: shape.numel()].view(shape)
+        tensor = from_public(name, tensor)
+        # Inputs that the network has and the disk does not are last in our weights' last dimension.
+        return F.pad(tensor, (0, shape[-1] - tensor.shape[-1])).contiguous()
 
     def check(self, config: UNetConfig) -> list[str]:
         """The network's parameters that are not on disk and need not be.
@@ -105,7 +107,8 @@ class Source:
             fits = 0 <= length - shape.numel() < len(pieces)
         else:
             found = pieces[0].shape
-            expected = public_shape(name, (shape[0] // len(pieces), *shape[1:]))
+            part = torch.empty(shape[0] // len(pieces), *shape[1:], device="meta")
+            expected = tuple(to_public(name, part).shape)
             fits = found == expected
             if widens and name in WIDENED and len(found) == len(expected):
                 fits = found[1] <= expected[1] and (found[0], *found[2:]) == (expected[0], *expected[2:])

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from svd_ds.model.layouts import config_to_diffusers
 from svd_ds.model.lora import add_lora
-from svd_ds.model.names import public_modules, public_names, public_shape
+from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.sources import CONFIG_KEY, open_source
 from svd_ds.model.unet import UNet, UNetConfig
 
@@ -121,5 +121,5 @@ def write_weights(
         for public_name, part in zip(names, parts, strict=True):
             # Parts of one tensor are cloned, for safetensors refuses shared memory.
             part = part.clone() if len(parts) > 1 else part
-            public[public_name] = part.view(public_shape(name, part.shape))
+            public[public_name] = to_public(name, part).contiguous()
     save_file(public, path, metadata)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svd_ds.model.layouts import config_to_diffusers
+from svd_ds.model.names import from_public as from_public_order
 from svd_ds.model.names import public_modules, public_names
 from svd_ds.model.unet import UNet, UNetConfig
 
@@ -68,10 +69,12 @@ def from_public() -> Callable[[UNetConfig, dict[str, Tensor]], dict[str, Tensor]
     def convert(config: UNetConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         modules = public_modules(config, "diffusers")
         with torch.device("meta"):
-            parameters = dict(UNet(config).named_parameters())
+            names = [name for name, _ in UNet(config).named_parameters()]
         return {
-            name: torch.cat([tensors[public] for public in public_names(name, modules)]).view(parameter.shape)
-            for name, parameter in parameters.items()
+            name: from_public_order(
+                name, torch.cat([tensors[public] for public in public_names(name, modules)])
+            )
+            for name in names
         }
 
     return convert

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svd_ds.model.fused import geglu, group_norm_silu
+from svd_ds.model.fused import conv, geglu, group_norm_silu
 
 
 def expected(x_NSC: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
@@ -58,6 +58,32 @@ def test_half_precision_rounds_once_more_than_torch_at_most() -> None:
     ):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("stride", "padding"), [(1, (1, 1)), (2, (1, 1)), (1, (1, 0))])
+def test_convolution_is_torchs(stride: int, padding: tuple[int, int], bias: bool) -> None:
+    x, weight = torch.randn(2, 4, 6, 3, dtype=torch.float64), torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    inputs = [x, weight, *([torch.randn(5, dtype=torch.float64)] if bias else [])]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    ours = conv(*inputs[:2], inputs[2] if bias else None, stride, padding)
+    first = (tensor.permute(0, 3, 1, 2) for tensor in inputs[:2])
+    theirs = F.conv2d(*first, *inputs[2:], stride=stride, padding=padding).permute(0, 2, 3, 1)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(ours)
+    for found, wanted in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_convolution_keeps_the_parameter_itself() -> None:
+    """A view would keep the memory that ZeRO-3 gathered after it let go of the parameter."""
+    weight, kept = torch.nn.Parameter(torch.randn(5, 3, 3, 4)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        conv(torch.randn(2, 6, 6, 4), weight, None, padding=(1, 1))
+    assert any(tensor is weight for tensor in kept)
+    assert all(tensor is weight or tensor.data_ptr() != weight.data_ptr() for tensor in kept)
 
 
 def test_geglu_is_a_gated_gelu() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from svd_ds.model.layouts import config_to_diffusers
-from svd_ds.model.names import public_modules, public_names, public_shape
+from svd_ds.model.names import from_public, public_modules, public_names, to_public
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 
 DATA = Path(__file__).parent / "data"
@@ -156,7 +156,7 @@ def public_tensors(config: UNetConfig, layout: str) -> dict[str, tuple[int, ...]
         names = public_names(name, modules)
         assert not tensors.keys() & set(names)
         tensors |= {
-            public: public_shape(name, part.shape)
+            public: tuple(to_public(name, part).shape)
             for public, part in zip(names, parameter.chunk(len(names)), strict=True)
         }
     return tensors
@@ -223,7 +223,7 @@ class TestImages:
         for name, parameter in ours.named_parameters():
             names = [public.replace("spatial_res_block.", "") for public in public_names(name, modules)]
             if names[0] in weights:
-                parameter.data = torch.cat([weights.pop(public) for public in names]).view(parameter.shape)
+                parameter.data = from_public(name, torch.cat([weights.pop(public) for public in names]))
         assert not weights
 
         inputs = draw_inputs(config, 2, 3, 7, 8, 16)

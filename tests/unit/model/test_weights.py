@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import svd_ds
 from svd_ds.model.layouts import config_from_diffusers, config_from_original, config_to_diffusers
-from svd_ds.model.names import public_modules, public_names, public_shape
+from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.sources import COMPLETE
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.model.weights import load_unet, read_weights, save_unet, write_weights
@@ -151,7 +151,7 @@ class TestConfigs:
         with torch.device("meta"):
             network = UNet(config)
         shapes = {
-            public: public_shape(name, part.shape)
+            public: to_public(name, part).shape
             for name, parameter in network.named_parameters()
             for names in [public_names(name, modules)]
             for public, part in zip(names, parameter.chunk(len(names)), strict=True)
@@ -218,8 +218,8 @@ class TestImageModel:
         config, tensors = read_weights(path, config=PUBLIC_HEADS)
         weight = dict(tensors)["conv_in.weight"]
         assert config == PUBLIC_HEADS
-        assert torch.equal(weight[:, :4], image_model.conv_in.weight)
-        assert weight.shape[1] == 8 and not weight[:, 4:].any()
+        assert torch.equal(to_public("conv_in.weight", weight)[:, :4], image_model.conv_in.weight)
+        assert weight.shape[-1] == 8 and not weight[..., 4:].any()
 
     def test_one_frame_of_the_new_network_is_the_image_model(
         self, path: Path, image_model: nn.Module
