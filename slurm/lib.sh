@@ -2,7 +2,7 @@
 # A site's own settings (modules, NCCL, paths) stand in slurm/site.env; see slurm/site.env.example.
 set -euo pipefail
 
-cd "${SLURM_SUBMIT_DIR:?run this with sbatch, from the repository's root}"
+cd "${SLURM_SUBMIT_DIR:?run this with sbatch from the root of the repository}"
 # shellcheck disable=SC1091
 [ ! -f slurm/site.env ] || . slurm/site.env
 
