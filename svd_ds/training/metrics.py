@@ -99,7 +99,11 @@ class Metrics:
             f"{metrics.clips_per_s:.2f} clips/s  {metrics.step_s:.2f} s/step"
         )
         if self.bar is not None:
-            self.bar.update(self.task, completed=metrics.step, numbers=numbers)
+            short = (
+                f"loss {metrics.loss:.3f} lr {metrics.lr:.1e} grad {metrics.grad_norm:.2f} "
+                f"{metrics.clips_per_s:.1f} clips/s {metrics.step_s:.2f} s"
+            )
+            self.bar.update(self.task, completed=metrics.step, numbers=short)
         if metrics.step % self.config.every == 0 or metrics.step in (1, self.total_steps):
             line = f"step {metrics.step}/{self.total_steps}  {numbers}  eta {self._remaining(metrics)}"
             self.lines.write(line + "\n")
@@ -123,13 +127,13 @@ class Metrics:
 
 
 def _progress_bar(console: Console) -> Progress:
+    """Fits 80 columns: step, bar, numbers, time left."""
     return Progress(
-        TextColumn("[bold]train"),
-        BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        BarColumn(bar_width=8),
         TextColumn("{task.fields[numbers]}"),
         TextColumn("eta"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         console=console,
     )
 
