@@ -30,6 +30,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     Args:
         backend: `flash_attn`, `sdpa` (torch), `reference` (written out), or `auto`: flash_attn where it is
             installed and the tensors are half precision on a GPU, else sdpa.
+
+    Raises:
+        ValueError: flash_attn is asked for by name and is not installed.
     """
     kernel = _kernel(backend, q)
     if q.dim() == 4:
@@ -79,4 +82,6 @@ def _kernel(backend: str, q: Tensor) -> Kernel:
     if backend == "auto":
         fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
         backend = "flash_attn" if fits and flash_attn_installed() else "sdpa"
+    if backend == "flash_attn" and not flash_attn_installed():
+        raise ValueError("attention is to run on flash_attn, which is not installed: choose auto or sdpa")
     return KERNELS[backend]

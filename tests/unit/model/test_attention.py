@@ -64,6 +64,12 @@ def test_no_kernel_sees_a_batch_past_the_limit(clips: int | None, monkeypatch: p
     torch.testing.assert_close(out, expected)
 
 
+def test_flash_attn_by_name_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "flash_attn_installed", lambda: False)
+    with pytest.raises(ValueError, match="flash_attn, which is not installed: choose auto or sdpa"):
+        attention(*draw(1, 2, 1, 2), "flash_attn")
+
+
 @pytest.mark.parametrize(
     ("is_cuda", "dtype", "installed", "expected"),
     [
