@@ -16,7 +16,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -147,6 +147,7 @@ def register() -> None:
 
 def to_config(node: DictConfig) -> RunConfig:
     """The one conversion from Hydra's tree to values; runs every part's own checks."""
+    _refuse_added(node)
     return _tuples(OmegaConf.to_object(node))
 
 
@@ -170,11 +171,31 @@ def debug_last(overrides: Sequence[str]) -> list[str]:
 
 
 def explain(error: BaseException) -> str:
-    """One sentence from Hydra's several lines."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(
-        line for line in lines if not line.startswith(("full_key", "reference_type", "object_type"))
-    )
+    """One sentence from Hydra's several lines: what it could not do, why, and what there is to choose."""
+    told, _, choices = str(error).partition("Available options in ")
+    sentence = told.strip().splitlines()[0].rstrip(".")
+    if isinstance(error, OverrideParseException):
+        sentence = f"{error.override} cannot be read: {sentence}"
+    if error.__cause__ is not None:
+        sentence += f": {str(error.__cause__).splitlines()[0]}"
+    options = [line.strip() for line in choices.partition("Config search path")[0].splitlines()[1:]]
+    return sentence + (f"; there are {', '.join(filter(None, options))}" if options else "")
+
+
+def _refuse_added(node: DictConfig, path: str = "") -> None:
+    """Hydra's +key=value adds to any part; the parts have no more keys than their dataclasses."""
+    kind = OmegaConf.get_type(node)
+    if not dataclasses.is_dataclass(kind):
+        return
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    for key in node:
+        if key not in known:
+            raise ValueError(
+                f"there is no key {path}{key}; {path or 'the config '}has {', '.join(sorted(known))}"
+            )
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _refuse_added(child, f"{path}{key}.")
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:

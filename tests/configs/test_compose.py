@@ -66,6 +66,8 @@ def test_runs_of_members_have_folders_of_their_own() -> None:
     ("override", "named"),
     [
         ("optim.learning_rate=1", "learning_rate"),
+        ("+optim.learning_rate=1", "optim.learning_rate"),
+        ("model.widths=[32", "model.widths=[32"),
         ("+experiment=stage9", "stage9"),
         ("noise=brown", "brown"),
         ("run.steps=many", "many"),
