@@ -191,7 +191,7 @@ def _refuse_added(node: DictConfig, path: str = "") -> None:
     for key in node:
         if key not in known:
             raise ValueError(
-                f"there is no key {path}{key}; {path or 'the config '}has {', '.join(sorted(known))}"
+                f"there is no key {path}{key!s}; {path or 'the config '}has {', '.join(sorted(known))}"
             )
         child = node._get_node(key)
         if isinstance(child, DictConfig):
