@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-POLICIES = ("none", "blocks")
+POLICIES = ("none", "blocks", "attention")
+KEPT = ("aten::_scaled_dot_product_", "flash_attn::_flash_attn_forward")
+"""How the names of fused attention kernels begin: torch's for each processor, and flash_attn's."""
 
 
 def apply_recompute(module: nn.Module, names: Iterable[str], policy: str) -> None:
     """Make the blocks of `module` called `names` forget their activations and compute them again in backward.
 
-    policy: none keeps every activation, blocks keeps only what goes into each block.
+    policy: none keeps every activation; blocks keeps only what goes into each block; attention keeps the
+    results of fused attention kernels as well: for one tensor more an attention, what costs most for the
+    bytes that it leaves behind is not done twice.
     Names of parameters do not change. Only `forward` is wrapped, not the call: the hooks by which ZeRO-3
     gathers a block's parameters before its forward and its backward run once each, outside the recomputation.
     """
@@ -22,6 +27,14 @@ def apply_recompute(module: nn.Module, names: Iterable[str], policy: str) -> Non
         raise ValueError(f"recompute is {policy!r}: choose {' or '.join(POLICIES)}")
     if policy == "none":
         return
+    recomputed = partial(checkpoint, use_reentrant=False)
+    if policy == "attention":
+        recomputed = partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, _keep))
     for name in names:
         block = module.get_submodule(name)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(recomputed, block.forward)  # type: ignore[method-assign]
+
+
+def _keep(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    kept = operator.name().startswith(KEPT)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from svd_ds.parallel.recompute import apply_recompute
+from svd_ds.parallel.recompute import POLICIES, apply_recompute
 
 
 class Block(nn.Module):
@@ -27,6 +32,38 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x, shift)
         return x
+
+
+class Attention(nn.Module):
+    """Self-attention of 4 heads, as a block with a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x_NSC: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_NSC).unflatten(-1, (3, 4, 8)).transpose(1, 3).unbind(2)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x_NSC + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that are really computed, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[operator.name()] += 1
+        return operator(*args, **(kwargs or {}))
+
+    def forward_attentions(self) -> int:
+        return sum(
+            number
+            for name, number in self.counts.items()
+            if "_scaled_dot_product_" in name and "backward" not in name
+        )
 
 
 def gradients(net: Net) -> dict[str, Tensor]:
@@ -62,5 +99,29 @@ def test_none_keeps_activations() -> None:
 
 
 def test_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'all'.*none or blocks"):
+    with pytest.raises(ValueError, match=r"'all'.*none or blocks or attention"):
         apply_recompute(Net(), [], "all")
+
+
+def attention_gradients(policy: str) -> tuple[dict[str, Tensor], Calls]:
+    torch.manual_seed(0)
+    net = nn.Sequential(Attention(), Attention())
+    apply_recompute(net, ["0", "1"], policy)
+    with Calls() as calls:
+        net(torch.randn(2, 6, 32)).square().sum().backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters()}, calls
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_are_the_same_with_every_policy(policy: str) -> None:
+    expected, _ = attention_gradients("none")
+    found, _ = attention_gradients(policy)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_kept_attention_is_not_computed_again() -> None:
+    calls = {policy: attention_gradients(policy)[1] for policy in POLICIES}
+    attentions = {policy: counted.forward_attentions() for policy, counted in calls.items()}
+    assert attentions == {"none": 2, "blocks": 4, "attention": 2}
+    projections = {policy: counted.counts["aten::addmm"] for policy, counted in calls.items()}
+    assert projections["blocks"] == projections["attention"] > projections["none"]
