@@ -1,0 +1,130 @@
+"""tools/bench.py from the command line, at a tiny size; and what the released network costs."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).parents[3] / "tools"
+Bench = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        try:
+            runpy.run_path(str(TOOLS / "bench.py"), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def tiny() -> Any:
+    from bench_parts import Case
+
+    return Case(
+        widths=(64,), num_frames=2, height=32, width=48, num_tokens=3, dtype="fp32", recompute="blocks"
+    )
+
+
+def test_table(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--size", "16x16", "--frames", "2", "--widths", "64", "--pairs", "1")
+    assert bench(*size, "--tokens", "3,1", "--dtype", "fp32") == 0
+    machine, _, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert "GFLOP/s in fp32" in machine
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:4] for row in cells] == [["2 x 16x16", tokens, "fp32", "1"] for tokens in ("3", "1")]
+    assert all(len(row) == len(head.strip("|").split("|")) for row in cells)
+    assert all(float(row[4]) >= 0 and float(row[6].split()[0]) > 0 for row in cells)
+
+
+def test_both_sides_agree_and_take_turns(tiny: Any) -> None:
+    from bench_parts import measure
+
+    turns = []
+    result = measure(tiny, 2, torch.device("cpu"), lambda: turns.append("pair"))
+    assert 0 < result.difference < 1e-5
+    assert len(result.seconds) == len(result.ratios) == len(turns) == 2
+    assert result.ratios[0] == result.seconds[0][1] / result.seconds[0][0]
+    assert result.peak_bytes is None
+
+
+def test_a_step_trains_and_leaves_the_weights_as_they_are(tiny: Any) -> None:
+    from bench_parts import Contestant, build_networks, in_format, output_difference
+
+    device = torch.device("cpu")
+    network, public = build_networks(tiny, device)
+    inputs = tiny.inputs(device)
+    for side in (network, in_format(public, "channels_last")):
+        contestant = Contestant(side)
+        contestant.step(inputs)
+        state = contestant.optimizer.state
+        assert all(state[parameter]["exp_avg"].isfinite().all() for parameter in side.parameters())
+        assert state[side.conv_in.weight]["exp_avg"].any()
+        weights = sum(parameter.nbytes for parameter in side.parameters())
+        assert 3 * weights <= contestant.held_bytes() < 3.01 * weights
+    assert output_difference(network, public, inputs) < 1e-5
+
+
+def test_networks_that_differ_are_not_compared(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_parts
+
+    build = bench_parts.build_networks
+
+    def spoiled(*arguments: Any) -> Any:
+        network, public = build(*arguments)
+        torch.nn.init.zeros_(network.conv_out.weight)
+        return network, public
+
+    monkeypatch.setattr(bench_parts, "build_networks", spoiled)
+    with pytest.raises(AssertionError, match="the outputs differ by"):
+        bench_parts.measure(replace(tiny, recompute="none"), 1, torch.device("cpu"), lambda: None)
+
+
+def test_a_forward_of_the_released_network(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Operations at 14 x 256x384: diffusers needs 7.70 TFLOP for 77 context tokens and 6.27 for one."""
+    assert bench("--flops") == 0
+    rows = [row.strip("|").split("|") for row in capsys.readouterr().out.splitlines()[2:]]
+    (tokens, ours, theirs), (one, ours_one, theirs_one) = [[float(cell) for cell in row[1:]] for row in rows]
+    assert (tokens, theirs, one, theirs_one) == (77, 7.7, 1, 6.27)
+    assert ours <= 6.4
+    assert ours_one <= 6.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--full",), "--full needs a GPU"),
+        (("--batch", "largest"), "--batch largest needs a GPU"),
+        (("--size", "256x100"), "--size is '256x100': give HEIGHTxWIDTH, multiples of 64 pixels here"),
+        (("--size", "256"), "--size is '256'"),
+        (("--tokens", "77,0"), "--tokens is '77,0': give whole numbers from 1"),
+        (("--dtype", "fp8"), "--dtype is 'fp8': choose fp32 or bf16"),
+        (("--pairs", "0"), "--pairs is 0"),
+        (("--widths", "60", "--pairs", "1"), "which 60 is not"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    bench: Bench, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert bench(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

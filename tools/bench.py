@@ -1,0 +1,148 @@
+"""Time our network's training step against diffusers', side by side, and print a table in Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import statistics
+
+import torch
+from bench_parts import DTYPES, Case, Result, forward_flops, matmul_peak, measure
+from rich.console import Console
+from rich.progress import Progress
+
+from svd_ds.door import run_door
+from svd_ds.model.unet import PIXELS_PER_LATENT, UNetConfig
+from svd_ds.parallel.recompute import POLICIES
+
+EXAMPLE = """examples:
+  OMP_NUM_THREADS=2 python tools/bench.py
+  python tools/bench.py --size 128x192 --frames 8 --tokens 77 --dtype fp32 --pairs 9 --recompute blocks
+  python tools/bench.py --full
+  python tools/bench.py --flops
+
+A step is forward, backward and AdamW, on weights in the dtype itself. Both networks have the same weights and
+take steps in turn; the ratio is the median of diffusers' time over ours, pair by pair, with the smallest and
+the largest. diffusers runs in the faster of two memory formats. MFU: three times the operations of the
+network's own forward, over the step's time, as a share of the fastest matrix product measured beforehand."""
+HEAD = ("clip", "tokens", "dtype", "batch", "ms ours", "ms diffusers", "ratio", "TFLOP forward", "MFU")
+FULL = {
+    "size": "256x384,320x576,576x1024",
+    "widths": ",".join(map(str, UNetConfig.widths)),
+    "dtype": "bf16",
+    "batch": "largest",
+    "recompute": "blocks",
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    cases = read_cases(arguments)
+    if arguments.flops:
+        print_row("clip", "tokens", "TFLOP forward, ours", "diffusers'")
+        print_row(*["---"] * 4)
+        for case in cases:
+            print_row(case.clip, case.num_tokens, *(f"{n / 1e12:.2f}" for n in forward_flops(case)))
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peaks = {dtype: matmul_peak(dtype, device) for dtype in dict.fromkeys(case.dtype for case in cases)}
+    print(describe_machine(device, peaks), end="\n\n")
+    head = (*HEAD, "peak GiB") if device.type == "cuda" else HEAD
+    print_row(*head)
+    print_row(*["---"] * len(head))
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("timing", total=len(cases) * arguments.pairs)
+        for index, case in enumerate(cases):
+            result = measure(case, arguments.pairs, device, lambda: progress.advance(task))
+            progress.update(task, completed=(index + 1) * arguments.pairs)
+            if result is None:
+                print_row(case.clip, case.num_tokens, case.dtype, "does not fit this GPU")
+            else:
+                print_result(result, peaks[case.dtype])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", default="256x384", help="HEIGHTxWIDTH; like tokens and dtype, several with commas")
+    add("--frames", type=int, default=14, help="default 14")
+    add("--widths", default="64,128,256,256", help="channels at each level; default 64,128,256,256")
+    add("--tokens", default="77,1", help="of the context; default 77,1")
+    add("--dtype", default="fp32,bf16", help="default fp32,bf16")
+    add("--batch", default="1", help="clips a step, or largest: as many as fit the GPU; default 1")
+    add("--recompute", default="none", choices=POLICIES, help="of ours; diffusers' own too, unless none")
+    add("--pairs", type=int, default=5, help="of timed steps; default 5")
+    add("--full", action="store_true", help="the released network at three sizes in bf16, on a GPU")
+    add("--flops", action="store_true", help="only count the released network's operations; computes nothing")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    wanted, _ = parser.parse_known_args()
+    if wanted.full:
+        parser.set_defaults(**FULL)
+    elif wanted.flops:
+        parser.set_defaults(widths=FULL["widths"], dtype="fp32")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.flops:
+        for name, asked in (("--full", arguments.full), ("--batch largest", arguments.batch == "largest")):
+            if asked:
+                raise ValueError(f"{name} needs a GPU, and torch {torch.__version__} sees none")
+    return arguments
+
+
+def read_cases(arguments: argparse.Namespace) -> list[Case]:
+    """Every combination of size, tokens and dtype."""
+    widths, tokens = read_numbers("widths", arguments.widths), read_numbers("tokens", arguments.tokens)
+    batch = None if arguments.batch == "largest" else read_numbers("batch", arguments.batch)[0]
+    for name in ("frames", "pairs"):
+        if (number := getattr(arguments, name)) < 1:
+            raise ValueError(f"--{name} is {number}: it must be at least 1")
+    dtypes = arguments.dtype.split(",")
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype is {dtype!r}: choose {' or '.join(DTYPES)}")
+    cases = []
+    for size, num_tokens, dtype in itertools.product(arguments.size.split(","), tokens, dtypes):
+        sides = read_numbers("size", size, "x")
+        multiple = PIXELS_PER_LATENT * 2 ** (len(widths) - 1)
+        if len(sides) != 2 or any(side % multiple for side in sides):
+            raise ValueError(f"--size is {size!r}: give HEIGHTxWIDTH, multiples of {multiple} pixels here")
+        cases.append(Case(widths, arguments.frames, *sides, num_tokens, dtype, arguments.recompute, batch))
+    return cases
+
+
+def read_numbers(name: str, text: str, separator: str = ",") -> tuple[int, ...]:
+    parts = text.split(separator)
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--{name} is {text!r}: give whole numbers from 1, with {separator!r} between them")
+    return tuple(map(int, parts))
+
+
+def print_result(result: Result, peak: float) -> None:
+    case, ratios = result.case, result.ratios
+    ours, theirs = result.medians
+    cells = [
+        *(case.clip, case.num_tokens, case.dtype, case.batch),
+        *(f"{1e3 * ours:.0f}", f"{1e3 * theirs:.0f} ({result.variant})"),
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+        " / ".join(f"{flops / 1e12:.3g}" for flops in result.flops),
+        " / ".join(f"{share:.0%}" for share in result.mfu(peak)),
+    ]
+    if result.peak_bytes is not None:
+        cells.append(" / ".join(f"{size / 2**30:.1f}" for size in result.peak_bytes))
+    print_row(*cells)
+
+
+def print_row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def describe_machine(device: torch.device, peaks: dict[str, float]) -> str:
+    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    fastest = ", ".join(f"{peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
+    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix product: {fastest}"
+
+
+if __name__ == "__main__":
+    run_door(main)
