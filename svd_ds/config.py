@@ -117,7 +117,8 @@ class RunConfig:
     precision: str = "auto"
     """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
     recompute: str = "blocks"
-    """Activation checkpointing: none | blocks (every residual block and transformer)."""
+    """Activation checkpointing: none | blocks (every residual block and transformer) | attention (blocks, but
+    what attention gave is kept)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sampling: PreviewConfig = field(default_factory=PreviewConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -167,7 +168,8 @@ def debug_last(overrides: Sequence[str]) -> list[str]:
     """Make `debug=tiny` the last of the appended groups, so that it lies over any experiment."""
     is_debug = [override.lstrip("+").startswith("debug=") for override in overrides]
     debug = ["+" + override.lstrip("+") for override, flag in zip(overrides, is_debug, strict=True) if flag]
-    return [override for override, flag in zip(overrides, is_debug, strict=True) if not flag] + debug
+    # Hydra takes a group once; as with any other key, the last word counts.
+    return [override for override, flag in zip(overrides, is_debug, strict=True) if not flag] + debug[-1:]
 
 
 def explain(error: BaseException) -> str:

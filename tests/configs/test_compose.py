@@ -83,6 +83,7 @@ def test_a_mistake_is_named(override: str, named: str) -> None:
 
 def test_debug_goes_to_the_end() -> None:
     assert debug_last(["debug=tiny", "+experiment=a", "x=1"]) == ["+experiment=a", "x=1", "+debug=tiny"]
+    assert debug_last(["debug=tiny", "x=1", "+debug=tiny"]) == ["x=1", "+debug=tiny"]
 
 
 def test_batch_size_is_kept_or_refused() -> None:
