@@ -27,7 +27,7 @@ SIZE = (128, 192)
 """Height and width of the held-out frames: the quickstart's."""
 SCALING_FACTOR = 0.18215
 """The public SVD's. The latents are brought to 1 / 0.18215, so that it holds here too."""
-BATCHES = ((8, 1, 64, 64), (2, 4, 64, 64), (1, 4, 80, 96))
+BATCHES = ((8, 1, 64, 64), (2, 4, 64, 64), (1, 4, 80, 96), (1, 1, 128, 192))
 """(B, T, H, W) of the batches, drawn evenly. No T = 2: on CPUs, oneDNN's bfloat16 gradients of a (3, 1, 1)
 convolution over two frames are wrong (torch 2.13)."""
 
@@ -55,10 +55,16 @@ def new_vae() -> AutoencoderKLTemporalDecoder:
         layers_per_block=1,
         scaling_factor=SCALING_FACTOR,
     )
+    # Residual blocks begin as the identity, and so does the last convolution, over time: the network begins
+    # as hardly more than a linear pyramid, and learns colour with shape. Otherwise it stays grey for long.
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name or name == "decoder.time_conv_out.bias":
+            nn.init.zeros_(parameter)
+    nn.init.dirac_(vae.decoder.time_conv_out.weight)
     with torch.no_grad():
-        # Begin with a posterior far narrower than the latents: their noise would drown the first steps.
+        # Begin with a posterior far narrower than the latents: its noise would drown the first steps.
         vae.quant_conv.weight[4:] *= 0.1
-        vae.quant_conv.bias[4:] = -6.0
+        vae.quant_conv.bias[4:] = -8.0
     return vae
 
 
@@ -117,7 +123,7 @@ def make_optimizers(
 def reconstruction_loss(
     vae: AutoencoderKLTemporalDecoder, frames_NCHW: Tensor, num_frames: int, recipe: Recipe
 ) -> Tensor:
-    """L1 + 5 L2 + 0.25 L1 of the gradients, a pinch of KL, and the pull of the latents' means to 0."""
+    """L1 + 5 L2, thrice for colour, and 0.25 L1 of gradients; a pinch of KL; the pull of the means to 0."""
     with torch.autocast("cpu", torch.bfloat16):
         moments = vae.quant_conv(vae.encoder(frames_NCHW))
     mean, log_variance = moments.float().chunk(2, dim=1)
@@ -128,7 +134,10 @@ def reconstruction_loss(
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     centring = mean.mean(dim=(0, 2, 3)).square().sum()
-    reconstruction = error.abs().mean() + 5 * error.square().mean() + 0.25 * edges
+    colour = error - error.mean(dim=1, keepdim=True)
+    reconstruction = 0.25 * edges
+    for part, weight in ((error, 1), (colour, 2)):
+        reconstruction = reconstruction + weight * (part.abs().mean() + 5 * part.square().mean())
     return reconstruction + recipe.kl * kl + recipe.centring * centring
 
 
@@ -154,7 +163,7 @@ def normalise_latents(vae: AutoencoderKLTemporalDecoder) -> tuple[list[float], l
 
 
 def random_clip(sources: list[Tensor], num_frames: int, height: int, width: int, rng: Random) -> Tensor:
-    """A random window in space and time, flipped, resized and recoloured: (T, 3, H, W) in [-1, 1]."""
+    """A random window in space and time, flipped, resized, a little recoloured: (T, 3, H, W) in [-1, 1]."""
     source = sources[rng.randrange(len(sources))]
     zoom, stride = rng.uniform(0.8, 1.5), 1 + rng.randrange(3)
     window = [min(source.shape[2], round(height * zoom)), min(source.shape[3], round(width * zoom))]
@@ -165,19 +174,11 @@ def random_clip(sources: list[Tensor], num_frames: int, height: int, width: int,
     ]
     frames = F.interpolate(frames.float(), size=(height, width), mode="bilinear", antialias=True) / 127.5 - 1
     flips = [dim for dim, odds in ((0, 2), (2, 4), (3, 2)) if rng.randrange(odds) == 0]
-    return recoloured(frames.flip(flips), rng)
-
-
-def recoloured(frames_TCHW: Tensor, rng: Random) -> Tensor:
-    """Swap the colours of a clip half the time; change its saturation, contrast, brightness and tint."""
-    if rng.randrange(2):
-        frames_TCHW = frames_TCHW[:, rng.sample(range(3), 3)]
-    grey = frames_TCHW.mean(dim=1, keepdim=True)
-    frames_TCHW = grey + (frames_TCHW - grey) * rng.uniform(0.0, 1.4)
-    middle = frames_TCHW.mean()
-    frames_TCHW = (frames_TCHW - middle) * rng.uniform(0.6, 1.4) + middle + rng.uniform(-0.3, 0.3)
-    tint = torch.tensor([rng.uniform(-0.15, 0.15) for _ in range(3)])
-    return (frames_TCHW + tint[:, None, None]).clamp(-1, 1)
+    frames = frames.flip(flips)
+    grey, middle = frames.mean(dim=1, keepdim=True), frames.mean()
+    frames = grey + (frames - grey) * rng.uniform(0.7, 1.5)
+    # No more than a little: with norm groups of one channel, the network hardly knows a frame's brightness.
+    return ((frames - middle) * rng.uniform(0.8, 1.2) + middle + rng.uniform(-0.1, 0.1)).clamp(-1, 1)
 
 
 def clip_path(name: str) -> Path:

@@ -15,6 +15,7 @@ from PIL import Image
 
 import svd_ds
 from svd_ds.model.autoencoder import Autoencoder, posterior
+from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 
 TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"
 HEIGHT, WIDTH = 128, 192
@@ -76,6 +77,15 @@ def test_diffusers_pipeline_loads_it_and_samples(pipeline):
     ).frames
     assert video.shape == (1, 3, 3, 64, 64)
     assert video.isfinite().all()
+
+
+@torch.no_grad()
+def test_our_image_token_is_the_one_the_pipeline_would_take(pipeline):
+    frame = Image.effect_noise((96, 64), 50).convert("RGB")
+    theirs = pipeline._encode_image(frame, "cpu", 1, do_classifier_free_guidance=False)
+    frames = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    ours = Conditioner.load(ConditionerConfig(), TINY).context(frames, captions=[""])
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_its_scheduler_walks_the_public_noise_levels(pipeline):
