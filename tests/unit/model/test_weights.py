@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import svd_ds
-from svd_ds.model.layouts import config_from_diffusers, config_from_original, config_to_diffusers
 from svd_ds.model.names import public_modules, public_names, to_public
-from svd_ds.model.sources import COMPLETE
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.model.weights import load_unet, read_weights, save_unet, write_weights
 
@@ -44,23 +41,6 @@ def assert_same(found: UNet, expected: UNet) -> None:
     assert found.config == expected.config
     for (name, ours), (_, theirs) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
-
-
-def save_checkpoint(folder: Path, unet: UNet, ranks: int, average: str | None = None) -> None:
-    """As a run saves it: each rank's slice of the flattened, padded parameter."""
-    slices = folder / (f"ema-{average}" if average else "unet")
-    slices.mkdir(parents=True, exist_ok=True)
-    for rank in range(ranks):
-        shard = {}
-        for name, parameter in unet.named_parameters():
-            flat = parameter.detach().flatten()
-            length = -(-len(flat) // ranks)
-            padded = torch.cat([flat, torch.full((length * ranks - len(flat),), torch.nan)])
-            shard[name] = padded[rank * length : (rank + 1) * length].clone()
-        save_file(shard, slices / f"rank-{rank:05d}-of-{ranks:05d}.safetensors")
-    if not average:
-        (slices / "config.json").write_text(json.dumps(asdict(unet.config)))
-        (folder / COMPLETE).touch()
 
 
 class TestPublicLayouts:
@@ -127,51 +107,6 @@ class TestPublicLayouts:
             save_unet(unet, tmp_path / "svd.ckpt", "original")
 
 
-class TestConfigs:
-    @pytest.mark.parametrize(
-        "config", [UNetConfig(), SMALL, replace(SMALL, transformer_depth=2, num_scalars=5)]
-    )
-    def test_through_diffusers_and_back(self, config: UNetConfig) -> None:
-        fields = json.loads(json.dumps(config_to_diffusers(config)))
-        assert config_from_diffusers(fields) == config
-        assert config_to_diffusers(config_from_diffusers(fields)) == fields
-
-    def test_the_full_model_is_diffusers_default(self) -> None:
-        from diffusers import UNetSpatioTemporalConditionModel
-
-        with torch.device("meta"):
-            fields = dict(UNetSpatioTemporalConditionModel().config)
-        fields["_class_name"] = "UNetSpatioTemporalConditionModel"
-        assert config_from_diffusers(fields) == replace(UNetConfig(), num_frames=25)
-
-    @pytest.mark.parametrize("changes", [{}, {"in_channels": 4, "num_scalars": 0}, {"transformer_depth": 2}])
-    def test_from_the_original_shapes(self, changes: dict[str, int]) -> None:
-        config = replace(UNetConfig(), **changes)
-        modules = public_modules(config, "original")
-        with torch.device("meta"):
-            network = UNet(config)
-        shapes = {
-            public: to_public(name, part).shape
-            for name, parameter in network.named_parameters()
-            for names in [public_names(name, modules)]
-            for public, part in zip(names, parameter.chunk(len(names)), strict=True)
-        }
-        assert config_from_original(shapes) == config
-
-    @pytest.mark.parametrize(
-        ("changes", "words"),
-        [
-            ({"_class_name": "AutoencoderKL"}, "its class is AutoencoderKL"),
-            ({"num_attention_heads": [1, 1]}, r"heads have different widths, \[32, 64\]"),
-            ({"layers_per_block": [1, 2]}, r"layers_per_block differs from level to level, \[1, 2\]"),
-            ({"_class_name": "UNet2DConditionModel"}, "its use_linear_projection is false"),
-        ],
-    )
-    def test_what_no_config_describes(self, changes: dict[str, Any], words: str) -> None:
-        with pytest.raises(ValueError, match=words):
-            config_from_diffusers(config_to_diffusers(SMALL) | changes)
-
-
 class TestImageModel:
     """Stable Diffusion 2.1 is a part of the network; the rest is new."""
 
@@ -230,131 +165,6 @@ class TestImageModel:
         found = unet(wide, c_noise, context, torch.zeros(1, 0), torch.ones(1, 2, dtype=torch.bool))
         expected = image_model(x[0], c_noise.expand(2), context.expand(2, -1, -1)).sample
         torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)  # another eps; docs/numerics.md
-
-
-class TestRuns:
-    @pytest.mark.parametrize("ranks", [1, 3])
-    def test_a_checkpoints_shards_are_joined(self, ranks: int, unet: UNet, tmp_path: Path) -> None:
-        save_checkpoint(tmp_path, unet, ranks)
-        assert_same(load_unet(tmp_path), unet)
-
-    def test_layers_of_time_without_a_public_layout_come_back(self, randomize: Any, tmp_path: Path) -> None:
-        unet = randomize(UNet(replace(SMALL, temporal="make_a_video")))
-        save_checkpoint(tmp_path, unet, 2)
-        assert_same(load_unet(tmp_path), unet)
-
-    def test_a_run_is_its_newest_complete_checkpoint(self, unet: UNet, tmp_path: Path) -> None:
-        for step in (90, 100, 110):
-            nn.init.constant_(unet.conv_in.bias, step)
-            save_checkpoint(tmp_path / f"checkpoints/step-{step:07d}", unet, 2)
-        (tmp_path / "checkpoints/step-0000110" / COMPLETE).unlink()
-        assert load_unet(tmp_path).conv_in.bias[0] == 100
-        with pytest.raises(ValueError, match=r"step-0000110 is not complete: it has no file COMPLETE"):
-            load_unet(tmp_path / "checkpoints/step-0000110")
-
-    def test_averages_are_chosen_by_name(self, unet: UNet, tmp_path: Path) -> None:
-        save_checkpoint(tmp_path, unet, 2)
-        raw = unet.conv_in.bias[0].item()
-        for average, value in (("power-0.050", 5.0), ("power-0.100", 10.0)):
-            nn.init.constant_(unet.conv_in.bias, value)
-            save_checkpoint(tmp_path, unet, 2, average)
-        found = {
-            which: load_unet(tmp_path, which).conv_in.bias[0].item() for which in (None, "raw", "power-0.100")
-        }
-        assert found == {None: 5.0, "raw": raw, "power-0.100": 10.0}
-        with pytest.raises(ValueError, match=r"has raw, power-0.050, power-0.100, and no '0.9999'"):
-            load_unet(tmp_path, "0.9999")
-
-    def test_an_average_takes_what_is_frozen_from_the_weights(self, unet: UNet, tmp_path: Path) -> None:
-        save_checkpoint(tmp_path, unet, 2)
-        nn.init.constant_(unet.conv_in.bias, 5.0)
-        save_checkpoint(tmp_path, unet, 2, "power-0.050")
-        for file in (tmp_path / "ema-power-0.050").iterdir():
-            save_file({"conv_in.bias": load_file(file)["conv_in.bias"]}, file)
-        assert_same(load_unet(tmp_path), unet)
-        assert load_unet(tmp_path, "raw").conv_in.bias[0] != 5.0
-
-    def test_a_rank_that_is_missing_is_noticed(self, unet: UNet, tmp_path: Path) -> None:
-        save_checkpoint(tmp_path, unet, 3)
-        (tmp_path / "unet/rank-00001-of-00003.safetensors").unlink()
-        with pytest.raises(ValueError, match="files of 2 ranks out of 3"):
-            load_unet(tmp_path)
-
-    def test_a_run_without_checkpoints(self, tmp_path: Path) -> None:
-        (tmp_path / "checkpoints").mkdir()
-        with pytest.raises(ValueError, match="no complete checkpoint yet"):
-            load_unet(tmp_path)
-
-
-class TestWrongFiles:
-    """Each error names the file, the tensor and both shapes, as far as there are any."""
-
-    def change(self, folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
-        save_unet(UNet(SMALL), folder)
-        file = folder / "diffusion_pytorch_model.safetensors"
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, file)
-        return folder
-
-    def test_another_shape(self, tmp_path: Path) -> None:
-        name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
-        path = self.change(tmp_path, lambda tensors: tensors.update({name: torch.zeros(64, 96)}))
-        with pytest.raises(
-            ValueError, match=rf"{path}.*{name} has the shape \(64, 96\), .* takes \(64, 64\)"
-        ):
-            load_unet(path)
-
-    def test_a_tensor_too_few(self, tmp_path: Path) -> None:
-        path = self.change(tmp_path, lambda tensors: tensors.pop("conv_in.bias"))
-        with pytest.raises(ValueError, match=rf"{path}.* lacks conv_in.bias, of shape \(32,\)"):
-            load_unet(path)
-
-    def test_one_temporal_tensor_too_few(self, tmp_path: Path) -> None:
-        name = "mid_block.resnets.0.time_mixer.mix_factor"
-        path = self.change(tmp_path, lambda tensors: tensors.pop(name))
-        with pytest.raises(ValueError, match=r"lacks middle.0.residual.alpha.mix_factor"):
-            load_unet(path)
-
-    def test_a_tensor_too_many(self, tmp_path: Path) -> None:
-        path = self.change(tmp_path, lambda tensors: tensors.update(extra=torch.zeros(1)))
-        with pytest.raises(ValueError, match=rf"{path}.* holds extra, for which the network has no place"):
-            load_unet(path)
-
-    def test_another_network_asked_for(self, unet: UNet, tmp_path: Path) -> None:
-        save_unet(unet, tmp_path)
-        with pytest.raises(
-            ValueError, match=r"conv_in.weight has the shape \(32, 8, 3, 3\), .* \(32, 4, 3, 3\)"
-        ):
-            load_unet(tmp_path, config=replace(SMALL, in_channels=4))
-        with pytest.raises(
-            ValueError, match=r"add_embedding.linear_1.weight, for which the network has no place"
-        ):
-            load_unet(tmp_path, config=replace(SMALL, num_scalars=0))
-
-    def test_scalars_may_be_added(self, unet: UNet, tmp_path: Path) -> None:
-        save_unet(unet, tmp_path)
-        wider = load_unet(tmp_path, config=replace(SMALL, num_scalars=4)).embedding.scalars.linear1.weight
-        assert torch.equal(wider[:, :96], unet.embedding.scalars.linear1.weight) and not wider[:, 96:].any()
-
-    def test_not_weights_at_all(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"nothing at .*absent"):
-            load_unet(tmp_path / "absent")
-        with pytest.raises(ValueError, match="neither a diffusers folder, nor a run"):
-            load_unet(tmp_path)
-        (tmp_path / "x.safetensors").write_text("hello")
-        with pytest.raises(ValueError, match=r"x.safetensors is not a safetensors file"):
-            load_unet(tmp_path / "x.safetensors")
-        save_file({"model.diffusion_model.a": torch.zeros(1)}, tmp_path / "x.safetensors")
-        with pytest.raises(ValueError, match=r"x.safetensors: it has a level without residual blocks"):
-            load_unet(tmp_path / "x.safetensors")
-
-    def test_an_average_of_public_weights(self, unet: UNet, tmp_path: Path) -> None:
-        save_unet(unet, tmp_path)
-        with pytest.raises(
-            ValueError, match=r"not a run or a checkpoint, so it has no average 'power-0.050'"
-        ):
-            load_unet(tmp_path, "power-0.050")
 
 
 def test_the_package_offers_loading_without_importing_torch_at_once() -> None:
