@@ -67,8 +67,7 @@ def start(command: list[str], rank: int, num_ranks: int, port: int) -> subproces
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     environment = {
         "OMP_NUM_THREADS": str(threads),
-        # glibc would return every large tensor to the system and fault it in anew: on CPU ranks, two thirds of the
-        # system's share of a step.
+        # glibc would return every large tensor to the system and fault it in anew, at a price for CPU ranks.
         "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
         **os.environ,
