@@ -54,7 +54,7 @@ class TemporalConv(_Conv):
     """Convolution over three neighbouring frames, pixel by pixel; beyond the clip's ends are zeros.
 
     The public code has a 3-D convolution with the kernel 3 x 1 x 1. Over the plane (T, H*W) it is a 2-D one
-    with the kernel 3 x 1, which a CPU does in a third of the time (docs/benchmarks.md).
+    with the kernel 3 x 1, which a CPU does faster.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -69,7 +69,7 @@ class Linear(nn.Linear):
     """A linear layer over the last dimension.
 
     For many rows of float32 on a CPU the product goes to oneDNN as a 1 x 1 convolution of a batch of 16,
-    which can take half the time of torch's own way, BLAS; for few it would take longer (docs/benchmarks.md).
+    which can be faster than torch's own way, BLAS; for few it would be slower.
     """
 
     BATCH, MIN_ROWS = 16, 512
