@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import hydra
@@ -17,14 +19,14 @@ from svd_ds.door import USER_ERRORS, print_error, wants_traceback
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env
 
+HYDRA_SWITCH = "HYDRA_FULL_ERROR"
+
 
 def main() -> None:
     """Compose, run, and end with 0; with 2 and one sentence on bad input; with 1 when another rank was lost;
     with 130 when interrupted."""
     show_traceback = wants_traceback()
     sys.argv[1:] = config.debug_last([word for word in sys.argv[1:] if word != "--debug"])
-    # Hydra tells errors in several lines of its own; with this it raises those of composing, for us to tell.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     config.register()
     errors: list[Exception] = []
 
@@ -38,7 +40,8 @@ def main() -> None:
                 errors.append(error)
 
     try:
-        task()
+        with _hydra_raises():
+            task()
         if errors:
             raise errors[0]
     except KeyboardInterrupt:
@@ -53,6 +56,20 @@ def main() -> None:
             raise
         print(f"rank {Env.read().rank} ends, because another rank did", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Hydra tells errors of composing in several lines of its own; inside, it raises them, for us to tell."""
+    before = os.environ.get(HYDRA_SWITCH)
+    os.environ[HYDRA_SWITCH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[HYDRA_SWITCH]
+        else:
+            os.environ[HYDRA_SWITCH] = before
 
 
 def _run(node: Any) -> None:

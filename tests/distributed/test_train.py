@@ -220,7 +220,6 @@ def test_bad_input_is_one_sentence(
     """One rank started by hand, in this process."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", ["train", *command(shards, tmp_path / "run")[5:], override])
     with pytest.raises(SystemExit) as ended:
         train_door()
