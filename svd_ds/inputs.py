@@ -17,7 +17,7 @@ from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.model.weights import read_weights
 from svd_ds.parallel.env import Env, supports_bf16
-from svd_ds.sample import TINY
+from svd_ds.sample import frozen_folder
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.state import Progress
@@ -54,7 +54,7 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
     if precision == "auto":
         precision = "bf16" if supports_bf16(env.device) else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    frozen = str(TINY) if config.frozen.path == "tiny" else config.frozen.path
+    frozen = frozen_folder(config.frozen.path)
     inputs = Inputs(
         folder=folder,
         checkpoints=checkpoints,

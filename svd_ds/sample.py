@@ -36,6 +36,11 @@ RELEASED_SIZE = (576, 1024)
 """Height and width of the public SVD and SVD-XT, whose folders do not say it."""
 
 
+def frozen_folder(path: str) -> str:
+    """What a setting like `frozen.path` means: a folder, a hub id, or `tiny` for the parts that ship."""
+    return str(TINY) if path == "tiny" else path
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """How to sample. The defaults are the released SVD's (Stability-AI/generative-models
@@ -170,7 +175,7 @@ def load_pipeline(
         parts = frozen or settings["frozen"]["path"]
         scalars = tuple(settings["conditioning"]["scalars"])
         conditioning = ConditionerConfig(**settings["conditioning"] | {"scalars": scalars})
-    parts = str(TINY) if parts == "tiny" else parts
+    parts = frozen_folder(parts)
     return Pipeline(
         unet,
         Autoencoder.load(parts, device, dtype),

@@ -20,7 +20,7 @@ from svd_ds.model.conditioner import SCALARS
 from svd_ds.model.lora import save_lora
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import load_unet, read_weights, write_weights
-from svd_ds.sample import TINY, run_settings
+from svd_ds.sample import frozen_folder, run_settings
 
 EXAMPLE = """examples:
   python tools/convert.py runs/small pipeline --layout diffusers
@@ -98,7 +98,7 @@ def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Pat
     if not takes_what_the_pipeline_gives(config, settings):
         return None
     if frozen is None and settings is not None:
-        frozen = TINY if settings["frozen"]["path"] == "tiny" else Path(settings["frozen"]["path"])
+        frozen = Path(frozen_folder(settings["frozen"]["path"]))
     elif frozen is None and (source / "vae").is_dir():
         frozen = source
     if frozen is None:

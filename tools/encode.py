@@ -19,7 +19,7 @@ from svd_ds.data.shards import INDEX_NAME, Index, Sample
 from svd_ds.data.writer import ShardWriter, replace_file
 from svd_ds.door import run_door
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.sample import TINY
+from svd_ds.sample import frozen_folder
 
 EXAMPLE = """examples:
   python tools/encode.py data/mine data/mine-latents --size 128x160
@@ -44,7 +44,7 @@ def main() -> None:
         raise ValueError(
             f"none of the {len(source)} samples in {source.folder} fills {height}x{width} pixels"
         )
-    frozen = TINY if arguments.frozen == "tiny" else arguments.frozen
+    frozen = frozen_folder(arguments.frozen)
     dtype = PRECISIONS[arguments.precision]
     autoencoder = Autoencoder.load(frozen, arguments.device, dtype, arguments.chunk)
     autoencoder.check_size(height, width)

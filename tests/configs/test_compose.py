@@ -30,7 +30,8 @@ def build(config: RunConfig) -> UNet:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda part: part)
 def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
-    build(compose([f"{group}={choice}", *SITE]))
+    unet = build(compose([f"{group}={choice}", *SITE]))
+    assert all(parameter.is_meta for parameter in unet.parameters())
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
