@@ -27,7 +27,7 @@ from svd_ds.model.lora import LoraConfig
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 from svd_ds.parallel.zero import ZeroConfig
-from svd_ds.training.checkpoint import CheckpointConfig
+from svd_ds.training.checkpoint import NETWORKS, CheckpointConfig
 from svd_ds.training.ema import EMAConfig
 from svd_ds.training.metrics import LoggerConfig
 from svd_ds.training.optim import OptimConfig
@@ -101,6 +101,8 @@ class InitConfig:
 class RunConfig:
     name: str = "small"
     """Of the run; its folder is named after it."""
+    task: str = "unet"
+    """What learns: unet | decoder (the autoencoder's decoder, with its layers of time)."""
     run: RunSection = field(default_factory=RunSection)
     model: UNetConfig = field(default_factory=UNetConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
@@ -126,6 +128,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.run.steps < 1:
             raise ValueError(f"run.steps is {self.run.steps}: it must be at least 1")
+        if self.task not in NETWORKS:
+            raise ValueError(f"task is {self.task!r}: choose {' or '.join(NETWORKS)}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision is {self.precision!r}: choose auto, bf16 or fp32")
         if self.recompute not in POLICIES:

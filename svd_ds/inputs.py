@@ -34,7 +34,8 @@ class Inputs:
     loader: Loader
     preview_clips: Batch
     autoencoder: Autoencoder
-    conditioner: Conditioner
+    conditioner: Conditioner | None
+    """None where the decoder learns: it is told nothing but the latents."""
     precision: str
     weights: Iterator[tuple[str, Tensor]] | None
     """To begin with, name by name; None draws them at random, or leaves them to the checkpoint."""
@@ -45,7 +46,7 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
     config.batch.accumulation(env.world)
     folder = RunFolder(Path(config.run.dir))
     folder.check_belongs(config.as_dict())
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, env)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, env, config.task)
     resume = _resume_from(config.run.resume, checkpoints)
     progress = Progress.read(resume / "state.json") if resume else None
 
@@ -55,6 +56,9 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
         precision = "bf16" if supports_bf16(env.device) else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = frozen_folder(config.frozen.path)
+    conditioner = None
+    if config.task == "unet":
+        conditioner = Conditioner.load(config.conditioning, frozen, env.device, dtype)
     inputs = Inputs(
         folder=folder,
         checkpoints=checkpoints,
@@ -63,7 +67,7 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
         loader=loader,
         preview_clips=_preview_clips(config),
         autoencoder=Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk),
-        conditioner=Conditioner.load(config.conditioning, frozen, env.device, dtype),
+        conditioner=conditioner,
         precision=precision,
         weights=None if resume else _initial_weights(config),
     )
@@ -73,26 +77,10 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
 
 def check_fit(config: RunConfig, inputs: Inputs) -> None:
     """Refuse a network that does not fit its frozen parts, conditions or data, with both numbers."""
-    latent, concat = (
-        inputs.autoencoder.latent_channels,
-        inputs.conditioner.concat_channels(inputs.autoencoder),
-    )
-    if config.model.in_channels != latent + concat:
-        raise ValueError(
-            f"model.in_channels is {config.model.in_channels}, but {latent} latent channels and "
-            f"conditioning.concat={config.conditioning.concat} make {latent + concat}"
-        )
-    if config.model.context_width != inputs.conditioner.context_width:
-        raise ValueError(
-            f"model.context_width is {config.model.context_width}, but the encoder in {config.frozen.path} "
-            f"gives tokens of width {inputs.conditioner.context_width}"
-        )
-    if config.model.num_scalars != inputs.conditioner.num_scalars:
-        raise ValueError(
-            f"model.num_scalars is {config.model.num_scalars}, but conditioning.scalars names "
-            f"{inputs.conditioner.num_scalars}: {', '.join(config.conditioning.scalars)}"
-        )
-    multiple = inputs.autoencoder.downsampling * config.model.size_multiple
+    multiple = inputs.autoencoder.downsampling
+    if inputs.conditioner is not None:
+        _check_unet(config, inputs.autoencoder, inputs.conditioner)
+        multiple *= config.model.size_multiple
     for name, size in (("height", config.data.height), ("width", config.data.width)):
         if size % multiple:
             raise ValueError(f"data.{name} is {size}: this network takes multiples of {multiple} pixels")
@@ -101,6 +89,25 @@ def check_fit(config: RunConfig, inputs: Inputs) -> None:
         raise ValueError(
             f"the latents in {config.data.path} are of the autoencoder {origin.autoencoder}, and the one in "
             f"{config.frozen.path} is {ours}; tools/encode.py --frozen makes others"
+        )
+
+
+def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
+    latent, concat = autoencoder.latent_channels, conditioner.concat_channels(autoencoder)
+    if config.model.in_channels != latent + concat:
+        raise ValueError(
+            f"model.in_channels is {config.model.in_channels}, but {latent} latent channels and "
+            f"conditioning.concat={config.conditioning.concat} make {latent + concat}"
+        )
+    if config.model.context_width != conditioner.context_width:
+        raise ValueError(
+            f"model.context_width is {config.model.context_width}, but the encoder in {config.frozen.path} "
+            f"gives tokens of width {conditioner.context_width}"
+        )
+    if config.model.num_scalars != conditioner.num_scalars:
+        raise ValueError(
+            f"model.num_scalars is {config.model.num_scalars}, but conditioning.scalars names "
+            f"{conditioner.num_scalars}: {', '.join(config.conditioning.scalars)}"
         )
 
 
@@ -116,6 +123,7 @@ def _resume_from(resume: str, checkpoints: Checkpoints) -> Path | None:
     path = Path(resume)
     if not (path / "state.json").exists():
         raise ValueError(f"run.resume is {resume!r}: neither auto nor never, nor a checkpoint folder")
+    checkpoints.check_network(path)
     return path
 
 

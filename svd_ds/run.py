@@ -1,6 +1,6 @@
 """Assembly: from a RunConfig to the parts of a run, in the order in which they need each other.
 
-1. the inputs, read and checked (inputs.py)
+1. the inputs, read and checked (inputs.py), and the task: what is trained (tasks.py)
 2. the network: made in shards, activations recomputed, blocks gathered whole, weights read
 3. the averages, the checkpoint that the run goes on from
 4. the loop
@@ -15,10 +15,8 @@ from typing import Any
 import torch
 
 from svd_ds.config import RunConfig
-from svd_ds.diffusion.noise import build_noise
 from svd_ds.evaluation.report import write_report
 from svd_ds.inputs import Inputs, read_inputs
-from svd_ds.model.lora import add_lora
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import agreed
@@ -27,6 +25,7 @@ from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
+from svd_ds.tasks import Task, unet_task
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.loop import Parts, Plan, train
@@ -35,7 +34,6 @@ from svd_ds.training.optim import parameter_groups
 from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
 from svd_ds.training.state import Progress
-from svd_ds.training.step import Diffusion
 
 
 def run(config: RunConfig, env: Env) -> None:
@@ -50,11 +48,12 @@ def run(config: RunConfig, env: Env) -> None:
 
 
 def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
-    engine = build_engine(config, env, inputs.precision)
+    task = unet_task(config, inputs)
+    engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(inputs.weights) if inputs.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
     if inputs.resume is not None:
-        inputs.checkpoints.load(inputs.resume, engine, ema)
+        inputs.checkpoints.load(inputs.resume, engine, ema, task.objective)
 
     if env.rank == 0:
         inputs.folder.open(config.as_dict(), inputs.progress.step)
@@ -70,18 +69,11 @@ def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
         parts = Parts(
             engine=engine,
             ema=ema,
-            unet=config.model,
-            lora=config.lora,
-            diffusion=Diffusion(
-                noise=build_noise(config.noise, config.data.height, config.data.width),
-                offset_noise=config.noise.offset_noise,
-                autoencoder=inputs.autoencoder,
-                conditioner=inputs.conditioner,
-                seed=config.run.seed,
-            ),
+            settings=task.settings,
+            objective=task.objective,
             batches=iter(inputs.loader),
             checkpoints=inputs.checkpoints,
-            previews=_previews(config, env, inputs),
+            previews=Previews(inputs.preview_clips, task.render, config.sampling.fps, inputs.folder, env),
             stop=StopRequest(),
             metrics=metrics,
             device=env.device,
@@ -103,19 +95,13 @@ def _plan(config: RunConfig, env: Env) -> Plan:
     )
 
 
-def _previews(config: RunConfig, env: Env, inputs: Inputs) -> Previews:
-    return Previews(
-        config.sampling, inputs.preview_clips, inputs.autoencoder, inputs.conditioner, inputs.folder, env
-    )
-
-
 def _open_metrics(config: RunConfig, env: Env, inputs: Inputs) -> AbstractContextManager[Metrics | None]:
     if env.rank != 0:
         return nullcontext()
     return Metrics(inputs.folder, config.logger, config.as_dict(), config.run.steps, inputs.progress.step)
 
 
-def build_engine(config: RunConfig, env: Env, precision: str) -> Engine:
+def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Engine:
     """The sharded network and its optimiser. The order matters:
 
     groups before the network, which is cut into shards over them as it is made, adapters too;
@@ -132,29 +118,25 @@ def build_engine(config: RunConfig, env: Env, precision: str) -> Engine:
     )
     torch.manual_seed(config.run.seed)
     with Engine.sharded_init(zero, mpu):
-        unet = UNet(config.model)
-        add_lora(unet, config.lora)
-    apply_recompute(unet, unet.blocks(), config.recompute)
+        network = task.build()
+    apply_recompute(network, network.blocks(), config.recompute)
     return Engine(
-        unet,
-        _optimizer_groups(config, unet),
+        network,
+        _optimizer_groups(config, network, task),
         zero,
         mpu,
-        leaves=unet.blocks().values(),
+        leaves=network.blocks().values(),
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
     )
 
 
-def _optimizer_groups(config: RunConfig, unet: UNet) -> list[dict[str, Any]]:
+def _optimizer_groups(config: RunConfig, network: UNet, task: Task) -> list[dict[str, Any]]:
     with torch.device("meta"):
         # Parameters of the sharded network have no shape of their own any more.
-        whole = UNet(config.model)
-        adapters = add_lora(whole, config.lora)
-    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
-    learns = adapters or shapes
-    tags = {name: tag for name, tag in parameter_tags(unet).items() if name in learns}
-    parameters = dict(unet.named_parameters())
+        shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
+    tags = {name: tag for name, tag in parameter_tags(network).items() if task.learns(name)}
+    parameters = dict(network.named_parameters())
     return [
         {
             "name": group.name,

@@ -4,7 +4,8 @@
         COMPLETE            the marker: without it the folder does not count
         state.json          Progress
         engine/             DeepSpeed's ZeRO-3 shards: weights, master weights, optimiser state
-        unet/config.json    UNetConfig, and lora.json where adapters are trained
+        objective.safetensors    what the objective keeps, where it keeps anything: a discriminator
+        unet/config.json    UNetConfig, and lora.json where adapters are trained; decoder/ where that is
         unet/rank-00000-of-00002.safetensors          this rank's slices of the weights, frozen ones too
         ema-power-0.050/rank-00000-of-00002.safetensors    and of each average of those that are trained
 
@@ -19,21 +20,25 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svd_ds.model.lora import LoraConfig
-from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, barrier
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import step_name
+from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
 
 MARKER = "COMPLETE"
+OBJECTIVE = "objective.safetensors"
+NETWORKS = ("unet", "decoder")
+Settings = Mapping[str, Mapping[str, Any]]
+"""The files beside a network's weights, by name: config.json, and lora.json where adapters are trained."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Checkpoints:
     folder: Path
     config: CheckpointConfig
     env: Env
+    network: str
+    """What the run trains, one of NETWORKS: the name of the weights' folder."""
 
     def complete(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint that was finished, oldest first."""
@@ -74,7 +81,7 @@ class Checkpoints:
         return next(reversed(self.complete().values()), None)
 
     def save(
-        self, progress: Progress, engine: Engine, ema: ShardEMA, unet: UNetConfig, lora: LoraConfig
+        self, progress: Progress, engine: Engine, ema: ShardEMA, objective: Objective, settings: Settings
     ) -> None:
         """Write one checkpoint. All ranks call it; an error on any leaves the earlier ones untouched."""
         final = self.folder / step_name(progress.step)
@@ -87,13 +94,14 @@ class Checkpoints:
             draft.mkdir(parents=True)
         barrier()
         engine.save(draft / "engine")
-        self._write_slices(draft / "unet", {**engine.local_shards(), **engine.frozen_shards()})
+        self._write_slices(draft / self.network, {**engine.local_shards(), **engine.frozen_shards()})
         for profile in ema.config.names:
             self._write_slices(draft / f"ema-{profile}", ema.shards(profile))
         if self.env.rank == 0:
-            (draft / "unet" / "config.json").write_text(json.dumps(asdict(unet), indent=1) + "\n")
-            if lora.rank:
-                (draft / "unet" / "lora.json").write_text(json.dumps(asdict(lora), indent=1) + "\n")
+            for name, values in settings.items():
+                (draft / self.network / name).write_text(json.dumps(values, indent=1) + "\n")
+            if state := objective.state():
+                save_file(state, draft / OBJECTIVE)
             progress.write(draft / "state.json")
         barrier()
         if self.env.rank == 0:
@@ -104,9 +112,15 @@ class Checkpoints:
             self._prune()
         barrier()
 
-    def load(self, path: Path, engine: Engine, ema: ShardEMA) -> Progress:
-        """Put a checkpoint of the same number of ranks into the engine and the averages."""
-        ranks = len(list((path / "unet").glob("rank-*.safetensors")))
+    def check_network(self, path: Path) -> None:
+        """Raises ValueError where a checkpoint holds another network than the run trains."""
+        held = [name for name in NETWORKS if (path / name).is_dir()]
+        if held and held != [self.network]:
+            raise ValueError(f"{path} is a checkpoint of a {held[0]}, and this run trains a {self.network}")
+
+    def load(self, path: Path, engine: Engine, ema: ShardEMA, objective: Objective) -> Progress:
+        """Put a checkpoint of the same number of ranks into the engine, the averages and the objective."""
+        ranks = len(list((path / self.network).glob("rank-*.safetensors")))
         if ranks != self.env.world:
             raise ValueError(
                 f"checkpoint {path} was saved by {ranks} ranks and this run has {self.env.world}: start as "
@@ -115,6 +129,8 @@ class Checkpoints:
         engine.load(path / "engine")
         for profile in ema.config.names:
             ema.load(profile, load_file(path / f"ema-{profile}" / self._slice_name()))
+        if (path / OBJECTIVE).exists():
+            objective.load_state(load_file(path / OBJECTIVE))
         return Progress.read(path / "state.json")
 
     def _slice_name(self) -> str:

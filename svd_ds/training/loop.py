@@ -10,18 +10,16 @@ import torch
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
-from svd_ds.model.lora import LoraConfig
-from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.collectives import mean_over_ranks
 from svd_ds.parallel.engine import Engine
-from svd_ds.training.checkpoint import Checkpoints
+from svd_ds.training.checkpoint import Checkpoints, Settings
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.metrics import Metrics, StepMetrics
+from svd_ds.training.objective import Objective
 from svd_ds.training.optim import OptimConfig, group_rates, learning_rate
 from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
 from svd_ds.training.state import Progress
-from svd_ds.training.step import Diffusion
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,8 @@ class Parts:
 
     engine: Engine
     ema: ShardEMA
-    unet: UNetConfig
-    lora: LoraConfig
-    diffusion: Diffusion
+    settings: Settings
+    objective: Objective
     batches: Iterator[tuple[Batch, Cursor]]
     checkpoints: Checkpoints
     previews: Previews
@@ -69,10 +66,11 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
             waiting = time.perf_counter()
             batch, cursor = next(parts.batches)
             data_s += time.perf_counter() - waiting
-            loss = parts.diffusion.loss(parts.engine, batch.to(parts.device)).mean()
+            loss = parts.objective.loss(parts.engine, batch.to(parts.device)).mean()
             parts.engine.backward(loss)
             losses.append(loss.item())
         grad_norm = parts.engine.step(group_rates(plan.optim, lr))
+        terms = parts.objective.end_step()
         progress = progress.advance(cursor, plan.batch_size)
         parts.ema.update(parts.engine.local_shards(), samples, plan.batch_size)
 
@@ -92,12 +90,13 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
                     clips_per_s=plan.batch_size / step_s,
                     step_s=step_s,
                     data_s=data_s,
+                    terms=terms,
                 )
             )
 
         last = stopped or progress.step == plan.total_steps
         if last or progress.step % plan.checkpoint_every == 0:
-            parts.checkpoints.save(progress, parts.engine, parts.ema, parts.unet, parts.lora)
+            parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
         if progress.step % plan.preview_every == 0 or (last and not stopped):
             written = parts.previews.make(progress.step, parts.engine, parts.ema)
             if parts.metrics is not None and written is not None:

@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -53,6 +53,14 @@ class StepMetrics:
     step_s: float
     data_s: float
     """Part of `step_s` spent waiting for clips."""
+    terms: dict[str, float] = field(default_factory=dict)
+    """What the loss was made of."""
+
+    def numbers(self) -> dict[str, float]:
+        """Each number by name, the terms among them."""
+        numbers = asdict(self)
+        terms = numbers.pop("terms")
+        return numbers | terms
 
 
 class Metrics:
@@ -91,9 +99,9 @@ class Metrics:
 
     def log(self, metrics: StepMetrics) -> None:
         self.recent.append(metrics)
-        self.jsonl.write(json.dumps(asdict(metrics)) + "\n")
+        self.jsonl.write(json.dumps(metrics.numbers()) + "\n")
         if self.wandb is not None:
-            self.wandb.log({f"train/{key}": value for key, value in asdict(metrics).items()})
+            self.wandb.log({f"train/{key}": value for key, value in metrics.numbers().items()})
         numbers = (
             f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  grad {metrics.grad_norm:.3f}  "
             f"{metrics.clips_per_s:.2f} clips/s  {metrics.step_s:.2f} s/step"

@@ -1,7 +1,8 @@
-"""Videos sampled during training, from the averaged weights, so that one sees what is being learned."""
+"""Videos made during training, from the averaged weights, so that one sees what is being learned."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,22 +37,46 @@ class PreviewConfig(SampleConfig):
             )
 
 
+Render = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]
+"""(network, clips, their numbers) -> frames in [-1, 1], (B, T, 3, H, W)."""
+
+
 @dataclass(frozen=True)
-class Previews:
-    """Samples the same clips each time; the ranks share them out."""
+class Sampling:
+    """Renders a clip anew from its first frame, or its caption."""
 
     config: PreviewConfig
-    clips: Batch
-    """The clips whose first frames and captions are the conditions."""
     autoencoder: Autoencoder
     conditioner: Conditioner
+
+    def __call__(self, net: Callable[..., Tensor], clips: Batch, ordinals: Sequence[int]) -> Tensor:
+        return sample_video(
+            net,
+            self.autoencoder,
+            self.conditioner,
+            first_frame_BCHW=clips.frames_BTCHW[:, 0].float() / 127.5 - 1,
+            num_frames=clips.num_frames,
+            config=self.config,
+            captions=clips.captions,
+            ordinals=ordinals,
+        )
+
+
+@dataclass(frozen=True)
+class Previews:
+    """Renders the same clips each time; the ranks share them out."""
+
+    clips: Batch
+    render: Render
+    fps: float
+    """Of the files."""
     folder: RunFolder
     env: Env
 
     def make(self, step: int, engine: Engine, ema: ShardEMA) -> tuple[list[Path], Path] | None:
-        """Sample from the first average and write `samples/step-.../` in the run folder. All ranks call it.
+        """Render with the first average and write `samples/step-.../` in the run folder. All ranks call it.
 
-        There: video-0.mp4 and on, and contact_sheet.png, in which each sample stands below its real clip.
+        There: video-0.mp4 and on, and contact_sheet.png, in which each video stands below its real clip.
         Returns the paths of the videos and of the sheet on rank 0, None elsewhere.
         """
         per_rank = -(-len(self.clips) // self.env.world)
@@ -59,16 +84,7 @@ class Previews:
         mine = [min(self.env.rank * per_rank + i, len(self.clips) - 1) for i in range(per_rank)]
         clips = self.clips.select(mine).to(self.env.device)
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
-            frames_BTCHW = sample_video(
-                engine,
-                self.autoencoder,
-                self.conditioner,
-                first_frame_BCHW=clips.frames_BTCHW[:, 0].float() / 127.5 - 1,
-                num_frames=clips.num_frames,
-                config=self.config,
-                captions=clips.captions,
-                ordinals=mine,
-            )
+            frames_BTCHW = self.render(engine, clips, mine)
         videos = join_over_ranks(to_uint8(frames_BTCHW))[: len(self.clips)]
         return self._write(step, videos) if self.env.rank == 0 else None
 
@@ -76,7 +92,7 @@ class Previews:
         folder = self.folder.samples(step)
         paths = [folder / f"video-{i}.mp4" for i in range(len(videos_BTCHW))]
         for path, frames_TCHW in zip(paths, videos_BTCHW, strict=True):
-            write_mp4(frames_TCHW, path, self.config.fps)
+            write_mp4(frames_TCHW, path, self.fps)
         sheet = folder / "contact_sheet.png"
         rows = [row for pair in zip(self.clips.frames_BTCHW, videos_BTCHW, strict=True) for row in pair]
         contact_sheet(rows, sheet)

@@ -23,10 +23,11 @@ from svd_ds.diffusion.loss import v_loss
 from svd_ds.diffusion.noise import Noise
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.conditioner import Conditioner
+from svd_ds.training.objective import Objective
 
 
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(Objective):
     """Everything that a loss needs besides the network and the batch."""
 
     noise: Noise

@@ -26,8 +26,9 @@ FLOORS = {
     "evaluation": 3,
     "config": 4,
     "inputs": 5,
-    "run": 6,
-    "train": 7,
+    "tasks": 6,
+    "run": 7,
+    "train": 8,
 }
 ONLY_HOME = {
     "deepspeed": "parallel/engine.py",

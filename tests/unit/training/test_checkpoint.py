@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +10,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
-from svd_ds.model.lora import LoraConfig
-from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.env import Env
 from svd_ds.training.checkpoint import MARKER, CheckpointConfig, Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
+from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
 
-UNET = UNetConfig(widths=(32, 64), attention_levels=(True, True), head_width=32)
-LORA = LoraConfig(rank=2)
+
+class Adversary(Objective):
+    """An objective that keeps something of its own."""
+
+    def __init__(self, value: float) -> None:
+        self.value = torch.tensor([value])
+
+    def loss(self, net: Any, batch: Batch) -> torch.Tensor:
+        return torch.zeros(len(batch))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"value": self.value}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.value = state["value"]
 
 
 class OneRankEngine:
@@ -42,7 +57,7 @@ class OneRankEngine:
 
 
 def checkpoints(folder: Path, **config: int) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(**config), Env.read({}))
+    return Checkpoints(folder, CheckpointConfig(**config), Env.read({}), "unet")
 
 
 def progress(step: int) -> Progress:
@@ -52,7 +67,7 @@ def progress(step: int) -> Progress:
 def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
     engine = engine or OneRankEngine()
     ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
-    store.save(progress(step), engine, ema, UNET, LORA)
+    store.save(progress(step), engine, ema, Adversary(3.0), {"config.json": {"widths": [32]}})
     return ema
 
 
@@ -63,7 +78,10 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     ema.update({name: shard + 1 for name, shard in engine.shards.items()}, samples=8, batch=8)
     path = store.latest()
     assert path == tmp_path / "step-0000005"
-    assert store.load(path, engine, ema) == progress(5)  # type: ignore[arg-type]
+    other = Adversary(0.0)
+    assert store.load(path, engine, ema, other) == progress(5)  # type: ignore[arg-type]
+    assert other.value.tolist() == [3.0]
+    assert json.loads((path / "unet" / "config.json").read_text()) == {"widths": [32]}
     assert torch.equal(ema.shards("power-0.100")["a"], saved)
     weights = load_file(path / "unet" / "rank-00000-of-00001.safetensors")
     assert torch.equal(weights["b"], engine.shards["b"])
@@ -113,9 +131,18 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
 def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
     store, engine = checkpoints(tmp_path), OneRankEngine()
     ema = save(store, 1, engine)
-    three = Checkpoints(tmp_path, store.config, dataclasses.replace(store.env, world=3))
+    three = dataclasses.replace(store, env=dataclasses.replace(store.env, world=3))
     with pytest.raises(ValueError, match="saved by 1 ranks and this run has 3"):
-        three.load(tmp_path / "step-0000001", engine, ema)  # type: ignore[arg-type]
+        three.load(tmp_path / "step-0000001", engine, ema, Adversary(0.0))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path)
+    save(store, 1)
+    path = tmp_path / "step-0000001"
+    store.check_network(path)
+    with pytest.raises(ValueError, match="is a checkpoint of a unet, and this run trains a decoder"):
+        dataclasses.replace(store, network="decoder").check_network(path)
 
 
 def test_nonsense_is_refused() -> None:
