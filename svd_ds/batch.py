@@ -8,6 +8,7 @@ pixels (H/8 x W/8), L context tokens, D context width, S scalars.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,8 @@ class Clip:
     """Frames a second of the clip, after striding."""
     motion_bucket: float
     """0 to 255, from the motion score by the data set's own map."""
+    elevation: float = math.nan
+    """Of the camera that orbits an object, in degrees above the horizon; NaN where the data do not say it."""
     moments_TMhw: Tensor | None = None
     """float16, (T, 2C, h, w): what the autoencoder makes of every frame, from the latent cache."""
 
@@ -47,6 +50,8 @@ class Batch:
     fps_B: Tensor
     """float32, (B,)."""
     motion_bucket_B: Tensor
+    """float32, (B,)."""
+    elevation_B: Tensor
     """float32, (B,)."""
     moments_BTMhw: Tensor | None = None
     """float16, (B, T, 2C, h, w): mean and log-variance of the unscaled latents; None: not cached."""
@@ -68,6 +73,7 @@ class Batch:
             captions=tuple(clip.caption for clip in clips),
             fps_B=torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
             motion_bucket_B=torch.tensor([clip.motion_bucket for clip in clips], dtype=torch.float32),
+            elevation_B=torch.tensor([clip.elevation for clip in clips], dtype=torch.float32),
             moments_BTMhw=torch.stack(moments) if moments else None,
         )
 
@@ -80,6 +86,7 @@ class Batch:
             captions=tuple(self.captions[row] for row in rows),
             fps_B=self.fps_B[list(rows)],
             motion_bucket_B=self.motion_bucket_B[list(rows)],
+            elevation_B=self.elevation_B[list(rows)],
             moments_BTMhw=None if self.moments_BTMhw is None else self.moments_BTMhw[list(rows)],
         )
 
@@ -90,6 +97,7 @@ class Batch:
             frames_BTCHW=self.frames_BTCHW.to(device, non_blocking=True),
             fps_B=self.fps_B.to(device, non_blocking=True),
             motion_bucket_B=self.motion_bucket_B.to(device, non_blocking=True),
+            elevation_B=self.elevation_B.to(device, non_blocking=True),
             moments_BTMhw=None if moments is None else moments.to(device, non_blocking=True),
         )
 
@@ -102,17 +110,21 @@ class Conditioning:
     """What the UNet is told besides the noisy latents."""
 
     context_BLD: Tensor
-    """Cross-attention tokens: text states (L = 77) or the CLIP image token (L = 1)."""
+    """Cross-attention tokens: text states (L = 77), or the CLIP tokens of the given frames (L = 1 or 2)."""
     scalars_BS: Tensor
-    """Raw numbers, each embedded by the UNet: fps - 1, motion bucket, augmentation sigma, in that order."""
+    """Raw numbers, each embedded by the UNet: fps - 1, motion bucket, augmentation sigma, elevation, in that
+    order, those of them that the network is told."""
     concat_BTCHW: Tensor | None = None
-    """Latents joined to the UNet's input channels, (B, T, C, h, w), not scaled by the VAE's scaling
-    factor."""
+    """Latents joined to the UNet's input channels, (B, T, C, h, w), not scaled by the VAE's scaling factor,
+    and for a masked network the mask."""
     image_only_BT: Tensor | None = None
     """bool: True where a frame is an independent still image, which takes the image path (alpha = 1)."""
 
     def unconditional(self) -> Conditioning:
-        """The branch that classifier-free guidance subtracts: context and concat zero, scalars kept."""
+        """The branch that classifier-free guidance subtracts: context and concat zero, scalars kept.
+
+        A mask of zeros says that no frame is given: a masked network then has its embedding on every frame.
+        """
         return replace(
             self,
             context_BLD=torch.zeros_like(self.context_BLD),

@@ -178,9 +178,12 @@ def encode(clip: RawClip) -> tuple[str, bytes]:
     return "mp4", buffer.getvalue()
 
 
-def describe(clip: RawClip, captions: Mapping[str, str], source: str) -> dict[str, Any]:
+def describe(
+    clip: RawClip, captions: Mapping[str, str], source: str, elevation: float | None = None
+) -> dict[str, Any]:
     """What the sample's json holds, its motion measured."""
     height, width = clip.frames[0].shape[:2]
+    camera = {} if elevation is None else {"elevation": elevation}
     return {
         "captions": dict(captions),
         "num_frames": len(clip.frames),
@@ -191,26 +194,46 @@ def describe(clip: RawClip, captions: Mapping[str, str], source: str) -> dict[st
         "source": source,
         "start_frame": clip.start_frame,
         "end_frame": clip.start_frame + len(clip.frames),
+        **camera,
     }
 
 
 def captions_of(path: Path) -> dict[str, str]:
     """Captioner's name -> caption, from a sidecar file beside `path`, or else from the file's own name.
 
-    `clip.txt` holds a caption; `clip.json` a "caption", or "captions" by captioner, or ValueError is raised.
+    `clip.txt` holds a caption; `clip.json` a "caption", or "captions" by captioner, or ValueError is raised,
+    unless it is there for the elevation alone.
     """
     text, table = path.with_suffix(".txt"), path.with_suffix(".json")
-    if table.is_file():
-        content = json.loads(table.read_text())
-        captions = (
-            content.get("captions", {"text": content.get("caption")}) if isinstance(content, dict) else None
-        )
+    content = _table_beside(path)
+    if content is not None and content.keys() != {"elevation"}:
+        captions = content.get("captions", {"text": content.get("caption")})
         if not captions or not all(isinstance(caption, str) for caption in captions.values()):
             raise ValueError(f'{table.name} has no "caption" text and no "captions" of texts')
         return dict(captions)
     if text.is_file():
         return {"text": " ".join(text.read_text().split())}
     return {"name": re.sub(r"[\W_]+", " ", path.stem).strip()}
+
+
+def elevation_of(path: Path) -> float | None:
+    """The camera's, in degrees, where `clip.json` beside `path` has an "elevation"; or ValueError."""
+    elevation = (_table_beside(path) or {}).get("elevation")
+    if elevation is None:
+        return None
+    if not isinstance(elevation, int | float) or not -90 <= elevation <= 90:
+        raise ValueError(f'"elevation" is {elevation!r} in its sidecar, and no angle from -90 to 90 degrees')
+    return float(elevation)
+
+
+def _table_beside(path: Path) -> dict[str, Any] | None:
+    table = path.with_suffix(".json")
+    if not table.is_file():
+        return None
+    content = json.loads(table.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{table.name} holds no json object")
+    return content
 
 
 def _upright(frame: VideoFrame, pixel_aspect: Fraction, size: int) -> np.ndarray:

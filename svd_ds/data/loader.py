@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,6 +216,7 @@ def _read_clip(
         caption=caption,
         fps=timing.fps,
         motion_bucket=index.motion_map.bucket(sample.motion),
+        elevation=math.nan if sample.elevation is None else sample.elevation,
         moments_TMhw=moments,
     )
 

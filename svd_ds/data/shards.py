@@ -48,6 +48,8 @@ class Sample:
     width: int
     motion: float
     """See `flow.motion_score`."""
+    elevation: float | None = None
+    """Of the camera, in degrees, where the sample says it."""
 
     @property
     def media(self) -> str:

@@ -65,7 +65,8 @@ class ShardWriter:
         Args:
             sample_id: letters, digits, `_` and `-`; unique in the data set.
             media: "mp4" or "jpg", the extension of `content`.
-            about: what the sample's json holds; at least captions, num_frames, fps, height, width, motion.
+            about: what the sample's json holds; at least captions, num_frames, fps, height, width, motion;
+                docs/data.md has the rest.
             more: extension -> content of further members.
         """
         if not re.fullmatch(r"[\w-]+", sample_id):
@@ -89,7 +90,7 @@ class ShardWriter:
             "motion_map": asdict(motion_map),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        lines = [json.dumps(line) for line in (header, *map(asdict, self.samples))]
+        lines = [json.dumps(line) for line in (header, *map(_known, self.samples))]
         replace_file(self.folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
         return motion_map
 
@@ -144,7 +145,12 @@ def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
                 shard=shard,
                 members={name: (entry.offset_data, entry.size) for name, entry in members.items()},
                 **{name: about[name] for name in ("num_frames", "fps", "height", "width", "motion")},
+                elevation=about.get("elevation"),
             )
+
+
+def _known(sample: Sample) -> dict[str, Any]:
+    return {name: value for name, value in asdict(sample).items() if value is not None}
 
 
 def replace_file(path: Path, content: bytes) -> None:
