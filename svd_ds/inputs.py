@@ -80,6 +80,7 @@ def check_fit(config: RunConfig, inputs: Inputs) -> None:
     multiple = inputs.autoencoder.downsampling
     if inputs.conditioner is not None:
         _check_unet(config, inputs.autoencoder, inputs.conditioner)
+        _check_conditions(config, inputs.loader)
         multiple *= config.model.size_multiple
     for name, size in (("height", config.data.height), ("width", config.data.width)):
         if size % multiple:
@@ -109,6 +110,32 @@ def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Condit
             f"model.num_scalars is {config.model.num_scalars}, but conditioning.scalars names "
             f"{conditioner.num_scalars}: {', '.join(config.conditioning.scalars)}"
         )
+
+
+def _check_conditions(config: RunConfig, loader: Loader) -> None:
+    """Refuse signals that the network has no place for, or that the data do not hold."""
+    told, data = config.conditioning, config.data
+    if config.model.masked != (told.concat == "ends"):
+        raise ValueError(
+            f"model.masked is {str(config.model.masked).lower()} and conditioning.concat {told.concat}: a "
+            "mask comes with ends, and with nothing else"
+        )
+    if told.takes_last and data.num_frames < 3:
+        raise ValueError(
+            f"data.num_frames is {data.num_frames}, but a clip whose ends condition it has at least 3"
+        )
+    if told.takes_last and data.latents:
+        raise ValueError(
+            "data.latents=true decodes the first frame of a clip alone, and conditioning on its ends needs "
+            "the last one too"
+        )
+    if "elevation" in told.scalars:
+        for sample in loader.index.samples():
+            if sample.elevation is None:
+                raise ValueError(
+                    f"conditioning.scalars names elevation, which sample {sample.id} in {data.path} does not "
+                    'have: its json needs the key "elevation", in degrees'
+                )
 
 
 def _resume_from(resume: str, checkpoints: Checkpoints) -> Path | None:

@@ -1,6 +1,7 @@
 """From a first frame, or a caption, to a video.
 
     first frame -> Conditioning    (clean to CLIP; noised, encoded, repeated to all frames; scalars)
+    or both ends                   (likewise, each in its own place: the network interpolates)
     noise -> latents               (a guided denoiser, Euler or Heun down the sigmas)
     latents -> frames              (the decoder)
 
@@ -62,7 +63,9 @@ class SampleConfig:
     motion_bucket: float = 127.0
     """0 to 255: how much should move."""
     augmentation: float = 0.02
-    """Sigma of the noise put on the first frame before it is encoded."""
+    """Sigma of the noise put on the given frames."""
+    elevation: float = 10.0
+    """Of the camera, in degrees, for networks that orbit an object; the default is SV3D's (there as well)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,14 +97,17 @@ def sample_video(
     captions: Sequence[str] | None = None,
     ordinals: Sequence[int] | None = None,
     progress: Progress | None = None,
+    last_frame_BCHW: Tensor | None = None,
 ) -> Tensor:
     """Sample a video for each first frame: (B, T, 3, H, W), float32 in [-1, 1].
 
     first_frame_BCHW: in [-1, 1], on the network's device. It gives the video its size, and where the
-    conditioner takes text alone, nothing else. captions: one a video, none by default. ordinals: which of the
-    seed's noises each video starts from, the first B by default.
+    conditioner takes text alone, nothing else. last_frame_BCHW: likewise, needed where the conditioner takes
+    both ends of a clip, and not looked at elsewhere. captions: one a video, none by default. ordinals: which
+    of the seed's noises each video starts from, the first B by default.
 
-    Raises ValueError for a size that is no multiple of the autoencoder's cells, or no frames.
+    Raises ValueError for a size that is no multiple of the autoencoder's cells, too few frames, or a last
+    frame that is missing.
     """
     batch_size, _, height, width = first_frame_BCHW.shape
     cell, device = autoencoder.downsampling, first_frame_BCHW.device
@@ -112,7 +118,8 @@ def sample_video(
     if num_frames < 1:
         raise ValueError(f"a video of {num_frames} frames cannot be sampled: it needs at least 1")
     latent_shape = (num_frames, autoencoder.latent_channels, height // cell, width // cell)
-    draws = draw(config.seed, ordinals or range(batch_size), latent_shape, (3, height, width), device)
+    given_shape = conditioner.noise_shape(autoencoder, height, width)
+    draws = draw(config.seed, ordinals or range(batch_size), latent_shape, given_shape, device)
 
     def every_video(value: float) -> Tensor:
         return torch.full((batch_size,), value, device=device)
@@ -125,7 +132,9 @@ def sample_video(
         fps_B=every_video(config.fps),
         motion_bucket_B=every_video(config.motion_bucket),
         augmentation_sigma_B=every_video(config.augmentation),
-        pixel_noise_BCHW=draws.pixel_noise_BCHW,
+        elevation_B=every_video(config.elevation),
+        noise_BKCHW=draws.given_noise_BKCHW,
+        last_frame_BCHW=last_frame_BCHW,
     )
     scale_T = guidance_scale(config.guidance, config.guidance_min, config.guidance_max, num_frames)
     guided_denoise = guided(partial(denoise, net), scale_T)

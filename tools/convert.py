@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from svd_ds.door import run_door
-from svd_ds.model.conditioner import SCALARS
+from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.lora import save_lora
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import load_unet, read_weights, write_weights
@@ -114,12 +114,12 @@ def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Pat
 
 def takes_what_the_pipeline_gives(config: UNetConfig, settings: dict[str, Any] | None) -> bool:
     """Whether the network is conditioned on an image in the released models' way."""
-    if config.in_channels != 2 * config.out_channels or config.num_scalars != len(SCALARS):
+    if config.in_channels != 2 * config.out_channels or config.num_scalars != len(RELEASED_SCALARS):
         return False
     if settings is None:
         return True
     told = settings["conditioning"]
-    return told["context"] == told["concat"] == "image" and tuple(told["scalars"]) == SCALARS
+    return told["context"] == told["concat"] == "image" and tuple(told["scalars"]) == RELEASED_SCALARS
 
 
 def parse_arguments() -> argparse.Namespace:

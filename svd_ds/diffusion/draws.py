@@ -4,7 +4,8 @@ A clip's ordinal is its place in the run's global order, so these numbers do not
 dealt to ranks or cut into micro-batches. Within a clip they are drawn in the order of the fields of `Draws`,
 offset noise last.
 
-Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels.
+Shape legend: B clips, T frames, K given frames, C channels, H x W pixels or latent pixels, h x w latent
+pixels.
 """
 
 from __future__ import annotations
@@ -37,35 +38,35 @@ class Draws:
     """float32, standard normal (plus offset noise): the n of x = x0 + sigma n."""
     posterior_noise_BTChw: Tensor
     """float32, standard normal: samples the autoencoder's posterior."""
-    pixel_noise_BCHW: Tensor
-    """float32, standard normal: the noise put on the conditioning frame."""
+    given_noise_BKCHW: Tensor
+    """float32, standard normal: the noise put on the given frames, their pixels or their latents."""
 
 
 def draw(
     seed: int,
     ordinals: Sequence[int],
     latent_shape: tuple[int, int, int, int],
-    pixel_shape: tuple[int, int, int],
+    given_shape: tuple[int, int, int, int],
     device: torch.device | str = "cpu",
     offset_noise: float = 0.0,
 ) -> Draws:
-    """Draw for the clips at `ordinals`; latent_shape (T, C, h, w), pixel_shape (3, H, W).
+    """Draw for the clips at `ordinals`; latent_shape (T, C, h, w), given_shape (K, C, H, W).
 
     Offset noise (https://www.crosslabs.org/blog/diffusion-with-offset-noise) is one normal number a channel,
     the same for all frames and pixels of the clip as in Stability-AI/generative-models, times `offset_noise`.
     """
-    clips = [_draw_clip(seed, ordinal, latent_shape, pixel_shape, offset_noise) for ordinal in ordinals]
-    u, augmentation, drop, noise, posterior_noise, pixel_noise = (
+    clips = [_draw_clip(seed, ordinal, latent_shape, given_shape, offset_noise) for ordinal in ordinals]
+    u, augmentation, drop, noise, posterior_noise, given_noise = (
         torch.from_numpy(np.stack(column)).to(device) for column in zip(*clips, strict=True)
     )
-    return Draws(u, augmentation, drop, noise, posterior_noise, pixel_noise)
+    return Draws(u, augmentation, drop, noise, posterior_noise, given_noise)
 
 
 def _draw_clip(
     seed: int,
     ordinal: int,
     latent_shape: tuple[int, int, int, int],
-    pixel_shape: tuple[int, int, int],
+    given_shape: tuple[int, int, int, int],
     offset_noise: float,
 ) -> tuple[np.ndarray, ...]:
     # numpy hashes the pair into 128 bits of state; torch's CPU generator would keep 32 bits of a seed, too
@@ -76,9 +77,9 @@ def _draw_clip(
     drop = generator.random(NUM_SIGNALS)
     noise = generator.standard_normal(latent_shape, dtype=np.float32)
     posterior_noise = generator.standard_normal(latent_shape, dtype=np.float32)
-    pixel_noise = generator.standard_normal(pixel_shape, dtype=np.float32)
+    given_noise = generator.standard_normal(given_shape, dtype=np.float32)
     if offset_noise > 0:
         num_channels = latent_shape[1]
         offset = generator.standard_normal((1, num_channels, 1, 1), dtype=np.float32)
         noise += np.float32(offset_noise) * offset
-    return u, augmentation, drop, noise, posterior_noise, pixel_noise
+    return u, augmentation, drop, noise, posterior_noise, given_noise

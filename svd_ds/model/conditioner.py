@@ -3,12 +3,18 @@
     first frame ---- CLIP image encoder ---------> context, one token     (clean frame)
     caption -------- CLIP text encoder ----------> context, 77 tokens
     first frame ---- + sigma * noise -> encoder -> concat, on every frame (posterior mean, not scaled)
-    fps - 1, motion bucket, sigma ---------------> scalars, raw
+    fps - 1, motion bucket, sigma, elevation ----> scalars, raw
 
 As in arXiv 2311.15127, sections 4.3 and D.4, and sgm's svd.yaml and encoders/modules.py. Noise augmentation
 and dropout (for classifier-free guidance) are drawn by the clip: every frame of it is told the same.
 
-Shape legend: B clips, T frames, C channels, H x W pixels, h x w latent pixels, L tokens, D width, S scalars.
+To interpolate (D.5) a clip's ends are given, its first and last frame: two CLIP tokens, and latents at the
+two places alone, with a mask as a further channel.
+
+    both frames ---- encoder -> + sigma * noise -> concat, each on its frame, mask 1; elsewhere 0, mask 0
+
+Shape legend: B clips, T frames, K given frames, C channels, H x W pixels, h x w latent pixels, L tokens,
+D width, S scalars.
 """
 
 from __future__ import annotations
@@ -24,8 +30,10 @@ from svd_ds.batch import Conditioning
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.clip import ImageEncoder, TextEncoder
 
-SCALARS = ("fps", "motion_bucket", "augmentation")
-"""What there is to choose from; in this order in the public weights."""
+RELEASED_SCALARS = ("fps", "motion_bucket", "augmentation")
+"""What the public weights are told, in their order."""
+SCALARS = (*RELEASED_SCALARS, "elevation")
+"""What there is to choose from."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +41,33 @@ class ConditionerConfig:
     """Which signals the UNet is given. The defaults are the released image-to-video model's."""
 
     context: str = "image"
-    """What the cross-attention sees."""
+    """What the cross-attention sees: image (the first frame), ends (the first and the last), text or none."""
     concat: str = "image"
-    """What is joined to the noisy latents, channel by channel."""
-    scalars: tuple[str, ...] = SCALARS
+    """What is joined to the noisy latents, channel by channel: image (the first frame, on every frame), ends
+    (the first and the last, each in its place, and a mask) or none."""
+    scalars: tuple[str, ...] = RELEASED_SCALARS
     """The numbers embedded beside the noise level, in order."""
     context_width: int | None = None
     """Only with context "none": the width of the zero token the UNet is given in its place."""
     drop_context: float = 0.1
-    """Share of clips without the image token. The paper gives none: 0.1 is SVD_Xtend's, Vista has 0.15."""
+    """Share of clips without the image tokens. The paper gives none: 0.1 is SVD_Xtend's, Vista has 0.15."""
     drop_text: float = 0.15
     """Share of clips without the caption (arXiv 2311.15127, D.2)."""
     drop_concat: float = 0.1
-    """Share of clips without the concatenated frame, apart from the context's (sgm GeneralConditioner)."""
+    """Share of clips without the concatenated frames, apart from the context's (sgm GeneralConditioner)."""
     augmentation_mean: float = -3.0
-    """Mean of ln sigma of the noise put on the conditioning frame (D.4)."""
+    """Mean of ln sigma of the noise put on the conditioning frame (D.4): on its pixels in [-1, 1], or with
+    concat "ends" on its latents, as the network sees them scaled to deviation 1."""
     augmentation_std: float = 0.5
     """Standard deviation of ln sigma of that noise (D.4)."""
 
     def __post_init__(self) -> None:
-        if self.context not in ("image", "text", "none"):
-            raise ValueError(f'context is "{self.context}", but must be one of "image", "text", "none"')
-        if self.concat not in ("image", "none"):
-            raise ValueError(f'concat is "{self.concat}", but must be one of "image", "none"')
+        if self.context not in ("image", "ends", "text", "none"):
+            raise ValueError(
+                f'context is "{self.context}", but must be one of "image", "ends", "text", "none"'
+            )
+        if self.concat not in ("image", "ends", "none"):
+            raise ValueError(f'concat is "{self.concat}", but must be one of "image", "ends", "none"')
         unknown = [name for name in self.scalars if name not in SCALARS]
         if unknown or len(set(self.scalars)) < len(self.scalars):
             raise ValueError(
@@ -75,13 +87,19 @@ class ConditionerConfig:
             raise ValueError(f"augmentation_std is {self.augmentation_std}, but must not be negative")
 
     @property
+    def takes_last(self) -> bool:
+        """Whether the last frame is given beside the first."""
+        return "ends" in (self.context, self.concat)
+
+    @property
     def context_drop_rate(self) -> float:
         """The rate that goes with `context`."""
-        return {"image": self.drop_context, "text": self.drop_text, "none": 0.0}[self.context]
+        rates = {"image": self.drop_context, "ends": self.drop_context, "text": self.drop_text, "none": 0.0}
+        return rates[self.context]
 
     @property
     def concat_drop_rate(self) -> float:
-        return self.drop_concat if self.concat == "image" else 0.0
+        return 0.0 if self.concat == "none" else self.drop_concat
 
     def augmentation_sigma(self, normal_B: Tensor) -> Tensor:
         """Standard normal draws -> the noise augmentation's sigma, one a clip, (B,)."""
@@ -89,7 +107,7 @@ class ConditionerConfig:
 
 
 class Conditioner:
-    """First frames, captions and numbers -> Conditioning. Frozen: no graph is kept. Results are float32."""
+    """Given frames, captions and numbers -> Conditioning. Frozen: no graph is kept. Results are float32."""
 
     def __init__(self, config: ConditionerConfig, encoder: ImageEncoder | TextEncoder | None = None) -> None:
         self.config = config
@@ -108,7 +126,7 @@ class Conditioner:
         """
         if config.context == "none":
             return Conditioner(config)
-        kind = ImageEncoder if config.context == "image" else TextEncoder
+        kind = TextEncoder if config.context == "text" else ImageEncoder
         return Conditioner(config, kind.load(path, device, dtype))
 
     @property
@@ -125,7 +143,18 @@ class Conditioner:
 
     def concat_channels(self, autoencoder: Autoencoder) -> int:
         """Input channels the UNet takes beyond the noisy latents' own."""
-        return autoencoder.latent_channels if self.config.concat == "image" else 0
+        return {
+            "image": autoencoder.latent_channels,
+            "ends": autoencoder.latent_channels + 1,
+            "none": 0,
+        }[self.config.concat]
+
+    def noise_shape(self, autoencoder: Autoencoder, height: int, width: int) -> tuple[int, int, int, int]:
+        """(K, C, H, W) of a clip's augmentation noise: of one frame's pixels, or of both ends' latents."""
+        if self.config.concat != "ends":
+            return 1, 3, height, width
+        cell = autoencoder.downsampling
+        return 2, autoencoder.latent_channels, height // cell, width // cell
 
     @torch.no_grad()
     def __call__(
@@ -138,38 +167,73 @@ class Conditioner:
         fps_B: Tensor,
         motion_bucket_B: Tensor,
         augmentation_sigma_B: Tensor,
-        pixel_noise_BCHW: Tensor,
+        elevation_B: Tensor,
+        noise_BKCHW: Tensor,
+        last_frame_BCHW: Tensor | None = None,
         drop_context_B: Tensor | None = None,
         drop_concat_B: Tensor | None = None,
     ) -> Conditioning:
         """Condition B clips of `num_frames` frames.
 
-        first_frame_BCHW (B, 3, H, W) in [-1, 1]; pixel_noise_BCHW standard normal, of its shape;
-        fps_B, motion_bucket_B, augmentation_sigma_B (B,); drop_context_B, drop_concat_B bool (B,), or None to
-        drop nothing. A dropped signal is zero; scalars are never dropped. Returns context (B, L, D), scalars
-        (B, S) and concat (B, T, C, h, w) or None: one frame seen T times (an expanded view), not T copies.
+        first_frame_BCHW, last_frame_BCHW (B, 3, H, W) in [-1, 1], the last one needed only where a signal is
+        "ends"; noise_BKCHW standard normal, of `noise_shape`; fps_B, motion_bucket_B, augmentation_sigma_B,
+        elevation_B (B,), those that `scalars` does not name unused; drop_context_B, drop_concat_B bool (B,),
+        or None to drop nothing. A dropped signal is zero; scalars are never dropped. Returns context
+        (B, L, D), scalars (B, S) and concat (B, T, C, h, w) or None.
+
+        Raises ValueError for ends without a last frame, or without a frame between them.
         """
-        context_BLD = self.context(first_frame_BCHW, captions)
+        frames = [first_frame_BCHW]
+        if self.config.takes_last:
+            if last_frame_BCHW is None:
+                raise ValueError("the network is conditioned on first and last frames, and no last is given")
+            if num_frames < 3:
+                raise ValueError(f"a clip of {num_frames} frames has none between its ends: 3 are the fewest")
+            frames.append(last_frame_BCHW)
+        context_BLD = self._context(frames, captions)
         if drop_context_B is not None:
             context_BLD = context_BLD.masked_fill(drop_context_B[:, None, None], 0.0)
-        every_scalar_BS = torch.stack([fps_B - 1, motion_bucket_B, augmentation_sigma_B], dim=1).float()
-        concat_BTCHW = None
-        if self.config.concat == "image":
-            noised_BCHW = first_frame_BCHW + augmentation_sigma_B[:, None, None, None] * pixel_noise_BCHW
-            concat_BCHW = posterior(autoencoder.encode(noised_BCHW))
-            if drop_concat_B is not None:
-                concat_BCHW = concat_BCHW.masked_fill(drop_concat_B[:, None, None, None], 0.0)
-            concat_BTCHW = concat_BCHW[:, None].expand(-1, num_frames, -1, -1, -1)
+        every_scalar_BS = torch.stack([fps_B - 1, motion_bucket_B, augmentation_sigma_B, elevation_B], dim=1)
+        given_BKChw = self._given(autoencoder, frames, augmentation_sigma_B, noise_BKCHW)
+        if given_BKChw is not None and drop_concat_B is not None:
+            given_BKChw = given_BKChw.masked_fill(drop_concat_B[:, None, None, None, None], 0.0)
         return Conditioning(
             context_BLD=context_BLD,
-            scalars_BS=every_scalar_BS[:, [SCALARS.index(name) for name in self.config.scalars]],
-            concat_BTCHW=concat_BTCHW,
+            scalars_BS=every_scalar_BS[:, [SCALARS.index(name) for name in self.config.scalars]].float(),
+            concat_BTCHW=None if given_BKChw is None else _placed(given_BKChw, num_frames),
         )
 
-    def context(self, first_frame_BCHW: Tensor, captions: Sequence[str]) -> Tensor:
+    def _context(self, frames: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
         """What the cross-attention sees, nothing dropped: (B, L, D)."""
         if isinstance(self.encoder, ImageEncoder):
-            return self.encoder(first_frame_BCHW)
+            seen = frames if self.config.context == "ends" else frames[:1]
+            return torch.cat([self.encoder(frame_BCHW) for frame_BCHW in seen], dim=1)
         if isinstance(self.encoder, TextEncoder):
             return self.encoder(captions)
-        return first_frame_BCHW.new_zeros((len(first_frame_BCHW), 1, self.context_width))
+        return frames[0].new_zeros((len(frames[0]), 1, self.context_width))
+
+    def _given(
+        self, autoencoder: Autoencoder, frames: Sequence[Tensor], sigma_B: Tensor, noise_BKCHW: Tensor
+    ) -> Tensor | None:
+        """What is joined to the input of each given frame, nothing dropped: (B, K, C, h, w)."""
+        sigma_BKCHW = sigma_B[:, None, None, None, None]
+        if self.config.concat == "image":
+            noised_BKCHW = frames[0][:, None] + sigma_BKCHW * noise_BKCHW
+            return posterior(autoencoder.encode(noised_BKCHW[:, 0]))[:, None]
+        if self.config.concat == "ends":
+            latents = [posterior(autoencoder.encode(frame_BCHW)) for frame_BCHW in frames]
+            noised_BKChw = (
+                torch.stack(latents, dim=1) + sigma_BKCHW / autoencoder.scaling_factor * noise_BKCHW
+            )
+            return torch.cat([noised_BKChw, torch.ones_like(noised_BKChw[:, :, :1])], dim=2)
+        return None
+
+
+def _placed(given_BKChw: Tensor, num_frames: int) -> Tensor:
+    """(B, T, C, h, w): one given frame seen T times (a view, not T copies), two at the clip's ends."""
+    num_clips, num_given, *shape = given_BKChw.shape
+    if num_given == 1:
+        return given_BKChw.expand(-1, num_frames, -1, -1, -1)
+    concat_BTChw = given_BKChw.new_zeros(num_clips, num_frames, *shape)
+    concat_BTChw[:, [0, -1]] = given_BKChw
+    return concat_BTChw

@@ -146,6 +146,30 @@ class EmbeddingMLP(nn.Module):
         return self.linear2(F.silu(self.linear1(x.to(self.linear1.weight.dtype))))
 
 
+class MaskEmbedding(nn.Module):
+    """What a frame that is not given has for its latents: the m of arXiv 2311.15127 D.5.
+
+    One number a channel, the same at every pixel. The paper's m is of the latents' shape, which would tie the
+    network to one size; where a pixel lies, the convolutions around it tell already.
+    """
+
+    tag = "embedding"
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x_BTCHW: Tensor) -> Tensor:
+        """Last among x's channels are the given frames' latents, and the mask: 1 where a frame is given."""
+        channels = len(self.weight)
+        others, given, mask = x_BTCHW.split([x_BTCHW.shape[2] - channels - 1, channels, 1], dim=2)
+        return torch.cat([others, torch.where(mask == 1, given, self.weight[:, None, None]), mask], dim=2)
+
+
 class Alpha(nn.Module):
     """The learned share of the spatial path in a block's output: alpha = sigmoid(mix_factor).
 

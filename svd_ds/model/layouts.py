@@ -24,6 +24,8 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
             "save it in the original layout"
         )
     kinds = ["CrossAttn" if attends else "" for attends in config.attention_levels]
+    # Not diffusers' own: its class knows no masked network, and every other is written as it writes them.
+    masked = {"masked": True} if config.masked else {}
     return {
         "_class_name": VIDEO_CLASS,
         "in_channels": config.in_channels,
@@ -38,6 +40,7 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "addition_time_embed_dim": config.scalar_width,
         "projection_class_embeddings_input_dim": config.num_scalars * config.scalar_width,
         "num_frames": config.num_frames,
+        **masked,
     }
 
 
@@ -65,6 +68,7 @@ def config_from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     scalar_width = fields["addition_time_embed_dim"] if video else UNetConfig.scalar_width
     return UNetConfig(
         in_channels=fields["in_channels"],
+        masked=fields.get("masked", False),
         out_channels=fields["out_channels"],
         widths=tuple(widths),
         num_layers=_one(fields, "layers_per_block"),
@@ -117,6 +121,7 @@ def config_from_original(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
     )
     return UNetConfig(
         in_channels=shape("input_blocks.0.0.weight")[1],
+        masked=present("mask_embedding.weight"),
         out_channels=shape("out.2.weight")[0],
         widths=tuple(shape(f"input_blocks.{level[0]}.0.out_layers.3.weight")[0] for level in levels),
         num_layers=len(levels[0]),

@@ -23,6 +23,8 @@ ENDS: tuple[Row, ...] = (
     ("embedding.time.linear2", "time_embedding.linear_2", "time_embed.2"),
     ("embedding.scalars.linear1", "add_embedding.linear_1", "label_emb.0.0"),
     ("embedding.scalars.linear2", "add_embedding.linear_2", "label_emb.0.2"),
+    # No public network is masked: its name is ours in every layout.
+    ("mask_embedding", "mask_embedding", "mask_embedding"),
     ("conv_in", "conv_in", "input_blocks.0.0"),
     ("norm_out", "conv_norm_out", "out.0"),
     ("conv_out", "conv_out", "out.2"),

@@ -88,11 +88,14 @@ class Source:
                 )
             self._check_shape(name, network[name].shape, widens=config != self.config)
         new = [name for name in network if name not in self.pieces]
-        # What can be new as a whole: what the video model adds to the image model, and the scalars.
+        # What can be new as a whole: what the video model adds to the image model, the scalars, the mask.
         temporal = {name for name, parameter in network.items() if parameter.tag == "temporal"}
         scalars = {name for name in network if name.startswith("embedding.scalars.")}
+        mask = {"mask_embedding.weight"}
         for name in new:
-            if not any(name in whole and whole.isdisjoint(self.pieces) for whole in (temporal, scalars)):
+            if not any(
+                name in whole and whole.isdisjoint(self.pieces) for whole in (temporal, scalars, mask)
+            ):
                 where = next(iter(self.pieces.values()))[0].path
                 raise ValueError(f"{where} lacks {name}, of shape {tuple(network[name].shape)}")
         return new

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from svd_ds.model.attention import BACKENDS
 from svd_ds.model.blocks import Downsample, Layer, Residual, Transformer, Upsample
-from svd_ds.model.layers import NORM_GROUPS, EmbeddingMLP, FrameConv, FrameNorm, ZeroFrameConv, sinusoid
+from svd_ds.model.layers import (
+    NORM_GROUPS,
+    EmbeddingMLP,
+    FrameConv,
+    FrameNorm,
+    MaskEmbedding,
+    ZeroFrameConv,
+    sinusoid,
+)
 from svd_ds.model.pseudo3d import PseudoResidual, PseudoTransformer
 
 PIXELS_PER_LATENT = 8
@@ -30,6 +38,9 @@ class UNetConfig:
 
     in_channels: int = 8
     """4 noisy latent channels, and the 4 of the conditioning frame where there is one (9 with a mask)."""
+    masked: bool = False
+    """The last input channel is a mask, 1 where a frame is given; a learned embedding stands for the latents
+    of the others (frame interpolation, arXiv 2311.15127 D.5)."""
     out_channels: int = 4
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
     """Channels at each level. Each level halves the height and width of the one before."""
@@ -79,6 +90,11 @@ class UNetConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.masked and self.in_channels < (least := self.out_channels + 2):
+            raise ValueError(
+                f"masked needs at least {least} in_channels, {self.out_channels} noisy ones, a given frame's "
+                f"and the mask, and there are {self.in_channels}"
+            )
         if self.num_scalars < 0 or self.scalar_width < 2 or self.scalar_width % 2:
             raise ValueError(
                 f"num_scalars must be 0 or more, and scalar_width even; they are {self.num_scalars} and "
@@ -132,6 +148,8 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = ClipEmbedding(config)
+        if config.masked:
+            self.mask_embedding = MaskEmbedding(config.in_channels - config.out_channels - 1)
         self.conv_in = FrameConv(config.in_channels, config.widths[0])
         self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
@@ -191,7 +209,7 @@ class UNet(nn.Module):
         """The network output, (B, T, C_out, H, W), in the dtype of the weights.
 
         Args:
-            x_BTCHW: noisy latents times c_in, then the conditioning channels.
+            x_BTCHW: noisy latents times c_in, then the conditioning channels, with a mask the last of them.
             c_noise_B: 0.25 ln sigma.
             context_BLD: text states or image tokens, for all frames of the clip.
             scalars_BS: raw values: fps - 1, motion bucket, augmentation sigma.
@@ -204,7 +222,10 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         embedding_BE = F.silu(self.embedding(c_noise_B, scalars_BS))
         context_BLD = context_BLD.to(dtype)
-        h = self.conv_in(x_BTCHW.to(dtype).permute(0, 1, 3, 4, 2).contiguous())
+        x_BTCHW = x_BTCHW.to(dtype)
+        if self.config.masked:
+            x_BTCHW = self.mask_embedding(x_BTCHW)
+        h = self.conv_in(x_BTCHW.permute(0, 1, 3, 4, 2).contiguous())
         skips = [h]
         for layer in self.encoder:
             h = layer(h, embedding_BE, context_BLD, image_only_BT)
@@ -264,7 +285,7 @@ def parameter_tags(unet: nn.Module) -> dict[str, str]:
 
     Returns:
         name -> "spatial" (the image model), "temporal" (what the video model adds) or "embedding" (noise
-        level and scalars).
+        level, scalars, mask).
     """
     tags: dict[str, str] = {}
     modules = dict(unet.named_modules())

@@ -69,8 +69,8 @@ def read_weights(
 
     Args:
         config: the network they are for, by default the one that `path` describes. It may go beyond it:
-            temporal layers or scalars where `path` has none, which are then not among the tensors, and more
-            input channels or scalars, whose weights are then zeros.
+            temporal layers, scalars or a mask embedding where `path` has none, which are then not among the
+            tensors, and more input channels or scalars, whose weights are then zeros.
         which: of a run, `raw` or the name of an average; by default its first average, or raw if it has none.
 
     Raises:

@@ -22,7 +22,7 @@ class OptimConfig:
     temporal_rate: float = 1.0
     """Multiplier for the layers that video adds; 0 freezes them."""
     embedding_rate: float = 1.0
-    """Multiplier for the embeddings of noise level and scalars; 0 freezes them."""
+    """Multiplier for the embeddings of noise level, scalars and mask; 0 freezes them."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8

@@ -26,7 +26,7 @@ class PreviewConfig(SampleConfig):
     every: int = 1000
     """Steps between previews; the last step always leaves one."""
     num_videos: int = 4
-    """Fixed clips whose first frames (and captions) are the conditions."""
+    """Fixed clips whose first frames (last frames, captions) are the conditions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,18 +43,20 @@ Render = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Renders a clip anew from its first frame, or its caption."""
+    """Renders a clip anew from its first frame, its two ends, or its caption."""
 
     config: PreviewConfig
     autoencoder: Autoencoder
     conditioner: Conditioner
 
     def __call__(self, net: Callable[..., Tensor], clips: Batch, ordinals: Sequence[int]) -> Tensor:
+        frames_BTCHW = clips.frames_BTCHW.float() / 127.5 - 1
         return sample_video(
             net,
             self.autoencoder,
             self.conditioner,
-            first_frame_BCHW=clips.frames_BTCHW[:, 0].float() / 127.5 - 1,
+            first_frame_BCHW=frames_BTCHW[:, 0],
+            last_frame_BCHW=frames_BTCHW[:, -1],
             num_frames=clips.num_frames,
             config=self.config,
             captions=clips.captions,

@@ -1,7 +1,7 @@
 """From a batch of clips to a loss: the only file of the trainer that knows diffusion.
 
     frames -> latents x0            (the frozen autoencoder or its cached moments; the posterior sampled)
-    first frame -> Conditioning     (CLIP token; noised, encoded and repeated; scalars; signals dropped)
+    given frames -> Conditioning    (CLIP tokens; noised, encoded and placed; scalars; signals dropped)
     u -> sigma; x = x0 + sigma n    (the training density)
     F(c_in x; c_noise) against v    (the UNet)
 
@@ -42,7 +42,7 @@ class Diffusion(Objective):
             frames_BTCHW = batch.frames_BTCHW.float() / 127.5 - 1
             draws = self._draw(batch)
             x0_BTChw = self._latents(batch, frames_BTCHW, draws)
-            cond = self._condition(batch, frames_BTCHW[:, 0], draws)
+            cond = self._condition(batch, frames_BTCHW, draws)
             sigma_B = self.noise.quantile(draws.u_B)
         errors_BT = v_loss(net, x0_BTChw, sigma_B, draws.noise_BTChw, cond)
         return self.noise.weight(sigma_B).float() * errors_BT.mean(dim=1)
@@ -54,7 +54,7 @@ class Diffusion(Objective):
             self.seed,
             batch.ordinals,
             latent_shape=(batch.num_frames, self.autoencoder.latent_channels, H // f, W // f),
-            pixel_shape=(3, H, W),
+            given_shape=self.conditioner.noise_shape(self.autoencoder, H, W),
             device=batch.frames_BTCHW.device,
             offset_noise=self.offset_noise,
         )
@@ -67,17 +67,19 @@ class Diffusion(Objective):
         latents_BTChw = posterior(moments_BTMhw.float(), draws.posterior_noise_BTChw)
         return self.autoencoder.scaling_factor * latents_BTChw
 
-    def _condition(self, batch: Batch, first_frame_BCHW: Tensor, draws: Draws) -> Conditioning:
+    def _condition(self, batch: Batch, frames_BTCHW: Tensor, draws: Draws) -> Conditioning:
         config = self.conditioner.config
         return self.conditioner(
             self.autoencoder,
-            first_frame_BCHW=first_frame_BCHW,
+            first_frame_BCHW=frames_BTCHW[:, 0],
+            last_frame_BCHW=frames_BTCHW[:, -1],
             captions=batch.captions,
             num_frames=batch.num_frames,
             fps_B=batch.fps_B,
             motion_bucket_B=batch.motion_bucket_B,
             augmentation_sigma_B=config.augmentation_sigma(draws.augmentation_B).float(),
-            pixel_noise_BCHW=draws.pixel_noise_BCHW,
+            elevation_B=batch.elevation_B,
+            noise_BKCHW=draws.given_noise_BKCHW,
             drop_context_B=draws.drop_BS[:, 0] < config.context_drop_rate,
             drop_concat_B=draws.drop_BS[:, 1] < config.concat_drop_rate,
         )

@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 
 from svd_ds.config import CONF, RunConfig, compose, debug_last, explain
 from svd_ds.diffusion.noise import build_noise
+from svd_ds.model.conditioner import SCALARS
 from svd_ds.model.unet import UNet
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -39,9 +40,26 @@ def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
 def test_every_experiment_composes_and_builds(experiment: str, debug: list[str]) -> None:
     config = compose([f"+experiment={experiment}", *debug, *SITE])
     unet = build(config)
-    channels = {"none": 4, "image": 8}[config.conditioning.concat]
+    channels = {"none": 4, "image": 8, "ends": 9}[config.conditioning.concat]
     assert unet.config.in_channels == channels
+    assert unet.config.masked == (config.conditioning.concat == "ends")
     assert unet.config.num_scalars == len(config.conditioning.scalars)
+
+
+@pytest.mark.parametrize(
+    ("model", "conditioning"),
+    [
+        ("svd", "image_to_video"),
+        ("svd_t2v", "text_to_video"),
+        ("svd_interpolation", "interpolation"),
+        ("svd_multiview", "multiview"),
+    ],
+)
+def test_models_fit_their_conditioning(model: str, conditioning: str) -> None:
+    config = compose([f"model={model}", f"conditioning={conditioning}"])
+    assert config.model.num_scalars == len(config.conditioning.scalars)
+    assert list(config.conditioning.scalars) == sorted(config.conditioning.scalars, key=SCALARS.index)
+    assert config.model.masked == (config.conditioning.concat == "ends")
 
 
 def test_every_group_has_a_test() -> None:

@@ -28,7 +28,8 @@ from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 
 SMALL = UNetConfig(
-    in_channels=8,
+    in_channels=9,
+    masked=True,
     widths=(32,),
     num_layers=1,
     attention_levels=(True,),
@@ -151,7 +152,9 @@ def micro_batches(step: int, world: int) -> list[list[dict[str, Tensor]]]:
         return torch.randn(MICRO_BATCH, *shape, generator=generator)
 
     def micro_batch() -> dict[str, Tensor]:
-        inputs = {"x": draw(3, 8, 4, 4), "noise": draw(), "context": draw(5, 16), "scalars": draw(3)}
+        x = draw(3, 9, 4, 4)
+        x[:, :, -1] = torch.tensor([1.0, 0, 1]).view(3, 1, 1)
+        inputs = {"x": x, "noise": draw(), "context": draw(5, 16), "scalars": draw(3)}
         return inputs | {"target": draw(3, 4, 4, 4)}
 
     return [[micro_batch() for _ in range(ACCUMULATION)] for _ in range(world)]

@@ -41,12 +41,15 @@ class Averages:
 class Recorder:
     """A conditioner that concatenates the noised first frame and keeps what it was told."""
 
+    def noise_shape(self, autoencoder: Averages, height: int, width: int) -> tuple[int, int, int, int]:
+        return 1, 3, height, width
+
     def __call__(
         self, autoencoder: Averages, *, first_frame_BCHW: Tensor, num_frames: int, **told: Any
     ) -> Conditioning:
         self.told = told
         sigma = told["augmentation_sigma_B"][:, None, None, None]
-        noised = autoencoder.latents(first_frame_BCHW + sigma * told["pixel_noise_BCHW"])
+        noised = autoencoder.latents(first_frame_BCHW + sigma * told["noise_BKCHW"][:, 0])
         scalars = torch.stack(
             [told["fps_B"] - 1, told["motion_bucket_B"], told["augmentation_sigma_B"]], dim=1
         )
@@ -114,12 +117,13 @@ def test_guidance_rises_over_the_frames() -> None:
 
 
 def test_the_conditioner_is_told_the_settings() -> None:
-    config = SampleConfig(num_steps=1, fps=7.0, motion_bucket=30.0, augmentation=0.25)
+    config = SampleConfig(num_steps=1, fps=7.0, motion_bucket=30.0, augmentation=0.25, elevation=20.0)
     _, recorder = sample(first_frames(), config, captions=["a", "b"])
     assert recorder.told["captions"] == ["a", "b"]
-    for name, value in (("fps_B", 7.0), ("motion_bucket_B", 30.0), ("augmentation_sigma_B", 0.25)):
+    settings = {"fps_B": 7.0, "motion_bucket_B": 30.0, "augmentation_sigma_B": 0.25, "elevation_B": 20.0}
+    for name, value in settings.items():
         assert recorder.told[name].tolist() == [value, value]
-    assert recorder.told["pixel_noise_BCHW"].std() == pytest.approx(1, abs=0.1)
+    assert recorder.told["noise_BKCHW"].std() == pytest.approx(1, abs=0.1)
 
 
 def test_the_start_has_the_largest_sigma() -> None:
@@ -183,7 +187,7 @@ def test_the_public_pipeline_samples_the_same_video() -> None:
         num_inference_steps=4,
         fps=7,
         noise_aug_strength=0.0,
-        latents=draw(0, [0], (5, 4, 8, 12), (3, 64, 96)).noise_BTChw,
+        latents=draw(0, [0], (5, 4, 8, 12), (1, 3, 64, 96)).noise_BTChw,
         output_type="pt",
     ).frames
     torch.testing.assert_close(ours, 2 * frames - 1, rtol=0, atol=1e-4)

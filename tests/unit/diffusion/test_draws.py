@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svd_ds.diffusion.draws import NUM_SIGNALS, Draws, draw
 
-LATENT, PIXEL = (3, 4, 5, 6), (3, 40, 48)
+LATENT, GIVEN = (3, 4, 5, 6), (1, 3, 40, 48)
 
 
 def tensors(draws: Draws) -> dict[str, Tensor]:
@@ -18,29 +18,29 @@ def tensors(draws: Draws) -> dict[str, Tensor]:
 
 def test_draws_do_not_depend_on_how_the_batch_is_split() -> None:
     ordinals = [7, 0, 1_000_000_007, 3]
-    whole = tensors(draw(5, ordinals, LATENT, PIXEL))
-    parts = [tensors(draw(5, part, LATENT, PIXEL)) for part in ([7], [0, 1_000_000_007], [3])]
+    whole = tensors(draw(5, ordinals, LATENT, GIVEN))
+    parts = [tensors(draw(5, part, LATENT, GIVEN)) for part in ([7], [0, 1_000_000_007], [3])]
     for name, value in whole.items():
         assert torch.equal(value, torch.cat([part[name] for part in parts])), name
 
 
 def test_every_number_changes_with_seed_and_ordinal() -> None:
-    base = tensors(draw(5, [7], LATENT, PIXEL))
+    base = tensors(draw(5, [7], LATENT, GIVEN))
     # 2^32 apart: a 32-bit seed would repeat.
     for other in (
-        draw(6, [7], LATENT, PIXEL),
-        draw(5, [8], LATENT, PIXEL),
-        draw(5, [7 + 2**32], LATENT, PIXEL),
+        draw(6, [7], LATENT, GIVEN),
+        draw(5, [8], LATENT, GIVEN),
+        draw(5, [7 + 2**32], LATENT, GIVEN),
     ):
         for name, value in tensors(other).items():
             assert (value != base[name]).float().mean() > 0.99, name
 
 
 def test_shapes_and_distributions() -> None:
-    draws = draw(0, range(2000), (1, 1, 2, 2), (1, 2, 2))
+    draws = draw(0, range(2000), (1, 1, 2, 2), (1, 1, 2, 2))
     assert draws.u_B.shape == (2000,) and draws.drop_BS.shape == (2000, NUM_SIGNALS)
     assert draws.noise_BTChw.shape == (2000, 1, 1, 2, 2) and draws.noise_BTChw.dtype == torch.float32
-    assert draws.pixel_noise_BCHW.shape == (2000, 1, 2, 2)
+    assert draws.given_noise_BKCHW.shape == (2000, 1, 1, 2, 2)
     assert draws.u_B.min() > 0 and draws.u_B.max() < 1
     for uniform in (draws.u_B, draws.drop_BS):
         assert abs(uniform.mean() - 0.5) < 0.03 and abs(uniform.std() - 12**-0.5) < 0.01
@@ -48,14 +48,14 @@ def test_shapes_and_distributions() -> None:
         draws.augmentation_B,
         draws.noise_BTChw,
         draws.posterior_noise_BTChw,
-        draws.pixel_noise_BCHW,
+        draws.given_noise_BKCHW,
     ):
         assert abs(normal.mean()) < 0.08 and abs(normal.std() - 1) < 0.06
 
 
 def test_offset_noise_is_one_number_a_channel_and_moves_nothing_else() -> None:
-    plain = tensors(draw(1, [2, 3], LATENT, PIXEL))
-    moved = tensors(draw(1, [2, 3], LATENT, PIXEL, offset_noise=0.5))
+    plain = tensors(draw(1, [2, 3], LATENT, GIVEN))
+    moved = tensors(draw(1, [2, 3], LATENT, GIVEN, offset_noise=0.5))
     offset = moved.pop("noise_BTChw") - plain.pop("noise_BTChw")
     torch.testing.assert_close(offset, offset[:, :1, :, :1, :1].expand_as(offset))
     assert len(offset[:, 0, :, 0, 0].unique()) == 8 and offset.abs().min() > 0

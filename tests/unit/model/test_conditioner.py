@@ -16,6 +16,7 @@ from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 
 TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"
 TEXT = ConditionerConfig(context="text", concat="none", scalars=("fps", "motion_bucket"))
+ENDS = ConditionerConfig(context="ends", concat="ends")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,25 @@ def inputs(num_clips: int = 3, **changes) -> dict:
         "fps_B": torch.tensor([7.0, 12.0, 25.0])[:num_clips],
         "motion_bucket_B": torch.tensor([0.0, 127.0, 255.0])[:num_clips],
         "augmentation_sigma_B": torch.tensor([0.02, 0.1, 0.5])[:num_clips],
-        "pixel_noise_BCHW": torch.randn(num_clips, 3, 32, 48, generator=generator),
+        "elevation_B": torch.tensor([-5.0, 10.0, 30.0])[:num_clips],
+        "noise_BKCHW": torch.randn(num_clips, 1, 3, 32, 48, generator=generator),
     } | changes
+
+
+@pytest.fixture(scope="module")
+def interpolator() -> Conditioner:
+    return Conditioner.load(ENDS, TINY)
+
+
+def ends(autoencoder: Autoencoder, **changes) -> dict:
+    """`inputs` with a last frame, and noise of the shape that goes with both ends."""
+    shape = Conditioner(ENDS).noise_shape(autoencoder, 32, 48)
+    generator = torch.Generator().manual_seed(1)
+    more = {
+        "last_frame_BCHW": torch.rand(3, 3, 32, 48, generator=generator) * 2 - 1,
+        "noise_BKCHW": torch.randn(3, *shape, generator=generator),
+    }
+    return inputs(**more | changes)
 
 
 def test_shapes_and_widths(conditioner, autoencoder):
@@ -60,7 +78,8 @@ def test_concat_is_the_posterior_mean_of_the_noised_frame_not_scaled(conditioner
     given = inputs()
     concat = conditioner(autoencoder, **given).concat_BTCHW
     noised = (
-        given["first_frame_BCHW"] + given["augmentation_sigma_B"].view(3, 1, 1, 1) * given["pixel_noise_BCHW"]
+        given["first_frame_BCHW"]
+        + given["augmentation_sigma_B"].view(3, 1, 1, 1) * given["noise_BKCHW"][:, 0]
     )
     with torch.no_grad():
         mean = autoencoder.network.encode(noised).latent_dist.mean
@@ -148,6 +167,55 @@ def test_without_any_signal_the_context_is_a_zero_token(autoencoder):
     assert cond.scalars_BS.shape == (3, 0) and cond.concat_BTCHW is None
 
 
+def test_both_ends_are_two_tokens_of_the_clean_frames(interpolator, conditioner, autoencoder):
+    given = ends(autoencoder)
+    tokens = interpolator(autoencoder, **given).context_BLD
+    assert tokens.shape == (3, 2, interpolator.context_width)
+    for token, frame in enumerate(("first_frame_BCHW", "last_frame_BCHW")):
+        alone = conditioner(autoencoder, **inputs(first_frame_BCHW=given[frame])).context_BLD
+        torch.testing.assert_close(tokens[:, token : token + 1], alone)
+
+
+def test_both_ends_lie_in_their_places_beside_a_mask(interpolator, autoencoder):
+    given = ends(autoencoder, num_frames=5)
+    concat = interpolator(autoencoder, **given).concat_BTCHW
+    assert concat.shape == (3, 5, interpolator.concat_channels(autoencoder), 4, 6) == (3, 5, 5, 4, 6)
+    assert torch.equal(concat[:, :, 4], torch.tensor([1.0, 0, 0, 0, 1]).view(5, 1, 1).expand(3, 5, 4, 6))
+    assert not concat[:, 1:-1].any()
+    for place, frame in enumerate(("first_frame_BCHW", "last_frame_BCHW")):
+        clean = autoencoder.encode(given[frame])[:, :4]
+        noise = given["noise_BKCHW"][:, place] * given["augmentation_sigma_B"].view(3, 1, 1, 1)
+        found = concat[:, -place, :4] * autoencoder.scaling_factor
+        torch.testing.assert_close(found, clean * autoencoder.scaling_factor + noise, rtol=1e-4, atol=1e-4)
+
+
+def test_dropped_ends_are_the_branch_that_guidance_subtracts(interpolator, autoencoder):
+    """No frame is given then, the mask says: a masked network has its embedding on all of them."""
+    everything = torch.ones(3, dtype=torch.bool)
+    given = ends(autoencoder)
+    dropped = interpolator(autoencoder, **given, drop_context_B=everything, drop_concat_B=everything)
+    unconditional = interpolator(autoencoder, **given).unconditional()
+    for name in ("context_BLD", "concat_BTCHW", "scalars_BS"):
+        assert torch.equal(getattr(dropped, name), getattr(unconditional, name)), name
+    assert not dropped.concat_BTCHW[:, :, 4].any()
+    one = interpolator(autoencoder, **given, drop_concat_B=torch.tensor([False, True, False]))
+    assert one.concat_BTCHW.flatten(1).any(dim=1).tolist() == [True, False, True]
+
+
+def test_ends_need_a_last_frame_and_one_between(interpolator, autoencoder):
+    with pytest.raises(ValueError, match="no last is given"):
+        interpolator(autoencoder, **inputs())
+    with pytest.raises(ValueError, match=r"a clip of 2 frames .* 3 are the fewest"):
+        interpolator(autoencoder, **ends(autoencoder, num_frames=2))
+
+
+def test_elevation_is_told_in_degrees_where_the_scalars_name_it(conditioner, autoencoder):
+    config = ConditionerConfig(scalars=("fps", "motion_bucket", "augmentation", "elevation"))
+    scalars = Conditioner(config, conditioner.encoder)(autoencoder, **inputs()).scalars_BS
+    assert torch.equal(scalars[:, :3], conditioner(autoencoder, **inputs()).scalars_BS)
+    assert scalars[:, 3].tolist() == [-5, 10, 30]
+
+
 def test_nothing_keeps_a_graph(conditioner, autoencoder):
     given = inputs()
     given["first_frame_BCHW"].requires_grad_()
@@ -165,6 +233,7 @@ def test_drop_rates_follow_what_the_context_is():
     image = ConditionerConfig(drop_context=0.2, drop_text=0.3, drop_concat=0.4)
     assert (image.context_drop_rate, image.concat_drop_rate) == (0.2, 0.4)
     assert (TEXT.context_drop_rate, TEXT.concat_drop_rate) == (0.15, 0.0)
+    assert (ENDS.context_drop_rate, ENDS.concat_drop_rate) == (0.1, 0.1)
 
 
 @pytest.mark.parametrize(

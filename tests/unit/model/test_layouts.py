@@ -18,7 +18,15 @@ SMALL = UNetConfig(
 )
 
 
-@pytest.mark.parametrize("config", [UNetConfig(), SMALL, replace(SMALL, transformer_depth=2, num_scalars=5)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(),
+        SMALL,
+        replace(SMALL, transformer_depth=2, num_scalars=5),
+        replace(SMALL, in_channels=9, masked=True),
+    ],
+)
 def test_through_diffusers_and_back(config: UNetConfig) -> None:
     fields = json.loads(json.dumps(config_to_diffusers(config)))
     assert config_from_diffusers(fields) == config
@@ -34,7 +42,15 @@ def test_the_full_model_is_diffusers_default() -> None:
     assert config_from_diffusers(fields) == replace(UNetConfig(), num_frames=25)
 
 
-@pytest.mark.parametrize("changes", [{}, {"in_channels": 4, "num_scalars": 0}, {"transformer_depth": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"in_channels": 4, "num_scalars": 0},
+        {"transformer_depth": 2},
+        {"in_channels": 9, "masked": True},
+    ],
+)
 def test_from_the_original_shapes(changes: dict[str, int]) -> None:
     config = replace(UNetConfig(), **changes)
     modules = public_modules(config, "original")

@@ -63,6 +63,7 @@ def test_names_and_shapes_of_the_original() -> None:
         ({"in_channels": 4, "num_scalars": 0}, 1_521_987_562, 1424),
         ({"in_channels": 4, "num_scalars": 2}, 1_524_283_882, 1428),
         ({"in_channels": 9, "num_scalars": 2}, 1_524_298_282, 1428),
+        ({"in_channels": 9, "masked": True}, 1_524_625_966, 1429),
         ({"num_scalars": 1}, 1_523_967_722, 1428),
         ({"num_scalars": 5}, 1_525_278_442, 1428),
     ],

@@ -183,6 +183,49 @@ class TestImages:
         assert relative(ours(*inputs.values()), images) > 1e-2
 
 
+class TestMask:
+    """Nine channels: four noisy, four of the given frames, one that says which are given."""
+
+    CONFIG = replace(SMALL, in_channels=9, masked=True)
+
+    @pytest.fixture
+    def unet(self, randomize: Any) -> UNet:
+        return randomize(UNet(self.CONFIG))
+
+    def inputs(self, mask: list[float], height: int = 8, width: int = 8) -> dict[str, Tensor]:
+        inputs = draw_inputs(self.CONFIG, 2, len(mask), 2, height, width)
+        inputs["x"][:, :, 8] = torch.tensor(mask).view(-1, 1, 1)
+        return inputs
+
+    @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 6)])
+    def test_the_embedding_stands_where_no_frame_is_given(self, height: int, width: int, unet: UNet) -> None:
+        inputs = self.inputs([1, 0, 0, 1], height, width)
+        found = unet(*inputs.values())
+        changed = {name: value.clone() for name, value in inputs.items()}
+        changed["x"][:, 1:3, 4:8] = 100.0
+        assert torch.equal(unet(*changed.values()), found), "what lies under the mask is not looked at"
+        changed["x"][:, 3, 4:8] += 1.0
+        assert not torch.equal(unet(*changed.values()), found), "what is given is"
+
+        plain = UNet(replace(self.CONFIG, masked=False))
+        plain.load_state_dict(
+            {name: value for name, value in unet.state_dict().items() if "mask" not in name}
+        )
+        inputs["x"][:, 1:3, 4:8] = unet.mask_embedding.weight.detach().view(4, 1, 1)
+        assert torch.equal(plain(*inputs.values()), found)
+
+    def test_the_embedding_learns_from_the_frames_that_are_not_given(self, unet: UNet) -> None:
+        unet(*self.inputs([1, 0, 1]).values()).square().sum().backward()
+        assert unet.mask_embedding.weight.grad.all()
+        unet.zero_grad()
+        unet(*self.inputs([1, 1, 1]).values()).square().sum().backward()
+        assert not unet.mask_embedding.weight.grad.any()
+
+    def test_starts_at_zero_and_is_tagged_as_an_embedding(self) -> None:
+        assert not UNet(self.CONFIG).mask_embedding.weight.any()
+        assert parameter_tags(meta(self.CONFIG))["mask_embedding.weight"] == "embedding"
+
+
 class TestForward:
     def test_starts_at_zero_with_neutral_blocks(self) -> None:
         unet = UNet(SMALL)
@@ -230,6 +273,7 @@ class TestForward:
         ({"widths": (64, 100, 128, 128)}, "multiple of 32 .* 64, which 100 is not"),
         ({"num_layers": 0}, "num_layers must be at least 1, not 0"),
         ({"num_scalars": -1}, "num_scalars must be 0 or more"),
+        ({"masked": True, "in_channels": 5}, "masked needs at least 6 in_channels, .* there are 5"),
         ({"scalar_width": 5}, "scalar_width even; they are 3 and 5"),
         ({"temporal_attention": "xformers"}, "temporal_attention must be one of auto, .* not 'xformers'"),
     ],

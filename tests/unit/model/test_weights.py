@@ -50,6 +50,31 @@ class TestPublicLayouts:
         svd_ds.save_unet(unet, path, layout)
         assert_same(svd_ds.load_unet(path), unet)
 
+    @pytest.mark.parametrize("layout", ["diffusers", "original"])
+    def test_a_masked_network_keeps_its_embedding(self, layout: str, randomize: Any, tmp_path: Path) -> None:
+        masked = randomize(UNet(replace(SMALL, in_channels=9, masked=True)))
+        path = tmp_path / ("folder" if layout == "diffusers" else "file.safetensors")
+        save_unet(masked, path, layout)
+        assert_same(load_unet(path), masked)
+
+    @pytest.mark.parametrize("in_channels", [4, 8])
+    def test_a_masked_network_begins_as_the_one_it_comes_from(
+        self, in_channels: int, randomize: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It computes the same while all it is given is new to it."""
+        before = randomize(UNet(replace(SMALL, in_channels=in_channels)))
+        save_unet(before, tmp_path)
+        unet = load_unet(tmp_path, config=replace(SMALL, in_channels=9, masked=True))
+        assert "mask_embedding.weight" in caplog.text and "1 tensors" in caplog.text
+        assert not unet.mask_embedding.weight.any()
+        weight = unet.conv_in.weight
+        assert torch.equal(weight[..., :in_channels], before.conv_in.weight)
+        assert not weight[..., in_channels:].any()
+        x, mask = torch.randn(1, 3, in_channels, 4, 4), torch.ones(1, 3, 1, 4, 4)
+        wide = torch.cat([x, torch.randn(1, 3, 8 - in_channels, 4, 4), mask], dim=2)
+        rest = (torch.randn(1), torch.randn(1, 2, 48), torch.tensor([[6.0, 127.0, 0.02]]))
+        torch.testing.assert_close(unet(wide, *rest), before(x, *rest))
+
     def test_from_one_layout_to_the_other_and_back(self, unet: UNet, tmp_path: Path) -> None:
         save_unet(unet, tmp_path / "a.safetensors", "original")
         write_weights(*read_weights(tmp_path / "a.safetensors"), tmp_path / "b", "diffusers")
