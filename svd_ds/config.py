@@ -36,6 +36,9 @@ from svd_ds.training.preview import PreviewConfig
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 """A key, choice or value that Hydra or OmegaConf does not take."""
 
+SPELLING = {"source": "from"}
+"""What users write for a field of InitConfig that cannot have the name: Python keeps the word for itself."""
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -91,8 +94,9 @@ class BatchConfig:
 class InitConfig:
     """Where the weights come from; null draws them at random."""
 
-    weights: str | None = None
-    """A diffusers folder, an original single .safetensors, or a run or checkpoint folder."""
+    source: str | None = None
+    """The run or checkpoint folder of the stage before, a diffusers folder, or an original single
+    .safetensors. Users write it `init.from`."""
     which: str | None = None
     """Of a run: raw, or the name of an average; null takes the first average."""
 
@@ -135,14 +139,16 @@ class RunConfig:
         if self.recompute not in POLICIES:
             raise ValueError(f"recompute is {self.recompute!r}: choose {' or '.join(POLICIES)}")
 
-        if self.lora.rank and self.init.weights is None:
+        if self.lora.rank and self.init.source is None:
             raise ValueError(
-                f"lora.rank is {self.lora.rank} and init.weights null: adapters adapt trained weights"
+                f"lora.rank is {self.lora.rank} and init.from null: adapters adapt trained weights"
             )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, as config.yaml holds them."""
-        return _plain(dataclasses.asdict(self))
+        settings = dataclasses.asdict(self)
+        settings["init"] = {SPELLING.get(name, name): value for name, value in settings["init"].items()}
+        return _plain(settings)
 
 
 def register() -> None:
@@ -152,8 +158,11 @@ def register() -> None:
 
 def to_config(node: DictConfig) -> RunConfig:
     """The one conversion from Hydra's tree to values; runs every part's own checks."""
-    _refuse_added(node)
-    return _tuples(OmegaConf.to_object(node))
+    _refuse_added(node, _schema())
+    parts: Any = OmegaConf.to_object(node)
+    names = {spelling: name for name, spelling in SPELLING.items()}
+    init = InitConfig(**{names.get(key, key): value for key, value in parts["init"].items()})
+    return _tuples(RunConfig(**parts | {"init": init}))
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -188,20 +197,20 @@ def explain(error: BaseException) -> str:
     return sentence + (f"; there are {', '.join(filter(None, options))}" if options else "")
 
 
-def _refuse_added(node: DictConfig, path: str = "") -> None:
-    """Hydra's +key=value adds to any part; the parts have no more keys than their dataclasses."""
-    kind = OmegaConf.get_type(node)
-    if not dataclasses.is_dataclass(kind):
-        return
-    known = {entry.name for entry in dataclasses.fields(kind)}
+def _refuse_added(node: DictConfig, schema: DictConfig, path: str = "") -> None:
+    """Hydra's +key=value adds to any part; the parts have no more keys than the schema."""
     for key in node:
-        if key not in known:
+        if key not in schema:
             raise ValueError(
-                f"there is no key {path}{key!s}; {path or 'the config '}has {', '.join(sorted(known))}"
+                f"there is no key {path}{key!s}; {path[:-1] or 'the config'} has {', '.join(sorted(schema))}"
             )
-        child = node._get_node(key)
-        if isinstance(child, DictConfig):
-            _refuse_added(child, f"{path}{key}.")
+        child, known = node._get_node(key), schema._get_node(key)
+        # A part without keys of its own, such as data.caption_weights, takes any.
+        if isinstance(known, DictConfig) and len(known):
+            if not isinstance(child, DictConfig):
+                keys = ", ".join(map(str, known))
+                raise ValueError(f"{path}{key!s} is {node[key]!r}, and must have the keys {keys}")
+            _refuse_added(child, known, f"{path}{key!s}.")
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:
@@ -213,8 +222,11 @@ def _nearest_divisors(number: int, wanted: int) -> str:
 
 
 def _schema() -> DictConfig:
-    """RunConfig as a typed tree that Hydra may write to: OmegaConf makes frozen dataclasses read-only."""
-    node = OmegaConf.structured(RunConfig)
+    """RunConfig as a typed tree, spelt as users write it, that Hydra may write to: OmegaConf makes frozen
+    dataclasses read-only."""
+    parts = OmegaConf.structured(RunConfig)
+    init = {SPELLING.get(name, name): parts.init._get_node(name) for name in parts.init}
+    node: Any = OmegaConf.create({**{name: parts._get_node(name) for name in parts}, "init": init})
     stack = [node]
     while stack:
         branch = stack.pop()

@@ -14,12 +14,13 @@ from svd_ds.config import RunConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.conditioner import Conditioner
-from svd_ds.model.weights import read_weights
+from svd_ds.model.conditioner import SCALARS, Conditioner
+from svd_ds.model.sources import network_parameters, open_source
 from svd_ds.parallel.env import Env, supports_bf16
-from svd_ds.sample import frozen_folder
+from svd_ds.sample import frozen_folder, run_settings
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.folder import RunFolder
+from svd_ds.training.optim import TAGS
 from svd_ds.training.state import Progress
 
 
@@ -110,6 +111,11 @@ def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Condit
             f"model.num_scalars is {config.model.num_scalars}, but conditioning.scalars names "
             f"{conditioner.num_scalars}: {', '.join(config.conditioning.scalars)}"
         )
+    if (config.data.num_frames == 1) != (config.model.temporal == "none"):
+        raise ValueError(
+            f"data.num_frames is {config.data.num_frames} and model.temporal {config.model.temporal}: "
+            "images, clips of one frame, go with temporal=none, and videos with layers of time"
+        )
 
 
 def _check_conditions(config: RunConfig, loader: Loader) -> None:
@@ -155,10 +161,38 @@ def _resume_from(resume: str, checkpoints: Checkpoints) -> Path | None:
 
 
 def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
-    if config.init.weights is None:
+    """Those that the stage before hands over. ValueError in words where this one cannot go on from it."""
+    if config.init.source is None:
+        if config.task == "unet":
+            _check_learns(config, "init.from is null", set(TAGS))
         return None
-    _, tensors = read_weights(config.init.weights, config.model, config.init.which)
-    return tensors
+    path = Path(config.init.source)
+    source = open_source(path, config.init.which)
+    new = source.check(config.model)
+    _check_scalars(config, path)
+    network = network_parameters(config.model, source.lora)
+    _check_learns(config, f"{path} lacks {len(new)} tensors", {network[name].tag for name in new})
+    return source.tensors(config.model, merge=True)
+
+
+def _check_learns(config: RunConfig, why: str, new: set[str]) -> None:
+    """Refuse to freeze what begins at random."""
+    for tag in sorted(new):
+        if config.lora.rank or config.optim.rate(tag) == 0:
+            frozen = "lora.rank freezes" if config.lora.rank else f"optim.{tag}_rate=0 freezes"
+            raise ValueError(f"{frozen} {tag} layers that would begin at random, for {why}")
+
+
+def _check_scalars(config: RunConfig, path: Path) -> None:
+    """Scalars are told apart by their place alone: those of the stage before come first, in its order."""
+    settings = run_settings(path)
+    theirs = tuple(settings["conditioning"]["scalars"]) if settings else SCALARS
+    ours = config.conditioning.scalars
+    if any(before != now for before, now in zip(theirs, ours, strict=False)):
+        raise ValueError(
+            f"{path} takes the scalars {', '.join(theirs)}, and conditioning.scalars is {', '.join(ours)}: "
+            "new ones come after those of the stage before, in its order"
+        )
 
 
 def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:

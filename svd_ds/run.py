@@ -64,7 +64,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
             metrics.say(_opening(config, env, inputs, engine))
             if new:
                 metrics.say(
-                    f"{len(new)} tensors are not in {config.init.weights} and start afresh: {new[0]}, ..."
+                    f"{len(new)} tensors are not in {config.init.source} and start afresh: {new[0]}, ..."
                 )
         parts = Parts(
             engine=engine,

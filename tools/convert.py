@@ -82,7 +82,7 @@ def read_all(
     if len(weights) < total:
         raise ValueError(
             f"{source} holds {len(weights)} of the video network's {total} tensors: it is an image model, "
-            "from which a run starts with init.weights"
+            "from which a run starts with init.from"
         )
     return weights
 

@@ -23,6 +23,11 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
             f"diffusers' {VIDEO_CLASS} always takes scalars and this network has num_scalars 0: "
             "save it in the original layout"
         )
+    if config.temporal == "none":
+        raise ValueError(
+            f"diffusers' {VIDEO_CLASS} has layers of time, and this network none: save it in the original "
+            "layout"
+        )
     kinds = ["CrossAttn" if attends else "" for attends in config.attention_levels]
     # Not diffusers' own: its class knows no masked network, and every other is written as it writes them.
     masked = {"masked": True} if config.masked else {}

@@ -92,10 +92,13 @@ def add_lora(unet: UNet, config: LoraConfig) -> list[str]:
     """Put new adapters on the target's layers, and return the names of their parameters.
 
     The rest is frozen by whoever trains: by an optimiser that is given the adapters alone. Under ZeRO-3 this
-    belongs into the context in which the network is built.
+    belongs into the context in which the network is built. ValueError where the target has no layers.
     """
     if config.rank:
-        _adapt(unet, _linears(unet, TARGETS[config.target]), config.rank, config.alpha)
+        layers = _linears(unet, TARGETS[config.target])
+        if not layers:
+            raise ValueError(f"lora.target is {config.target}, of which the network has no layers")
+        _adapt(unet, layers, config.rank, config.alpha)
     return _adapter_parameters(unet)
 
 

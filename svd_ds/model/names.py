@@ -107,9 +107,9 @@ def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]
     """Our module -> its public modules, for a network of this config.
 
     Raises:
-        ValueError: `layout` is not one of LAYOUTS, or the network has other temporal layers than SVD's.
+        ValueError: `layout` is not one of LAYOUTS, or the network has temporal layers other than SVD's.
     """
-    if config.temporal != "svd":
+    if config.temporal not in ("svd", "none"):
         raise ValueError(
             f"temporal layers of the kind {config.temporal} have no public layout: only the checkpoints of a "
             "run hold them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,13 @@ from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 CONFIG_KEY = "svd_ds.config"
 """Where a single file of ours keeps its config: shapes alone do not tell how wide a head is."""
 
+KEPT = (
+    "out_channels", "widths", "num_layers", "attention_levels", "transformer_depth", "context_width",
+    "head_width", "scalar_width", "temporal",
+)  # fmt: skip
+"""What a network has from the weights that it starts from, where they have it at all."""
+GROWING = ("in_channels", "num_scalars")
+"""Of these it may have more."""
 WIDENED = ("conv_in.weight", "embedding.scalars.linear1.weight")
 """May have fewer inputs (dimension 1) on disk than in the network: the added come last and start at zero."""
 
@@ -46,6 +54,7 @@ class Piece:
 class Source:
     """Opened files, and where in them each of our parameters lies."""
 
+    path: Path
     config: UNetConfig
     pieces: dict[str, list[Piece]]
     """Our name -> what makes up the parameter, joined along dimension 0."""
@@ -55,7 +64,7 @@ class Source:
     """The adapters among the parameters."""
 
     def tensors(self, config: UNetConfig, merge: bool) -> Iterator[tuple[str, Tensor]]:
-        network = _network(config, self.lora)
+        network = network_parameters(config, self.lora)
         for name, (shape, _) in network.items():
             if name not in self.pieces or (merge and is_adapter(name)):
                 continue
@@ -69,8 +78,10 @@ class Source:
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         tensor = torch.cat([piece.file.get_tensor(piece.name) for piece in self.pieces[name]])
         if self.flat:
-            return tensor[: shape.numel()].view(shape)
-        tensor = from_public(name, tensor)
+            found = network_parameters(self.config, self.lora)[name].shape
+            tensor = tensor[: found.numel()].view(found)
+        else:
+            tensor = from_public(name, tensor)
         # Inputs that the network has and the disk does not are last in our weights' last dimension.
         return F.pad(tensor, (0, shape[-1] - tensor.shape[-1])).contiguous()
 
@@ -80,7 +91,8 @@ class Source:
         Raises:
             ValueError: another is missing, or one has another shape, or none of the network's has its name.
         """
-        network = _network(config, self.lora)
+        self._check_config(config)
+        network = network_parameters(config, self.lora)
         for name, pieces in self.pieces.items():
             if name not in network:
                 raise ValueError(
@@ -100,14 +112,29 @@ class Source:
                 raise ValueError(f"{where} lacks {name}, of shape {tuple(network[name].shape)}")
         return new
 
+    def _check_config(self, config: UNetConfig) -> None:
+        """Refuse in words a network of another kind than these weights'."""
+        absent = set() if self.config.num_scalars else {"scalar_width"}
+        layers = network_parameters(self.config, self.lora).items()
+        if not any(parameter.tag == "temporal" and name in self.pieces for name, parameter in layers):
+            absent.add("temporal")
+        for name in (*KEPT, *GROWING):
+            theirs, ours = getattr(self.config, name), getattr(config, name)
+            if name in absent or theirs == ours or (name in GROWING and theirs < ours):
+                continue
+            rule = "it may only grow" if name in GROWING else "it must stay"
+            raise ValueError(
+                f"{self.path} has {name} {theirs}, and the network that would start from it {ours}: {rule}"
+            )
+
     def _check_shape(self, name: str, shape: torch.Size, widens: bool) -> None:
         pieces = self.pieces[name]
         found: tuple[int, ...]
         expected: tuple[int, ...]
         if self.flat:
-            length = sum(piece.shape[0] for piece in pieces)
-            found, expected = (length,), tuple(shape)
-            fits = 0 <= length - shape.numel() < len(pieces)
+            expected = tuple(network_parameters(self.config, self.lora)[name].shape)
+            length, numel = sum(piece.shape[0] for piece in pieces), math.prod(expected)
+            found, fits = (length,), 0 <= length - numel < len(pieces)
         else:
             found = pieces[0].shape
             part = torch.empty(shape[0] // len(pieces), *shape[1:], device="meta")
@@ -127,7 +154,7 @@ class Parameter(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _network(config: UNetConfig, lora: LoraConfig | None = None) -> dict[str, Parameter]:
+def network_parameters(config: UNetConfig, lora: LoraConfig | None = None) -> dict[str, Parameter]:
     """Every parameter of the network and its adapters, by name."""
     with torch.device("meta"):
         unet = UNet(config)
@@ -178,7 +205,7 @@ def _open_checkpoint(path: Path, which: str | None) -> Source:
         pieces |= _slices_of(path / f"ema-{which}")
     settings = path / "unet" / "lora.json"
     lora = LoraConfig(**json.loads(settings.read_text())) if settings.exists() else None
-    return Source(config, pieces, flat=True, lora=lora)
+    return Source(path, config, pieces, flat=True, lora=lora)
 
 
 def _slices_of(folder: Path) -> dict[str, list[Piece]]:
@@ -205,7 +232,7 @@ def _open_original(path: Path) -> Source:
             config = config_from_original({name: piece.shape for name, piece in tensors.items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return _public_source(config, "original", tensors)
+    return _public_source(path, config, "original", tensors)
 
 
 def _open_diffusers(folder: Path) -> Source:
@@ -218,8 +245,8 @@ def _open_diffusers(folder: Path) -> Source:
     for file in _diffusers_files(folder):
         tensors |= _tensors_of(file)
     # An image UNet has no temporal half beside its residual blocks, so it does not name the spatial one.
-    image = fields["_class_name"] == IMAGE_CLASS
-    return _public_source(config, "diffusers", tensors, leave_out="spatial_res_block." if image else "")
+    infix = "spatial_res_block." if fields["_class_name"] == IMAGE_CLASS else ""
+    return _public_source(folder, config, "diffusers", tensors, leave_out=infix)
 
 
 def _diffusers_files(folder: Path) -> list[Path]:
@@ -237,18 +264,20 @@ def _diffusers_files(folder: Path) -> list[Path]:
     return variants
 
 
-def _public_source(config: UNetConfig, layout: str, tensors: dict[str, Piece], leave_out: str = "") -> Source:
+def _public_source(
+    path: Path, config: UNetConfig, layout: str, tensors: dict[str, Piece], leave_out: str = ""
+) -> Source:
     modules = public_modules(config, layout)
     left = dict(tensors)
     pieces = {}
-    for name in _network(config):
+    for name in network_parameters(config):
         names = [public.replace(leave_out, "") for public in public_names(name, modules)]
         if all(public in tensors for public in names):
             pieces[name] = [left.pop(public) for public in names]
     if left:
         piece = next(iter(left.values()))
         raise ValueError(f"{piece.path} holds {piece.name}, for which the network has no place")
-    return Source(config, pieces, flat=False)
+    return Source(path, config, pieces, flat=False)
 
 
 def _tensors_of(path: Path) -> dict[str, Piece]:

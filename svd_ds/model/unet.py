@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from svd_ds.model.attention import BACKENDS
 from svd_ds.model.blocks import Downsample, Layer, Residual, Transformer, Upsample
+from svd_ds.model.image import ImageResidual, ImageTransformer
 from svd_ds.model.layers import (
     NORM_GROUPS,
     EmbeddingMLP,
@@ -28,7 +29,11 @@ from svd_ds.model.layers import (
 from svd_ds.model.pseudo3d import PseudoResidual, PseudoTransformer
 
 PIXELS_PER_LATENT = 8
-BLOCKS = {"svd": (Residual, Transformer), "make_a_video": (PseudoResidual, PseudoTransformer)}
+BLOCKS = {
+    "svd": (Residual, Transformer),
+    "make_a_video": (PseudoResidual, PseudoTransformer),
+    "none": (ImageResidual, ImageTransformer),
+}
 """The kinds of layers of time, and the blocks that have them."""
 
 
@@ -60,7 +65,8 @@ class UNetConfig:
     num_frames: int = 14
     """The clip length that samplers take by default. The network itself takes any."""
     temporal: str = "svd"
-    """The layers of time: svd (VideoLDM's too), or make_a_video for comparison (pseudo3d.py)."""
+    """The layers of time: svd (VideoLDM's too), make_a_video for comparison (pseudo3d.py), or none, which
+    makes an image model (image.py)."""
     spatial_attention: str = "auto"
     """auto, flash_attn, sdpa or reference: for attention among a frame's pixels, and to the context."""
     temporal_attention: str = "auto"

@@ -91,6 +91,9 @@ def test_runs_of_members_have_folders_of_their_own() -> None:
         ("noise=brown", "brown"),
         ("run.steps=many", "many"),
         ("optim.schedule=linear", "linear"),
+        ("init.source=runs/stage1", "init.source"),
+        ("+init.source=runs/stage1", "init has from, which"),
+        ("init=runs/stage1", "init is 'runs/stage1', and must have the keys from, which"),
     ],
 )
 def test_a_mistake_is_named(override: str, named: str) -> None:
@@ -98,6 +101,12 @@ def test_a_mistake_is_named(override: str, named: str) -> None:
         compose([override])
     assert named in explain(caught.value)
     assert "\n" not in explain(caught.value)
+
+
+def test_a_stage_starts_from_another_by_one_key() -> None:
+    config = compose(["init.from=runs/stage1", "init.which=raw"])
+    assert (config.init.source, config.init.which) == ("runs/stage1", "raw")
+    assert config.as_dict()["init"] == {"from": "runs/stage1", "which": "raw"}, "as it is written everywhere"
 
 
 def test_debug_goes_to_the_end() -> None:

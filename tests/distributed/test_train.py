@@ -205,8 +205,8 @@ def test_a_folder_of_another_config_is_refused(killed_and_resumed: tuple[Path, s
         ("data.height=60", ["data.height is 60", "16"]),
         ("model.context_width=48", ["48", "64"]),
         ("frozen.path=conf", ["conf", "vae"]),
-        ("init.weights=README.md", ["README.md"]),
-        ("init.weights=svd_ds/assets/tiny_svd/vae", ["tiny_svd/vae"]),
+        ("init.from=README.md", ["README.md"]),
+        ("init.from=svd_ds/assets/tiny_svd/vae", ["tiny_svd/vae"]),
     ],
 )
 def test_bad_input_is_one_sentence(

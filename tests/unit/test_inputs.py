@@ -1,4 +1,4 @@
-"""What a run reads, with a latent cache: whose latents it takes, and what its previews show."""
+"""What a run reads: whose latents it takes, what its previews show, from which stage it can start."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from svd_ds.config import compose
+from svd_ds.config import RunConfig, compose
 from svd_ds.data.latents import MEMBER, Origin, pack
 from svd_ds.data.writer import ShardWriter
 from svd_ds.inputs import read_inputs
 from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.unet import UNet
+from svd_ds.model.weights import save_unet
 from svd_ds.parallel.env import Env
 from svd_ds.sample import TINY
 from tests.videos import about, encode, moving_square
@@ -44,3 +47,68 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
     write(tmp_path / "data", "0123456789ab")
     with pytest.raises(ValueError, match=f"the autoencoder 0123456789ab, and the one in tiny is {ours}"):
         read_inputs(config, env)
+
+
+CPU = replace(Env.read({}), device=torch.device("cpu"))
+
+
+def stage(folder: Path, *overrides: str) -> RunConfig:
+    """A config, and the weights that a run with it would leave in `folder`."""
+    config = compose(["debug=tiny", *overrides])
+    folder.mkdir()
+    save_unet(UNet(config.model), folder / "weights.safetensors", "original")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    return config
+
+
+IMAGES = ("model=svd_t2v", "model.num_scalars=0", "temporal=none", "conditioning=text_to_video")
+IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (
+            ("conditioning.scalars=[fps,motion_bucket,augmentation]",),
+            ("conditioning.scalars=[motion_bucket,fps,augmentation]",),
+            "takes the scalars fps, motion_bucket, augmentation, and .* motion_bucket, fps, augmentation: new",
+        ),
+        (
+            (),
+            ("model=svd_t2v", "conditioning=text_to_video"),
+            "has in_channels 8, and the network that would start from it 4: it may only grow",
+        ),
+        (IMAGES_ALONE, ("optim.temporal_rate=0",), "optim.temporal_rate=0 freezes temporal layers"),
+        (IMAGES_ALONE, ("optim.embedding_rate=0",), "optim.embedding_rate=0 freezes embedding layers"),
+        (IMAGES_ALONE, ("lora.rank=4",), "lora.rank freezes .* layers that would begin at random"),
+        ((), ("init.which=power-0.050",), "not a run or a checkpoint, so it has no average 'power-0.050'"),
+        ((), IMAGES_ALONE, "has temporal svd, and the network that would start from it none"),
+    ],
+)  # fmt: skip
+def test_a_wrong_chain_is_refused_in_words(
+    tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...], told: str
+) -> None:
+    stage(tmp_path / "before", *before)
+    start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]
+    with pytest.raises(ValueError, match=told):
+        read_inputs(compose(["debug=tiny", *start, *after]), CPU)
+
+
+def test_a_video_stage_starts_from_the_image_stage(tmp_path: Path) -> None:
+    stage(tmp_path / "before", *IMAGES_ALONE)
+    start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]
+    inputs = read_inputs(compose(["debug=tiny", *start]), CPU)
+    assert inputs.weights is not None
+    taken = {name: tensor.shape for name, tensor in inputs.weights}
+    assert taken["conv_in.weight"][-1] == 8, "widened"
+    assert not any("temporal" in name or "scalars" in name for name in taken)
+
+
+def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.num_frames is 1 and model.temporal svd: images"):
+        read_inputs(compose(["debug=tiny", "data.num_frames=1", f"run.dir={tmp_path}"]), CPU)
+
+
+def test_nothing_is_frozen_at_random(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optim.spatial_rate=0 freezes .* init.from is null"):
+        read_inputs(compose(["debug=tiny", "temporal=videoldm", f"run.dir={tmp_path}"]), CPU)

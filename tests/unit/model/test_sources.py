@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svd_ds.model.sources import COMPLETE
-from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.model.weights import load_unet, save_unet
 
 SMALL = UNetConfig(
@@ -110,6 +110,38 @@ class TestRuns:
             load_unet(tmp_path)
 
 
+class TestHandOver:
+    """A stage starts from the one before: what is there is taken, what is added begins at zero or anew."""
+
+    @pytest.fixture(params=["diffusers", "checkpoint"])
+    def stage(self, request: pytest.FixtureRequest, unet: UNet, tmp_path: Path) -> Path:
+        if request.param == "diffusers":
+            save_unet(unet, tmp_path)
+        else:
+            save_checkpoint(tmp_path, unet, 3)
+        return tmp_path
+
+    def test_inputs_and_scalars_are_added(self, unet: UNet, stage: Path) -> None:
+        wider = load_unet(stage, config=replace(SMALL, in_channels=9, num_scalars=4))
+        for (name, after), before in zip(wider.named_parameters(), unet.parameters(), strict=True):
+            inputs = before.shape[-1]
+            assert torch.equal(after[..., :inputs], before), name
+            assert not after[..., inputs:].any(), name
+        assert wider.conv_in.weight.shape[-1] == 9
+        assert wider.embedding.scalars.linear1.weight.shape[-1] == 4 * 32
+
+    def test_a_video_model_starts_from_an_image_stage(self, randomize: Any, tmp_path: Path) -> None:
+        image = randomize(UNet(replace(SMALL, in_channels=4, num_scalars=0, temporal="none")))
+        save_checkpoint(tmp_path, image, 2)
+        video = load_unet(tmp_path, config=replace(SMALL, in_channels=4, num_scalars=2))
+        tags, found = parameter_tags(video), dict(video.named_parameters())
+        assert {tags[name] for name, _ in image.named_parameters()} == {"spatial", "embedding"}
+        for name, parameter in image.named_parameters():
+            assert torch.equal(found.pop(name), parameter), name
+        assert {tags[name] for name in found if "scalars" not in name} == {"temporal"}
+        assert found["middle.0.residual.alpha.mix_factor"] == 0.5
+
+
 class TestWrongFiles:
     """Each error names the file, the tensor and both shapes, as far as there are any."""
 
@@ -145,21 +177,31 @@ class TestWrongFiles:
         with pytest.raises(ValueError, match=rf"{path}.* holds extra, for which the network has no place"):
             load_unet(path)
 
-    def test_another_network_asked_for(self, unet: UNet, tmp_path: Path) -> None:
-        save_unet(unet, tmp_path)
-        with pytest.raises(
-            ValueError, match=r"conv_in.weight has the shape \(32, 8, 3, 3\), .* \(32, 4, 3, 3\)"
-        ):
-            load_unet(tmp_path, config=replace(SMALL, in_channels=4))
-        with pytest.raises(
-            ValueError, match=r"add_embedding.linear_1.weight, for which the network has no place"
-        ):
-            load_unet(tmp_path, config=replace(SMALL, num_scalars=0))
-
-    def test_scalars_may_be_added(self, unet: UNet, tmp_path: Path) -> None:
-        save_unet(unet, tmp_path)
-        wider = load_unet(tmp_path, config=replace(SMALL, num_scalars=4)).embedding.scalars.linear1.weight
-        assert torch.equal(wider[:, :96], unet.embedding.scalars.linear1.weight) and not wider[:, 96:].any()
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            (
+                {"in_channels": 4},
+                "in_channels 8, and the network that would start from it 4: it may only grow",
+            ),
+            ({"num_scalars": 0}, "num_scalars 3, .* 0: it may only grow"),
+            ({"context_width": 64}, "context_width 48, .* 64: it must stay"),
+            ({"widths": (64, 64)}, r"widths \(32, 64\), .* \(64, 64\): it must stay"),
+            ({"scalar_width": 64}, "scalar_width 32, .* 64"),
+            ({"temporal": "none"}, "temporal svd, .* none"),
+        ],
+        ids=lambda part: next(iter(part)) if isinstance(part, dict) else "",
+    )
+    @pytest.mark.parametrize("form", ["diffusers", "checkpoint"])
+    def test_another_network_asked_for(
+        self, unet: UNet, tmp_path: Path, form: str, changes: dict[str, Any], told: str
+    ) -> None:
+        if form == "diffusers":
+            save_unet(unet, tmp_path)
+        else:
+            save_checkpoint(tmp_path, unet, 2)
+        with pytest.raises(ValueError, match=f"{tmp_path} has {told}"):
+            load_unet(tmp_path, config=replace(SMALL, **changes))
 
     def test_not_weights_at_all(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"nothing at .*absent"):

@@ -1,0 +1,54 @@
+"""The network without layers of time: an image model, Stable Diffusion 2.1's, and stage 1's of the paper.
+
+Its blocks are the spatial halves of blocks.py under the same names, so that a video network takes their
+weights as they are. A clip's frames do not know of each other; an image is a clip of one.
+
+x_BTHWC: B clips, T frames, H x W latent pixels, C channels; E: width of the time embedding; L, D: context
+tokens and their width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from svd_ds.model.layers import FrameNorm, Linear, ZeroLinear
+from svd_ds.model.spatial import SpatialResidual, SpatialTransformerBlock
+
+
+class ImageResidual(nn.Module):
+    """The spatial residual block alone."""
+
+    def __init__(self, in_width: int, width: int, embedding_width: int, eps: float) -> None:
+        super().__init__()
+        self.spatial = SpatialResidual(in_width, width, embedding_width, eps)
+
+    def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
+        return self.spatial(x_BTHWC, embedding_BE)
+
+
+class ImageTransformer(nn.Module):
+    """Spatial transformer blocks around one residual connection."""
+
+    tag = "spatial"
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        head_width: int,
+        depth: int,
+        spatial_attention: str,
+        temporal_attention: str,
+    ) -> None:
+        super().__init__()
+        sizes = (width, context_width, head_width)
+        self.norm = FrameNorm(width, eps=1e-6, silu=False)
+        self.proj_in = Linear(width, width)
+        self.spatial = nn.ModuleList(SpatialTransformerBlock(*sizes, spatial_attention) for _ in range(depth))
+        self.proj_out = ZeroLinear(width, width)
+
+    def forward(self, x_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
+        h = self.proj_in(self.norm(x_BTHWC))
+        for spatial in self.spatial:
+            h = spatial(h, context_BLD)
+        return x_BTHWC + self.proj_out(h)
