@@ -71,7 +71,7 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
         (
             ("conditioning.scalars=[fps,motion_bucket,augmentation]",),
             ("conditioning.scalars=[motion_bucket,fps,augmentation]",),
-            "takes the scalars fps, motion_bucket, augmentation, and .* motion_bucket, fps, augmentation: new",
+            "takes the scalars fps, motion_bucket, augmentation, and .* is motion_bucket, fps, augmentation",
         ),
         (
             (),
