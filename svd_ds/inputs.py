@@ -14,7 +14,7 @@ from svd_ds.config import RunConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.conditioner import SCALARS, Conditioner
+from svd_ds.model.conditioner import RELEASED_SCALARS, Conditioner
 from svd_ds.model.sources import network_parameters, open_source
 from svd_ds.parallel.env import Env, supports_bf16
 from svd_ds.sample import frozen_folder, run_settings
@@ -186,7 +186,7 @@ def _check_learns(config: RunConfig, why: str, new: set[str]) -> None:
 def _check_scalars(config: RunConfig, path: Path) -> None:
     """Scalars are told apart by their place alone: those of the stage before come first, in its order."""
     settings = run_settings(path)
-    theirs = tuple(settings["conditioning"]["scalars"]) if settings else SCALARS
+    theirs = tuple(settings["conditioning"]["scalars"]) if settings else RELEASED_SCALARS
     ours = config.conditioning.scalars
     if any(before != now for before, now in zip(theirs, ours, strict=False)):
         raise ValueError(

@@ -65,8 +65,7 @@ class UNetConfig:
     num_frames: int = 14
     """The clip length that samplers take by default. The network itself takes any."""
     temporal: str = "svd"
-    """The layers of time: svd (VideoLDM's too), make_a_video for comparison (pseudo3d.py), or none, which
-    makes an image model (image.py)."""
+    """The layers of time: svd (VideoLDM's too), make_a_video (pseudo3d.py) or none (image.py)."""
     spatial_attention: str = "auto"
     """auto, flash_attn, sdpa or reference: for attention among a frame's pixels, and to the context."""
     temporal_attention: str = "auto"
@@ -123,8 +122,7 @@ class UNetConfig:
 
 
 class ClipEmbedding(nn.Module):
-    """The noise level and the scalars of a clip, once a clip, as one vector that every residual block
-    receives."""
+    """The noise level and the scalars of a clip as one vector that every residual block receives."""
 
     tag = "embedding"
 
@@ -240,8 +238,7 @@ class UNet(nn.Module):
             h = layer(h, embedding_BE, context_BLD, image_only_BT)
         for layer in self.decoder:
             h = layer(torch.cat([h, skips.pop()], dim=-1), embedding_BE, context_BLD, image_only_BT)
-        h = self.conv_out(self.norm_out(h))
-        return h.permute(0, 1, 4, 2, 3).contiguous()
+        return self.conv_out(self.norm_out(h)).permute(0, 1, 4, 2, 3).contiguous()
 
     def blocks(self) -> dict[str, nn.Module]:
         """Every residual block and transformer by name: the units to recompute, and to shard, as a whole."""
