@@ -29,6 +29,8 @@ from svd_ds.parallel.recompute import POLICIES
 from svd_ds.parallel.zero import ZeroConfig
 from svd_ds.training.checkpoint import NETWORKS, CheckpointConfig
 from svd_ds.training.ema import EMAConfig
+from svd_ds.training.evaluate import EvaluationConfig
+from svd_ds.training.guard import GuardConfig
 from svd_ds.training.metrics import LoggerConfig
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import PreviewConfig
@@ -125,8 +127,10 @@ class RunConfig:
     recompute: str = "blocks"
     """Activation checkpointing: none | blocks (every residual block and transformer) | attention (blocks, but
     what attention gave is kept)."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sampling: PreviewConfig = field(default_factory=PreviewConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:

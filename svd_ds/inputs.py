@@ -19,6 +19,7 @@ from svd_ds.model.sources import network_parameters, open_source
 from svd_ds.parallel.env import Env, supports_bf16
 from svd_ds.sample import frozen_folder, run_settings
 from svd_ds.training.checkpoint import Checkpoints
+from svd_ds.training.evaluate import SEED as EVALUATION_SEED
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.optim import TAGS
 from svd_ds.training.state import Progress
@@ -34,6 +35,8 @@ class Inputs:
     progress: Progress
     loader: Loader
     preview_clips: Batch
+    evaluation_clips: Batch | None
+    """This rank's; None where nothing is evaluated by noise level."""
     autoencoder: Autoencoder
     conditioner: Conditioner | None
     """None where the decoder learns: it is told nothing but the latents."""
@@ -66,7 +69,8 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
         resume=resume,
         progress=progress or Progress(loader.cursor),
         loader=loader,
-        preview_clips=_preview_clips(config),
+        preview_clips=_fixed_clips(config, config.run.seed, config.sampling.num_videos),
+        evaluation_clips=_evaluation_clips(config, env),
         autoencoder=Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk),
         conditioner=conditioner,
         precision=precision,
@@ -208,10 +212,17 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
     )
 
 
-def _preview_clips(config: RunConfig) -> Batch:
-    """The first clips of the order, as pixels, whole frames: the same for every rank and life of the run."""
-    count = config.sampling.num_videos
+def _fixed_clips(config: RunConfig, seed: int, count: int, rank: int = 0, world: int = 1) -> Batch:
+    """This rank's part of the first clips of an order, as pixels, whole frames: the same in every life of the
+    run. `count` is a multiple of `world`."""
     centred = replace(config.data, crop="center", flip=False, latents=False, num_workers=0)
-    loader = Loader(centred, config.run.seed, rank=0, world=1, global_batch=count, micro_batch=count)
+    loader = Loader(centred, seed, rank, world, global_batch=count, micro_batch=count // world)
     clips, _ = next(iter(loader))
     return clips
+
+
+def _evaluation_clips(config: RunConfig, env: Env) -> Batch | None:
+    if config.evaluation.every == 0 or config.task != "unet":
+        return None
+    per_rank = -(-config.evaluation.clips // env.world)
+    return _fixed_clips(config, EVALUATION_SEED, per_rank * env.world, env.rank, env.world)

@@ -27,13 +27,17 @@ from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
 from svd_ds.tasks import Task, unet_task
 from svd_ds.training.ema import ShardEMA
+from svd_ds.training.evaluate import Evaluation, fixed
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.loop import Parts, Plan, train
+from svd_ds.training.guard import Guard
+from svd_ds.training.loop import train
 from svd_ds.training.metrics import Metrics
 from svd_ds.training.optim import parameter_groups
+from svd_ds.training.parts import Parts, Plan
 from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
 from svd_ds.training.state import Progress
+from svd_ds.training.step import Diffusion
 
 
 def run(config: RunConfig, env: Env) -> None:
@@ -72,7 +76,9 @@ def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
             settings=task.settings,
             objective=task.objective,
             batches=iter(inputs.loader),
+            guard=Guard(config.guard),
             checkpoints=inputs.checkpoints,
+            evaluation=_evaluation(config, env, inputs, task),
             previews=Previews(inputs.preview_clips, task.render, config.sampling.fps, inputs.folder, env),
             stop=StopRequest(),
             metrics=metrics,
@@ -92,6 +98,23 @@ def _plan(config: RunConfig, env: Env) -> Plan:
         optim=config.optim,
         checkpoint_every=config.checkpoint.every,
         preview_every=config.sampling.every,
+        evaluate_every=config.evaluation.every,
+    )
+
+
+def _evaluation(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Evaluation | None:
+    if inputs.evaluation_clips is None:
+        return None
+    assert isinstance(task.objective, Diffusion), "only diffusion has noise levels"
+    data = config.data
+    read = (data.num_frames, data.height, data.width, data.fps, data.caption_weights)
+    return Evaluation(
+        config=config.evaluation,
+        data=f"{inputs.loader.index.fingerprint} {read}",
+        clips=inputs.evaluation_clips,
+        micro_batch=inputs.loader.micro_batch,
+        diffusion=fixed(task.objective),
+        env=env,
     )
 
 

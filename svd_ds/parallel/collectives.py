@@ -36,6 +36,13 @@ def join_over_ranks(part: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def names_of_ranks(names: list[str]) -> list[str]:
+    """Every rank's names, in order of rank. All ranks call it."""
+    lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, names)
+    return [name for part in lists for name in part]
+
+
 def agreed(action: Callable[[], Result]) -> Result:
     """Do what may fail on some ranks alone, such as reading files. All ranks call it; `action` must not wait
     for one.

@@ -7,7 +7,8 @@
     ...
     for micro_batch in step:
         engine.backward(loss(engine(x)))
-    norm = engine.step({"group": rate})
+    norm = engine.gradient_norm()
+    engine.step({"group": rate})                # or engine.forget()
 
 A parameter's shard on rank r is elements [r * n, (r + 1) * n) of the flattened parameter, where n is
 ceil(numel / ranks): the shards joined in order and cut to numel are the parameter. What is left over is zero.
@@ -15,6 +16,7 @@ ceil(numel / ranks): the shards joined in order and cut to numel are the paramet
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -114,11 +116,24 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(self._backwards == self._accumulation)
         self._engine.backward(loss)
 
-    def step(self, rates: Mapping[str, float]) -> float:
-        """Clip, take one AdamW step, forget the gradients.
+    def gradient_norm(self) -> float:
+        """Norm over all parameters and ranks of the mean of the gradients since the last step: inf where it
+        is not finite.
 
-        rates: learning rate of each group, by its name. Returns the gradient's norm over all ranks before
-        clipping: inf where it is not finite, and then nothing was changed.
+        All ranks call it, after at least one `backward`. It is what `step` clips.
+        """
+        if self._backwards != self._accumulation:
+            # An offloaded optimiser is handed its gradients at the end of a step: this is not one.
+            self._zero.finalize_gradient_accumulation_boundary()
+        norms = [float(norm) for norm in self._zero._get_norm_groups()]
+        # DeepSpeed divides by the micro-batches of a whole step, and says -1 for what is not finite.
+        scale = self._accumulation / self._backwards
+        return scale * math.hypot(*norms) if min(norms) >= 0 else math.inf
+
+    def step(self, rates: Mapping[str, float]) -> None:
+        """Clip, take one AdamW step, forget the gradients. A gradient that is not finite changes nothing.
+
+        rates: learning rate of each group, by its name.
         """
         seen, due = self._backwards, self._accumulation
         assert seen == due, f"a step of {due} micro-batches ends after {seen}"
@@ -126,7 +141,12 @@ class Engine:
             group["lr"] = rates[group["name"]]
         self._engine.step()
         self._backwards = 0
-        return float(self._engine.get_global_grad_norm())
+
+    def forget(self) -> None:
+        """Drop the gradients since the last step, as if they had never been computed."""
+        # What DeepSpeed itself does with a gradient that is not finite; its argument is only logged.
+        self._zero._overflow_clean_up(prev_scale=1.0)
+        self._backwards = 0
 
     def local_shards(self) -> dict[str, Tensor]:
         """Name -> this rank's shard of the float32 master weights, flat, for every trained parameter.

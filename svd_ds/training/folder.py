@@ -1,6 +1,7 @@
 """The run folder, readable by a person:
 
-config.yaml  metrics.jsonl  checkpoints/step-0000100/  samples/step-0000100/  report.html  logs/  wandb/
+config.yaml  metrics.jsonl  evaluation.jsonl  report.html
+checkpoints/step-0000100/  samples/step-0000100/  logs/  wandb/
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 
 import yaml
 
-# May differ between two starts of one run: how long it goes on, what it shows, where it runs.
+# May differ between two starts of one run: how long it goes on, what it shows, where it runs; and the guard's
+# bounds, so that a run that it ended can go on.
 FREE_KEYS = (
     "run.dir",
     "run.steps",
     "run.resume",
     "checkpoint",
     "sampling",
+    "evaluation",
+    "guard",
     "logger",
     "parallel",
     "recompute",
@@ -45,6 +49,14 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        return self.logs / "skipped.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -78,18 +90,22 @@ class RunFolder:
             )
 
     def open(self, config: dict[str, Any], step: int) -> None:
-        """Make the folder for a life of the run that begins after `step`: later metrics are dropped."""
+        """Make the folder for a life of the run that begins after `step`: what was told of later ones is
+        dropped."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         _write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
-        kept = [line for line in self._metric_lines() if json.loads(line)["step"] <= step]
-        _write_atomically(self.metrics, "".join(kept))
+        for path in (self.metrics, self.evaluation, self.skipped):
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            if kept or path.exists():
+                _write_atomically(path, "".join(kept))
 
-    def _metric_lines(self) -> list[str]:
-        if not self.metrics.exists():
-            return []
-        # A killed writer may leave half a line at the end.
-        return [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    # A killed writer may leave half a line at the end.
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def _is_free(key: str) -> bool:

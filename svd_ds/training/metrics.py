@@ -1,5 +1,10 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, and Weights & Biases. The only import of
-wandb."""
+"""What a run tells: a progress bar or plain lines, files of one JSON object a line, and Weights & Biases.
+The only import of wandb.
+
+    metrics.jsonl         every step: StepMetrics
+    evaluation.jsonl      every evaluation: step, samples, Measured
+    logs/skipped.jsonl    every step that the guard skipped: step, fault, clips
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,14 @@ import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import urlparse
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 
 RATE_WINDOW = 20
@@ -53,6 +60,8 @@ class StepMetrics:
     step_s: float
     data_s: float
     """Part of `step_s` spent waiting for clips."""
+    skipped: int = 0
+    """Steps that the guard has skipped so far."""
     terms: dict[str, float] = field(default_factory=dict)
     """What the loss was made of."""
 
@@ -70,6 +79,7 @@ class Metrics:
         self, folder: RunFolder, config: LoggerConfig, settings: dict[str, Any], total_steps: int, step: int
     ) -> None:
         self.config = config
+        self.folder = folder
         self.total_steps = total_steps
         self.console = Console(soft_wrap=True, highlight=False)
         self.jsonl = folder.metrics.open("a", buffering=1)
@@ -117,6 +127,26 @@ class Metrics:
             self.lines.write(line + "\n")
             if self.bar is None:
                 self.console.print(line, markup=False)
+
+    def log_skipped(self, step: int, fault: str, clips: list[str]) -> None:
+        """Say which step was left out and why, and keep the ids of its clips."""
+        with self.folder.skipped.open("a") as file:
+            file.write(json.dumps({"step": step, "fault": fault, "clips": clips}) + "\n")
+        self.say(f"step {step}  skipped: {fault}; its clips stand in {self.folder.skipped}")
+
+    def log_evaluation(self, step: int, samples: int, measured: Measured) -> None:
+        with self.folder.evaluation.open("a") as file:
+            file.write(json.dumps({"step": step, "samples": samples, **asdict(measured)}) + "\n")
+        mean, average = fmean(measured.loss), fmean(measured.loss_average)
+        self.say(f"step {step}  fixed set: loss {mean:.4f}, of the averaged weights {average:.4f}")
+        if self.wandb is not None:
+            scalars = {"loss": mean, "loss_average": average}
+            for name in ("loss", "loss_average", "grad_norm"):
+                scalars |= {f"{name}/sigma-{i}": x for i, x in enumerate(getattr(measured, name))}
+            scalars |= {f"loss/frame-{i}": x for i, x in enumerate(measured.loss_by_frame)}
+            self.wandb.log(
+                {f"evaluation/{key}": value for key, value in scalars.items()} | {"train/step": step}
+            )
 
     def log_samples(self, step: int, videos: list[Path], sheet: Path) -> None:
         """Say where a preview's videos (mp4) and contact sheet (png) are, and send them to W&B."""

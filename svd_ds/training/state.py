@@ -7,10 +7,11 @@ order).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from svd_ds.data.cursor import Cursor
+from svd_ds.training.guard import GuardState
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,14 @@ class Progress:
     cursor: Cursor
     """Position of the whole run's data."""
     step: int = 0
-    """Optimiser steps done."""
+    """Steps done, those that the guard skipped among them."""
     samples: int = 0
     """Clips seen by all ranks together."""
+    guard: GuardState = field(default_factory=GuardState)
 
-    def advance(self, cursor: Cursor, batch: int) -> Progress:
+    def advance(self, cursor: Cursor, batch: int, guard: GuardState) -> Progress:
         """After one more step over `batch` clips."""
-        return Progress(cursor=cursor, step=self.step + 1, samples=self.samples + batch)
+        return Progress(cursor, self.step + 1, self.samples + batch, guard)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -32,4 +34,10 @@ class Progress:
     @staticmethod
     def read(path: Path) -> Progress:
         values = json.loads(path.read_text())
-        return Progress(cursor=Cursor(**values["cursor"]), step=values["step"], samples=values["samples"])
+        guard = {**values["guard"], **{key: tuple(values["guard"][key]) for key in ("losses", "norms")}}
+        return Progress(
+            cursor=Cursor(**values["cursor"]),
+            step=values["step"],
+            samples=values["samples"],
+            guard=GuardState(**guard),
+        )

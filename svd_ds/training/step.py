@@ -27,6 +27,17 @@ from svd_ds.training.objective import Objective
 
 
 @dataclass(frozen=True)
+class Known:
+    """A batch as the loss takes it, all but the noise level chosen."""
+
+    x0_BTChw: Tensor
+    noise_BTChw: Tensor
+    cond: Conditioning
+    u_B: Tensor
+    """Uniform in (0, 1): what the noise level is made of."""
+
+
+@dataclass(frozen=True)
 class Diffusion(Objective):
     """Everything that a loss needs besides the network and the batch."""
 
@@ -38,14 +49,25 @@ class Diffusion(Objective):
 
     def loss(self, net: Network, batch: Batch) -> Tensor:
         """Weighted v-space error of each clip, (B,) float32; differentiable in the network's parameters."""
-        with torch.no_grad():
-            frames_BTCHW = batch.frames_BTCHW.float() / 127.5 - 1
-            draws = self._draw(batch)
-            x0_BTChw = self._latents(batch, frames_BTCHW, draws)
-            cond = self._condition(batch, frames_BTCHW, draws)
-            sigma_B = self.noise.quantile(draws.u_B)
-        errors_BT = v_loss(net, x0_BTChw, sigma_B, draws.noise_BTChw, cond)
-        return self.noise.weight(sigma_B).float() * errors_BT.mean(dim=1)
+        known = self.prepare(batch)
+        sigma_B = self.noise.quantile(known.u_B)
+        return self.noise.weight(sigma_B).float() * self.errors(net, known, sigma_B).mean(dim=1)
+
+    def errors(self, net: Network, known: Known, sigma_B: Tensor) -> Tensor:
+        """Squared error of v by clip and frame, (B, T) float32, at noise levels that the caller chooses."""
+        return v_loss(net, known.x0_BTChw, sigma_B, known.noise_BTChw, known.cond)
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Known:
+        """Latents, noise and conditions of a batch."""
+        frames_BTCHW = batch.frames_BTCHW.float() / 127.5 - 1
+        draws = self._draw(batch)
+        return Known(
+            x0_BTChw=self._latents(batch, frames_BTCHW, draws),
+            noise_BTChw=draws.noise_BTChw,
+            cond=self._condition(batch, frames_BTCHW, draws),
+            u_B=draws.u_B,
+        )
 
     def _draw(self, batch: Batch) -> Draws:
         H, W = batch.frames_BTCHW.shape[-2:]

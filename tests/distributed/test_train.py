@@ -44,6 +44,7 @@ def command(shards: Path, run: Path, *overrides: str, ranks: int = 2) -> list[st
         f"run.dir={run}",
         f"run.steps={STEPS}",
         "checkpoint.every=2",
+        "evaluation.every=3",
     )
     return [sys.executable, str(ROOT / "tools/launch.py"), "-n", str(ranks), "--", *settings, *overrides]
 
@@ -91,7 +92,8 @@ def test_killed_run_goes_on_and_counts_every_step_once(killed_and_resumed: tuple
 def test_killed_run_has_the_losses_of_one_that_was_not(
     killed_and_resumed: tuple[Path, str], shards: Path, tmp_path: Path
 ) -> None:
-    whole = train(shards, tmp_path / "whole", "sampling.every=1000000")
+    """Nor does it matter that it was sampled and evaluated on the way."""
+    whole = train(shards, tmp_path / "whole", "sampling.every=1000000", "evaluation.every=0")
     assert whole.returncode == 0, whole.stderr
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in metrics(killed_and_resumed[0])] == [
@@ -99,10 +101,44 @@ def test_killed_run_has_the_losses_of_one_that_was_not(
         ]
 
 
+def test_every_evaluation_is_told_once(killed_and_resumed: tuple[Path, str]) -> None:
+    run, printed = killed_and_resumed
+    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, STEPS]
+    assert len({row["set"] for row in rows}) == 1
+    for row in rows:
+        assert [len(row[key]) for key in ("sigma", "loss", "loss_average", "grad_norm")] == [10] * 4
+        assert len(row["loss_by_frame"]) == 4
+    assert f"step {STEPS}  fixed set: loss " in printed
+
+
+def test_a_run_beyond_its_bounds_ends_on_all_ranks(shards: Path, tmp_path: Path) -> None:
+    """Bounds that no step keeps, from the third on; a resumed run would decide the same."""
+    run = tmp_path / "run"
+    ended = train(shards, run, "guard.window=2", "guard.max_skips=1", "optim.lr=1e6")
+    assert ended.returncode == 2, ended.stdout
+    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, ended.stderr
+    assert "2 steps in a row were out of bounds, more than guard.max_skips=1: in the last one the " in told[0]
+    assert "Traceback" not in ended.stderr
+    skipped = [json.loads(line) for line in (run / "logs/skipped.jsonl").read_text().splitlines()]
+    assert len(skipped[0]["clips"]) == 12, "the clips of both ranks"
+    assert metrics(run)[-1]["step"] == skipped[-1]["step"]
+    assert metrics(run)[-1]["skipped"] == 1
+
+
 def test_the_run_folder_is_as_documented(killed_and_resumed: tuple[Path, str]) -> None:
     run, printed = killed_and_resumed
     names = {path.name for path in run.iterdir()}
-    assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "report.html", "logs"}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+        "report.html",
+        "logs",
+        "evaluation.jsonl",
+    }
     checkpoint = run / "checkpoints" / f"step-{STEPS:07d}"
     shards_of_ranks = {path.name for path in checkpoint.glob("engine/zero/*optim_states.pt")}
     assert len(shards_of_ranks) == 2, "a ZeRO-3 shard a rank"

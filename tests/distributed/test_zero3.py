@@ -25,6 +25,8 @@ CHECKS = (
     "adapters_learn_alone_and_right",
     "wrong_weights_are_refused",
     "a_gradient_that_is_not_finite_changes_nothing",
+    "forgotten_gradients_leave_no_trace",
+    "evaluation_equals_plain_torch_and_leaves_no_trace",
 )
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -79,7 +81,7 @@ def test_one_rank_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_offloaded_optimizer(run_ranks: RunRanks, tmp_path: Path) -> None:
-    check = "offloaded_optimizer_equals_plain_torch"
-    ended = run_ranks(SCRIPT, tmp_path, check)
+    names = ("offloaded_optimizer_forgets_too", "offloaded_optimizer_equals_plain_torch")
+    ended = run_ranks(SCRIPT, tmp_path, *names)
     assert ended.returncode == 0, ended.stderr
-    assert outcomes(tmp_path) == [{check: None}] * 2
+    assert outcomes(tmp_path) == [dict.fromkeys(names)] * 2

@@ -19,6 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from svd_ds.batch import Batch, Clip
+from svd_ds.diffusion.noise import NoiseConfig, build_noise
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.lora import LoraConfig, add_lora
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.parallel.engine import Engine
@@ -26,6 +30,10 @@ from svd_ds.parallel.env import Env, init, shutdown
 from svd_ds.parallel.groups import ModelParallelUnit, ParallelDims, create_groups, destroy_groups
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
+from svd_ds.sample import TINY
+from svd_ds.training.ema import EMAConfig, ShardEMA
+from svd_ds.training.evaluate import Evaluation, EvaluationConfig, fixed, sigma_at
+from svd_ds.training.step import Diffusion
 
 SMALL = UNetConfig(
     in_channels=9,
@@ -100,7 +108,8 @@ class Ranks:
                 loss = loss_of(engine, micro_batch)
                 engine.backward(loss)
                 total += loss.detach()
-            norm = engine.step(RATES)
+            norm = engine.gradient_norm()
+            engine.step(RATES)
             dist.all_reduce(total)
             history.append((total.item() / (ACCUMULATION * self.env.world), norm))
         return history
@@ -375,11 +384,82 @@ def check_a_gradient_that_is_not_finite_changes_nothing(ranks: Ranks) -> None:
         for micro_batch in micro_batches(0, ranks.env.world)[ranks.env.rank]:
             loss = loss_of(engine, micro_batch)
             engine.backward(loss * (float("nan") if ranks.env.rank == 0 else 1))
-        assert engine.step(RATES) == float("inf")
+        assert engine.gradient_norm() == float("inf")
+        engine.step(RATES)
         assert all(torch.equal(shard, before[name]) for name, shard in engine.local_shards().items())
         ((_, norm),) = ranks.train(engine, range(1))
         assert 0 < norm < float("inf")
         assert all(shard.isfinite().all() for shard in engine.local_shards().values())
+
+
+def check_forgotten_gradients_leave_no_trace(ranks: Ranks, **zero: bool) -> None:
+    """More micro-batches than a step has, fewer, and none are forgotten between two steps."""
+    engine, world = ranks.engine(**zero), ranks.env.world
+    wanted = ranks.train(ranks.engine(**zero), range(2))
+    history = ranks.train(engine, range(1))
+    for steps in (range(10, 12), range(12, 13)):
+        batches = [batch for step in steps for batch in micro_batches(step, world)[ranks.env.rank]]
+        batches = batches[: 2 * len(steps) - 1]
+        for batch in batches:
+            engine.backward(loss_of(engine, batch))
+        unet = plain_unet({name: engine.gather(name, shard) for name, shard in engine.local_shards().items()})
+        losses = [
+            loss_of(unet, batch)
+            for rank in range(world)
+            for batch in [b for step in steps for b in micro_batches(step, world)[rank]][: len(batches)]
+        ]
+        torch.stack(losses).mean().backward()
+        squares = [p.grad.square().sum() for p in unet.parameters() if p.grad is not None]
+        plain_norm = torch.stack(squares).sum().sqrt().item()
+        assert abs(engine.gradient_norm() - plain_norm) < 1e-4 * plain_norm
+        engine.forget()
+    engine.forget()
+    assert history + ranks.train(engine, range(1, 2)) == wanted
+
+
+def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> None:
+    """Three clips on two ranks: one of them has a clip that does not count."""
+    engine, env = ranks.engine(), ranks.env
+    frames = torch.randint(0, 256, (4, 3, 3, 16, 16), generator=torch.Generator().manual_seed(5))
+    clips = Batch.of([Clip(f"c{i}", i, x.to(torch.uint8), "", 6.0, 100.0) for i, x in enumerate(frames)])
+    config = ConditionerConfig(context="none", context_width=16, concat="ends")
+    diffusion = Diffusion(
+        build_noise(NoiseConfig(), 16, 16),
+        0.1,
+        Autoencoder.load(TINY),
+        Conditioner.load(config, TINY),
+        seed=4,
+    )
+    own = clips.select(range(env.rank, 4, env.world))
+    evaluation = Evaluation(EvaluationConfig(clips=3), "data", own, 1, fixed(diffusion), env)
+    history = ranks.train(engine, range(1))
+    ema = ShardEMA(EMAConfig(), {name: 0.5 * shard for name, shard in engine.local_shards().items()})
+    measured = evaluation.measure(engine, ema)
+    weights = gathered(engine)
+    history += ranks.train(engine, range(1, 2))
+    assert history == ranks.train(ranks.engine(), range(2)), "training saw the evaluation"
+
+    known = fixed(diffusion).prepare(clips.select(range(3)))
+    for scale, losses in ((1.0, measured.loss), (0.5, measured.loss_average)):
+        unet, frame_errors = plain_unet({name: scale * value for name, value in weights.items()}), []
+        for s, loss in enumerate(losses):
+            sigma_B = torch.tensor([sigma_at(s, (i + 0.5) / 3) for i in range(3)])
+            errors_BT = fixed(diffusion).errors(unet, known, sigma_B)
+            assert abs(errors_BT.mean().item() - loss) < 1e-5 * loss, (s, loss)
+            frame_errors.append(errors_BT.detach().mean(dim=0))
+            if scale == 1.0:
+                unet.zero_grad()
+                errors_BT.mean().backward()
+                gradients = [p.grad.flatten() for p in unet.parameters() if p.grad is not None]
+                norm = torch.cat(gradients).norm().item()
+                assert abs(measured.grad_norm[s] - norm) < 1e-4 * norm, (s, norm)
+        if scale == 1.0:
+            by_frame = torch.stack(frame_errors).mean(dim=0)
+            torch.testing.assert_close(by_frame, torch.tensor(measured.loss_by_frame), rtol=1e-5, atol=0)
+
+
+def check_offloaded_optimizer_forgets_too(ranks: Ranks) -> None:
+    check_forgotten_gradients_leave_no_trace(ranks, offload_optimizer=True)
 
 
 def check_offloaded_optimizer_equals_plain_torch(ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
 
@@ -42,6 +43,30 @@ def test_every_step_is_a_line_of_json_and_some_are_told(
     assert [line.split()[1] for line in told] == ["1/5", "2/5", "4/5", "5/5"]
     assert "loss 0.5000  lr 1.00e-03  grad 1.000  4.00 clips/s  2.00 s/step  eta 0:02" in told[2]
     assert (run.logs / "train.log").read_text().splitlines() == told
+
+
+def measured(loss: float) -> Measured:
+    return Measured("set", 4, [0.1, 1.0], [loss, loss], [loss + 1, loss + 1], [2.0, 3.0], [loss] * 4)
+
+
+def test_evaluations_and_skipped_steps_are_lines_and_a_resumed_run_drops_the_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder(tmp_path)
+    with Metrics(run, LoggerConfig(wandb="offline"), {}, total_steps=5, step=0) as metrics:
+        for number in (1, 3):
+            metrics.log_evaluation(number, 8 * number, measured(0.5))
+            metrics.log_skipped(number + 1, "the loss is nan", ["a", "b"])
+    told = capsys.readouterr().out
+    assert "step 3  fixed set: loss 0.5000, of the averaged weights 1.5000" in told
+    assert "step 4  skipped: the loss is nan" in told
+    run.open({}, step=3)
+    rows = [json.loads(line) for line in run.evaluation.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3]
+    assert rows[1]["samples"] == 24 and rows[1]["grad_norm"] == [2.0, 3.0]
+    assert [json.loads(line) for line in run.skipped.read_text().splitlines()] == [
+        {"step": 2, "fault": "the loss is nan", "clips": ["a", "b"]}
+    ]
 
 
 def test_wandb_goes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""What the loop sets going, and by which plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from svd_ds.batch import Batch
+from svd_ds.data.cursor import Cursor
+from svd_ds.parallel.engine import Engine
+from svd_ds.training.checkpoint import Checkpoints, Settings
+from svd_ds.training.ema import ShardEMA
+from svd_ds.training.evaluate import Evaluation
+from svd_ds.training.guard import Guard
+from svd_ds.training.metrics import Metrics
+from svd_ds.training.objective import Objective
+from svd_ds.training.optim import OptimConfig
+from svd_ds.training.preempt import StopRequest
+from svd_ds.training.preview import Previews
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, in what portions, and how often the side jobs come."""
+
+    total_steps: int
+    batch_size: int
+    """Clips a step, over all ranks."""
+    accumulation: int
+    """Micro-batches a rank sees in one step."""
+    optim: OptimConfig
+    checkpoint_every: int
+    preview_every: int
+    evaluate_every: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    engine: Engine
+    ema: ShardEMA
+    settings: Settings
+    objective: Objective
+    batches: Iterator[tuple[Batch, Cursor]]
+    guard: Guard
+    checkpoints: Checkpoints
+    evaluation: Evaluation | None
+    """None where nothing is evaluated."""
+    previews: Previews
+    stop: StopRequest
+    metrics: Metrics | None
+    """Rank 0's; None elsewhere."""
+    device: torch.device
