@@ -25,8 +25,7 @@ class Clip:
     ordinal: int
     """Position in the run's global order. It seeds everything random about the clip."""
     frames_TCHW: Tensor
-    """uint8 RGB, (T, 3, H, W); the first frame alone, (1, 3, H, W), beside `moments_TMhw`. A still image has
-    T = 1."""
+    """uint8 RGB, (T, 3, H, W); the first frame alone, (1, 3, H, W), beside `moments_TMhw`."""
     caption: str
     fps: float
     """Frames a second of the clip, after striding."""
@@ -36,6 +35,8 @@ class Clip:
     """Of the camera that orbits an object, in degrees above the horizon; NaN where the data do not say it."""
     moments_TMhw: Tensor | None = None
     """float16, (T, 2C, h, w): what the autoencoder makes of every frame, from the latent cache."""
+    still: bool = False
+    """Every frame is the same still image, seen for itself."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Batch:
     """float32, (B,)."""
     moments_BTMhw: Tensor | None = None
     """float16, (B, T, 2C, h, w): mean and log-variance of the unscaled latents; None: not cached."""
+    still_B: Tensor | None = None
+    """bool, (B,): which clips are still images; None: none is."""
 
     @property
     def num_frames(self) -> int:
@@ -66,6 +69,7 @@ class Batch:
         """Stack clips of equal shape, all of them with moments or none."""
         moments = [clip.moments_TMhw for clip in clips if clip.moments_TMhw is not None]
         assert len(moments) in (0, len(clips)), "the latent cache is on or off"
+        still = [clip.still for clip in clips]
         return Batch(
             ids=tuple(clip.id for clip in clips),
             ordinals=tuple(clip.ordinal for clip in clips),
@@ -75,6 +79,7 @@ class Batch:
             motion_bucket_B=torch.tensor([clip.motion_bucket for clip in clips], dtype=torch.float32),
             elevation_B=torch.tensor([clip.elevation for clip in clips], dtype=torch.float32),
             moments_BTMhw=torch.stack(moments) if moments else None,
+            still_B=torch.tensor(still) if any(still) else None,
         )
 
     def select(self, rows: Sequence[int]) -> Batch:
@@ -88,10 +93,11 @@ class Batch:
             motion_bucket_B=self.motion_bucket_B[list(rows)],
             elevation_B=self.elevation_B[list(rows)],
             moments_BTMhw=None if self.moments_BTMhw is None else self.moments_BTMhw[list(rows)],
+            still_B=None if self.still_B is None else self.still_B[list(rows)],
         )
 
     def to(self, device: torch.device) -> Batch:
-        moments = self.moments_BTMhw
+        moments, still = self.moments_BTMhw, self.still_B
         return replace(
             self,
             frames_BTCHW=self.frames_BTCHW.to(device, non_blocking=True),
@@ -99,6 +105,7 @@ class Batch:
             motion_bucket_B=self.motion_bucket_B.to(device, non_blocking=True),
             elevation_B=self.elevation_B.to(device, non_blocking=True),
             moments_BTMhw=None if moments is None else moments.to(device, non_blocking=True),
+            still_B=None if still is None else still.to(device, non_blocking=True),
         )
 
     def __len__(self) -> int:

@@ -14,14 +14,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from svd_ds.data.ingest import (
-    captions_of,
     clips_of,
     count_frames,
     describe,
-    elevation_of,
     encode,
     find_files,
     free_key,
+    told_of,
 )
 from svd_ds.data.writer import ShardWriter
 from svd_ds.door import run_door
@@ -31,7 +30,7 @@ EXAMPLE = """examples:
   python tools/make_shards.py --quickstart data/quickstart
 
 A caption is read from NAME.txt or NAME.json beside NAME.mp4, or else made from the name.
-NAME.json may also hold the "elevation" of the camera, in degrees.
+NAME.json may also hold the "elevation" of the camera, in degrees, and "annotations", numbers by name.
 Files that gave no clip, or broke off, are listed with the reason in OUT/refused.csv."""
 
 QUICKSTART = {
@@ -64,13 +63,14 @@ def main() -> None:
             source = str(path.relative_to(folder))
             key = free_key(source, keys)
             try:
-                captions = {"text": QUICKSTART[path.name]} if arguments.quickstart else captions_of(path)
-                elevation = elevation_of(path)
+                told = (
+                    {"captions": {"text": QUICKSTART[path.name]}} if arguments.quickstart else told_of(path)
+                )
                 for clip in clips_of(path, arguments.length, arguments.stride, arguments.size):
                     # Every 1/share-th clip: spread evenly over the files.
                     spared = int((num_clips + 1) * share) > int(num_clips * share)
                     writer = held_out if held_out and spared else training
-                    about = describe(clip, captions, source, elevation)
+                    about = describe(clip, told, source)
                     writer.add(f"{key}-{clip.start_frame:06d}", *encode(clip), about)
                     num_clips += 1
                     seconds += len(clip.frames) / clip.rate

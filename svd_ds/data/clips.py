@@ -38,12 +38,14 @@ class ClipDraws:
     left: float
     flip: float
     caption: float
+    still: float
 
     @staticmethod
     def of(seed: int, ordinal: int) -> ClipDraws:
-        """The draws of the run's `ordinal`-th sample: always all, so that no option moves another's."""
+        """The draws of the run's `ordinal`-th sample: always all, in this order, so that no option moves
+        another's."""
         generator = random.Random(f"clip {seed} {ordinal}")
-        return ClipDraws(*(generator.random() for _ in range(5)))
+        return ClipDraws(*(generator.random() for _ in range(6)))
 
 
 @dataclass(frozen=True)

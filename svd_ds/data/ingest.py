@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from svd_ds.data.flow import motion_score
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 SIDECARS = (".txt", ".json")
+TOLD = ("caption", "captions", "elevation", "annotations")
+"""What a .json beside a file may tell of it."""
 THUMBNAIL = (64, 36)
 """Width and height at which neighbouring frames are compared."""
 CUT_LEVELS = 25.0
@@ -178,14 +181,11 @@ def encode(clip: RawClip) -> tuple[str, bytes]:
     return "mp4", buffer.getvalue()
 
 
-def describe(
-    clip: RawClip, captions: Mapping[str, str], source: str, elevation: float | None = None
-) -> dict[str, Any]:
-    """What the sample's json holds, its motion measured."""
+def describe(clip: RawClip, told: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What the sample's json holds: what was told of the file (`told_of`), and what is measured here."""
     height, width = clip.frames[0].shape[:2]
-    camera = {} if elevation is None else {"elevation": elevation}
     return {
-        "captions": dict(captions),
+        **told,
         "num_frames": len(clip.frames),
         "fps": float(clip.rate),
         "height": height,
@@ -194,45 +194,47 @@ def describe(
         "source": source,
         "start_frame": clip.start_frame,
         "end_frame": clip.start_frame + len(clip.frames),
-        **camera,
     }
 
 
-def captions_of(path: Path) -> dict[str, str]:
-    """Captioner's name -> caption, from a sidecar file beside `path`, or else from the file's own name.
+def told_of(path: Path) -> dict[str, Any]:
+    """Captions, and what else the files beside `path` tell of it, as a sample's json holds it.
 
-    `clip.txt` holds a caption; `clip.json` a "caption", or "captions" by captioner, or ValueError is raised,
-    unless it is there for the elevation alone.
+    `clip.txt` holds a caption. `clip.json` may have a "caption", or "captions" by captioner; "elevation", the
+    camera's in degrees; "annotations", numbers by name. Without captions the file's own name is one. Raises
+    ValueError for values of another kind.
     """
-    text, table = path.with_suffix(".txt"), path.with_suffix(".json")
-    content = _table_beside(path)
-    if content is not None and content.keys() != {"elevation"}:
-        captions = content.get("captions", {"text": content.get("caption")})
-        if not captions or not all(isinstance(caption, str) for caption in captions.values()):
-            raise ValueError(f'{table.name} has no "caption" text and no "captions" of texts')
-        return dict(captions)
-    if text.is_file():
-        return {"text": " ".join(text.read_text().split())}
-    return {"name": re.sub(r"[\W_]+", " ", path.stem).strip()}
+    note, content = path.with_suffix(".txt"), _table_beside(path)
+    captions = content.get("captions", {"text": content["caption"]} if "caption" in content else {})
+    if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
+        raise ValueError(f'{path.stem}.json has a "caption" or "captions" that are not texts')
+    if not captions and note.is_file():
+        captions = {"text": " ".join(note.read_text().split())}
+    told: dict[str, Any] = {"captions": captions or {"name": re.sub(r"[\W_]+", " ", path.stem).strip()}}
+
+    elevation, annotations = content.get("elevation"), content.get("annotations", {})
+    if elevation is not None:
+        if not _is_number(elevation) or not -90 <= elevation <= 90:
+            raise ValueError(f'"elevation" is {elevation!r} in {path.stem}.json: no angle, -90 to 90 degrees')
+        told["elevation"] = float(elevation)
+    if not isinstance(annotations, dict) or not all(map(_is_number, annotations.values())):
+        raise ValueError(f'"annotations" in {path.stem}.json are not numbers by name')
+    if annotations:
+        told["annotations"] = annotations
+    return told
 
 
-def elevation_of(path: Path) -> float | None:
-    """The camera's, in degrees, where `clip.json` beside `path` has an "elevation"; or ValueError."""
-    elevation = (_table_beside(path) or {}).get("elevation")
-    if elevation is None:
-        return None
-    if not isinstance(elevation, int | float) or not -90 <= elevation <= 90:
-        raise ValueError(f'"elevation" is {elevation!r} in its sidecar, and no angle from -90 to 90 degrees')
-    return float(elevation)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _table_beside(path: Path) -> dict[str, Any] | None:
+def _table_beside(path: Path) -> dict[str, Any]:
     table = path.with_suffix(".json")
     if not table.is_file():
-        return None
+        return {}
     content = json.loads(table.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{table.name} holds no json object")
+    if not isinstance(content, dict) or content.keys().isdisjoint(TOLD):
+        raise ValueError(f"{table.name} is no json object with one of {', '.join(TOLD)}")
     return content
 
 

@@ -27,6 +27,7 @@ from svd_ds.batch import Batch, Clip
 from svd_ds.data import latents, workers
 from svd_ds.data.clips import ClipDraws, Timing, choose_caption, fills, read_frames
 from svd_ds.data.cursor import Cursor
+from svd_ds.data.filters import Condition, satisfies
 from svd_ds.data.order import rank_positions, samples_at, step_end
 from svd_ds.data.shards import Index, Sample
 
@@ -51,6 +52,11 @@ class DataConfig:
     """Where the window of the wanted aspect lies: "random" or "center"."""
     flip: bool = False
     """Mirror half of the clips. Leave off where captions name left and right."""
+    where: tuple[str, ...] = ()
+    """Conditions that a sample must meet, on its index line alone: "motion>=q25", "text_area<=0.07"."""
+    image_share: float = 0.0
+    """Share of the videos' clips that are a still image instead: one frame, repeated, which takes the image
+    path. Above 0 the data set's own images are admitted as well, and always are stills."""
     latents: bool = False
     """Read the latents that tools/encode.py cached, and decode only first frames. Centred, never mirrored."""
     caption_weights: dict[str, float] = field(default_factory=dict)
@@ -66,6 +72,10 @@ class DataConfig:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         if self.num_workers < 0 or self.fps < 0:
             raise ValueError(f"data.num_workers={self.num_workers} or data.fps={self.fps} is negative")
+        if not 0 <= self.image_share <= 1:
+            raise ValueError(f"data.image_share is {self.image_share}, but must lie between 0 and 1")
+        for condition in self.where:
+            Condition.parse(condition)
         if self.crop not in CROPS:
             raise ValueError(f"data.crop={self.crop!r} is none of {', '.join(CROPS)}")
         if self.latents and (self.crop != "center" or self.flip):
@@ -109,12 +119,18 @@ class Loader:
         self.config, self.seed, self.rank, self.world = config, seed, rank, world
         self.global_batch, self.micro_batch = global_batch, micro_batch
         everything = Index.load(config.path)
-        self.index = everything.keep(partial(_usable, config))
+        chosen = everything.keep(satisfies(config.where, everything)) if config.where else everything
+        if not len(chosen):
+            raise ValueError(
+                f"none of the {len(everything)} samples in {config.path} meets data.where="
+                f"[{', '.join(config.where)}]"
+            )
+        self.index = chosen.keep(partial(_usable, config))
         self.num_left_out = len(everything) - len(self.index)
         if not len(self.index):
             raise ValueError(
-                f"none of the {len(everything)} samples in {config.path} has {config.num_frames} frames that "
-                f"fill {config.height} x {config.width} pixels: {_largest(everything)}"
+                f"none of the {len(chosen)} samples in {config.path} has {config.num_frames} frames that "
+                f"fill {config.height} x {config.width} pixels: {_largest(chosen)}"
             )
         self.origin = _origin(self.index, config) if config.latents else None
         self.cursor = cursor or Cursor(0, self.index.fingerprint)
@@ -193,8 +209,10 @@ def _read_clip(
     """Read, decode and crop one sample. Raises ValueError, naming shard and sample, if it cannot be read."""
     ordinal, sample = place
     draws = ClipDraws.of(seed, ordinal)
-    timing = Timing.of(sample.num_frames, sample.fps, config.num_frames, config.fps, draws.start)
-    wanted = timing.frames(config.num_frames)
+    still = config.num_frames > 1 and (sample.num_frames == 1 or draws.still < config.image_share)
+    num_frames = 1 if still else config.num_frames
+    timing = Timing.of(sample.num_frames, sample.fps, num_frames, config.fps, draws.start)
+    wanted = timing.frames(num_frames)
     top, left = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
     mirrored = config.flip and draws.flip < 0.5
     moments = None
@@ -209,15 +227,22 @@ def _read_clip(
     except ValueError as error:
         shard = index.folder / index.shards[sample.shard].name
         raise ValueError(f"sample {sample.id} of {shard} cannot be read: {error}") from error
+    if still:
+        # Each of the T frames gets noise of its own: T lessons of one image, in the shape of a clip.
+        if moments is None:
+            frames = frames.expand(config.num_frames, -1, -1, -1)
+        else:
+            moments = moments.expand(config.num_frames, -1, -1, -1)
     return Clip(
         id=sample.id,
         ordinal=ordinal,
         frames_TCHW=frames,
         caption=caption,
         fps=timing.fps,
-        motion_bucket=index.motion_map.bucket(sample.motion),
+        motion_bucket=index.motion_map.bucket(0.0 if still else sample.motion),
         elevation=math.nan if sample.elevation is None else sample.elevation,
         moments_TMhw=moments,
+        still=still,
     )
 
 
@@ -228,9 +253,10 @@ def _read_moments(content: bytes, wanted: range, origin: latents.Origin) -> Tens
 
 
 def _usable(config: DataConfig, sample: Sample) -> bool:
-    """Is the sample long enough, and large enough to be reduced rather than enlarged?"""
+    """Is the sample long enough, or a wanted image, and large enough to be reduced rather than enlarged?"""
     large = fills((sample.height, sample.width), (config.height, config.width))
-    return large and sample.num_frames >= config.num_frames
+    long = sample.num_frames >= config.num_frames or (sample.num_frames == 1 and config.image_share > 0)
+    return large and long
 
 
 def _largest(index: Index) -> str:

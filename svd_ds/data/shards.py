@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Sample:
     """See `flow.motion_score`."""
     elevation: float | None = None
     """Of the camera, in degrees, where the sample says it."""
+    annotations: dict[str, float] = field(default_factory=dict)
+    """Further numbers that the sample's json gives, by name: text_area, aesthetic, ..."""
 
     @property
     def media(self) -> str:

@@ -146,11 +146,12 @@ def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
                 members={name: (entry.offset_data, entry.size) for name, entry in members.items()},
                 **{name: about[name] for name in ("num_frames", "fps", "height", "width", "motion")},
                 elevation=about.get("elevation"),
+                annotations=about.get("annotations", {}),
             )
 
 
 def _known(sample: Sample) -> dict[str, Any]:
-    return {name: value for name, value in asdict(sample).items() if value is not None}
+    return {name: value for name, value in asdict(sample).items() if value not in (None, {})}
 
 
 def replace_file(path: Path, content: bytes) -> None:

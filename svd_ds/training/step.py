@@ -11,7 +11,7 @@ h x w latent pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class Diffusion(Objective):
 
     def _condition(self, batch: Batch, frames_BTCHW: Tensor, draws: Draws) -> Conditioning:
         config = self.conditioner.config
-        return self.conditioner(
+        cond = self.conditioner(
             self.autoencoder,
             first_frame_BCHW=frames_BTCHW[:, 0],
             last_frame_BCHW=frames_BTCHW[:, -1],
@@ -105,3 +105,6 @@ class Diffusion(Objective):
             drop_context_B=draws.drop_BS[:, 0] < config.context_drop_rate,
             drop_concat_B=draws.drop_BS[:, 1] < config.concat_drop_rate,
         )
+        if batch.still_B is None:
+            return cond
+        return replace(cond, image_only_BT=batch.still_B[:, None].expand(-1, batch.num_frames))

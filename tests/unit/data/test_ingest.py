@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from svd_ds.data.clips import decode, to_rgb
-from svd_ds.data.ingest import RawClip, captions_of, count_frames, encode, free_key, read_image, read_video
+from svd_ds.data.ingest import RawClip, count_frames, encode, free_key, read_image, read_video, told_of
 from tests.videos import counting, moving_square, write_video
 
 
@@ -126,18 +126,41 @@ def test_image(tmp_path: Path) -> None:
 
 def test_captions(tmp_path: Path) -> None:
     video = tmp_path / "A_red-car (1).mp4"
-    assert captions_of(video) == {"name": "A red car 1"}
+    assert told_of(video) == {"captions": {"name": "A red car 1"}}
     video.with_suffix(".txt").write_text("a red car\n turns left\n")
-    assert captions_of(video) == {"text": "a red car turns left"}
+    assert told_of(video) == {"captions": {"text": "a red car turns left"}}
     table = video.with_suffix(".json")
     table.write_text(json.dumps({"caption": "one"}))
-    assert captions_of(video) == {"text": "one"}
+    assert told_of(video) == {"captions": {"text": "one"}}
     table.write_text(json.dumps({"captions": {"coca": "two", "llm": "three"}}))
-    assert captions_of(video) == {"coca": "two", "llm": "three"}
-    for wrong in ("[]", "{}", '{"captions": {"coca": 3}}', "not json"):
-        table.write_text(wrong)
-        with pytest.raises(ValueError):
-            captions_of(video)
+    assert told_of(video) == {"captions": {"coca": "two", "llm": "three"}}
+    table.write_text(json.dumps({"elevation": 10, "annotations": {"text_area": 0.05}}))
+    assert told_of(video) == {
+        "captions": {"text": "a red car turns left"},
+        "elevation": 10.0,
+        "annotations": {"text_area": 0.05},
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "[]",
+        "{}",
+        "not json",
+        '{"text": "a red car"}',
+        '{"captions": {"coca": 3}}',
+        '{"captions": "a red car"}',
+        '{"elevation": "high"}',
+        '{"elevation": 120}',
+        '{"annotations": {"aesthetic": "good"}}',
+    ],
+)
+def test_a_sidecar_of_another_kind_is_refused(tmp_path: Path, wrong: str) -> None:
+    video = tmp_path / "a.mp4"
+    video.with_suffix(".json").write_text(wrong)
+    with pytest.raises(ValueError):
+        told_of(video)
 
 
 def test_keys_are_free() -> None:

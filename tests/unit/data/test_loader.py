@@ -142,6 +142,33 @@ def test_short_and_small_samples_are_left_out(tmp_path: Path) -> None:
         Loader(config(tmp_path, num_frames=9), 0, 0, 1, 2, 2)
 
 
+def test_a_share_of_the_clips_are_stills(shards: Path) -> None:
+    videos, mixed = (
+        next(iter(Loader(config(shards, num_frames=4, image_share=share), 5, 0, 1, 60, 60)))[0]
+        for share in (0.0, 0.3)
+    )
+    assert videos.still_B is None
+    assert mixed.still_B is not None and 8 <= mixed.still_B.sum() <= 28
+    assert mixed.ids == videos.ids and mixed.frames_BTCHW.shape == videos.frames_BTCHW.shape
+    for row, still in enumerate(mixed.still_B):
+        clip_TCHW = mixed.frames_BTCHW[row]
+        assert bool(still) == bool((clip_TCHW == clip_TCHW[0]).all())
+        assert bool(still) != torch.equal(clip_TCHW, videos.frames_BTCHW[row])
+
+
+def test_images_are_admitted_among_videos_as_stills(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    for name, num_frames in {"video": 4, "image": 1}.items():
+        frames = moving_square(num_frames, 32, 48)
+        writer.add(name, "mp4", encode(frames), about(frames))
+    writer.close()
+    assert len(Loader(config(tmp_path, num_frames=4), 0, 0, 1, 2, 2)) == 1
+    data = config(tmp_path, num_frames=4, image_share=1e-9)
+    batch, _ = next(iter(Loader(data, 0, 0, 1, 2, 2)))
+    assert batch.still_B is not None
+    assert dict(zip(batch.ids, batch.still_B.tolist(), strict=True)) == {"video": False, "image": True}
+
+
 def test_batches_that_do_not_divide_are_refused(shards: Path) -> None:
     with pytest.raises(ValueError, match="10 clips is not a multiple of 2 ranks x 4 clips a micro-batch = 8"):
         Loader(config(shards), 0, 0, 2, global_batch=10, micro_batch=4)
@@ -173,6 +200,7 @@ def test_sample_without_frames_is_named_in_one_sentence(tmp_path: Path, num_work
         ({"num_frames": 0}, r"data\.num_frames must be at least 1, not 0"),
         ({"crop": "left"}, "'left' is none of random, center"),
         ({"num_workers": -1}, "negative"),
+        ({"image_share": 1.5}, "image_share is 1.5, but must lie between 0 and 1"),
         ({"caption_weights": {"coca": 0.0}}, "all zero"),
     ],
 )

@@ -43,6 +43,7 @@ class Recorder:
         self, x: Tensor, c_noise: Tensor, context: Tensor, scalars: Tensor, image_only: Tensor | None
     ) -> Tensor:
         self.x, self.c_noise, self.context, self.scalars = x, c_noise, context, scalars
+        self.image_only = image_only
         return torch.zeros_like(x[:, :, :4])
 
 
@@ -124,3 +125,12 @@ def test_one_clip_can_be_overfitted(diffusion: Diffusion) -> None:
         losses.append(loss.item())
     first, last = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
     assert last < first / 10, f"the loss fell from {first:.3f} to {last:.3f}"
+
+
+def test_still_images_take_the_image_path(diffusion: Diffusion) -> None:
+    net = Recorder()
+    diffusion.loss(net, Batch.of([clip(3), clip(9)]))
+    assert net.image_only is None
+    diffusion.loss(net, Batch.of([clip(3), replace(clip(9), still=True)]))
+    assert net.image_only is not None
+    assert net.image_only.tolist() == [[False] * 4, [True] * 4]

@@ -1,0 +1,80 @@
+"""Conditions on what the index says of a sample: `motion>=q25`, `text_area<=0.07`.
+
+A condition compares one number of the sample, which is a field of its index line or one of its annotations,
+with a number, or with a quantile: q25 is the value that a quarter of the data set's samples lie below. So
+the filters of arXiv 2311.15127 section 3.3 ("drop the 25 % most static") are conditions, and a training on a
+subset needs no second copy of the shards. Quantiles are those of the whole data set, whatever else is
+filtered: each axis can be studied by itself, as the paper does.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from svd_ds.data.shards import Index, Sample
+
+FIELDS = ("motion", "num_frames", "fps", "height", "width", "elevation")
+"""What every index line may be asked for, beside the annotations that its data set has."""
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+GRAMMAR = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*(q?)([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One comparison."""
+
+    name: str
+    comparison: str
+    value: float
+    is_quantile: bool
+    """`value` is a percentage of the data set's samples."""
+
+    @staticmethod
+    def parse(text: str) -> Condition:
+        """Read NAME>=NUMBER or NAME>=qPERCENT (or <=, >, <); ValueError for anything else."""
+        match = GRAMMAR.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"data.where has {text!r}, which is no condition like motion>=q25 or text_area<=0.07"
+            )
+        name, comparison, quantile, number = match.groups()
+        if quantile and not 0 <= float(number) <= 100:
+            raise ValueError(f"data.where has {text!r}, but a quantile lies between q0 and q100")
+        return Condition(name, comparison, float(number), bool(quantile))
+
+    def threshold(self, samples: Iterable[Sample]) -> float:
+        """The number to compare with, given the data set's samples."""
+        if not self.is_quantile:
+            return self.value
+        return float(np.quantile([number_of(sample, self.name) for sample in samples], self.value / 100))
+
+
+def number_of(sample: Sample, name: str) -> float:
+    """A sample's field or annotation. Raises ValueError, naming the sample, where it has none."""
+    value = getattr(sample, name) if name in FIELDS else sample.annotations.get(name)
+    if value is None:
+        known = [field for field in FIELDS if field != name] + sorted(sample.annotations)
+        raise ValueError(
+            f"data.where asks for {name}, which sample {sample.id} lacks; it has {', '.join(known)}"
+        )
+    return float(value)
+
+
+def satisfies(conditions: Sequence[str], index: Index) -> Callable[[Sample], bool]:
+    """Does a sample of `index` meet every condition? Raises ValueError as `Condition` and `number_of` do."""
+    parsed = [Condition.parse(text) for text in conditions]
+    tests = [
+        (condition.name, COMPARISONS[condition.comparison], condition.threshold(index.samples()))
+        for condition in parsed
+    ]
+    return lambda sample: all(compare(number_of(sample, name), limit) for name, compare, limit in tests)
