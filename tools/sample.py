@@ -19,6 +19,7 @@ from svd_ds.video import contact_sheet, read_image, to_uint8, write_mp4
 EXAMPLE = """examples:
   python tools/sample.py runs/small --image frame.png --out samples
   python tools/sample.py ~/stable-video-diffusion-img2vid --image a.jpg b.jpg --out samples --steps 25
+  python tools/sample.py runs/interpolation --image a.png --last-image b.png --out samples --guidance 1:1
   python tools/sample.py runs/text --caption "a boat on a lake" --out samples --guidance 7:7
 """
 
@@ -34,6 +35,7 @@ def main() -> None:
         fps=arguments.fps,
         motion_bucket=arguments.motion_bucket,
         augmentation=arguments.augmentation,
+        elevation=arguments.elevation,
         seed=arguments.seed,
     )
     device = torch.device(arguments.device)
@@ -46,7 +48,7 @@ def main() -> None:
     videos = []
     with Progress() as bar:
         task = bar.add_task("sample", total=len(jobs) * config.num_steps)
-        for i, (name, first_frame_CHW, caption) in enumerate(jobs):
+        for i, (name, first_frame_CHW, last_frame_CHW, caption) in enumerate(jobs):
             frames_BTCHW = sample_video(
                 pipeline.unet,
                 pipeline.autoencoder,
@@ -57,6 +59,7 @@ def main() -> None:
                 captions=[caption],
                 ordinals=[i],
                 progress=lambda step: bar.advance(task),
+                last_frame_BCHW=last_frame_CHW[None].to(device),
             )
             videos.append(to_uint8(frames_BTCHW[0]))
             write_mp4(videos[-1], arguments.out / f"{i}-{name}.mp4", config.fps)
@@ -68,21 +71,32 @@ def main() -> None:
 
 def make_jobs(
     arguments: argparse.Namespace, conditioning: ConditionerConfig, height: int, width: int
-) -> list[tuple[str, Tensor, str]]:
-    """Name, first frame in [-1, 1] (grey where the network sees none) and caption of each video."""
-    takes_image = "image" in (conditioning.context, conditioning.concat)
-    takes_text = conditioning.context == "text"
-    if (takes_image and not arguments.image) or (takes_text and not arguments.caption):
-        options = ["--image"] * takes_image + ["--caption"] * takes_text
-        raise ValueError(f"{arguments.run} is conditioned on what you give with {' and '.join(options)}")
-    num_videos = len(arguments.image if takes_image else arguments.caption) or 1
-    captions = arguments.caption if takes_text else [""] * num_videos
-    if len(captions) != num_videos:
-        raise ValueError(f"{len(captions)} captions do not go with {num_videos} images")
-    if not takes_image:
-        return [(f"video-{i}", torch.zeros(3, height, width), captions[i]) for i in range(num_videos)]
-    frames = [read_image(path, height, width).float() / 127.5 - 1 for path in arguments.image]
-    return list(zip([path.stem for path in arguments.image], frames, captions, strict=True))
+) -> list[tuple[str, Tensor, Tensor, str]]:
+    """Name, first and last frame in [-1, 1] (grey where the network sees none) and caption of each video."""
+    takes_first = conditioning.takes_last or "image" in (conditioning.context, conditioning.concat)
+    options = {
+        "--image": (takes_first, arguments.image),
+        "--last-image": (conditioning.takes_last, arguments.last_image),
+        "--caption": (conditioning.context == "text", arguments.caption),
+    }
+    given = {option: values for option, (takes, values) in options.items() if takes}
+    if not all(given.values()):
+        raise ValueError(f"{arguments.run} is conditioned on what you give with {' and '.join(given)}")
+    for option, (takes, values) in options.items():
+        if values and not takes:
+            raise ValueError(f"{arguments.run} takes no {option}")
+    if len({len(values) for values in given.values()}) > 1:
+        told = " and ".join(f"{len(values)} with {option}" for option, values in given.items())
+        raise ValueError(f"each video needs one of each, and you give {told}")
+    num_videos = len(next(iter(given.values()), [""]))
+
+    def read(paths: list[Path]) -> list[Tensor]:
+        frames = [read_image(path, height, width).float() / 127.5 - 1 for path in paths]
+        return frames or [torch.zeros(3, height, width)] * num_videos
+
+    names = [path.stem for path in arguments.image] or [f"video-{i}" for i in range(num_videos)]
+    captions = arguments.caption or [""] * num_videos
+    return list(zip(names, read(arguments.image), read(arguments.last_image), captions, strict=True))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,33 +107,24 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder, a checkpoint, or a pipeline folder")
     add("--image", type=Path, nargs="+", default=[], metavar="FILE", help="first frames, one a video")
+    add("--last-image", type=Path, nargs="+", default=[], metavar="FILE", help="to interpolate to")
     add("--caption", nargs="+", default=[], metavar="TEXT", help="for networks that read text, one a video")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the videos go")
     add("--frames", type=int, metavar="T", help="default: what RUN was trained on")
     add("--size", type=size, metavar="HxW", help="default: the run's; 576x1024 for a pipeline folder")
-    add("--steps", type=int, default=defaults.num_steps, metavar="N", help="default: %(default)s")
-    add("--sampler", choices=list(SAMPLERS), default=defaults.sampler, help="default: %(default)s")
-    add("--guidance", type=guidance, default="1:2.5", metavar="MIN:MAX", help="default: %(default)s")
-    add("--guidance-kind", choices=GUIDANCE_KINDS, default=defaults.guidance, help="default: %(default)s")
-    add("--fps", type=float, default=defaults.fps, help="default: %(default)s")
-    add(
-        "--motion-bucket",
-        type=float,
-        default=defaults.motion_bucket,
-        metavar="M",
-        help="default: %(default)s",
-    )
-    add(
-        "--augmentation",
-        type=float,
-        default=defaults.augmentation,
-        metavar="SIGMA",
-        help="default: %(default)s",
-    )
-    add("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    told = "default: %(default)s"
+    add("--steps", type=int, default=defaults.num_steps, metavar="N", help=told)
+    add("--sampler", choices=list(SAMPLERS), default=defaults.sampler, help=told)
+    add("--guidance", type=guidance, default="1:2.5", metavar="MIN:MAX", help=told)
+    add("--guidance-kind", choices=GUIDANCE_KINDS, default=defaults.guidance, help=told)
+    add("--fps", type=float, default=defaults.fps, help=told)
+    add("--motion-bucket", type=float, default=defaults.motion_bucket, metavar="M", help=told)
+    add("--augmentation", type=float, default=defaults.augmentation, metavar="SIGMA", help=told)
+    add("--elevation", type=float, default=defaults.elevation, metavar="DEGREES", help=told)
+    add("--seed", type=int, default=defaults.seed, help=told)
     add("--ema", metavar="NAME", help="which average of a run, or raw; default: its first average")
     add("--frozen", metavar="FOLDER", help="where vae/ and the encoders are; default: RUN's own")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=told)
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

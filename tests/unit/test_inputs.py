@@ -1,7 +1,9 @@
-"""What a run reads: whose latents it takes, what its previews show, from which stage it can start."""
+"""What a run reads: whose latents it takes, what its previews show, from which stage it can start, and
+which conditions fit."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import yaml
 from svd_ds.config import RunConfig, compose
 from svd_ds.data.latents import MEMBER, Origin, pack
 from svd_ds.data.writer import ShardWriter
-from svd_ds.inputs import read_inputs
+from svd_ds.inputs import Inputs, check_fit, read_inputs
 from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.conditioner import Conditioner
 from svd_ds.model.unet import UNet
 from svd_ds.model.weights import save_unet
 from svd_ds.parallel.env import Env
@@ -112,3 +115,54 @@ def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:
 def test_nothing_is_frozen_at_random(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optim.spatial_rate=0 freezes .* init.from is null"):
         read_inputs(compose(["debug=tiny", "temporal=videoldm", f"run.dir={tmp_path}"]), CPU)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    write(folder / "data", "0123456789ab")
+    config = compose(["debug=tiny", f"run.dir={folder / 'run'}", f"data.path={folder / 'data'}"])
+    return read_inputs(config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["conditioning=interpolation"],
+            "model.in_channels is 8, but 4 latent channels and conditioning.concat=ends make 9",
+        ),
+        (
+            ["conditioning=interpolation", "model.in_channels=9"],
+            "model.masked is false and conditioning.concat ends",
+        ),
+        (["model.masked=true"], "model.masked is true and conditioning.concat image"),
+        (
+            ["conditioning=interpolation", "model=svd_interpolation", "data.num_frames=2"],
+            "data.num_frames is 2, but a clip whose ends condition it has at least 3",
+        ),
+        (
+            [
+                "conditioning=interpolation",
+                "model=svd_interpolation",
+                "data.latents=true",
+                "data.crop=center",
+            ],
+            "data.latents=true decodes the first frame of a clip alone",
+        ),
+        (
+            ["conditioning=multiview"],
+            "model.num_scalars is 3, but conditioning.scalars names 4: fps, motion_bucket, augm",
+        ),
+        (
+            ["conditioning=multiview", "model.num_scalars=4"],
+            'sample a in data/quickstart does not have: its json needs the key "elevation"',
+        ),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(inputs: Inputs, overrides: list[str], sentence: str) -> None:
+    config = compose(["debug=tiny", *overrides])
+    assert inputs.conditioner is not None
+    conditioner = Conditioner(config.conditioning, inputs.conditioner.encoder)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_fit(config, replace(inputs, conditioner=conditioner))

@@ -126,6 +126,12 @@ def test_the_conditioner_is_told_the_settings() -> None:
     assert recorder.told["noise_BKCHW"].std() == pytest.approx(1, abs=0.1)
 
 
+def test_the_conditioner_is_given_the_last_frame_too() -> None:
+    first, last = first_frames(), first_frames()
+    _, recorder = sample(first, SampleConfig(num_steps=1), last_frame_BCHW=last)
+    assert torch.equal(recorder.told["last_frame_BCHW"], last)
+
+
 def test_the_start_has_the_largest_sigma() -> None:
     starts = []
 

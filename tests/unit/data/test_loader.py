@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_batch(shards: Path) -> None:
     assert batch.motion_bucket_B.tolist() == pytest.approx(
         [index.motion_map.bucket(motion[i]) for i in batch.ids]
     )
+
+
+def test_elevation_comes_from_the_samples_that_have_it(tmp_path: Path) -> None:
+    frames, writer = moving_square(2), ShardWriter(tmp_path)
+    for name, camera in (("a", {"elevation": -5.0}), ("b", {})):
+        writer.add(name, "mp4", encode(frames), about(frames, **camera))
+    writer.close()
+    assert [sample.elevation for sample in Index.load(tmp_path).samples()] == [-5.0, None]
+    batch, _ = next(iter(Loader(config(tmp_path), 0, 0, 1, 2, 2)))
+    found = dict(zip(batch.ids, batch.elevation_B.tolist(), strict=True))
+    assert found["a"] == -5.0 and math.isnan(found["b"])
 
 
 def test_options(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, speed in enumerate((0.0, 0.25, 0.75)):
         write_video(folder / "sub" / f"shape_{number}.mp4", moving_square(60, speed=speed, seed=number))
     (folder / "sub" / "shape_1.txt").write_text("a square moves slowly")
+    (folder / "sub" / "shape_2.json").write_text('{"elevation": 30}')
     Image.fromarray(moving_square(1)[0]).save(folder / "still.png")
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("this is no video")
@@ -80,6 +81,7 @@ def test_shapes_images_and_junk(make_shards: Callable[..., Ended], folder: Path,
     assert samples["still-000000"].num_frames == 1 and samples["still-000000"].media == "jpg"
     motions = [samples[f"sub_shape_{number}-000012"].motion for number in range(3)]
     assert motions == sorted(motions) and motions[0] < 0.01 < motions[1]
+    assert samples["sub_shape_2-000000"].elevation == 30 and samples["sub_shape_1-000000"].elevation is None
     assert {(sample.height, sample.width) for sample in samples.values()} == {(32, 42)}
 
     loader = Loader(DataConfig(str(out), 4, 32, 40, fps=8, num_workers=0), 0, 0, 1, 12, 12)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import runpy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import av
 import pytest
+import yaml
 from PIL import Image
 
+from svd_ds.model.conditioner import ConditionerConfig
+from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.model.weights import save_unet
 from svd_ds.sample import TINY
 
 TOOL = Path(__file__).parents[3] / "tools" / "sample.py"
@@ -37,11 +43,56 @@ def test_images_become_videos(
     assert "wrote 2 videos" in capsys.readouterr().out
 
 
+def write_interpolation_run(folder: Path) -> Path:
+    """A checkpoint, as far as sampling reads it, of a network that interpolates 4 frames."""
+    config = UNetConfig(
+        in_channels=9,
+        masked=True,
+        widths=(32,),
+        attention_levels=(True,),
+        num_layers=1,
+        context_width=64,
+        head_width=32,
+        scalar_width=32,
+    )
+    save_unet(UNet(config), folder / "checkpoints" / "step-0000001")
+    conditioning = asdict(ConditionerConfig(context="ends", concat="ends"))
+    settings = {
+        "frozen": {"path": "tiny"},
+        "conditioning": conditioning | {"scalars": list(conditioning["scalars"])},
+        "data": {"num_frames": 4, "height": 16, "width": 24},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "checkpoints" / "step-0000001"
+
+
+def test_two_images_are_interpolated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder = write_interpolation_run(tmp_path / "run")
+    red, blue = tmp_path / "red.png", tmp_path / "blue.png"
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(red)
+    Image.new("RGB", (50, 40), (30, 30, 200)).save(blue)
+    out = ["--out", tmp_path / "out", "--steps", 1]
+    assert run(monkeypatch, run_folder, "--image", red, "--last-image", blue, *out) == 0
+    with av.open(str(tmp_path / "out" / "0-red.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 4
+    for arguments, sentence in (
+        (["--image", red], "conditioned on what you give with --image and --last-image"),
+        (["--image", red, blue, "--last-image", red], "2 with --image and 1 with --last-image"),
+        (["--image", red, "--last-image", blue, "--frames", 2], "a clip of 2 frames has none between"),
+        (["--image", red, "--last-image", blue, "--caption", "a boat"], "takes no --caption"),
+    ):
+        assert run(monkeypatch, run_folder, *arguments, *out) == 2
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--caption", "a boat"], "conditioned on what you give with --image"),
         (["--image", "nowhere.png"], "there is no image nowhere.png"),
+        (["--image", "a.png", "--last-image", "b.png"], "takes no --last-image"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(

@@ -63,6 +63,39 @@ def test_the_network_sees_what_the_paper_says(diffusion: Diffusion) -> None:
     assert error < 0.5, "the posterior mean of the first frame, but for its noise, and not scaled"
 
 
+def test_both_ends_and_the_elevation_reach_the_network(diffusion: Diffusion) -> None:
+    config = ConditionerConfig(
+        context="ends",
+        concat="ends",
+        scalars=("fps", "motion_bucket", "augmentation", "elevation"),
+        drop_context=0.0,
+        drop_concat=0.0,
+    )
+    net, conditioner = Recorder(), Conditioner(config, diffusion.conditioner.encoder)
+    clips = [replace(clip(3), elevation=12.5), clip(9)]
+    replace(diffusion, conditioner=conditioner).loss(net, Batch.of(clips))
+    assert net.x.shape == (2, 4, 9, 8, 8) and net.context.shape == (2, 2, 64)
+    assert net.scalars[0, 3] == 12.5 and net.scalars[1, 3].isnan()
+    assert net.x[0, :, 8, 0, 0].tolist() == [1, 0, 0, 1]
+    for place in (0, -1):
+        frame = clip(3).frames_TCHW[place][None].float() / 127.5 - 1
+        latents = diffusion.autoencoder.encode(frame)[:, :4]
+        assert (net.x[0, place, 4:8] - latents).norm() < 0.5 * latents.norm()
+
+
+def test_captions_reach_the_network_and_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
+    text = ConditionerConfig(context="text", concat="none", scalars=("fps", "motion_bucket"), drop_text=0.5)
+    conditioner, net = Conditioner.load(text, TINY), Recorder()
+    replace(diffusion, conditioner=conditioner).loss(net, Batch.of([clip(i, fps=8.0) for i in range(16)]))
+    assert net.x.shape == (16, 4, 4, 8, 8), "nothing is joined to the noisy latents"
+    assert net.scalars[0].tolist() == [7.0, 100.0], "fps - 1, motion bucket"
+    assert net.context.shape == (16, 77, 64)
+    dropped = (net.context == 0).all(dim=(1, 2))
+    assert 2 < dropped.sum() < 14
+    states = conditioner.encoder(["a square moves"])  # type: ignore[operator]
+    assert all(torch.allclose(states[0], kept, atol=1e-5) for kept in net.context[~dropped])
+
+
 def test_sigma_belongs_to_the_clip_whatever_its_batch(diffusion: Diffusion) -> None:
     net = Recorder()
     together = diffusion.loss(net, Batch.of([clip(3), clip(9)]))
