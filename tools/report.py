@@ -1,4 +1,4 @@
-"""Write one HTML file about a run, or about several side by side."""
+"""Write one HTML file about a run, or about several side by side, ranked by their loss on the fixed set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from svd_ds.evaluation.report import write_report
 
 EXAMPLE = """example:
   python tools/report.py runs/small
-  python tools/report.py runs/lr-1e-4 runs/lr-3e-5 --out compare.html
+  python tools/report.py runs/noise_schedule-* --out compare.html
 """
 
 

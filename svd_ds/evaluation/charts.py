@@ -12,14 +12,21 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-COLOURS = ("#3b7dd8", "#d9822b", "#2f9e77", "#b4539c", "#c9453f", "#7a6ff0", "#8a8f98", "#a98b2d")
+COLOURS = (
+    "#3b7dd8", "#d9822b", "#2f9e77", "#c9453f", "#8b6fe0", "#a98b2d",
+    "#c2549f", "#27a3b8", "#8a8f98", "#7fa63a", "#a4653d", "#5b6cc4",
+)  # fmt: skip
 """Of the runs, in order; legible on white and on black."""
+RAMP = ("#b9cdea", "#94b5e2", "#6e9cdb", "#4a83d3", "#2f68b6", "#1f4a88")
+"""Of one run's evaluations, the oldest first."""
 INK, RULE = "#010203", "#040506"
 """Stand-ins that become the page's own colours in `_svg`."""
 MAX_POINTS = 1000
-"""Points drawn of a curve: the page stays small however long the run."""
+"""Points drawn on a set of axes for each curve of one, for all of several: the page stays small."""
 LOG_RATIO = 20.0
-"""Highest over lowest smoothed value from which the y axis is logarithmic."""
+"""Highest over lowest value of the lines from which the y axis is logarithmic."""
+COLUMNS = 5
+"""Of small axes beside each other."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,31 @@ class Curve:
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    colour: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One set of axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+    smooth: bool = False
+    """Draw smoothed lines, over the raw values as points where there is one curve."""
+    log_x: bool = False
+    marked: bool = False
+    """Mark the values themselves: there are few."""
+
+
+def colours(num: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(num)]
+
+
+def ramp(num: int) -> list[str]:
+    """From light to dark."""
+    return [RAMP[-1 - round((num - 1 - i) * (len(RAMP) - 1) / max(1, num - 1))] for i in range(num)]
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
@@ -44,45 +76,74 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
     return np.array(result)
 
 
-def chart(title: str, curves: Sequence[Curve], x_label: str, smooth: bool) -> str:
-    """One set of axes as an <svg> element: with `smooth`, raw values as points under their smoothed line.
-
-    A curve's colour is that of its place in `curves`; a single one has no legend.
-    """
-    # Text stays text, and ids differ between the charts of a page.
-    options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}
-    with matplotlib.rc_context(options):
+def draw(chart: Chart, legend: bool = False) -> str:
+    """A chart as an <svg> element, with a legend beside it if wanted: the page may have its own."""
+    with _style(chart.title):
         figure = Figure(figsize=(6.4, 2.9), layout="constrained")
         axes = figure.subplots()
-        lines = [smoothed(curve.y) if smooth else np.array(curve.y) for curve in curves]
-        for curve, line, colour in zip(curves, lines, _cycle(len(curves)), strict=True):
-            thin = slice(None, None, max(1, math.ceil(len(curve.x) / MAX_POINTS)))
-            if smooth:
-                axes.plot(curve.x[thin], curve.y[thin], ".", color=colour, alpha=0.35, markersize=3.2, mew=0)
-            axes.plot(curve.x[thin], line[thin], color=colour, linewidth=1.6, label=curve.label)
-        if _wants_log(lines):
-            axes.set_yscale("log")
-        else:
-            axes.ticklabel_format(axis="y", scilimits=(-3, 5))
-            axes.yaxis.get_offset_text().set_color(INK)
-        if len(curves) > 1:
-            axes.legend(frameon=False, labelcolor=INK)
-        axes.set_title(title, loc="left", color=INK, fontsize=10)
-        axes.set_xlabel(x_label, color=INK)
-        axes.grid(color=RULE, linewidth=0.6)
-        axes.tick_params(which="both", color=RULE, labelcolor=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(RULE)
+        _fill(axes, chart, line_width=1.6)
+        axes.set_title(chart.title, loc="left", color=INK, fontsize=10)
+        axes.set_xlabel(chart.x_label, color=INK)
+        axes.set_ylabel(chart.y_label, color=INK)
+        if legend:
+            figure.legend(loc="outside right upper", frameon=False, labelcolor=INK)
         return _svg(figure)
+
+
+def draw_small(charts: Sequence[Chart]) -> str:
+    """Several small charts of one x axis, in rows, as one <svg> element."""
+    num_rows = -(-len(charts) // COLUMNS)
+    with _style(charts[0].title):
+        figure = Figure(figsize=(13.2, 0.35 + 1.75 * num_rows), layout="constrained")
+        grid = figure.subplots(num_rows, COLUMNS, squeeze=False)
+        for axes, chart in zip(grid.flat, charts, strict=False):
+            _fill(axes, chart, line_width=1.3)
+            axes.set_title(chart.title, loc="left", color=INK, fontsize=9)
+        for axes in grid.flat[len(charts) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(charts[0].y_label, color=INK)
+        for axes in grid[-1]:
+            axes.set_xlabel(charts[0].x_label, color=INK)
+        return _svg(figure)
+
+
+def _style(salt: str) -> Any:
+    # Text stays text, and ids differ between the charts of a page.
+    options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}
+    return matplotlib.rc_context(options)
+
+
+def _fill(axes: Any, chart: Chart, line_width: float) -> None:
+    lines = [smoothed(curve.y) if chart.smooth else np.array(curve.y, float) for curve in chart.curves]
+    most = max(50, MAX_POINTS // max(1, len(lines)))
+    for curve, line in zip(chart.curves, lines, strict=True):
+        thin = slice(None, None, max(1, math.ceil(len(line) / most)))
+        if chart.smooth and len(lines) == 1:
+            axes.plot(
+                curve.x[thin], curve.y[thin], ".", color=curve.colour, alpha=0.35, markersize=3.2, mew=0
+            )
+        mark = "o" if chart.marked or len(line) == 1 else None
+        axes.plot(
+            curve.x[thin], line[thin], color=curve.colour, label=curve.label,
+            linewidth=line_width, marker=mark, markersize=3,
+        )  # fmt: skip
+    if chart.log_x:
+        axes.set_xscale("log")
+    if _wants_log(lines):
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.yaxis.get_offset_text().set_color(INK)
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.tick_params(which="both", color=RULE, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
 
 
 def _wants_log(lines: Sequence[np.ndarray]) -> bool:
     values = np.concatenate([line[np.isfinite(line)] for line in lines])
     return len(values) > 0 and values.min() > 0 and values.max() > LOG_RATIO * values.min()
-
-
-def _cycle(num: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(num)]
 
 
 def _svg(figure: Figure) -> str:

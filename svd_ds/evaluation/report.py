@@ -1,35 +1,49 @@
-"""A run, or several side by side, as one HTML file that needs nothing else: curves, settings, sampled videos.
+"""A run, or several side by side, as one HTML file that needs nothing else.
 
-run folder -> Run (settings, metrics, samples) -> assets/report.html.jinja -> FILE.html
+run folders -> Run (runs.py) -> charts, ranking (fixed_set.py) -> assets/report.html.jinja -> FILE.html
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import yaml
 
-from svd_ds.evaluation.charts import COLOURS, Curve, chart, smoothed
+from svd_ds.evaluation import fixed_set
+from svd_ds.evaluation.charts import Chart, Curve, colours, draw, draw_small, smoothed
+from svd_ds.evaluation.runs import Run, read_runs, short_names
 
 MAX_SAMPLED_STEPS = 6
 """Sampled steps shown, evenly chosen, the newest always: videos make the file large."""
+MAX_COMPARED_STEPS = 2
+"""The same, of several runs."""
+MAX_SHEETS = 3
+"""Runs side by side that leave room for a sheet of frames each."""
 
 CHARTS = {
-    "loss": ("Loss", True),
-    "grad_norm": ("Gradient norm", True),
-    "lr": ("Learning rate", False),
-    "clips_per_s": ("Clips a second", True),
+    "loss": ("Training loss", "weighted error", True),
+    "grad_norm": ("Gradient norm before clipping", "norm", True),
+    "lr": ("Learning rate", "rate", False),
+    "clips_per_s": ("Throughput", "clips a second", True),
 }
-"""Key in metrics.jsonl -> title, and whether it is noisy enough to smooth."""
+"""Key in metrics.jsonl -> title, label of the y axis, and whether it is noisy enough to smooth."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the fixed set shows, as SVG."""
+
+    clips: int
+    num_sigmas: int
+    charts: list[str]
+    bins: str
+    """Small charts, one a bin of sigma."""
 
 
 @dataclass(frozen=True)
@@ -40,58 +54,32 @@ class Sample:
     videos: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Run:
-    name: str
-    settings: dict[str, str]
-    """config.yaml, flat: "optim.lr" -> "0.0001"."""
-    metrics: list[dict[str, Any]]
-    """metrics.jsonl, a line each; keys we do not know are kept and not shown."""
-    sample_folders: dict[int, Path]
-    """Step -> folder of its samples."""
-
-    def column(self, key: str) -> list[float]:
-        """One number a line, NaN where a line lacks it."""
-        return [float(line[key]) if line.get(key) is not None else math.nan for line in self.metrics]
-
-
-def read_run(path: Path) -> Run:
-    """Read a run folder.
-
-    Raises FileNotFoundError when the folder or its metrics are missing, ValueError for a line that is no
-    JSON.
-    """
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no run folder {path}")
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} has no {name}, so it is not the folder of a run that has begun")
-    samples = path / "samples"
-    folders = sorted(samples.glob("step-*")) if samples.is_dir() else []
-    return Run(
-        name=path.resolve().name,
-        settings=_flat(yaml.safe_load((path / "config.yaml").read_text())),
-        metrics=_read_metrics(path / "metrics.jsonl"),
-        sample_folders={int(folder.name.removeprefix("step-")): folder for folder in folders},
-    )
-
-
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> None:
     """Write the report of one run, or of several compared, to `out_path`."""
     if not run_dirs:
         raise ValueError("a report needs at least one run folder")
-    runs = _with_distinct_names([read_run(Path(path)) for path in run_dirs], run_dirs)
+    common, runs = _shortened(read_runs([Path(path) for path in run_dirs]))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("svd_ds") / "assets" / "report.html.jinja").read_text())
     steps = _shown_steps(runs)
+    facts = [_facts(run) for run in runs]
+    samples = [_samples(run, steps) for run in runs]
+    several = f"{common}: {len(runs)} runs" if common else f"{len(runs)} runs side by side"
     html = template.render(
-        title=" · ".join(run.name for run in runs),
+        title=runs[0].name if len(runs) == 1 else several,
         names=[run.name for run in runs],
-        colours=[COLOURS[i % len(COLOURS)] for i in range(len(runs))],
-        facts=[_facts(run) for run in runs],
+        colours=colours(len(runs)),
+        facts=facts,
+        fact_names=list(dict.fromkeys(name for of_run in facts for name in of_run)),
+        ranking=fixed_set.rank(runs),
+        low=fixed_set.LOW,
+        high=fixed_set.HIGH,
+        evaluated=_evaluated(runs),
         charts=_charts(runs),
         steps=steps,
-        samples=[_samples(run, steps) for run in runs],
+        samples=samples,
+        clips={step: _clips(samples, step) for step in steps},
+        with_sheets=len(runs) <= MAX_SHEETS,
         differing=_differing(runs),
         settings=[run.settings for run in runs],
     )
@@ -100,29 +88,44 @@ def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> None:
     out_path.write_text(html)
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # half a line: the run is being written, or was killed
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
-    return metrics
+def _shortened(runs: list[Run]) -> tuple[str, list[Run]]:
+    common, names = short_names([run.name for run in runs])
+    return common, [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _x_axis(runs: Sequence[Run]) -> tuple[str, str]:
+    """Key and label. Runs of different batch size meet only on the count of clips."""
+    return ("step", "step") if len(runs) == 1 else ("samples", "clips seen")
 
 
 def _charts(runs: Sequence[Run]) -> list[str]:
     """SVG of each chart for which any run has numbers."""
-    # Runs of different batch size meet only on the count of clips.
-    x_key, x_label = ("step", "step") if len(runs) == 1 else ("samples", "clips seen")
+    x_key, x_label = _x_axis(runs)
     result = []
-    for key, (title, smooth) in CHARTS.items():
-        curves = [Curve(run.name, run.column(x_key), run.column(key)) for run in runs]
+    for key, (title, y_label, smooth) in CHARTS.items():
+        curves = [
+            Curve(run.name, run.column(x_key), run.column(key), colour)
+            for run, colour in zip(runs, colours(len(runs)), strict=True)
+        ]
         if any(math.isfinite(value) for curve in curves for value in curve.y):
-            result.append(chart(title, curves, x_label, smooth))
+            result.append(draw(Chart(title, x_label, y_label, curves, smooth)))
     return result
+
+
+def _evaluated(runs: Sequence[Run]) -> Evaluated | None:
+    if not any(run.evaluations for run in runs):
+        return None
+    palette = colours(len(runs))
+    mean, *bins = fixed_set.over_time(runs, palette, *_x_axis(runs))
+    # Of one run the curves are its evaluations, which the page's legend does not name.
+    by_sigma = [draw(chart, legend=len(runs) == 1) for chart in fixed_set.by_sigma(runs, palette)]
+    newest = [run.evaluations[-1] for run in runs if run.evaluations]
+    return Evaluated(
+        clips=newest[0]["clips"],
+        num_sigmas=len(newest[0]["sigma"]),
+        charts=[*by_sigma, draw(mean)],
+        bins=draw_small(bins),
+    )
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -134,6 +137,10 @@ def _facts(run: Run) -> dict[str, str]:
     seconds = sum(value for value in run.column("step_s") if math.isfinite(value))
     facts = {"steps": f"{last['step']:,}", "clips seen": f"{last['samples']:,}"}
     facts["loss, smoothed"] = f"{smoothed(run.column('loss'))[-1]:.4f}"
+    if run.evaluations:
+        facts["loss on the fixed set"] = f"{statistics.fmean(run.evaluations[-1]['loss_average']):.4f}"
+    if skipped := last.get("skipped"):
+        facts["steps skipped"] = f"{skipped:,}"
     if rates:
         facts["clips a second, median"] = f"{statistics.median(rates):.3g}"
     if seconds:
@@ -158,9 +165,10 @@ def _differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 def _shown_steps(runs: Sequence[Run]) -> list[int]:
     """Newest first."""
     steps = sorted({step for run in runs for step in run.sample_folders}, reverse=True)
-    if len(steps) <= MAX_SAMPLED_STEPS:
+    most = MAX_SAMPLED_STEPS if len(runs) == 1 else MAX_COMPARED_STEPS
+    if len(steps) <= most:
         return steps
-    return [steps[round(i * (len(steps) - 1) / (MAX_SAMPLED_STEPS - 1))] for i in range(MAX_SAMPLED_STEPS)]
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
 def _samples(run: Run, steps: Sequence[int]) -> dict[int, Sample]:
@@ -173,23 +181,10 @@ def _samples(run: Run, steps: Sequence[int]) -> dict[int, Sample]:
     return samples
 
 
+def _clips(samples: Sequence[dict[int, Sample]], step: int) -> list[str]:
+    """Names of the videos that any run has at a step: one name is one clip in all of them."""
+    return sorted({name for of_run in samples if step in of_run for name in of_run[step].videos})
+
+
 def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _with_distinct_names(runs: list[Run], given: Sequence[Path | str]) -> list[Run]:
-    """Folder names, or the paths as given where two folders have one name."""
-    if len({run.name for run in runs}) == len(runs):
-        return runs
-    return [replace(run, name=str(path)) for run, path in zip(runs, given, strict=True)]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} -> {"a.b": "1"}."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: "null" if tree is None else str(tree)}
-    return {
-        key: value
-        for name, branch in tree.items()
-        for key, value in _flat(branch, f"{prefix}.{name}" if prefix else str(name)).items()
-    }

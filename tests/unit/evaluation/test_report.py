@@ -13,12 +13,36 @@ import pytest
 import torch
 import yaml
 
+from svd_ds.evaluation import fixed_set
 from svd_ds.evaluation.charts import smoothed
-from svd_ds.evaluation.report import read_run, write_report
+from svd_ds.evaluation.report import write_report
+from svd_ds.evaluation.runs import read_run, short_names
 from svd_ds.video import contact_sheet, write_mp4
 
+SIGMAS = [0.01, 1.0, 100.0]
 
-def fake_run(path: Path, lr: float, num_steps: int = 30, sampled: tuple[int, ...] = (10, 30)) -> Path:
+
+def evaluation(step: int, losses: list[float], name: str = "set") -> dict[str, object]:
+    return {
+        "step": step,
+        "samples": 8 * step,
+        "set": name,
+        "clips": 4,
+        "sigma": SIGMAS,
+        "loss": [loss + 0.1 for loss in losses],
+        "loss_average": losses,
+        "grad_norm": [0.1, 1.0, 0.1],
+        "loss_by_frame": [0.5, 0.6],
+    }
+
+
+def fake_run(
+    path: Path,
+    lr: float,
+    num_steps: int = 30,
+    sampled: tuple[int, ...] = (10, 30),
+    evaluations: tuple[dict[str, object], ...] = (),
+) -> Path:
     path.mkdir(parents=True)
     config = {"optim": {"lr": lr, "betas": [0.9, 0.999]}, "model": {"heads": None}, "note": "<b>bold</b>"}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -35,6 +59,8 @@ def fake_run(path: Path, lr: float, num_steps: int = 30, sampled: tuple[int, ...
         for s in range(1, num_steps + 1)
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if evaluations:
+        (path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluations))
     frames = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
     for step in sampled:
         folder = path / "samples" / f"step-{step:07d}"
@@ -104,12 +130,56 @@ def test_curves_take_the_colours_of_the_page(tmp_path: Path) -> None:
 def test_several_runs_are_compared(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / "a", 1e-4), fake_run(tmp_path / "b", 3e-5, sampled=(30,))]
     html, outline = report(tmp_path, *runs)
-    table = html[html.index("what differs") : html.index("</table>")]
+    table = html[html.index("what differs") :].partition("</table>")[0]
     assert "optim.lr" in table and "0.0001" in table and "3e-05" in table
     assert "optim.betas" not in table
-    assert html.count("nothing sampled at this step") == 1
+    assert html.count('<p class="none">none</p>') == 1, "b sampled nothing at step 10"
     assert len(outline.sources("video")) == 3
+    assert "Ranking" not in html, "they were never evaluated"
     assert "clips seen" in html  # the common axis
+
+
+def test_one_run_shows_how_the_noise_levels_fell(tmp_path: Path) -> None:
+    rows = tuple(evaluation(step, [1.0, 0.5, 0.9 / step]) for step in range(1, 21))
+    html, _ = report(tmp_path, fake_run(tmp_path / "small", 1e-4, evaluations=rows))
+    assert html.count("<svg") == 3 + 4 + 1, "by sigma, gradient, by frame, mean over time; small ones"
+    shown = [int(step) for step in re.findall(r">step (\d+)<", html)]
+    assert max(shown) == 20 and len(set(shown)) == fixed_set.MAX_EVALUATIONS
+    assert all(f"≈ {sigma}<" in html for sigma in ("0.01", "1", "100"))
+    assert "Ranking" not in html
+
+
+def test_runs_are_ranked_by_the_loss_of_their_averages(tmp_path: Path) -> None:
+    losses = {"x-edm": [0.9, 0.5, 0.1], "x-cosine": [0.6, 0.3, 0.3], "x-other": [0.1, 0.1, 0.1]}
+    runs = [
+        fake_run(tmp_path / name, 1e-4, evaluations=(evaluation(10, [1, 1, 1]), evaluation(30, values, set_)))
+        for (name, values), set_ in zip(losses.items(), ("set", "set", "another"), strict=True)
+    ]
+    ranking = fixed_set.rank([read_run(run) for run in runs])
+    assert ranking is not None
+    assert [place.run for place in ranking.places] == [1, 0], "one was measured on another set"
+    first, second = ranking.places
+    assert (first.loss, first.low, first.middle, first.high) == pytest.approx((0.4, 0.6, 0.3, 0.3))
+    assert first.above_best == 0 and second.above_best == pytest.approx(0.25)
+    assert ranking.best == pytest.approx({"loss": 0.4, "low": 0.6, "middle": 0.3, "high": 0.1, "raw": 0.5})
+    html, _ = report(tmp_path, *runs)
+    assert "cosine has the lowest loss on the fixed set, 0.4000; edm follows 25 % above it." in html
+    assert "1 of the runs was not measured on this set." in html
+    assert "<h1>x: 3 runs</h1>" in html
+
+
+def test_unequal_training_is_said(tmp_path: Path) -> None:
+    runs = [
+        fake_run(tmp_path / str(step), 1e-4, evaluations=(evaluation(step, [0.5, 0.5, 0.5]),))
+        for step in (10, 30)
+    ]
+    assert "not seen equally many clips" in report(tmp_path, *runs)[0]
+
+
+def test_names_lose_what_they_share() -> None:
+    assert short_names(["lr-1e-4", "lr-3e-5"]) == ("lr", ["1e-4", "3e-5"])
+    for names in (["small"], ["lr-1"], ["a-1", "b-1"], ["a-1", "a"], ["/x/a-1", "/x/a-2"]):
+        assert short_names(names) == ("", names)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
