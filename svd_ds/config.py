@@ -126,7 +126,7 @@ class RunConfig:
     """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
     recompute: str = "blocks"
     """Activation checkpointing: none | blocks (every residual block and transformer) | attention (blocks, but
-    what attention gave is kept)."""
+    what attention gave is kept) | full (a residual block and its transformer together)."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sampling: PreviewConfig = field(default_factory=PreviewConfig)

@@ -250,10 +250,13 @@ def check_equals_plain_torch_and_resumes_bitwise(ranks: Ranks) -> None:
 
 
 def check_recomputation_changes_nothing(ranks: Ranks) -> None:
-    kept, recomputed = ranks.engine(recompute="none"), ranks.engine(recompute="blocks")
-    assert ranks.train(kept, range(2)) == ranks.train(recomputed, range(2))
-    shards = recomputed.local_shards()
-    assert all(torch.equal(shard, shards[name]) for name, shard in kept.local_shards().items())
+    kept = ranks.engine(recompute="none")
+    wanted = ranks.train(kept, range(2))
+    for policy in ("blocks", "attention", "full"):
+        recomputed = ranks.engine(recompute=policy)
+        assert ranks.train(recomputed, range(2)) == wanted, policy
+        shards = recomputed.local_shards()
+        assert all(torch.equal(shard, shards[name]) for name, shard in kept.local_shards().items()), policy
 
 
 def check_bf16_has_exact_master_weights_and_resumes_bitwise(ranks: Ranks) -> None:

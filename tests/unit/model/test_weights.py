@@ -192,6 +192,47 @@ class TestImageModel:
         torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)  # another eps; docs/numerics.md
 
 
+PEAKS = """
+import os, sys, threading
+from svd_ds.model.weights import load_unet
+
+def private_kb():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def measure(path):
+    before, peaks, done = private_kb(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.001):
+            peaks.append(private_kb())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    unet = load_unet(path)
+    done.set()
+    watcher.join()
+    print(1024 * (max(peaks) - before) / sum(4 * p.numel() for p in unet.parameters()), flush=True)
+
+for path in sys.argv[1:]:
+    # A process for each: what is freed is not given back.
+    if os.fork() == 0:
+        measure(path)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells private memory from mapped files")
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    unet = UNet(UNetConfig(widths=(64, 128, 256, 256), context_width=64))
+    paths = [str(tmp_path / "unet"), str(tmp_path / "unet.safetensors")]
+    save_unet(unet, paths[0], "diffusers")
+    save_unet(unet, paths[1], "original")
+    command = [sys.executable, "-c", PEAKS, *paths]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shares = [float(line) for line in told.split()]
+    assert len(shares) == 2
+    assert all(0.9 < share < 1.3 for share in shares), shares
+
+
 def test_the_package_offers_loading_without_importing_torch_at_once() -> None:
     code = "import sys, svd_ds; light = 'torch' not in sys.modules; svd_ds.load_unet; assert light"
     subprocess.run([sys.executable, "-c", code], check=True)

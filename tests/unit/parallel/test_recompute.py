@@ -98,8 +98,17 @@ def test_none_keeps_activations() -> None:
     assert [block.calls for block in net.blocks] == [1, 1]
 
 
+def test_full_recomputes_what_the_blocks_stand_in_once() -> None:
+    net = nn.ModuleDict({"path": nn.ModuleList([Net(), Net()])})
+    steps = [f"path.{step}.blocks.{block}" for step in (0, 1) for block in (0, 1)]
+    apply_recompute(net, steps, "full")
+    x, shift = torch.randn(2, 3, 4)
+    net["path"][1](net["path"][0](x, shift), shift).sum().backward()
+    assert [block.calls for step in net["path"] for block in step.blocks] == [2, 2, 2, 2]
+
+
 def test_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'all'.*none or blocks or attention"):
+    with pytest.raises(ValueError, match=r"'all'.*none or blocks or attention or full"):
         apply_recompute(Net(), [], "all")
 
 
@@ -122,6 +131,6 @@ def test_gradients_are_the_same_with_every_policy(policy: str) -> None:
 def test_kept_attention_is_not_computed_again() -> None:
     calls = {policy: attention_gradients(policy)[1] for policy in POLICIES}
     attentions = {policy: counted.forward_attentions() for policy, counted in calls.items()}
-    assert attentions == {"none": 2, "blocks": 4, "attention": 2}
+    assert attentions == {"none": 2, "blocks": 4, "attention": 2, "full": 4}
     projections = {policy: counted.counts["aten::addmm"] for policy, counted in calls.items()}
     assert projections["blocks"] == projections["attention"] > projections["none"]
