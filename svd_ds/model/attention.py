@@ -59,7 +59,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() / math.sqrt(q.shape[-1])
+    precise = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(precise) / math.sqrt(q.shape[-1])
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1).to(v.dtype), v)
 
 

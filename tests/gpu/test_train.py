@@ -1,0 +1,17 @@
+"""A training on a GPU: NCCL, bf16, ZeRO-3, checkpoint and resume."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_a_run_trains_and_goes_on(tmp_path: Path) -> None:
+    for steps in (2, 4):
+        command = [sys.executable, "-m", "svd_ds.train", "debug=tiny", f"run.dir={tmp_path}"]
+        subprocess.run([*command, f"run.steps={steps}", "checkpoint.every=2"], check=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert (tmp_path / "checkpoints" / "step-0000004" / "COMPLETE").exists()
