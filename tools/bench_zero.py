@@ -1,0 +1,132 @@
+"""Time a training step under ZeRO-3 against the same step on whole copies of the network, rank for rank."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from bench_parts import DTYPES, Case, Inputs, synchronize
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from svd_ds.door import run_door
+from svd_ds.model.unet import UNet
+from svd_ds.parallel import env as environment
+from svd_ds.parallel.engine import Engine
+from svd_ds.parallel.env import Env
+from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
+from svd_ds.parallel.recompute import POLICIES, apply_recompute
+from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
+
+EXAMPLE = """example:
+  python tools/launch.py -n 2 --script tools/bench_zero.py -- --size 128x192 --frames 8 --recompute blocks
+
+A step is forward, backward, the clipping of the gradient and AdamW, one clip a rank. The whole copies are
+torch's DistributedDataParallel with its fused AdamW, in the same precision. Steps are taken in turn; the
+ratio is the median of ZeRO-3's time over the other's, pair by pair, with the smallest and the largest."""
+GRADIENT_CLIP = 1.0
+Step = Callable[[Inputs], None]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    widths = tuple(int(width) for width in arguments.widths.split(","))
+    height, width = (int(side) for side in arguments.size.split("x"))
+    case = Case(widths, arguments.frames, height, width, arguments.tokens, arguments.dtype)
+    env = Env.read()
+    environment.init(env)
+    try:
+        zero = ZeroConfig(persistence_threshold=arguments.persistence, prefetch_bucket=arguments.prefetch)
+        steps = (
+            sharded(case, zero, arguments.recompute, env),
+            replicated(case, arguments.recompute, env),
+        )
+        inputs = case.inputs(env.device)
+        for step in steps:
+            timed(step, inputs)  # the first is slower: memory is found, kernels are chosen
+        pairs = [tuple(timed(step, inputs) for step in steps) for _ in range(arguments.pairs)]
+        if env.rank == 0:
+            report(case, env, pairs)
+        destroy_groups()
+    finally:
+        environment.shutdown()
+
+
+def sharded(case: Case, zero: ZeroConfig, recompute: str, env: Env) -> Step:
+    mpu = create_groups(ParallelDims(env.world))
+    config = deepspeed_config(
+        zero, precision=case.dtype, micro_batch=1, accumulation=1, gradient_clip=GRADIENT_CLIP
+    )
+    with Engine.sharded_init(config, mpu):
+        unet = UNet(case.config)
+    apply_recompute(unet, unet.blocks(), recompute)
+    group = {"name": "all", "weight_decay": 0.01, "params": list(unet.parameters())}
+    engine = Engine(unet, [group], config, mpu, leaves=unet.blocks().values())
+
+    def step(inputs: Inputs) -> None:
+        engine.backward(engine(*inputs).float().square().mean())
+        engine.step({"all": 1e-4})
+
+    return step
+
+
+def replicated(case: Case, recompute: str, env: Env) -> Step:
+    unet = UNet(case.config).to(env.device, DTYPES[case.dtype])
+    apply_recompute(unet, unet.blocks(), recompute)
+    # One token needs no queries and keys: static, or torch would wait for their gradients.
+    network: nn.Module = DistributedDataParallel(unet, gradient_as_bucket_view=True, static_graph=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+
+    def step(inputs: Inputs) -> None:
+        network(*inputs).float().square().mean().backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), GRADIENT_CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(step: Step, inputs: Inputs) -> float:
+    """Seconds until every rank has taken the step."""
+    environment.barrier()
+    synchronize(inputs[0].device)
+    started = time.perf_counter()
+    step(inputs)
+    synchronize(inputs[0].device)
+    environment.barrier()
+    return time.perf_counter() - started
+
+
+def report(case: Case, env: Env, pairs: list[tuple[float, ...]]) -> None:
+    zero, whole = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    ratios = [zero_s / whole_s for zero_s, whole_s in pairs]
+    print(
+        f"| {env.world} x {env.device.type} | {','.join(map(str, case.widths))} | {case.clip} | {case.dtype} "
+        f"| {1e3 * zero:.0f} | {1e3 * whole:.0f} "
+        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", default="128x192", help="HEIGHTxWIDTH in pixels; default 128x192")
+    add("--frames", type=int, default=8, help="default 8")
+    add("--widths", default="64,128,256,256", help="channels at each level; default 64,128,256,256")
+    add("--tokens", type=int, default=1, help="of the context; default 1")
+    add("--dtype", default="fp32", choices=DTYPES, help="default fp32")
+    add("--recompute", default="blocks", choices=POLICIES, help="of both; default blocks")
+    add("--persistence", type=int, default=ZeroConfig.persistence_threshold, help="see parallel/zero.py")
+    add("--prefetch", type=int, default=ZeroConfig.prefetch_bucket, help="see parallel/zero.py")
+    add("--pairs", type=int, default=7, help="of timed steps; default 7")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_door(main)
