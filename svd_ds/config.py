@@ -41,6 +41,10 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 SPELLING = {"source": "from"}
 """What users write for a field of InitConfig that cannot have the name: Python keeps the word for itself."""
 
+OPEN = "? "
+"""How the value of a key begins that must be given on the command line; what it is follows. (OmegaConf's own
+sign, ???, gives way to a default.)"""
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -162,7 +166,7 @@ def register() -> None:
 
 def to_config(node: DictConfig) -> RunConfig:
     """The one conversion from Hydra's tree to values; runs every part's own checks."""
-    _refuse_added(node, _schema())
+    _check_keys(node, _schema())
     parts: Any = OmegaConf.to_object(node)
     names = {spelling: name for name, spelling in SPELLING.items()}
     init = InitConfig(**{names.get(key, key): value for key, value in parts["init"].items()})
@@ -201,8 +205,8 @@ def explain(error: BaseException) -> str:
     return sentence + (f"; there are {', '.join(filter(None, options))}" if options else "")
 
 
-def _refuse_added(node: DictConfig, schema: DictConfig, path: str = "") -> None:
-    """Hydra's +key=value adds to any part; the parts have no more keys than the schema."""
+def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
+    """Refuse what Hydra's +key=value added beyond the schema, and values that are left open."""
     for key in node:
         if key not in schema:
             raise ValueError(
@@ -214,7 +218,9 @@ def _refuse_added(node: DictConfig, schema: DictConfig, path: str = "") -> None:
             if not isinstance(child, DictConfig):
                 keys = ", ".join(map(str, known))
                 raise ValueError(f"{path}{key!s} is {node[key]!r}, and must have the keys {keys}")
-            _refuse_added(child, known, f"{path}{key!s}.")
+            _check_keys(child, known, f"{path}{key!s}.")
+        elif str(value := child._value()).startswith(OPEN):
+            raise ValueError(f"{path}{key!s} must be given: {value.removeprefix(OPEN)}")
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:
