@@ -19,8 +19,8 @@ CHOICES = sorted(
     for path in CONF.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "debug", "sweep")
 )
-# What an experiment leaves to the site: a path of its data and of its frozen parts.
-SITE = ["data.path=data/quickstart", "frozen.path=tiny"]
+# What an experiment leaves to the site: its data, its frozen parts, the run of the stage before.
+SITE = ["data.path=data/quickstart", "frozen.path=tiny", "init.from=runs/before"]
 
 
 def build(config: RunConfig) -> UNet:

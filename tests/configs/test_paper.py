@@ -1,0 +1,170 @@
+"""Every experiment has the paper's numbers (arXiv 2311.15127; the yaml names sections), and its size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+
+from svd_ds.config import CONF, RunConfig, compose
+from svd_ds.model.lora import LoraConfig, add_lora
+from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.training.optim import parameter_groups
+
+SITE = ["data.path=data/quickstart", "frozen.path=tiny", "init.from=runs/before"]
+"""What an experiment leaves to the site."""
+TEXT, IMAGE = ("text", "none"), ("image", "image")
+FPS_MOTION = ("fps", "motion_bucket")
+RELEASED = (*FPS_MOTION, "augmentation")
+POWER = ("power-0.050", "power-0.100")
+CONSTANT = ("decay-0.9999",)
+OF_IMAGES, OF_TEXT, OF_AN_IMAGE = 865_910_724, 1_524_283_882, 1_524_623_082
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the paper says of a stage, or, where the yaml says that it is silent, what we chose."""
+
+    frames: int
+    size: tuple[int, int]
+    steps: int
+    batch: int
+    lr: float
+    noise: tuple[float, float]
+    """P_mean, P_std."""
+    channels: int
+    scalars: tuple[str, ...]
+    signals: tuple[str, str]
+    """What the cross-attention sees, and what joins the input."""
+    drops: tuple[float, float]
+    """Of the first, and of the second."""
+    averages: tuple[str, ...]
+    parameters: int
+    learning: int | None = None
+    """How many of them learn; None: all."""
+    rank: int = 0
+
+
+# fmt: off
+STAGES = {
+    "stage1_time_embed": Row(1, (512, 512), 1_000, 1536, 1e-4, (-1.2, 1.0), 4, (), TEXT, (0.15, 0), POWER,
+                             OF_IMAGES, 2_050_560),
+    "stage1": Row(1, (256, 384), 30_000, 1536, 1e-4, (-1.2, 1.0), 4, (), TEXT, (0.15, 0), POWER, OF_IMAGES),
+    "stage2": Row(14, (256, 384), 150_000, 1536, 1e-4, (-1.2, 1.0), 4, FPS_MOTION, TEXT, (0.15, 0), POWER,
+                  OF_TEXT),
+    "stage2_highres": Row(14, (320, 576), 100_000, 768, 1e-4, (0.0, 1.0), 4, FPS_MOTION, TEXT, (0.15, 0),
+                          POWER, OF_TEXT),
+    "stage3_t2v": Row(14, (576, 1024), 50_000, 768, 3e-5, (0.5, 1.4), 4, FPS_MOTION, TEXT, (0.15, 0),
+                      CONSTANT, OF_TEXT),
+    "stage3_i2v_base": Row(14, (320, 576), 50_000, 768, 3e-5, (0.7, 1.6), 8, RELEASED, IMAGE, (0.1, 0.1),
+                           CONSTANT, OF_AN_IMAGE),
+    "stage3_i2v": Row(14, (576, 1024), 50_000, 768, 3e-5, (1.0, 1.6), 8, RELEASED, IMAGE, (0.1, 0.1),
+                      CONSTANT, OF_AN_IMAGE),
+    "stage3_i2v_xt": Row(25, (576, 1024), 50_000, 768, 3e-5, (1.0, 1.6), 8, RELEASED, IMAGE, (0.1, 0.1),
+                         CONSTANT, OF_AN_IMAGE),
+    "interpolation": Row(5, (576, 1024), 10_000, 256, 1e-4, (1.0, 1.2), 9, RELEASED, ("ends", "ends"),
+                         (0.1, 0.1), CONSTANT, 1_524_625_966),
+    "camera_lora": Row(14, (576, 1024), 5_000, 16, 1e-4, (1.0, 1.6), 8, RELEASED, IMAGE, (0.1, 0.1), POWER,
+                       OF_AN_IMAGE + 1_597_440, 1_597_440, rank=16),
+    "multiview": Row(21, (576, 576), 12_000, 16, 1e-5, (1.0, 1.6), 8, (*RELEASED, "elevation"), IMAGE,
+                     (0.1, 0.1), POWER, OF_AN_IMAGE + 256 * 1280),
+}
+# fmt: on
+
+
+def experiment(name: str, *overrides: str) -> RunConfig:
+    return compose([f"+experiment={name}", *SITE, *overrides])
+
+
+@cache
+def parameters(model: UNetConfig, lora: LoraConfig) -> tuple[dict[str, str], dict[str, torch.Size], set[str]]:
+    """Tags and shapes by name, and the adapters' names."""
+    with torch.device("meta"):
+        unet = UNet(model)
+        adapters = set(add_lora(unet, lora))
+    return parameter_tags(unet), {name: p.shape for name, p in unet.named_parameters()}, adapters
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_has_the_papers_numbers(name: str) -> None:
+    config, row = experiment(name), STAGES[name]
+    told = config.conditioning
+    tags, shapes, adapters = parameters(config.model, config.lora)
+    groups = parameter_groups(
+        {name: tag for name, tag in tags.items() if not adapters or name in adapters}, shapes, config.optim
+    )
+    total = sum(math.prod(shape) for shape in shapes.values())
+    found = Row(
+        frames=config.data.num_frames,
+        size=(config.data.height, config.data.width),
+        steps=config.run.steps,
+        batch=config.batch.size,
+        lr=config.optim.lr,
+        noise=(config.noise.P_mean, config.noise.P_std),
+        channels=config.model.in_channels,
+        scalars=told.scalars,
+        signals=(told.context, told.concat),
+        drops=(told.context_drop_rate, told.concat_drop_rate),
+        averages=config.ema.names,
+        parameters=total,
+        learning=learning if (learning := _learning(groups, shapes)) < total else None,
+        rank=config.lora.rank,
+    )
+    assert found == row
+    assert config.noise.kind == "lognormal" and config.optim.gradient_clip == 1.0
+    assert config.name == name and config.run.dir == f"runs/{name}"
+
+
+def _learning(groups: list, shapes: dict[str, torch.Size]) -> int:
+    return sum(math.prod(shapes[name]) for group in groups for name in group.members)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_global_batch_is_the_papers_on_the_usual_numbers_of_ranks(name: str) -> None:
+    batch, few = experiment(name).batch, STAGES[name].batch == 16
+    for ranks in (1, 2, 4, 8, 16) if few else (8, 16, 32, 64, 128):
+        assert ranks * batch.accumulation(ranks) * batch.micro == STAGES[name].batch
+    if STAGES[name].batch >= 768:
+        assert 384 * batch.accumulation(384) * batch.micro == STAGES[name].batch, "the paper's 48 x 8"
+    tiny = compose([f"+experiment={name}", *SITE, "debug=tiny"]).batch
+    assert [tiny.accumulation(ranks) for ranks in (1, 2, 3, 4)] == [1, 1, 1, 1]
+
+
+def test_ablations_have_the_papers_numbers() -> None:
+    for name in ("ablation", "image_pretraining", "captions"):
+        config = experiment(name)
+        assert (config.data.num_frames, config.data.height, config.data.width) == (8, 256, 256), name
+        assert (config.run.steps, config.batch.size, config.optim.lr) == (40_000, 256, 1e-4), name
+        assert config.noise.kind == "discrete" and config.noise.offset_noise > 0, name
+        assert config.conditioning.drop_text == 0.1, name
+        assert (config.sampling.num_steps, config.sampling.guidance_max) == (50, 12.0), name
+    assert experiment("captions").data.caption_weights == {"coca": 0.5, "video_blip": 0.25, "llm": 0.25}
+    assert experiment("guidance").optim.lr == 0, "all members sample the same weights"
+
+
+@pytest.mark.parametrize(
+    ("name", "drop"),
+    [
+        ("stage1", "init.from"),
+        ("stage2", "init.from"),
+        ("stage3_i2v", "frozen.path"),
+        ("stage2", "data.path"),
+    ],
+)
+def test_what_is_left_to_the_site_must_be_given(name: str, drop: str) -> None:
+    with pytest.raises(ValueError, match=f"{drop} must be given: the "):
+        compose([f"+experiment={name}", *(word for word in SITE if not word.startswith(drop))])
+
+
+def test_every_experiment_says_what_it_is() -> None:
+    for path in (CONF / "experiment").glob("*.yaml"):
+        lines = path.read_text().splitlines()
+        header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+        assert "arXiv 23" in header and ("svd_ds.train" in header or "sbatch" in header), path.name
+        if path.stem in STAGES:
+            assert "ost" in header and "paper" in header, (
+                f"{path.name} says what it costs, or that nobody does"
+            )

@@ -1,0 +1,141 @@
+"""The paper's stages in order, minutes-small: each starts from the run of the one before, on one rank."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from svd_ds.config import CONF, compose
+from svd_ds.data.writer import ShardWriter
+from svd_ds.model.unet import parameter_tags
+from svd_ds.model.weights import load_unet
+from svd_ds.parallel.env import Env
+from tests.videos import about, encode, moving_square
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "run.steps=2",
+    "batch.size=2",
+    "sampling.every=2",
+    "sampling.num_steps=1",
+    "logger.wandb=disabled",
+    "precision=fp32",
+)
+CAPTIONS = dict.fromkeys(("coca", "video_blip", "llm"), "a square moves")
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def orbits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips long enough for every stage, with all that one of them asks for."""
+    folder = tmp_path_factory.mktemp("data") / "orbits"
+    writer = ShardWriter(folder)
+    for i in range(4):
+        frames = moving_square(25, height=64, width=64, seed=i)
+        more = {"captions": CAPTIONS, "elevation": 5.0 * i}
+        writer.add(f"clip{i}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)) | more)
+    writer.close()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 2.1's kind of UNet, of debug=tiny's widths, as diffusers writes it."""
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("weights") / "unet"
+    UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        down_block_types=["CrossAttnDownBlock2D"] * 2,
+        up_block_types=["CrossAttnUpBlock2D"] * 2,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=[1, 2],
+        use_linear_projection=True,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def train(orbits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Two steps of an experiment in this process; the folder of its run."""
+    monkeypatch.chdir(ROOT)
+
+    def start(experiment: str, *overrides: str) -> Path:
+        from svd_ds.run import run
+
+        folder = tmp_path / experiment
+        settings = (f"+experiment={experiment}", "debug=tiny", f"run.dir={folder}", f"data.path={orbits}")
+        run(compose([*settings, *SMALL, *overrides]), Env.read({}))
+        return folder
+
+    return start
+
+
+def test_images_then_text_to_video_then_image_to_video(train: Callable[..., Path], image_model: Path) -> None:
+    """Where the network of the chain grows: by layers of time and scalars; by inputs and a scalar."""
+    image = train("stage1", f"init.from={image_model}")
+    text = train("stage2", f"init.from={image}", "init.which=raw", "optim.spatial_rate=0")
+    before, after = load_unet(image, "raw"), load_unet(text, "raw")
+    tags, found = parameter_tags(after), dict(after.named_parameters())
+    spatial = {name: p for name, p in before.named_parameters() if tags[name] == "spatial"}
+    assert all(torch.equal(p, found[name]) for name, p in spatial.items()), "handed over, and frozen here"
+    new = found.keys() - {name for name, _ in before.named_parameters()}
+    assert {tags[name] for name in new} == {"temporal", "embedding"}
+
+    video = load_unet(train("stage3_i2v_base", f"init.from={text}", "optim.lr=0"))
+    for (name, p), old in zip(video.named_parameters(), load_unet(text).parameters(), strict=True):
+        inputs = old.shape[-1]
+        assert torch.equal(p[..., :inputs], old) and not p[..., inputs:].any(), name
+    assert video.config.in_channels == 8 and video.config.num_scalars == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_chain_ends_in_a_pipeline_of_diffusers(
+    orbits: Path, image_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableVideoDiffusionPipeline
+
+    def tool(name: str, *arguments: Any) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+
+    monkeypatch.chdir(ROOT)
+    parts = ("--data", orbits, "--orbits", orbits, "--image-model", image_model)
+    tool("chain.py", tmp_path, *SMALL, *parts)
+    stages = {path.name for path in tmp_path.iterdir()}
+    assert stages == set(runpy.run_path(str(ROOT / "tools/chain.py"))["CHAIN"])
+    assert all((tmp_path / stage / "checkpoints/step-0000002/COMPLETE").exists() for stage in stages)
+
+    for end in ("stage3_i2v_xt", "camera_lora"):
+        tool("convert.py", tmp_path / end, tmp_path / f"{end}-pipeline", "--layout", "diffusers")
+        pipeline = StableVideoDiffusionPipeline.from_pretrained(str(tmp_path / f"{end}-pipeline"))
+        image = Image.effect_noise((64, 64), 50).convert("RGB")
+        frames = pipeline(
+            image, height=64, width=64, num_frames=3, num_inference_steps=1, output_type="pt"
+        ).frames
+        assert frames.shape == (1, 3, 3, 64, 64) and frames.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_other_experiment_trains(train: Callable[..., Path]) -> None:
+    """Those that are no stage: each on its own but for guidance, which samples the weights of another."""
+    stages = runpy.run_path(str(ROOT / "tools/chain.py"))["CHAIN"]
+    runs = {name: train(name) for name in sorted(set(EXPERIMENTS) - stages.keys() - {"guidance"})}
+    for name, run in runs.items():
+        assert (run / "checkpoints/step-0000002/COMPLETE").exists(), name
+    weights = runs["noise_schedule"]
+    sampled = train("guidance", f"init.from={weights}", "init.which=raw", "optim.lr=0")
+    raw = [load_unet(run, "raw").parameters() for run in (weights, sampled)]
+    assert all(torch.equal(one, other) for one, other in zip(*raw, strict=True))
