@@ -16,3 +16,13 @@ train() {  # train ARGS...: one srun task a rank, all ranks with the same argume
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     "${SVD_DS_PYTHON:-.venv/bin/python}" -m svd_ds.train "$@"
 }
+
+stage() {  # stage NAME [EXPERIMENT] [key=value ...]: the experiment NAME, or another that is named first
+  local name=$1
+  shift
+  case "${1:-}" in
+    "" | *=*) ;;
+    *) name=$1; shift ;;
+  esac
+  train "+experiment=$name" "$@"
+}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Video pretraining at 14 x 256x384: the paper's 48 x 8 A100.
-#   sbatch slurm/stage2.sh data.path=/shared/shards [key=value ...]
+# Video pretraining at 14 x 256x384, then at 14 x 320x576: the paper's 48 x 8 A100.
+#   sbatch slurm/stage2.sh data.path=/shared/shards frozen.path=/shared/sd21 init.from=runs/stage1 [key=value ...]
+#   sbatch slurm/stage2.sh stage2_highres data.path=/shared/shards frozen.path=/shared/sd21 init.from=runs/stage2
 #   sbatch --nodes=2 --account=me slurm/stage2.sh debug=tiny      any #SBATCH line can be overridden
 #SBATCH --job-name=svd-stage2
 #SBATCH --nodes=48
@@ -15,4 +16,4 @@
 #SBATCH --output=slurm-%x-%j.out
 . "$SLURM_SUBMIT_DIR/slurm/lib.sh"
 
-train +experiment=stage2 "$@"
+stage stage2 "$@"

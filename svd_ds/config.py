@@ -212,7 +212,8 @@ def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
             raise ValueError(
                 f"there is no key {path}{key!s}; {path[:-1] or 'the config'} has {', '.join(sorted(schema))}"
             )
-        child, known = node._get_node(key), schema._get_node(key)
+        child: Any = node._get_node(key)
+        known = schema._get_node(key)
         # A part without keys of its own, such as data.caption_weights, takes any.
         if isinstance(known, DictConfig) and len(known):
             if not isinstance(child, DictConfig):

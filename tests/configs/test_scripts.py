@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -20,8 +21,32 @@ def test_script_parses(script: Path) -> None:
     assert parsed.returncode == 0, parsed.stderr
 
 
-def test_job_scripts_name_experiments_that_exist() -> None:
-    named = {name for script in SCRIPTS for name in re.findall(r"\+experiment=(\w+)", script.read_text())}
-    assert named
+def started(script: str, *arguments: str) -> str:
+    """What slurm/SCRIPT would train, with srun and scontrol in their places."""
+    stubs = """
+        scontrol() { echo localhost; }
+        srun() { shift 2; echo "$*"; }
+        export SLURM_JOB_ID=1 SLURM_JOB_NODELIST=localhost
+    """
+    ended = subprocess.run(
+        ["bash", "-c", f'{stubs}\n. slurm/{script} "$@"', script, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "SLURM_SUBMIT_DIR": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return ended.stdout.split("svd_ds.train ")[1].strip()
+
+
+def test_job_scripts_start_experiments_that_exist() -> None:
+    for script in (path.name for path in SCRIPTS if path.name.startswith("stage")):
+        name = started(script).removeprefix("+experiment=")
+        assert (CONF / "experiment" / f"{name}.yaml").exists(), f"{script}: {name}"
+    assert started("stage2.sh", "debug=tiny", "x=a b") == "+experiment=stage2 debug=tiny x=a b"
+    assert started("stage3.sh", "multiview", "run.steps=2") == "+experiment=multiview run.steps=2"
+    documented = [*SCRIPTS, *(CONF / "experiment").glob("*.yaml")]
+    named = {name for path in documented for name in re.findall(r"stage\d\.sh (\w+) ", path.read_text())}
+    assert "multiview" in named
     for name in named:
         assert (CONF / "experiment" / f"{name}.yaml").exists(), name

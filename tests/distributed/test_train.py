@@ -108,7 +108,7 @@ def test_every_evaluation_is_told_once(killed_and_resumed: tuple[Path, str]) -> 
     assert len({row["set"] for row in rows}) == 1
     for row in rows:
         assert [len(row[key]) for key in ("sigma", "loss", "loss_average", "grad_norm")] == [10] * 4
-        assert len(row["loss_by_frame"]) == 4
+        assert len(row["loss_by_frame"]) == 6
     assert f"step {STEPS}  fixed set: loss " in printed
 
 
@@ -145,7 +145,7 @@ def test_the_run_folder_is_as_documented(killed_and_resumed: tuple[Path, str]) -
     assert len(list(checkpoint.glob("ema-power-0.050/rank-*-of-00002.safetensors"))) == 2
     video = run / "samples" / f"step-{STEPS:07d}" / "video-0.mp4"
     with av.open(str(video)) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 4
+        assert sum(1 for _ in container.decode(video=0)) == 6
     with Image.open(video.with_name("contact_sheet.png")) as sheet:
         assert sheet.width > sheet.height > 64
     report = (run / "report.html").read_text()

@@ -43,8 +43,8 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
     write(tmp_path / "data", ours)
     inputs = read_inputs(config, env)
     batch, _ = next(iter(inputs.loader))
-    assert batch.frames_BTCHW.shape[1] == 1 and batch.num_frames == 4
-    assert inputs.preview_clips.frames_BTCHW.shape[1] == 4, "a preview shows all frames beside its own"
+    assert batch.frames_BTCHW.shape[1] == 1 and batch.num_frames == 6
+    assert inputs.preview_clips.frames_BTCHW.shape[1] == 6, "a preview shows all frames beside its own"
 
     (tmp_path / "data" / "index.jsonl").unlink()
     write(tmp_path / "data", "0123456789ab")

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The finetunes at 576x1024, and what builds on them: stage3_t2v, stage3_i2v_base, stage3_i2v, stage3_i2v_xt,
+# interpolation, camera_lora, multiview. Each names the stage that it starts from in conf/experiment/.
+#   sbatch slurm/stage3.sh stage3_i2v data.path=/shared/best frozen.path=/shared/svd init.from=runs/stage3_i2v_base
+#   sbatch --nodes=1 slurm/stage3.sh multiview data.path=/shared/orbits frozen.path=/shared/svd init.from=RUN
+#SBATCH --job-name=svd-stage3
+#SBATCH --nodes=48
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=2-00:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+. "$SLURM_SUBMIT_DIR/slurm/lib.sh"
+
+stage stage3_i2v "$@"
