@@ -134,7 +134,7 @@ def test_the_global_batch_is_the_papers_on_the_usual_numbers_of_ranks(name: str)
 
 
 def test_ablations_have_the_papers_numbers() -> None:
-    for name in ("ablation", "image_pretraining", "captions"):
+    for name in ("ablation", "image_pretraining", "captions", "curation"):
         config = experiment(name)
         assert (config.data.num_frames, config.data.height, config.data.width) == (8, 256, 256), name
         assert (config.run.steps, config.batch.size, config.optim.lr) == (40_000, 256, 1e-4), name
@@ -142,6 +142,8 @@ def test_ablations_have_the_papers_numbers() -> None:
         assert config.conditioning.drop_text == 0.1, name
         assert (config.sampling.num_steps, config.sampling.guidance_max) == (50, 12.0), name
     assert experiment("captions").data.caption_weights == {"coca": 0.5, "video_blip": 0.25, "llm": 0.25}
+    kept = ("motion>=q25", "aesthetic>=q25", "clip_similarity>=q50", "text_area<=q75")
+    assert experiment("curation").data.where == kept
     assert experiment("guidance").optim.lr == 0, "all members sample the same weights"
 
 

@@ -39,7 +39,8 @@ def orbits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = ShardWriter(folder)
     for i in range(4):
         frames = moving_square(25, height=64, width=64, seed=i)
-        more = {"captions": CAPTIONS, "elevation": 5.0 * i}
+        annotations = {"aesthetic": float(i), "clip_similarity": float(i), "text_area": 1.0 - i}
+        more = {"captions": CAPTIONS, "elevation": 5.0 * i, "annotations": annotations}
         writer.add(f"clip{i}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)) | more)
     writer.close()
     return folder
