@@ -60,6 +60,7 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
         precision = "bf16" if supports_bf16(env.device) else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = frozen_folder(config.frozen.path)
+    autoencoder = Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk)
     conditioner = None
     if config.task == "unet":
         conditioner = Conditioner.load(config.conditioning, frozen, env.device, dtype)
@@ -71,7 +72,7 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
         loader=loader,
         preview_clips=_fixed_clips(config, config.run.seed, config.sampling.num_videos),
         evaluation_clips=_evaluation_clips(config, env),
-        autoencoder=Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk),
+        autoencoder=autoencoder,
         conditioner=conditioner,
         precision=precision,
         weights=None if resume else _initial_weights(config),
