@@ -177,7 +177,8 @@ def load_pipeline(
     unet = load_unet(path, which=which).to(device, dtype).eval()
     if settings is None:
         shape = (unet.config.num_frames, *RELEASED_SIZE)
-        parts, conditioning = frozen or str(path), ConditionerConfig()
+        given = "ends" if unet.config.masked else "image"
+        parts, conditioning = frozen or str(path), ConditionerConfig(context=given, concat=given)
     else:
         data = settings["data"]
         shape = (data["num_frames"], data["height"], data["width"])

@@ -53,6 +53,12 @@ def test_shapes_and_distributions() -> None:
         assert abs(normal.mean()) < 0.08 and abs(normal.std() - 1) < 0.06
 
 
+def test_what_is_given_moves_nothing_else() -> None:
+    one, other = tensors(draw(5, [7], LATENT, GIVEN)), tensors(draw(5, [7], LATENT, (2, 4, 5, 6)))
+    assert one.pop("given_noise_BKCHW").shape != other.pop("given_noise_BKCHW").shape
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_offset_noise_is_one_number_a_channel_and_moves_nothing_else() -> None:
     plain = tensors(draw(1, [2, 3], LATENT, GIVEN))
     moved = tensors(draw(1, [2, 3], LATENT, GIVEN, offset_noise=0.5))

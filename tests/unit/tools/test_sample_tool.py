@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,9 @@ def test_two_images_are_interpolated(
     assert run(monkeypatch, run_folder, "--image", red, "--last-image", blue, *out) == 0
     with av.open(str(tmp_path / "out" / "0-red.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 4
+    converted = shutil.copytree(run_folder, tmp_path / "converted")
+    told = ["--frozen", "tiny", "--size", "16x24", "--frames", 3, *out]
+    assert run(monkeypatch, converted, "--image", red, "--last-image", blue, *told) == 0, "its mask says it"
     for arguments, sentence in (
         (["--image", red], "conditioned on what you give with --image and --last-image"),
         (["--image", red, blue, "--last-image", red], "2 with --image and 1 with --last-image"),
