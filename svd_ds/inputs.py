@@ -12,14 +12,14 @@ from torch import Tensor
 from svd_ds.batch import Batch
 from svd_ds.config import RunConfig
 from svd_ds.data.cursor import Cursor
-from svd_ds.data.loader import Loader
+from svd_ds.data.loader import DataConfig, Loader
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import RELEASED_SCALARS, Conditioner
 from svd_ds.model.sources import network_parameters, open_source
 from svd_ds.parallel.env import Env, supports_bf16
 from svd_ds.sample import frozen_folder, run_settings
 from svd_ds.training.checkpoint import Checkpoints
-from svd_ds.training.evaluate import SEED as EVALUATION_SEED
+from svd_ds.training.evaluate import SEED, FixedSet
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.optim import TAGS
 from svd_ds.training.state import Progress
@@ -35,8 +35,8 @@ class Inputs:
     progress: Progress
     loader: Loader
     preview_clips: Batch
-    evaluation_clips: Batch | None
-    """This rank's; None where nothing is evaluated by noise level."""
+    fixed_set: FixedSet | None
+    """What is evaluated by noise level; None where nothing is."""
     autoencoder: Autoencoder
     conditioner: Conditioner | None
     """None where the decoder learns: it is told nothing but the latents."""
@@ -70,8 +70,8 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
         resume=resume,
         progress=progress or Progress(loader.cursor),
         loader=loader,
-        preview_clips=_fixed_clips(config, config.run.seed, config.sampling.num_videos),
-        evaluation_clips=_evaluation_clips(config, env),
+        preview_clips=_preview_clips(config),
+        fixed_set=_fixed_set(config, env),
         autoencoder=autoencoder,
         conditioner=conditioner,
         precision=precision,
@@ -140,12 +140,16 @@ def _check_conditions(config: RunConfig, loader: Loader) -> None:
             "data.latents=true decodes the first frame of a clip alone, and conditioning on its ends needs "
             "the last one too"
         )
-    if "elevation" in told.scalars:
+    _check_elevation(config, loader)
+
+
+def _check_elevation(config: RunConfig, loader: Loader) -> None:
+    if "elevation" in config.conditioning.scalars:
         for sample in loader.index.samples():
             if sample.elevation is None:
                 raise ValueError(
-                    f"conditioning.scalars names elevation, which sample {sample.id} in {data.path} does not "
-                    'have: its json needs the key "elevation", in degrees'
+                    f"conditioning.scalars names elevation, which sample {sample.id} in {loader.config.path} "
+                    'does not have: its json needs the key "elevation", in degrees'
                 )
 
 
@@ -213,17 +217,26 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
     )
 
 
-def _fixed_clips(config: RunConfig, seed: int, count: int, rank: int = 0, world: int = 1) -> Batch:
-    """This rank's part of the first clips of an order, as pixels, whole frames: the same in every life of the
-    run. `count` is a multiple of `world`."""
-    centred = replace(config.data, crop="center", flip=False, latents=False, num_workers=0)
-    loader = Loader(centred, seed, rank, world, global_batch=count, micro_batch=count // world)
-    clips, _ = next(iter(loader))
+def _fixed_loader(data: DataConfig, seed: int, count: int, rank: int = 0, world: int = 1) -> Loader:
+    """Its first batch is this rank's part of the first `count` clips of an order, as pixels, whole frames:
+    the same in every life of the run."""
+    centred = replace(data, crop="center", flip=False, image_share=0.0, latents=False, num_workers=0)
+    return Loader(centred, seed, rank, world, global_batch=count, micro_batch=count // world)
+
+
+def _preview_clips(config: RunConfig) -> Batch:
+    clips, _ = next(iter(_fixed_loader(config.data, config.run.seed, config.sampling.num_videos)))
     return clips
 
 
-def _evaluation_clips(config: RunConfig, env: Env) -> Batch | None:
+def _fixed_set(config: RunConfig, env: Env) -> FixedSet | None:
+    """Members of an ablation that differ in `data.where` have the same set too."""
     if config.evaluation.every == 0 or config.task != "unet":
         return None
+    data = replace(config.data, path=config.evaluation.path or config.data.path, where=())
     per_rank = -(-config.evaluation.clips // env.world)
-    return _fixed_clips(config, EVALUATION_SEED, per_rank * env.world, env.rank, env.world)
+    loader = _fixed_loader(data, SEED, per_rank * env.world, env.rank, env.world)
+    _check_elevation(config, loader)
+    clips, _ = next(iter(loader))
+    read = (data.num_frames, data.height, data.width, data.fps, data.caption_weights)
+    return FixedSet(f"{loader.index.fingerprint} {read}", clips)

@@ -103,15 +103,12 @@ def _plan(config: RunConfig, env: Env) -> Plan:
 
 
 def _evaluation(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Evaluation | None:
-    if inputs.evaluation_clips is None:
+    if inputs.fixed_set is None:
         return None
     assert isinstance(task.objective, Diffusion), "only diffusion has noise levels"
-    data = config.data
-    read = (data.num_frames, data.height, data.width, data.fps, data.caption_weights)
     return Evaluation(
         config=config.evaluation,
-        data=f"{inputs.loader.index.fingerprint} {read}",
-        clips=inputs.evaluation_clips,
+        fixed_set=inputs.fixed_set,
         micro_batch=inputs.loader.micro_batch,
         diffusion=fixed(task.objective),
         env=env,

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = (
     "#3b7dd8", "#d9822b", "#2f9e77", "#c9453f", "#8b6fe0", "#a98b2d",
@@ -130,10 +131,12 @@ def _fill(axes: Any, chart: Chart, line_width: float) -> None:
         )  # fmt: skip
     if chart.log_x:
         axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if _wants_log(lines):
         axes.set_yscale("log")
     else:
-        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
         axes.yaxis.get_offset_text().set_color(INK)
     axes.grid(color=RULE, linewidth=0.6)
     axes.tick_params(which="both", color=RULE, labelcolor=INK)

@@ -6,7 +6,8 @@ depend on the data and on the size of clips, and on nothing else of a run: not i
 density of sigma, not how many ranks it has. Every run is measured by one error, that of v at weight 1,
 whatever it minimises. So two members of an ablation differ here by what they learned alone.
 
-The clips are also trained on: nothing is held out. Sigmas and noises are the set's own.
+Its clips are the training data's own, which the run sees with other crops, sigmas and noises, unless
+`evaluation.path` names shards that are held out.
 
 Shape legend: B clips, T frames, S bins of sigma.
 """
@@ -43,6 +44,8 @@ class EvaluationConfig:
     on ten times its clips, and a third more for the averaged weights."""
     clips: int = 16
     """Size of the fixed set. Runs are comparable where it is the same."""
+    path: str | None = None
+    """Folder of shards of its own, which the run does not train on; null takes the training data."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.clips < 1:
@@ -71,15 +74,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Measures on the fixed set; the ranks share its clips out."""
-
-    config: EvaluationConfig
+class FixedSet:
     data: str
     """Names the clips and how they are read."""
     clips: Batch
     """This rank's, as many on every rank. Their ordinals are their numbers in the set: one beyond its end,
     where the ranks do not divide it, counts nothing."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measures on the fixed set; the ranks share its clips out."""
+
+    config: EvaluationConfig
+    fixed_set: FixedSet
     micro_batch: int
     """Clips that a rank takes at once."""
     diffusion: Diffusion
@@ -91,9 +99,10 @@ class Evaluation:
     def measure(self, engine: Engine, ema: ShardEMA) -> Measured:
         """Measure the weights and their first average. All ranks call it, between two steps; the training
         goes on as if it had not happened. The same on every rank."""
+        clips = self.fixed_set.clips
         micro_batches = [
-            self.clips.select(range(len(self.clips))[start : start + self.micro_batch]).to(self.env.device)
-            for start in range(0, len(self.clips), self.micro_batch)
+            clips.select(range(len(clips))[start : start + self.micro_batch]).to(self.env.device)
+            for start in range(0, len(clips), self.micro_batch)
         ]
         prepared = [(batch.ordinals, self.diffusion.prepare(batch)) for batch in micro_batches]
         errors_BST, grad_norm = self._with_gradients(engine, prepared)
@@ -140,12 +149,12 @@ class Evaluation:
     def _mean_over_clips(self, errors_BST: Tensor) -> Tensor:
         """This rank's errors -> (S, T), in float64, summed in the order of the set on any number of ranks."""
         device = errors_BST.device
-        ordinals = join_over_ranks(torch.tensor(self.clips.ordinals, device=device))
+        ordinals = join_over_ranks(torch.tensor(self.fixed_set.clips.ordinals, device=device))
         order = ordinals.argsort()[: self.config.clips]
         return join_over_ranks(errors_BST)[order].double().mean(dim=0)
 
     def _name(self) -> str:
-        described = f"{self.data} {self.config.clips} {SEED} {NUM_BINS} {SIGMA_MIN} {SIGMA_MAX}"
+        described = f"{self.fixed_set.data} {self.config.clips} {SEED} {NUM_BINS} {SIGMA_MIN} {SIGMA_MAX}"
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 

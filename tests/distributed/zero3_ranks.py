@@ -32,7 +32,7 @@ from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 from svd_ds.sample import TINY
 from svd_ds.training.ema import EMAConfig, ShardEMA
-from svd_ds.training.evaluate import Evaluation, EvaluationConfig, fixed, sigma_at
+from svd_ds.training.evaluate import Evaluation, EvaluationConfig, FixedSet, fixed, sigma_at
 from svd_ds.training.step import Diffusion
 
 SMALL = UNetConfig(
@@ -434,7 +434,7 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
         seed=4,
     )
     own = clips.select(range(env.rank, 4, env.world))
-    evaluation = Evaluation(EvaluationConfig(clips=3), "data", own, 1, fixed(diffusion), env)
+    evaluation = Evaluation(EvaluationConfig(clips=3), FixedSet("data", own), 1, fixed(diffusion), env)
     history = ranks.train(engine, range(1))
     ema = ShardEMA(EMAConfig(), {name: 0.5 * shard for name, shard in engine.local_shards().items()})
     measured = evaluation.measure(engine, ema)

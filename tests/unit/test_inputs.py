@@ -21,6 +21,7 @@ from svd_ds.model.unet import UNet
 from svd_ds.model.weights import save_unet
 from svd_ds.parallel.env import Env
 from svd_ds.sample import TINY
+from svd_ds.training.evaluate import FixedSet
 from tests.videos import about, encode, moving_square
 
 
@@ -50,6 +51,41 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
     write(tmp_path / "data", "0123456789ab")
     with pytest.raises(ValueError, match=f"the autoencoder 0123456789ab, and the one in tiny is {ours}"):
         read_inputs(config, env)
+
+
+def test_the_fixed_set_is_the_same_in_every_run_of_the_data(tmp_path: Path) -> None:
+    for folder, seeds in (("data", range(5)), ("held_out", range(9, 12))):
+        writer = ShardWriter(tmp_path / folder)
+        for seed in seeds:
+            frames = moving_square(8, height=64, width=80, seed=seed)
+            writer.add(f"clip{seed}", "mp4", encode(frames), about(frames, motion=0.1 * (seed + 1)))
+        writer.close()
+
+    def fixed_set(rank: int, world: int, *overrides: str) -> FixedSet:
+        data = (f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "batch.size=2")
+        config = compose(["debug=tiny", *data, *overrides])
+        found = read_inputs(config, replace(CPU, rank=rank, world=world)).fixed_set
+        assert found is not None
+        return found
+
+    whole = fixed_set(0, 1)
+    assert whole.clips.ordinals == (0, 1, 2)
+    another = (
+        "run.seed=5",
+        "noise=edm",
+        "data.where=['motion>=0.35']",
+        "data.image_share=1",
+        "data.flip=true",
+    )
+    parts = [fixed_set(rank, 2, *another) for rank in range(2)]
+    assert [part.clips.ordinals for part in parts] == [(0, 2), (1, 3)], "equally many; the fourth is spare"
+    assert {part.data for part in parts} == {whole.data}
+    for part, rows in zip(parts, ([0, 2], [1]), strict=True):
+        seen = part.clips.select(range(len(rows)))
+        assert torch.equal(seen.frames_BTCHW, whole.clips.select(rows).frames_BTCHW)
+    held_out = fixed_set(0, 1, f"evaluation.path={tmp_path / 'held_out'}")
+    assert set(held_out.clips.ids) <= {"clip9", "clip10", "clip11"}
+    assert held_out.data != whole.data != fixed_set(0, 1, "data.height=32").data
 
 
 CPU = replace(Env.read({}), device=torch.device("cpu"))
@@ -156,7 +192,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         ),
         (
             ["conditioning=multiview", "model.num_scalars=4"],
-            'sample a in data/quickstart does not have: its json needs the key "elevation"',
+            'does not have: its json needs the key "elevation"',
         ),
     ],
 )
