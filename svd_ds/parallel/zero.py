@@ -12,8 +12,9 @@ PRECISIONS = ("bf16", "fp32")
 class ZeroConfig:
     """Counts are in elements, not bytes."""
 
-    persistence_threshold: int = 100_000
-    """Parameters up to this size stay gathered on every rank between steps."""
+    persistence_threshold: int = 0
+    """Parameters up to this size stay gathered on every rank between steps. None need to: small ones travel
+    with their block, whereas each that stays costs a message of its own after every step."""
     prefetch_bucket: int = 50_000_000
     """How far ahead of their use parameters are gathered."""
     max_live: int = 1_000_000_000

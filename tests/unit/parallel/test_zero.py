@@ -20,7 +20,7 @@ def test_the_dictionary_is_this() -> None:
         "steps_per_print": None,
         "zero_optimization": {
             "stage": 3,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": 0,
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
