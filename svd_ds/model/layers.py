@@ -4,8 +4,8 @@ Everything inside the UNet is (B, T, H, W, C) and contiguous: B clips, T frames,
 channels. No layer moves data only to change its order: convolutions and norms read that memory as it lies
 (fused.py).
 
-Initial values are torch's defaults but for the layers named Zero..., which start at zero as in the public
-code (sgm `zero_module`). Each layer sets its own parameters in its own constructor: DeepSpeed's zero.Init
+Initial values are torch's defaults but for Alpha, the mask embedding, and the layers named Zero..., which
+start at zero as in the public code (sgm `zero_module`). Each layer sets its own parameters in its own constructor: DeepSpeed's zero.Init
 shares a parameter out over the ranks as soon as that constructor returns.
 """
 
