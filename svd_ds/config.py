@@ -24,16 +24,18 @@ from svd_ds.data.loader import DataConfig
 from svd_ds.diffusion.noise import NoiseConfig
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.model.lora import LoraConfig
+from svd_ds.model.slices import NETWORKS
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 from svd_ds.parallel.zero import ZeroConfig
-from svd_ds.training.checkpoint import NETWORKS, CheckpointConfig
+from svd_ds.training.checkpoint import CheckpointConfig
 from svd_ds.training.ema import EMAConfig
 from svd_ds.training.evaluate import EvaluationConfig
 from svd_ds.training.guard import GuardConfig
 from svd_ds.training.metrics import LoggerConfig
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import PreviewConfig
+from svd_ds.training.reconstruction import ReconstructionConfig
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 """A key, choice or value that Hydra or OmegaConf does not take."""
@@ -119,6 +121,8 @@ class RunConfig:
     conditioning: ConditionerConfig = field(default_factory=ConditionerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """Of the decoder; the UNet's is the squared error of v."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -150,6 +154,23 @@ class RunConfig:
         if self.lora.rank and self.init.source is None:
             raise ValueError(
                 f"lora.rank is {self.lora.rank} and init.from null: adapters adapt trained weights"
+            )
+
+        if self.task == "decoder":
+            self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        if self.init.weights is not None:
+            raise ValueError(
+                f"init.weights is {self.init.weights} and task decoder: it starts from frozen.path's vae/"
+            )
+        if self.lora.rank:
+            raise ValueError(f"lora.rank is {self.lora.rank} and task decoder: adapters are the UNet's")
+        if self.data.latents:
+            raise ValueError("data.latents is true and task decoder: it learns from frames")
+        if self.optim.spatial_rate == self.optim.temporal_rate == 0:
+            raise ValueError(
+                "optim.spatial_rate and optim.temporal_rate are both 0: a decoder has no other layers"
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from svd_ds.config import RunConfig
 from svd_ds.evaluation.report import write_report
 from svd_ds.inputs import Inputs, read_inputs
+from svd_ds.model.decoder import Decoder
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import agreed
@@ -25,7 +26,7 @@ from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
-from svd_ds.tasks import Task, unet_task
+from svd_ds.tasks import Task, read_task
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation, fixed
 from svd_ds.training.folder import RunFolder
@@ -45,16 +46,16 @@ def run(config: RunConfig, env: Env) -> None:
     environment.init(env)
     try:
         inputs = agreed(lambda: read_inputs(config, env))
-        _train(config, env, inputs)
+        task = agreed(lambda: read_task(config, env, inputs))
+        _train(config, env, inputs, task)
         destroy_groups()
     finally:
         environment.shutdown()
 
 
-def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
-    task = unet_task(config, inputs)
+def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> None:
     engine = build_engine(config, env, inputs.precision, task)
-    new = engine.load_full(inputs.weights) if inputs.weights is not None else []
+    new = engine.load_full(task.weights) if task.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
     if inputs.resume is not None:
         inputs.checkpoints.load(inputs.resume, engine, ema, task.objective)
@@ -65,7 +66,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
     started = time.perf_counter()
     with _open_metrics(config, env, inputs) as metrics:
         if metrics is not None:
-            metrics.say(_opening(config, env, inputs, engine))
+            metrics.say("\n".join([_opening(config, env, inputs, engine), *task.notes]))
             if new:
                 metrics.say(
                     f"{len(new)} tensors are not in {config.init.source} and start afresh: {new[0]}, ..."
@@ -79,7 +80,9 @@ def _train(config: RunConfig, env: Env, inputs: Inputs) -> None:
             guard=Guard(config.guard),
             checkpoints=inputs.checkpoints,
             evaluation=_evaluation(config, env, inputs, task),
-            previews=Previews(inputs.preview_clips, task.render, config.sampling.fps, inputs.folder, env),
+            previews=Previews(
+                inputs.preview_clips, task.render, task.measures, config.sampling.fps, inputs.folder, env
+            ),
             stop=StopRequest(),
             metrics=metrics,
             device=env.device,
@@ -137,7 +140,7 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
         gradient_clip=config.optim.gradient_clip,
     )
     torch.manual_seed(config.run.seed)
-    with Engine.sharded_init(zero, mpu):
+    with Engine.sharded_init(zero, mpu) if task.in_shards else nullcontext():
         network = task.build()
     apply_recompute(network, network.blocks(), config.recompute)
     return Engine(
@@ -151,7 +154,7 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
     )
 
 
-def _optimizer_groups(config: RunConfig, network: UNet, task: Task) -> list[dict[str, Any]]:
+def _optimizer_groups(config: RunConfig, network: UNet | Decoder, task: Task) -> list[dict[str, Any]]:
     with torch.device("meta"):
         # Parameters of the sharded network have no shape of their own any more.
         shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}

@@ -5,17 +5,26 @@ Each task is one function here, from a run's config and inputs to a Task. The re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+
+from torch import Tensor
 
 from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise
 from svd_ds.inputs import Inputs
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.decoder import Decoder, DecoderConfig, decoder_of
 from svd_ds.model.lora import add_lora, is_adapter
+from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import UNet
+from svd_ds.parallel.env import Env
+from svd_ds.sample import frozen_folder
+from svd_ds.training.adversary import Adversary
 from svd_ds.training.checkpoint import Settings
 from svd_ds.training.objective import Objective
-from svd_ds.training.preview import Render, Sampling
+from svd_ds.training.preview import Measures, Render, Sampling
+from svd_ds.training.reconstruction import Reconstruction, Redecoding, psnr
 from svd_ds.training.step import Diffusion
 
 
@@ -23,18 +32,31 @@ from svd_ds.training.step import Diffusion
 class Task:
     """What a run trains."""
 
-    build: Callable[[], UNet]
+    build: Callable[[], UNet | Decoder]
     """Makes the network with all that is put on it."""
+    in_shards: bool
+    """Whether it can be made in shards. If not, each rank makes all of it before it is cut up."""
     learns: Callable[[str], bool]
     """Whether the parameter of a name may learn; its tag's rate decides further."""
+    weights: Iterator[tuple[str, Tensor]] | None
+    """To begin with; None leaves them to chance, or to the checkpoint."""
     settings: Settings
     """What a checkpoint says of the network."""
     objective: Objective
     render: Render
     """Makes the previews."""
+    measures: Measures
+    """Of the previews."""
+    notes: tuple[str, ...] = ()
+    """What a person should know at the start."""
 
 
-def unet_task(config: RunConfig, inputs: Inputs) -> Task:
+def read_task(config: RunConfig, env: Env, inputs: Inputs) -> Task:
+    """The task of `config`. Raises ValueError or OSError with one sentence for files that it needs."""
+    return _unet(config, inputs) if config.task == "unet" else _decoder(config, env, inputs)
+
+
+def _unet(config: RunConfig, inputs: Inputs) -> Task:
     """Diffusion (arXiv 2311.15127 section D): the UNet, or adapters on it."""
     assert inputs.conditioner is not None, "a UNet is conditioned"
 
@@ -46,7 +68,9 @@ def unet_task(config: RunConfig, inputs: Inputs) -> Task:
     adapters = {"lora.json": asdict(config.lora)} if config.lora.rank else {}
     return Task(
         build=build,
+        in_shards=True,
         learns=is_adapter if config.lora.rank else lambda name: True,
+        weights=inputs.weights,
         settings={"config.json": asdict(config.model), **adapters},
         objective=Diffusion(
             noise=build_noise(config.noise, config.data.height, config.data.width),
@@ -56,4 +80,40 @@ def unet_task(config: RunConfig, inputs: Inputs) -> Task:
             seed=config.run.seed,
         ),
         render=Sampling(config.sampling, inputs.autoencoder, inputs.conditioner),
+        measures={},
+    )
+
+
+def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
+    """The autoencoder's decoder, as VideoLDM trained its own (arXiv 2304.08818 section 3.1.1)."""
+    loss, notes, weights = config.loss, [], None
+    shape = DecoderConfig.of(inputs.autoencoder.network)
+    if inputs.resume is None:
+        # A second copy: the encoder's is in the compute precision.
+        whole = Autoencoder.load(frozen_folder(config.frozen.path)).network
+        decoder, new = decoder_of(whole, config.run.seed)
+        weights = ((name, parameter.detach()) for name, parameter in decoder.named_parameters())
+        if new:
+            notes.append(
+                f"the autoencoder in {config.frozen.path} is an image model: the {len(new)} tensors of its "
+                f"decoder's layers of time start afresh, and leave its frames as they are: {new[0]}, ..."
+            )
+    perceptual = None
+    if loss.perceptual is not None:
+        perceptual = Perceptual.load(loss.perceptual, loss.perceptual_heads).to(env.device)
+    else:
+        notes.append("loss.perceptual is null: the loss has no perceptual term")
+    adversary = None
+    if loss.adversarial_weight:
+        adversary = Adversary(loss.discriminator_width, loss.discriminator_lr, config.run.seed, env.device)
+    return Task(
+        build=lambda: Decoder(shape),
+        in_shards=False,
+        learns=lambda name: True,
+        weights=weights,
+        settings={"config.json": asdict(shape)},
+        objective=Reconstruction(loss, inputs.autoencoder, perceptual, adversary, config.run.seed),
+        render=Redecoding(inputs.autoencoder),
+        measures={"psnr": psnr},
+        notes=tuple(notes),
     )

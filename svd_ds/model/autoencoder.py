@@ -1,7 +1,8 @@
 """The frozen autoencoder: frames <-> latents, a few frames at a time.
 
 It is diffusers' AutoencoderKLTemporalDecoder: the image encoder of Stable Diffusion 2.1 (f8, 4 channels) and
-a decoder that also mixes over time (sgm temporal_ae.py).
+a decoder that also mixes over time (sgm temporal_ae.py). Or it is Stable Diffusion's own, AutoencoderKL,
+whose decoder takes one frame at a time.
 
     frames --encode--> moments --posterior--> latents --x scaling_factor--> diffusion --decode--> frames
 
@@ -17,21 +18,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svd_ds.model.frozen import load_frozen
+from svd_ds.model.frozen import class_name, load_frozen
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLTemporalDecoder
+    from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+
+KINDS = ("AutoencoderKLTemporalDecoder", "AutoencoderKL")
 
 
 class Autoencoder:
     """Frozen: no method keeps a graph. Results are float32, whatever the network computes in."""
 
-    def __init__(self, network: AutoencoderKLTemporalDecoder, chunk: int = 14) -> None:
+    def __init__(self, network: AutoencoderKLTemporalDecoder | AutoencoderKL, chunk: int = 14) -> None:
         """`chunk`: frames encoded, or decoded together, at a time. The public SVD decodes 14 together."""
         if chunk < 1:
             raise ValueError(f"the autoencoder's chunk is {chunk}, but must be at least 1 frame")
         self.network: Any = network  # diffusers hides its attributes from type checkers
         self.chunk = chunk
+        self.mixes_time = type(network).__name__ == KINDS[0]
 
     @staticmethod
     def load(
@@ -40,16 +44,19 @@ class Autoencoder:
         dtype: torch.dtype = torch.float32,
         chunk: int = 14,
     ) -> Autoencoder:
-        """Read `vae/` of a pipeline folder, or of a hub id like "organisation/name".
+        """Read `vae/` of a pipeline folder, or of a hub id like "organisation/name", video or image.
 
         The public weights overflow in float16 and say so (`force_upcast`): those are kept in float32.
-        Raises FileNotFoundError where the folder lacks the part or its weights.
+        Raises FileNotFoundError where the folder lacks the part or its weights, ValueError for another class.
         """
-        from diffusers import AutoencoderKLTemporalDecoder  # takes seconds: not before it is needed
+        import diffusers  # takes seconds: not before it is needed
 
-        network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, dtype)
+        name = class_name(path, "vae")
+        if name not in KINDS:
+            raise ValueError(f"the vae/ of {path} is {name}, and must be {' or '.join(KINDS)}")
+        network = load_frozen(getattr(diffusers, name), path, "vae", device, dtype)
         if dtype == torch.float16 and network.config.force_upcast:
-            network = load_frozen(AutoencoderKLTemporalDecoder, path, "vae", device, torch.float32)
+            network = load_frozen(getattr(diffusers, name), path, "vae", device, torch.float32)
         return Autoencoder(network, chunk)
 
     @property
@@ -105,15 +112,15 @@ class Autoencoder:
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
         """Latents as the UNet sees them (scaled), (B, T, C, h, w) -> frames in [-1, 1], (B, T, 3, H, W).
 
-        The decoder mixes over the frames it is given together: `chunk` frames of one clip, never of two.
+        A video decoder mixes over the frames it is given together: `chunk` frames of one clip, never of two.
         """
         weight = self.network.quant_conv.weight
         clips = []
         for latents_TCHW in latents_BTCHW / self.scaling_factor:
-            frames = [
-                self.network.decode(few.to(weight.device, weight.dtype), num_frames=len(few)).sample.float()
-                for few in latents_TCHW.split(self.chunk)
-            ]
+            frames = []
+            for few in latents_TCHW.split(self.chunk):
+                together = {"num_frames": len(few)} if self.mixes_time else {}
+                frames.append(self.network.decode(few.to(weight), **together).sample.float())
             clips.append(torch.cat(frames))
         return torch.stack(clips).clamp(-1, 1)
 

@@ -36,6 +36,24 @@ def load_frozen(
     return network.to(device).eval().requires_grad_(False)
 
 
+def class_name(path: str | Path, part: str) -> str:
+    """The diffusers class that a part's config.json names.
+
+    Raises FileNotFoundError where there is none, ValueError where it names nothing.
+    """
+    from diffusers import AutoencoderKL
+
+    folder = part_folder(path, part)
+    place: dict[str, Any] = {"local_files_only": True} if folder else {"subfolder": part}
+    try:
+        fields: Any = AutoencoderKL.load_config(str(folder or path), **place)
+    except OSError as error:
+        raise FileNotFoundError(f"the config of {path}'s {part}/ could not be loaded: {error}") from error
+    if "_class_name" not in fields:
+        raise ValueError(f"{path}'s {part}/config.json has no _class_name, which diffusers' have")
+    return fields["_class_name"]
+
+
 def from_pretrained(kind: Any, path: str | Path, part: str, **options: Any) -> Any:
     """`kind.from_pretrained` on one part of a local pipeline folder or of a hub repository."""
     _quieten()

@@ -8,16 +8,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
 from svd_ds.model.lora import LoraConfig, add_lora, is_adapter, low_rank_update
 from svd_ds.model.names import ORIGINAL_PREFIX, from_public, public_modules, public_names, to_public
+from svd_ds.model.slices import Piece, join_slices, network_of, open_checkpoint, tensors_of
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 
 CONFIG_KEY = "svd_ds.config"
@@ -32,22 +33,6 @@ GROWING = ("in_channels", "num_scalars")
 """Of these it may have more."""
 WIDENED = ("conv_in.weight", "embedding.scalars.linear1.weight")
 """May have fewer inputs (dimension 1) on disk than in the network: the added come last and start at zero."""
-
-COMPLETE = "COMPLETE"
-"""The file that a checkpoint gets last."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor in an open file."""
-
-    path: Path
-    file: Any
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
 
 
 @dataclass(frozen=True)
@@ -76,12 +61,10 @@ class Source:
             yield name, tensor
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
-        tensor = torch.cat([piece.file.get_tensor(piece.name) for piece in self.pieces[name]])
         if self.flat:
-            found = network_parameters(self.config, self.lora)[name].shape
-            tensor = tensor[: found.numel()].view(found)
+            tensor = join_slices(self.pieces[name], network_parameters(self.config, self.lora)[name].shape)
         else:
-            tensor = from_public(name, tensor)
+            tensor = from_public(name, torch.cat([piece.read() for piece in self.pieces[name]]))
         # Inputs that the network has and the disk does not are last in our weights' last dimension.
         return F.pad(tensor, (0, shape[-1] - tensor.shape[-1])).contiguous()
 
@@ -168,9 +151,7 @@ def open_source(path: Path, which: str | None) -> Source:
     """Open what `path` is; arguments and errors are those of `weights.read_weights`."""
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}")
-    if (path / "checkpoints").is_dir():
-        path = _newest_checkpoint(path)
-    if any((path / "unet").glob("rank-*.safetensors")):
+    if network_of(path) is not None:
         return _open_checkpoint(path, which)
     if which not in (None, "raw"):
         raise ValueError(f"{path} is not a run or a checkpoint, so it has no average {which!r}")
@@ -184,45 +165,15 @@ def open_source(path: Path, which: str | None) -> Source:
     )
 
 
-def _newest_checkpoint(run: Path) -> Path:
-    complete = sorted(marker.parent for marker in run.glob(f"checkpoints/step-*/{COMPLETE}"))
-    if not complete:
-        raise ValueError(f"the run {run} has no complete checkpoint yet")
-    return complete[-1]
-
-
 def _open_checkpoint(path: Path, which: str | None) -> Source:
-    if not (path / COMPLETE).exists():
-        raise ValueError(f"the checkpoint {path} is not complete: it has no file {COMPLETE}")
-    averages = sorted(folder.name.removeprefix("ema-") for folder in path.glob("ema-*"))
-    which = which or next(iter(averages), "raw")
-    if which not in ("raw", *averages):
-        raise ValueError(f"the checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}")
-    config = UNetConfig(**json.loads((path / "unet" / "config.json").read_text()))
-    pieces = _slices_of(path / "unet")
-    if which != "raw":
-        # Only what is trained has an average.
-        pieces |= _slices_of(path / f"ema-{which}")
-    settings = path / "unet" / "lora.json"
-    lora = LoraConfig(**json.loads(settings.read_text())) if settings.exists() else None
+    settings, pieces = open_checkpoint(path, "unet", which)
+    config = UNetConfig(**settings["config.json"])
+    lora = LoraConfig(**settings["lora.json"]) if "lora.json" in settings else None
     return Source(path, config, pieces, flat=True, lora=lora)
 
 
-def _slices_of(folder: Path) -> dict[str, list[Piece]]:
-    """Name -> the ranks' slices in order."""
-    files = sorted(folder.glob("rank-*-of-*.safetensors"))
-    ranks = int(files[0].stem.rpartition("-")[2]) if files else 0
-    if not files or len(files) != ranks:
-        raise ValueError(f"{folder} has the files of {len(files)} ranks out of {ranks}")
-    pieces: dict[str, list[Piece]] = {}
-    for file in files:
-        for name, piece in _tensors_of(file).items():
-            pieces.setdefault(name, []).append(piece)
-    return pieces
-
-
 def _open_original(path: Path) -> Source:
-    tensors = {name: piece for name, piece in _tensors_of(path).items() if name.startswith(ORIGINAL_PREFIX)}
+    tensors = {name: piece for name, piece in tensors_of(path).items() if name.startswith(ORIGINAL_PREFIX)}
     with safe_open(path, framework="pt") as file:
         written = (file.metadata() or {}).get(CONFIG_KEY)
     try:
@@ -243,7 +194,7 @@ def _open_diffusers(folder: Path) -> Source:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     tensors: dict[str, Piece] = {}
     for file in _diffusers_files(folder):
-        tensors |= _tensors_of(file)
+        tensors |= tensors_of(file)
     # An image UNet has no temporal half beside its residual blocks, so it does not name the spatial one.
     infix = "spatial_res_block." if fields["_class_name"] == IMAGE_CLASS else ""
     return _public_source(folder, config, "diffusers", tensors, leave_out=infix)
@@ -278,11 +229,3 @@ def _public_source(
         piece = next(iter(left.values()))
         raise ValueError(f"{piece.path} holds {piece.name}, for which the network has no place")
     return Source(path, config, pieces, flat=False)
-
-
-def _tensors_of(path: Path) -> dict[str, Piece]:
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    return {name: Piece(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -27,6 +27,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svd_ds.model.slices import network_of
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, barrier
 from svd_ds.training.ema import ShardEMA
@@ -36,7 +37,6 @@ from svd_ds.training.state import Progress
 
 MARKER = "COMPLETE"
 OBJECTIVE = "objective.safetensors"
-NETWORKS = ("unet", "decoder")
 Settings = Mapping[str, Mapping[str, Any]]
 """The files beside a network's weights, by name: config.json, and lora.json where adapters are trained."""
 
@@ -66,7 +66,7 @@ class Checkpoints:
     config: CheckpointConfig
     env: Env
     network: str
-    """What the run trains, one of NETWORKS: the name of the weights' folder."""
+    """What the run trains, unet or decoder: the name of the weights' folder."""
 
     def complete(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint that was finished, oldest first."""
@@ -114,9 +114,9 @@ class Checkpoints:
 
     def check_network(self, path: Path) -> None:
         """Raises ValueError where a checkpoint holds another network than the run trains."""
-        held = [name for name in NETWORKS if (path / name).is_dir()]
-        if held and held != [self.network]:
-            raise ValueError(f"{path} is a checkpoint of a {held[0]}, and this run trains a {self.network}")
+        held = network_of(path)
+        if held != self.network:
+            raise ValueError(f"{path} is a checkpoint of a {held}, and this run trains a {self.network}")
 
     def load(self, path: Path, engine: Engine, ema: ShardEMA, objective: Objective) -> Progress:
         """Put a checkpoint of the same number of ranks into the engine, the averages and the objective."""

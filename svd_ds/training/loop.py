@@ -75,7 +75,7 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
         if last or progress.step % plan.checkpoint_every == 0:
             parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
         if progress.step % plan.preview_every == 0 or ended:
-            written = parts.previews.make(progress.step, parts.engine, parts.ema)
-            if parts.metrics is not None and written is not None:
-                parts.metrics.log_samples(progress.step, *written)
+            preview = parts.previews.make(progress.step, parts.engine, parts.ema)
+            if parts.metrics is not None and preview is not None:
+                parts.metrics.log_preview(progress.step, preview)
     return progress

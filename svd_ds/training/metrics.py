@@ -15,7 +15,6 @@ import secrets
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 from urllib.parse import urlparse
@@ -25,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
+from svd_ds.training.preview import Preview
 
 RATE_WINDOW = 20
 """Steps over which clips/s is averaged."""
@@ -148,14 +148,16 @@ class Metrics:
                 {f"evaluation/{key}": value for key, value in scalars.items()} | {"train/step": step}
             )
 
-    def log_samples(self, step: int, videos: list[Path], sheet: Path) -> None:
-        """Say where a preview's videos (mp4) and contact sheet (png) are, and send them to W&B."""
-        self.say(f"step {step}  sampled {len(videos)} videos: {sheet}")
+    def log_preview(self, step: int, preview: Preview) -> None:
+        """Say where its videos (mp4) and contact sheet (png) are and what was measured; send all to W&B."""
+        measured = "".join(f", {name} {value:.2f}" for name, value in preview.measured.items())
+        self.say(f"step {step}  made {len(preview.videos)} videos{measured}: {preview.sheet}")
         if self.wandb is not None:
             import wandb
 
-            media = {f"samples/{path.stem}": wandb.Video(str(path), format="mp4") for path in videos}
-            self.wandb.log({**media, "samples/contact_sheet": wandb.Image(str(sheet)), "train/step": step})
+            told: dict[str, Any] = {"contact_sheet": wandb.Image(str(preview.sheet)), **preview.measured}
+            told |= {path.stem: wandb.Video(str(path), format="mp4") for path in preview.videos}
+            self.wandb.log({f"samples/{name}": it for name, it in told.items()} | {"train/step": step})
 
     def _remaining(self, metrics: StepMetrics) -> str:
         mean_s = sum(entry.step_s for entry in self.recent) / len(self.recent)

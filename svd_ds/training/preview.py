@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,17 @@ class PreviewConfig(SampleConfig):
 
 Render = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]
 """(network, clips, their numbers) -> frames in [-1, 1], (B, T, 3, H, W)."""
+Measures = Mapping[str, Callable[[Tensor, Tensor], float]]
+"""Name -> (made, real), both uint8 (B, T, 3, H, W), -> a number that says how close they are."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What was written at one step, and how close the videos come to the real clips."""
+
+    videos: list[Path]
+    sheet: Path
+    measured: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -70,16 +82,17 @@ class Previews:
 
     clips: Batch
     render: Render
+    measures: Measures
     fps: float
     """Of the files."""
     folder: RunFolder
     env: Env
 
-    def make(self, step: int, engine: Engine, ema: ShardEMA) -> tuple[list[Path], Path] | None:
+    def make(self, step: int, engine: Engine, ema: ShardEMA) -> Preview | None:
         """Render with the first average and write `samples/step-.../` in the run folder. All ranks call it.
 
         There: video-0.mp4 and on, and contact_sheet.png, in which each video stands below its real clip.
-        Returns the paths of the videos and of the sheet on rank 0, None elsewhere.
+        And measures.json, where there are measures. Returns what it wrote on rank 0, None elsewhere.
         """
         per_rank = -(-len(self.clips) // self.env.world)
         # Every rank must run the sharded network equally often: the last ones may sample a clip again.
@@ -90,12 +103,14 @@ class Previews:
         videos = join_over_ranks(to_uint8(frames_BTCHW))[: len(self.clips)]
         return self._write(step, videos) if self.env.rank == 0 else None
 
-    def _write(self, step: int, videos_BTCHW: Tensor) -> tuple[list[Path], Path]:
-        folder = self.folder.samples(step)
+    def _write(self, step: int, videos_BTCHW: Tensor) -> Preview:
+        folder, real_BTCHW = self.folder.samples(step), self.clips.frames_BTCHW
         paths = [folder / f"video-{i}.mp4" for i in range(len(videos_BTCHW))]
         for path, frames_TCHW in zip(paths, videos_BTCHW, strict=True):
             write_mp4(frames_TCHW, path, self.fps)
         sheet = folder / "contact_sheet.png"
-        rows = [row for pair in zip(self.clips.frames_BTCHW, videos_BTCHW, strict=True) for row in pair]
-        contact_sheet(rows, sheet)
-        return paths, sheet
+        contact_sheet([row for pair in zip(real_BTCHW, videos_BTCHW, strict=True) for row in pair], sheet)
+        measured = {name: measure(videos_BTCHW, real_BTCHW) for name, measure in self.measures.items()}
+        if measured:
+            (folder / "measures.json").write_text(json.dumps(measured, indent=1) + "\n")
+        return Preview(paths, sheet, measured)
