@@ -1,0 +1,134 @@
+"""The decoder with layers of time: diffusers' own numbers, an image decoder's when it begins as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+from torch import nn
+
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.decoder import Decoder, DecoderConfig, decoder_of, fold, save_autoencoder
+from svd_ds.model.unet import parameter_tags
+from svd_ds.sample import TINY
+
+
+def image_autoencoder(num_layers: int = 2) -> Any:
+    """Stable Diffusion's kind, with something to see in every bias."""
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 64),
+        layers_per_block=num_layers,
+        sample_size=32,
+    )
+    for parameter in autoencoder.parameters():
+        nn.init.normal_(parameter, mean=0.5 if parameter.dim() == 1 else 0.0, std=0.05)
+    return autoencoder.eval()
+
+
+@torch.no_grad()
+def test_it_is_diffusers_decoder_for_every_clip() -> None:
+    theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(TINY, subfolder="vae")
+    ours, new = decoder_of(theirs)
+    assert new == []
+    latents = torch.randn(2, 3, 4, 8, 8)
+    frames = ours(latents)
+    assert frames.shape == (2, 3, 3, 64, 64)
+    for clip, decoded in zip(latents, frames, strict=True):
+        assert torch.allclose(decoded, theirs.decode(clip, num_frames=3).sample, atol=1e-6)
+
+
+def test_what_video_adds_is_tagged_temporal() -> None:
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig())
+    tags = parameter_tags(decoder)
+    sizes = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
+    temporal = {name for name, tag in tags.items() if tag == "temporal"}
+    assert set(tags.values()) == {"spatial", "temporal"}
+    assert temporal == {name for name in tags if "temporal" in name or "time_" in name}
+    # The released decoder's (Stability-AI/generative-models VideoDecoder).
+    assert sum(sizes.values()) == 63_579_183
+    assert (sum(sizes[name] for name in temporal), len(temporal)) == (14_089_004, 128)
+    assert len(decoder.blocks()) == 14
+
+
+@torch.no_grad()
+def test_an_image_decoder_begins_with_its_own_frames() -> None:
+    image = image_autoencoder()
+    nn.init.zeros_(image.post_quant_conv.bias)
+    decoder, new = decoder_of(image)
+    tags = parameter_tags(decoder)
+    assert sorted(new) == sorted(name for name, tag in tags.items() if tag == "temporal")
+    latents = torch.randn(3, 4, 8, 8)
+    expected = image.decode(latents).sample
+    assert torch.allclose(decoder(latents[None])[0], expected, atol=1e-4 * expected.abs().max())
+
+    # New layers of diffusers' alone would change them: its blend takes them at a half from the start.
+    fresh = Decoder(decoder.config)
+    state = {name: value for name, value in decoder.state_dict().items() if name not in new}
+    fresh.load_state_dict(state, strict=False)
+    assert (fresh(latents[None])[0] - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_the_new_layers_are_the_same_on_every_rank_and_learn() -> None:
+    image = image_autoencoder()
+    (one, new), (other, _) = decoder_of(image, seed=3), decoder_of(image, seed=3)
+    assert all(a.equal(b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    with torch.enable_grad():
+        one(torch.randn(1, 3, 4, 4, 4)).square().mean().backward()
+    learns = {name for name, p in one.named_parameters() if name in new and p.grad.abs().max() > 0}
+    assert {name for name in learns if "conv2" in name} == {
+        name for name in new if "temporal_res_block.conv2" in name
+    }
+
+
+@torch.no_grad()
+def test_a_fold_is_exact_but_for_the_bias_at_the_border() -> None:
+    first, second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 16, 3, padding=1)
+    x = torch.randn(2, 4, 6, 7)
+
+    def folded() -> torch.Tensor:
+        weights = fold(first, second)
+        return nn.functional.conv2d(x, weights["conv_in.weight"], weights["conv_in.bias"], padding=1)
+
+    difference = (folded() - second(first(x))).abs()
+    assert difference[:, :, 1:-1, 1:-1].max() < 1e-5, "inside it is exact"
+    assert difference.max() > 0.05, "at the border the bias went through a kernel that is partly outside"
+    first.bias.zero_()
+    assert torch.allclose(folded(), second(first(x)), atol=1e-5), "without a bias it is exact everywhere"
+
+
+def test_an_image_decoder_of_another_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match="of 1 layers a block takes no layers of time: it needs 2"):
+        decoder_of(image_autoencoder(num_layers=1))
+
+
+@torch.no_grad()
+def test_an_image_autoencoder_is_read_and_decodes_frame_by_frame(tmp_path: Path) -> None:
+    image = image_autoencoder()
+    image.save_pretrained(tmp_path / "vae")
+    ours = Autoencoder.load(tmp_path)
+    latents = torch.randn(1, 2, 4, 4, 4)
+    expected = image.decode(latents[0] / ours.scaling_factor).sample.clamp(-1, 1)
+    assert torch.allclose(ours.decode(latents)[0], expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_written_autoencoder_is_one_of_diffusers(kind: str, tmp_path: Path) -> None:
+    source = image_autoencoder() if kind == "image" else Autoencoder.load(TINY).network
+    decoder, _ = decoder_of(source)
+    for parameter in decoder.parameters():
+        parameter += 0.01
+    save_autoencoder(source, decoder, tmp_path / "vae")
+    theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(tmp_path, subfolder="vae")
+    latents, frames = torch.randn(2, 4, 4, 4), torch.randn(1, 3, 32, 32)
+    assert torch.allclose(theirs.decode(latents, num_frames=2).sample, decoder(latents[None])[0], atol=1e-5)
+    expected = source.encode(frames).latent_dist.mean
+    assert torch.allclose(theirs.encode(frames).latent_dist.mean, expected, atol=1e-5)
+    assert Autoencoder.load(tmp_path).fingerprint() == Autoencoder(source).fingerprint()
