@@ -160,9 +160,9 @@ class RunConfig:
             self._check_decoder()
 
     def _check_decoder(self) -> None:
-        if self.init.weights is not None:
+        if self.init.source is not None:
             raise ValueError(
-                f"init.weights is {self.init.weights} and task decoder: it starts from frozen.path's vae/"
+                f"init.from is {self.init.source} and task decoder: it starts from frozen.path's vae/"
             )
         if self.lora.rank:
             raise ValueError(f"lora.rank is {self.lora.rank} and task decoder: adapters are the UNet's")

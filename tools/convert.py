@@ -17,7 +17,9 @@ from torch import Tensor
 
 from svd_ds.door import run_door
 from svd_ds.model.conditioner import RELEASED_SCALARS
+from svd_ds.model.decoder import load_decoder, save_parts
 from svd_ds.model.lora import save_lora
+from svd_ds.model.slices import network_of
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import load_unet, read_weights, write_weights
 from svd_ds.sample import frozen_folder, run_settings
@@ -29,8 +31,8 @@ EXAMPLE = """examples:
   python tools/convert.py runs/camera camera.safetensors --layout lora
 
 With --layout diffusers an image-to-video network becomes a folder that diffusers'
-StableVideoDiffusionPipeline.from_pretrained loads; its other parts are copied from where the run had them.
-Low-rank adapters are merged into the weights, or written by themselves with --layout lora.
+StableVideoDiffusionPipeline.from_pretrained loads; its other parts are copied from where the run had them. So
+does a trained decoder, in vae/. Low-rank adapters are merged, or written by themselves with --layout lora.
 """
 PIPELINE = "StableVideoDiffusionPipeline"
 PARTS = ("vae", "image_encoder", "feature_extractor", "scheduler")
@@ -55,6 +57,12 @@ def main() -> None:
 
 def convert(arguments: argparse.Namespace, draft: Path) -> str:
     """Write the layout asked for to `draft`; what is to be said of it."""
+    if network_of(arguments.source) == "decoder":
+        parts = arguments.frozen or frozen_of(run_settings(arguments.source))
+        if parts is None or arguments.layout != "diffusers":
+            raise ValueError(f"{arguments.source} holds a decoder: it takes --layout diffusers and --frozen")
+        save_parts(parts, load_decoder(arguments.source, arguments.which), draft)
+        return ""
     if arguments.layout == "lora":
         save_lora(load_unet(arguments.source, arguments.which, merge=False), draft)
         return ""
@@ -97,9 +105,8 @@ def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Pat
     settings = run_settings(source)
     if not takes_what_the_pipeline_gives(config, settings):
         return None
-    if frozen is None and settings is not None:
-        frozen = Path(frozen_folder(settings["frozen"]["path"]))
-    elif frozen is None and (source / "vae").is_dir():
+    frozen = frozen or frozen_of(settings)
+    if frozen is None and (source / "vae").is_dir():
         frozen = source
     if frozen is None:
         raise ValueError(f"{source} is weights alone: name a folder that has {', '.join(PARTS)} by --frozen")
@@ -110,6 +117,10 @@ def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Pat
     if kind != PIPELINE:
         raise ValueError(f"{frozen} is a {kind}: name a local {PIPELINE} folder by --frozen")
     return frozen
+
+
+def frozen_of(settings: dict[str, Any] | None) -> Path | None:
+    return Path(frozen_folder(settings["frozen"]["path"])) if settings else None
 
 
 def takes_what_the_pipeline_gives(config: UNetConfig, settings: dict[str, Any] | None) -> bool:

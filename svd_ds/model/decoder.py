@@ -10,6 +10,7 @@ Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent p
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import Tempor
 from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock, TemporalResnetBlock
 from torch import Tensor, nn
 
+from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.slices import join_slices, network_of, open_checkpoint
 
 IMAGE_BLOCKS = 2
@@ -167,10 +169,22 @@ def load_decoder(path: str | Path, which: str | None = None) -> Decoder:
     return decoder
 
 
-def save_autoencoder(autoencoder: Any, decoder: Decoder, folder: str | Path) -> None:
-    """Write a `vae/` folder: `decoder`, and the encoder of diffusers' `autoencoder`, video or image."""
-    whole: Any = AutoencoderKLTemporalDecoder(**{field: autoencoder.config[field] for field in FIELDS})
-    whole.encoder.load_state_dict(autoencoder.encoder.state_dict())
-    whole.quant_conv.load_state_dict(autoencoder.quant_conv.state_dict())
+def save_parts(frozen: str | Path, decoder: Decoder, folder: str | Path) -> None:
+    """Write the parts of the pipeline at `frozen` anew, with `decoder` in their vae/.
+
+    Of a hub id, vae/ alone. Raises ValueError where the decoder that is there has another shape.
+    """
+    autoencoder = Autoencoder.load(frozen)
+    theirs, ours = DecoderConfig.of(autoencoder.network), decoder.config
+    if theirs != ours:
+        raise ValueError(f"the decoder in {frozen} is {theirs}, and the one that was trained {ours}")
+    if Path(frozen).is_dir():
+        # The pipeline of an image autoencoder is of another class, which would ask for that again.
+        left = ["vae"] if autoencoder.mixes_time else ["vae", "model_index.json"]
+        shutil.copytree(frozen, folder, ignore=shutil.ignore_patterns(*left))
+    fields = autoencoder.network.config
+    whole: Any = AutoencoderKLTemporalDecoder(**{field: fields[field] for field in FIELDS})
+    whole.encoder.load_state_dict(autoencoder.network.encoder.state_dict())
+    whole.quant_conv.load_state_dict(autoencoder.network.quant_conv.state_dict())
     whole.decoder.load_state_dict(decoder.state_dict())
-    whole.save_pretrained(str(folder))
+    whole.save_pretrained(str(Path(folder) / "vae"))

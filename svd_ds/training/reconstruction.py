@@ -152,7 +152,8 @@ class Reconstruction(Objective):
         moments_NMhw = self.autoencoder.encode(frames_BTCHW.flatten(0, 1))
         moments_BTMhw = moments_NMhw.unflatten(0, frames_BTCHW.shape[:2])
         latent_shape = (frames_BTCHW.shape[1], self.autoencoder.latent_channels, H // f, W // f)
-        draws = draw(self.seed, ordinals, latent_shape, (3, H, W), frames_BTCHW.device)
+        # No frame is given to the decoder besides the latents: no noise for any.
+        draws = draw(self.seed, ordinals, latent_shape, (0, 3, H, W), frames_BTCHW.device)
         return posterior(moments_BTMhw, draws.posterior_noise_BTChw)
 
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import nn
 
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.decoder import Decoder, DecoderConfig, decoder_of, fold, save_autoencoder
+from svd_ds.model.decoder import Decoder, DecoderConfig, decoder_of, fold, save_parts
 from svd_ds.model.unet import parameter_tags
 from svd_ds.sample import TINY
 
@@ -121,14 +121,26 @@ def test_an_image_autoencoder_is_read_and_decodes_frame_by_frame(tmp_path: Path)
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_a_written_autoencoder_is_one_of_diffusers(kind: str, tmp_path: Path) -> None:
-    source = image_autoencoder() if kind == "image" else Autoencoder.load(TINY).network
+    frozen = TINY
+    if kind == "image":
+        frozen = tmp_path / "image"
+        image_autoencoder().save_pretrained(frozen / "vae")
+        (frozen / "model_index.json").write_text("{}")
+    source = Autoencoder.load(frozen).network
     decoder, _ = decoder_of(source)
     for parameter in decoder.parameters():
         parameter += 0.01
-    save_autoencoder(source, decoder, tmp_path / "vae")
-    theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(tmp_path, subfolder="vae")
+    out = tmp_path / "out"
+    save_parts(frozen, decoder, out)
+    theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(out, subfolder="vae")
     latents, frames = torch.randn(2, 4, 4, 4), torch.randn(1, 3, 32, 32)
     assert torch.allclose(theirs.decode(latents, num_frames=2).sample, decoder(latents[None])[0], atol=1e-5)
     expected = source.encode(frames).latent_dist.mean
     assert torch.allclose(theirs.encode(frames).latent_dist.mean, expected, atol=1e-5)
-    assert Autoencoder.load(tmp_path).fingerprint() == Autoencoder(source).fingerprint()
+    assert Autoencoder.load(out).fingerprint() == Autoencoder(source).fingerprint()
+    assert (out / "model_index.json").exists() == (kind == "video")
+    assert (out / "image_encoder").is_dir() == (kind == "video")
+    with torch.device("meta"):
+        other = Decoder(DecoderConfig())
+    with pytest.raises(ValueError, match=r"widths=\(32, .*trained.*\(128, 256, 512, 512\)"):
+        save_parts(frozen, other, out)

@@ -1,0 +1,184 @@
+"""The decoder's objective, its adversary, and how exactly both go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from svd_ds.batch import Batch, Clip
+from svd_ds.model.autoencoder import Autoencoder, posterior
+from svd_ds.model.decoder import decoder_of
+from svd_ds.model.perceptual import Perceptual
+from svd_ds.sample import TINY
+from svd_ds.training.adversary import Adversary
+from svd_ds.training.reconstruction import Reconstruction, ReconstructionConfig, Redecoding, psnr
+from tests.videos import moving_square
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> Autoencoder:
+    return Autoencoder.load(TINY)
+
+
+def clips(*ordinals: int, size: int = 32) -> Batch:
+    made = []
+    for ordinal in ordinals:
+        frames = torch.from_numpy(moving_square(2, height=size, width=size, seed=ordinal)).permute(0, 3, 1, 2)
+        made.append(Clip(f"s{ordinal}", ordinal, frames.contiguous(), "", 6.0, 0.0))
+    return Batch.of(made)
+
+
+def reconstruction(autoencoder: Autoencoder, perceptual: Any = None, **settings: Any) -> Reconstruction:
+    config = ReconstructionConfig(discriminator_width=4, **settings)
+    adversary = Adversary(4, 1e-3, seed=0, device=torch.device("cpu")) if config.adversarial_weight else None
+    return Reconstruction(config, autoencoder, perceptual, adversary, seed=0)
+
+
+class Painter:
+    """A network that gives one colour, and remembers the latents."""
+
+    def __init__(self, colour: float) -> None:
+        self.colour = torch.tensor(colour, requires_grad=True)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        self.latents = latents
+        B, T, _, h, w = latents.shape
+        return self.colour.expand(B, T, 3, 8 * h, 8 * w)
+
+
+def test_the_loss_is_what_its_terms_say(autoencoder: Autoencoder) -> None:
+    batch, net = clips(3, 9), Painter(0.25)
+    perceptual = Perceptual(widths=(2, 2, 2, 2, 2)).requires_grad_(False)
+    objective = reconstruction(autoencoder, perceptual, perceptual_weight=0.5)
+    loss_B = objective.loss(net, batch)
+    real = batch.frames_BTCHW / 127.5 - 1
+    pixels = (real - 0.25).abs().mean(dim=(1, 2, 3, 4))
+    distance = perceptual(torch.full((4, 3, 32, 32), 0.25), real.flatten(0, 1)).view(2, 2).mean(dim=1)
+    assert torch.allclose(loss_B, pixels + 0.5 * distance, rtol=1e-5)
+    assert objective.end_step() == pytest.approx(
+        {"reconstruction": pixels.mean().item(), "perceptual": distance.mean().item()}, rel=1e-5
+    )
+    assert torch.autograd.grad(loss_B.sum(), net.colour)[0] != 0
+
+    moments = autoencoder.encode(real.flatten(0, 1))
+    spread = (net.latents.flatten(0, 1) - posterior(moments)) / torch.exp(0.5 * moments[:, 4:])
+    assert 0.8 < spread.std() < 1.2, "the posterior is sampled, and not scaled"
+    latents = net.latents
+    objective.loss(net, clips(9))
+    assert torch.allclose(net.latents[0], latents[1], atol=1e-4), "and belongs to the clip"
+
+
+def test_one_clip_can_be_overfitted(autoencoder: Autoencoder) -> None:
+    decoder, _ = decoder_of(autoencoder.network)
+    objective, optimizer = reconstruction(autoencoder), torch.optim.Adam(decoder.parameters(), lr=4e-3)
+    still = clips(0, size=16)
+    losses = []
+    for step in range(24):
+        loss = objective.loss(decoder, replace(still, ordinals=(step,))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-4:]) < 0.6 * sum(losses[:4]), losses
+
+
+def test_the_adversary_begins_at_a_clip(autoencoder: Autoencoder) -> None:
+    objective = reconstruction(autoencoder, adversarial_weight=1.0, adversarial_start=5)
+    plain = reconstruction(autoencoder)
+    before = {name: value.clone() for name, value in objective.state().items()}
+    objective.loss(Painter(0.0), clips(3, 4))
+    assert objective.end_step().keys() == {"reconstruction"}
+    assert all(before[name].equal(value) for name, value in objective.state().items()), "nor does it decay"
+
+    net, batch = Painter(0.0), clips(4, 5)
+    difference_B = objective.loss(net, batch) - plain.loss(net, batch)
+    assert difference_B[0] == 0 and difference_B[1] != 0
+    assert objective.end_step().keys() == {"reconstruction", "adversarial", "discriminator"}
+    changed = [not before[name].equal(objective.state()[name]) for name in before]
+    assert any(changed)
+
+
+def test_the_adversary_learns_to_tell_and_is_not_moved_by_the_decoder(autoencoder: Autoencoder) -> None:
+    objective = reconstruction(autoencoder, adversarial_weight=1.0)
+    told = []
+    for step in range(15):
+        net = Painter(0.0)
+        loss = objective.loss(net, clips(2 * step, 2 * step + 1)).mean()
+        assert objective.adversary is not None
+        gradients = [p.grad.clone() for p in objective.adversary.network.parameters() if p.grad is not None]
+        loss.backward()
+        after = [p.grad for p in objective.adversary.network.parameters()]
+        assert all(a.equal(b) for a, b in zip(gradients, after, strict=True) if b is not None)
+        assert net.colour.grad is not None and net.colour.grad.isfinite()
+        told.append(objective.end_step()["discriminator"])
+    assert told[-1] < 0.8 * told[0]
+
+
+def test_micro_batches_make_no_difference_to_the_adversary(autoencoder: Autoencoder) -> None:
+    together, apart = (reconstruction(autoencoder, adversarial_weight=1.0) for _ in range(2))
+    together.loss(Painter(0.1), clips(0, 1, 2))
+    apart.loss(Painter(0.1), clips(0))
+    apart.loss(Painter(0.1), clips(1, 2))
+    assert together.end_step() == pytest.approx(apart.end_step(), rel=1e-5)
+    for name, value in together.state().items():
+        assert torch.allclose(value, apart.state()[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_a_resumed_adversary_goes_on_bitwise(autoencoder: Autoencoder) -> None:
+    def steps(objective: Reconstruction, numbers: range) -> list[dict[str, float]]:
+        told = []
+        for number in numbers:
+            objective.loss(Painter(0.1), clips(number))
+            told.append(objective.end_step())
+        return told
+
+    whole = reconstruction(autoencoder, adversarial_weight=1.0)
+    steps(whole, range(2))
+    state = {name: value.clone() for name, value in whole.state().items()}
+    resumed = reconstruction(autoencoder, adversarial_weight=1.0)
+    resumed.load_state(state)
+    assert steps(whole, range(2, 5)) == steps(resumed, range(2, 5))
+    assert all(value.equal(resumed.state()[name]) for name, value in whole.state().items())
+
+
+def test_a_batch_that_is_not_finite_leaves_the_adversary_alone(autoencoder: Autoencoder) -> None:
+    objective = reconstruction(autoencoder, adversarial_weight=1.0)
+    before = {name: value.clone() for name, value in objective.state().items()}
+    objective.loss(Painter(float("nan")), clips(0))
+    objective.end_step()
+    assert all(value.equal(before[name]) for name, value in objective.state().items())
+
+
+def test_previews_are_decoded_from_the_means(autoencoder: Autoencoder) -> None:
+    decoder, _ = decoder_of(autoencoder.network)
+    batch = clips(0, 1)
+    with torch.no_grad():
+        made = Redecoding(autoencoder)(decoder, batch, [0, 1])
+        latents = posterior(autoencoder.encode(batch.frames_BTCHW.flatten(0, 1) / 127.5 - 1))
+        expected = autoencoder.network.decode(latents[2:], num_frames=2).sample
+    assert torch.allclose(made[1], expected, atol=1e-5)
+
+
+def test_psnr() -> None:
+    real = torch.full((1, 2, 3, 4, 4), 100, dtype=torch.uint8)
+    assert psnr(real + 255 // 100, real) == pytest.approx(20 * torch.log10(torch.tensor(255 / 2)).item())
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss\.adversarial_weight is -1"):
+        ReconstructionConfig(adversarial_weight=-1)
+    with pytest.raises(ValueError, match=r"loss\.perceptual_heads is a, and loss\.perceptual is null"):
+        ReconstructionConfig(perceptual_heads="a")
