@@ -164,8 +164,6 @@ class RunConfig:
             raise ValueError(
                 f"init.from is {self.init.source} and task decoder: it starts from frozen.path's vae/"
             )
-        if self.lora.rank:
-            raise ValueError(f"lora.rank is {self.lora.rank} and task decoder: adapters are the UNet's")
         if self.data.latents:
             raise ValueError("data.latents is true and task decoder: it learns from frames")
         if self.optim.spatial_rate == self.optim.temporal_rate == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,21 @@ def test_a_mistake_is_named(override: str, named: str) -> None:
         compose([override])
     assert named in explain(caught.value)
     assert "\n" not in explain(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("task=vae", "task is 'vae': choose unet or decoder"),
+        ("init.from=runs/stage1", "it starts from frozen.path's vae/"),
+        ("data.latents=true", "it learns from frames"),
+        ("optim.spatial_rate=0 optim.temporal_rate=0", "a decoder has no other layers"),
+        ("loss.adversarial_start=-1", "loss.adversarial_start is -1"),
+    ],
+)
+def test_a_decoder_has_rules_of_its_own(override: str, named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        compose(["+experiment=temporal_decoder", *SITE, *override.split()])
 
 
 def test_a_stage_starts_from_another_by_one_key() -> None:
