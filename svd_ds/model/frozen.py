@@ -5,6 +5,7 @@ A pipeline keeps each part in a folder of its own: `vae/ image_encoder/ text_enc
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,14 @@ def class_name(path: str | Path, part: str) -> str:
     from diffusers import AutoencoderKL
 
     folder = part_folder(path, part)
-    place: dict[str, Any] = {"local_files_only": True} if folder else {"subfolder": part}
-    try:
-        fields: Any = AutoencoderKL.load_config(str(folder or path), **place)
-    except OSError as error:
-        raise FileNotFoundError(f"the config of {path}'s {part}/ could not be loaded: {error}") from error
+    fields: Any
+    if folder is not None:
+        fields = json.loads((folder / "config.json").read_text())
+    else:
+        try:
+            fields = AutoencoderKL.load_config(str(path), subfolder=part)
+        except OSError as error:
+            raise _not_on_the_hub(path, part, error) from error
     if "_class_name" not in fields:
         raise ValueError(f"{path}'s {part}/config.json has no _class_name, which diffusers' have")
     return fields["_class_name"]
@@ -63,9 +67,13 @@ def from_pretrained(kind: Any, path: str | Path, part: str, **options: Any) -> A
     try:
         return kind.from_pretrained(str(path), subfolder=part, **options)
     except OSError as error:
-        raise FileNotFoundError(
-            f"{path} is no local folder, and its {part}/ could not be loaded from the hub: {error}"
-        ) from error
+        raise _not_on_the_hub(path, part, error) from error
+
+
+def _not_on_the_hub(path: str | Path, part: str, error: OSError) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{path} is no local folder, and its {part}/ could not be loaded from the hub: {error}"
+    )
 
 
 def part_folder(path: str | Path, part: str) -> Path | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLTemporalDecoder
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import svd_ds
@@ -123,21 +123,27 @@ def test_a_folder_with_the_half_precision_variant_alone_is_read(tmp_path, ours):
 
 
 def test_a_hub_id_is_passed_on_and_its_failure_told_in_our_words(monkeypatch):
-    asked = {}
+    asked = []
 
     def no_network(path, **options):
-        asked.update(path=path, **options)
+        asked.append((path, options))
         raise OSError("offline")
 
+    def config(path, **options):
+        asked.append((path, options))
+        return {"_class_name": "AutoencoderKLTemporalDecoder"}
+
     monkeypatch.setattr(AutoencoderKLTemporalDecoder, "from_pretrained", no_network)
+    monkeypatch.setattr(AutoencoderKL, "load_config", config)
     with pytest.raises(FileNotFoundError, match=r"some/model is no local folder.*offline"):
         Autoencoder.load("some/model")
-    assert asked == {
-        "path": "some/model",
-        "subfolder": "vae",
-        "dtype": torch.float32,
-        "use_safetensors": True,
-    }
+    assert asked == [
+        ("some/model", {"subfolder": "vae"}),
+        ("some/model", {"subfolder": "vae", "dtype": torch.float32, "use_safetensors": True}),
+    ]
+    monkeypatch.setattr(AutoencoderKL, "load_config", no_network)
+    with pytest.raises(FileNotFoundError, match=r"some/model is no local folder.*offline"):
+        Autoencoder.load("some/model")
 
 
 def test_another_class_is_refused(tmp_path):
