@@ -5,8 +5,8 @@ channels. No layer moves data only to change its order: convolutions and norms r
 (fused.py).
 
 Initial values are torch's defaults but for Alpha, the mask embedding, and the layers named Zero..., which
-start at zero as in the public code (sgm `zero_module`). Each layer sets its own parameters in its own constructor: DeepSpeed's zero.Init
-shares a parameter out over the ranks as soon as that constructor returns.
+start at zero as in the public code (sgm `zero_module`). Each layer sets its own parameters in its own
+constructor: DeepSpeed's zero.Init shares a parameter out over the ranks as soon as that constructor returns.
 """
 
 from __future__ import annotations
