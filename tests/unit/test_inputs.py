@@ -117,6 +117,12 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
             ("model=svd_t2v", "conditioning=text_to_video"),
             "has in_channels 8, and the network that would start from it 4: it may only grow",
         ),
+        (
+            ("model=svd_interpolation", "conditioning=interpolation"),
+            (),
+            "has in_channels 9, and the network that would start from it 8: it may only grow",
+        ),
+        (("model.context_width=32",), (), "has context_width 32, and the network .* 64: it must stay"),
         (IMAGES_ALONE, ("optim.temporal_rate=0",), "optim.temporal_rate=0 freezes temporal layers"),
         (IMAGES_ALONE, ("optim.embedding_rate=0",), "optim.embedding_rate=0 freezes embedding layers"),
         (IMAGES_ALONE, ("lora.rank=4",), "lora.rank freezes .* layers that would begin at random"),
