@@ -12,10 +12,10 @@ from svd_ds.parallel.env import Env
 EXAMPLE = """examples:
   python tools/chain.py runs/chain
   python tools/chain.py runs/chain --image-model sd21-tiny --orbits data/orbits
-  python tools/launch.py -n 2 --script tools/chain.py -- runs/chain run.steps=4
+  python tools/chain.py runs/chain run.steps=2 batch.size=2
 
 Each stage is its experiment with debug=tiny laid over it, and its run is OUT/EXPERIMENT. It starts by
-init.from. A chain that was stopped goes on where it was.
+init.from, on one rank. A chain that was stopped goes on where it was.
 """
 IMAGE_MODEL, ORBITS = "stage1_time_embed", "multiview"
 CHAIN = {
@@ -39,10 +39,8 @@ def main() -> None:
     from svd_ds.run import run  # with DeepSpeed, which takes seconds: --help does not wait for it
 
     for experiment, overrides in stages(arguments).items():
-        env = Env.read()
-        if env.rank == 0:
-            print(f"\n{experiment}: {' '.join(overrides)}", flush=True)
-        run(compose(overrides), env)
+        print(f"\n{experiment}: {' '.join(overrides)}", flush=True)
+        run(compose(overrides), Env.read({}))
 
 
 def stages(arguments: argparse.Namespace) -> dict[str, list[str]]:
