@@ -21,7 +21,7 @@ stage() {  # stage NAME [EXPERIMENT] [key=value ...]: the experiment NAME, or an
   local name=$1
   shift
   case "${1:-}" in
-    "" | *=*) ;;
+    "" | -* | *=*) ;;
     *) name=$1; shift ;;
   esac
   train "+experiment=$name" "$@"
