@@ -6,6 +6,7 @@ run folders -> Run (runs.py) -> charts, ranking (fixed_set.py) -> assets/report.
 from __future__ import annotations
 
 import base64
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -28,11 +29,16 @@ MAX_SHEETS = 3
 
 CHARTS = {
     "loss": ("Training loss", "weighted error", True),
+    "reconstruction": ("Reconstruction", "mean absolute difference", True),
+    "perceptual": ("Perceptual distance", "LPIPS", True),
+    "adversarial": ("Adversarial term", "minus the score", True),
+    "discriminator": ("Discriminator", "hinge loss", True),
     "grad_norm": ("Gradient norm before clipping", "norm", True),
     "lr": ("Learning rate", "rate", False),
     "clips_per_s": ("Throughput", "clips a second", True),
 }
-"""Key in metrics.jsonl -> title, label of the y axis, and whether it is noisy enough to smooth."""
+"""Key in metrics.jsonl, where a run has it -> title, label of the y axis, whether it is noisy enough to
+smooth."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was sampled at one step: base64 of the files, by name."""
+    """What was sampled at one step: base64 of the files, by name, and what was measured of them."""
 
     sheet: str | None
     videos: dict[str, str]
+    measured: dict[str, float]
 
 
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> None:
@@ -177,7 +184,9 @@ def _samples(run: Run, steps: Sequence[int]) -> dict[int, Sample]:
         if (folder := run.sample_folders.get(step)) is not None:
             sheet = folder / "contact_sheet.png"
             videos = {path.stem: _base64(path) for path in sorted(folder.glob("*.mp4"))}
-            samples[step] = Sample(_base64(sheet) if sheet.is_file() else None, videos)
+            measures = folder / "measures.json"
+            measured = json.loads(measures.read_text()) if measures.is_file() else {}
+            samples[step] = Sample(_base64(sheet) if sheet.is_file() else None, videos, measured)
     return samples
 
 

@@ -95,7 +95,9 @@ def test_it_leaves_what_any_run_leaves(resumed: Path) -> None:
     said = (resumed / "logs" / "train.log").read_text()
     assert "loss.perceptual is null: the loss has no perceptual term" in said
     assert "psnr" in said
-    assert (resumed / "report.html").exists()
+    report = (resumed / "report.html").read_text()
+    assert all(title in report for title in ("Reconstruction", "Discriminator", "psnr ")), "curves and PSNR"
+    assert "Perceptual distance" not in report
 
 
 @torch.no_grad()
