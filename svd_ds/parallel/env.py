@@ -9,6 +9,7 @@ Nothing else in svd_ds reads these variables.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+_runs = itertools.count()
+"""Runs that this process has joined, as with a multirun: every rank counts alike."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,16 @@ def init(env: Env, timeout: timedelta = timedelta(minutes=30)) -> None:
         )
     else:
         os.environ.update(MASTER_ADDR=env.address, MASTER_PORT=str(env.port))
-        dist.init_process_group(env.backend, timeout=timeout, device_id=device_id)
+        store, rank, world = next(dist.rendezvous("env://", env.rank, env.world, timeout=timeout))
+        dist.init_process_group(
+            env.backend,
+            # A launcher's store outlives a run, and the next of these processes must not read its addresses.
+            store=dist.PrefixStore(f"run-{next(_runs)}", store),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=device_id,
+        )
 
 
 def shutdown() -> None:
