@@ -108,6 +108,7 @@ def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
         adversary = Adversary(loss.discriminator_width, loss.discriminator_lr, config.run.seed, env.device)
     return Task(
         build=lambda: Decoder(shape),
+        # diffusers' AlphaBlender calls torch.Tensor([value]): inside DeepSpeed's zero.Init that is a size.
         in_shards=False,
         learns=lambda name: True,
         weights=weights,

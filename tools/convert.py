@@ -105,9 +105,7 @@ def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Pat
     settings = run_settings(source)
     if not takes_what_the_pipeline_gives(config, settings):
         return None
-    frozen = frozen or frozen_of(settings)
-    if frozen is None and (source / "vae").is_dir():
-        frozen = source
+    frozen = frozen or frozen_of(settings) or (source if (source / "vae").is_dir() else None)
     if frozen is None:
         raise ValueError(f"{source} is weights alone: name a folder that has {', '.join(PARTS)} by --frozen")
     for name in ("model_index.json", *PARTS):

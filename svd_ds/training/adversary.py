@@ -70,11 +70,10 @@ class Adversary:
             parameter.copy_(state[f"weights.{name}"])
             moments = {m: state[f"{m}.{name}"] for m in MOMENTS if f"{m}.{name}" in state}
             if moments:
-                # The count of steps lives on the CPU, whatever the moments do.
-                device = {"step": torch.device("cpu")}
+                # The count of steps lives on the CPU, wherever the moments do.
                 self.optimizer.state[parameter] = {
-                    moment: value.to(device.get(moment, parameter.device)).clone()
-                    for moment, value in moments.items()
+                    m: value.clone() if m == "step" else value.to(parameter.device, copy=True)
+                    for m, value in moments.items()
                 }
 
     def _forget(self) -> None:
