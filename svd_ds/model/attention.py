@@ -17,6 +17,8 @@ from torch import Tensor
 
 MAX_BATCH = 65_535
 """CUDA kernels put the batch on a grid dimension of 16 bits."""
+SHORT = 64
+"""Up to so many keys, such as a clip's frames, a CPU's fused kernel mostly pads (docs/benchmarks.md)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
@@ -28,13 +30,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     batch, heads, width), which is what attention over time has to hand back.
 
     Args:
-        backend: `flash_attn`, `sdpa` (torch), `reference` (written out), or `auto`: flash_attn where it is
-            installed and the tensors are half precision on a GPU, else sdpa.
+        backend: `flash_attn`, `sdpa` (torch), `short` (two batched products, all scores in memory),
+            `reference` (written out), or `auto`: flash_attn where it is installed and the tensors are half
+            precision on a GPU, short for few keys on a CPU, else sdpa.
 
     Raises:
         ValueError: flash_attn is asked for by name and is not installed.
     """
-    kernel = _kernel(backend, q)
+    kernel = _kernel(backend, q, k)
     if q.dim() == 4:
         return _in_chunks(kernel, q, k, v)
     if q.shape[0] == 1:
@@ -58,6 +61,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def _short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # In half precision the products would round the scores.
+    precise, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[-1])
+    queries, keys, values = (tensor.transpose(1, 2).to(precise) for tensor in (q, k, v))
+    weights = ((scale * queries) @ keys.transpose(2, 3)).softmax(dim=-1)
+    return (weights @ values).to(q.dtype).transpose(1, 2)
+
+
 def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     precise = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(precise) / math.sqrt(q.shape[-1])
@@ -70,7 +81,12 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q, k, v)
 
 
-KERNELS: dict[str, Kernel] = {"flash_attn": _flash_attn, "sdpa": _sdpa, "reference": _reference}
+KERNELS: dict[str, Kernel] = {
+    "flash_attn": _flash_attn,
+    "sdpa": _sdpa,
+    "short": _short,
+    "reference": _reference,
+}
 BACKENDS = ("auto", *KERNELS)
 
 
@@ -79,10 +95,13 @@ def flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _kernel(backend: str, q: Tensor) -> Kernel:
+def _kernel(backend: str, q: Tensor, k: Tensor) -> Kernel:
     if backend == "auto":
-        fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-        backend = "flash_attn" if fits and flash_attn_installed() else "sdpa"
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if q.is_cuda:
+            backend = "flash_attn" if half and flash_attn_installed() else "sdpa"
+        else:
+            backend = "short" if k.shape[-3] <= SHORT else "sdpa"
     if backend == "flash_attn" and not flash_attn_installed():
         raise ValueError("attention is to run on flash_attn, which is not installed: choose auto or sdpa")
     return KERNELS[backend]

@@ -86,18 +86,28 @@ class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, proj: Tensor) -> Tensor:
         ctx.save_for_backward(proj)
-        hidden, gate = proj.chunk(2, dim=-1)
+        hidden, gate = _halves(proj)
         return F.gelu(gate).mul_(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (proj,) = ctx.saved_tensors
-        hidden, gate = proj.chunk(2, dim=-1)
+        hidden, gate = _halves(proj)
         dproj = torch.empty_like(proj)
         dhidden, dgate = dproj.chunk(2, dim=-1)
         torch.mul(grads[0], F.gelu(gate), out=dhidden)
-        torch.ops.aten.gelu_backward.grad_input(grads[0] * hidden, gate, grad_input=dgate)
+        if gate.is_contiguous():
+            dgate.copy_(torch.ops.aten.gelu_backward(grads[0] * hidden, gate))
+        else:
+            torch.ops.aten.gelu_backward.grad_input(grads[0] * hidden, gate, grad_input=dgate)
         return dproj
+
+
+def _halves(proj: Tensor) -> tuple[Tensor, Tensor]:
+    """What is gated, and the gate, as the processor's gelu likes it."""
+    hidden, gate = proj.chunk(2, dim=-1)
+    # oneDNN computes it in bfloat16, several times as fast as torch, but only from memory without gaps.
+    return hidden, gate.contiguous() if gate.is_cpu and gate.dtype == torch.bfloat16 else gate
 
 
 class _GroupNormSiLU(torch.autograd.Function):

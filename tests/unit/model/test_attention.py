@@ -26,7 +26,7 @@ def test_every_backend_equals_the_formula_in_double_precision(keys: int | None) 
 
     exact = results("reference", *(tensor.double() for tensor in (q, k, v)))
     assert all(tensor.dtype == torch.float64 for tensor in exact)
-    for backend in ("reference", "sdpa", "auto"):
+    for backend in ("reference", "sdpa", "short", "auto"):
         for expected, found in zip(exact, results(backend, q, k, v), strict=True):
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -74,18 +74,33 @@ def test_flash_attn_by_name_must_be_there(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "dtype", "installed", "expected"),
+    ("is_cuda", "dtype", "installed", "num_keys", "expected"),
     [
-        (True, torch.bfloat16, True, "flash_attn"),
-        (True, torch.float16, True, "flash_attn"),
-        (True, torch.bfloat16, False, "sdpa"),
-        (True, torch.float32, True, "sdpa"),
-        (False, torch.bfloat16, True, "sdpa"),
+        (True, torch.bfloat16, True, 14, "flash_attn"),
+        (True, torch.float16, True, 1536, "flash_attn"),
+        (True, torch.bfloat16, False, 14, "sdpa"),
+        (True, torch.float32, True, 14, "sdpa"),
+        (False, torch.bfloat16, True, 14, "short"),
+        (False, torch.bfloat16, True, 1536, "sdpa"),
     ],
 )
-def test_auto_takes_flash_attn_where_it_can(
-    is_cuda: bool, dtype: torch.dtype, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_auto_takes_what_suits_processor_and_length(
+    is_cuda: bool,
+    dtype: torch.dtype,
+    installed: bool,
+    num_keys: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "flash_attn_installed", lambda: installed)
-    tensor = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-    assert module._kernel("auto", tensor) is module.KERNELS[expected]  # type: ignore[arg-type]
+    q = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+    k = torch.empty(1, num_keys, 1, 8)
+    assert module._kernel("auto", q, k) is module.KERNELS[expected]  # type: ignore[arg-type]
+
+
+def test_short_keeps_scores_in_single_precision() -> None:
+    q, k, v = (4 * torch.randn(8, 14, 2, 64) for _ in range(3))
+    exact = attention(q.bfloat16().double(), k.bfloat16().double(), v.bfloat16().double(), "reference")
+    found = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), "short")
+    error = (found.double() - exact).norm() / exact.norm()
+    assert error < 2.0**-8, "no more than the rounding of the result"

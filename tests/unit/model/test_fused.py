@@ -93,6 +93,22 @@ def test_geglu_is_a_gated_gelu() -> None:
     assert torch.autograd.gradcheck(geglu, proj)
 
 
+def test_geglu_in_half_precision() -> None:
+    exact = torch.randn(2, 3, 128).bfloat16().double().requires_grad_()
+    proj = exact.detach().bfloat16().requires_grad_()
+    hidden, gate = exact.chunk(2, dim=-1)
+    gradient = torch.randn(2, 3, 64).bfloat16()
+    wanted, found = hidden * F.gelu(gate), geglu(proj)
+    pairs = [(found, wanted)]
+    pairs += zip(
+        torch.autograd.grad(found, proj, gradient),
+        torch.autograd.grad(wanted, exact, gradient.double()),
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        assert (ours.double() - theirs).norm() / theirs.norm() < 2.0**-7
+
+
 @pytest.mark.parametrize(
     "layer", [geglu, lambda x: group_norm_silu(x, torch.ones(16), torch.zeros(16), 4, 1e-5, True)]
 )
