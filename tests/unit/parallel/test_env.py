@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.env import Env, supports_bf16
@@ -139,6 +140,9 @@ def test_supports_bf16(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, 
     assert supports_bf16(torch.device("cpu")) is native
 
 
-def test_barrier_of_one_process_needs_no_group() -> None:
+def test_barrier_and_shutdown_of_one_process_ask_for_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not dist.is_initialized()
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("there is no group to ask"))
     environment.barrier()
     environment.shutdown()
