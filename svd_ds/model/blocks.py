@@ -11,20 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svd_ds.model.layers import Alpha, FrameConv, FrameNorm, Linear, ZeroLinear
-from svd_ds.model.spatial import SpatialResidual, SpatialTransformerBlock
+from svd_ds.model.image import ImageResidual, ImageTransformer, TransformerSizes
+from svd_ds.model.layers import Alpha, FrameConv
 from svd_ds.model.temporal import FramePositions, TemporalResidual, TemporalTransformerBlock
 
 
-class Residual(nn.Module):
+class Residual(ImageResidual):
     """A spatial residual block, then a temporal one: y + (1 - alpha) temporal(y), with y = spatial(x).
 
     Equal to blending y and y + temporal(y) with shares alpha and 1 - alpha, in one pass less.
     """
 
     def __init__(self, in_width: int, width: int, embedding_width: int, eps: float) -> None:
-        super().__init__()
-        self.spatial = SpatialResidual(in_width, width, embedding_width, eps)
+        super().__init__(in_width, width, embedding_width, eps)
         self.temporal = TemporalResidual(width, embedding_width, eps)
         self.alpha = Alpha()
 
@@ -33,41 +32,26 @@ class Residual(nn.Module):
         return torch.addcmul(y, self.temporal(y, embedding_BE), 1 - self.alpha(image_only_BT))
 
 
-class Transformer(nn.Module):
+class Transformer(ImageTransformer):
     """Pairs of a spatial and a temporal transformer block, blended by alpha, around one residual
     connection."""
 
-    tag = "spatial"
-
-    def __init__(
-        self,
-        width: int,
-        context_width: int,
-        head_width: int,
-        depth: int,
-        spatial_attention: str,
-        temporal_attention: str,
-    ) -> None:
-        super().__init__()
-        sizes = (width, context_width, head_width)
-        self.norm = FrameNorm(width, eps=1e-6, silu=False)
-        self.proj_in = Linear(width, width)
-        self.spatial = nn.ModuleList(SpatialTransformerBlock(*sizes, spatial_attention) for _ in range(depth))
+    def __init__(self, width: int, sizes: TransformerSizes) -> None:
+        super().__init__(width, sizes)
         self.positions = FramePositions(width)
         self.temporal = nn.ModuleList(
-            TemporalTransformerBlock(*sizes, temporal_attention) for _ in range(depth)
+            TemporalTransformerBlock(width, sizes.context_width, sizes.head_width, sizes.temporal_attention)
+            for _ in range(sizes.depth)
         )
         self.alpha = Alpha()
-        self.proj_out = ZeroLinear(width, width)
 
-    def forward(self, x_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
-        h = self.proj_in(self.norm(x_BTHWC))
-        positions_T11C = self.positions(x_BTHWC.shape[1], x_BTHWC.device)
+    def inner(self, h_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None) -> Tensor:
+        positions_T11C = self.positions(h_BTHWC.shape[1], h_BTHWC.device)
         alpha = self.alpha(image_only_BT)
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
-            h = spatial(h, context_BLD)
-            h = torch.lerp(temporal(h + positions_T11C, context_BLD), h, alpha)
-        return x_BTHWC + self.proj_out(h)
+            y = spatial(h_BTHWC, context_BLD)
+            h_BTHWC = torch.lerp(temporal(y + positions_T11C, context_BLD), y, alpha)
+        return h_BTHWC
 
 
 class Downsample(nn.Module):

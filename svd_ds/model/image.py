@@ -1,7 +1,7 @@
 """The network without layers of time: an image model, Stable Diffusion 2.1's, and stage 1's of the paper.
 
-Its blocks are the spatial halves of blocks.py under the same names, so that a video network takes their
-weights as they are. A clip's frames do not know of each other; an image is a clip of one.
+Its blocks are what those with layers of time (blocks.py, pseudo3d.py) extend, so that a video network takes
+their weights as they are. A clip's frames do not know of each other; an image is a clip of one.
 
 x_BTHWC: B clips, T frames, H x W latent pixels, C channels; E: width of the time embedding; L, D: context
 tokens and their width.
@@ -9,10 +9,24 @@ tokens and their width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from svd_ds.model.layers import FrameNorm, Linear, ZeroLinear
 from svd_ds.model.spatial import SpatialResidual, SpatialTransformerBlock
+
+
+@dataclass(frozen=True)
+class TransformerSizes:
+    """What the transformers of all levels have in common."""
+
+    context_width: int
+    head_width: int
+    depth: int
+    """Blocks, or pairs of blocks, in a row."""
+    spatial_attention: str
+    temporal_attention: str
 
 
 class ImageResidual(nn.Module):
@@ -31,24 +45,22 @@ class ImageTransformer(nn.Module):
 
     tag = "spatial"
 
-    def __init__(
-        self,
-        width: int,
-        context_width: int,
-        head_width: int,
-        depth: int,
-        spatial_attention: str,
-        temporal_attention: str,
-    ) -> None:
+    def __init__(self, width: int, sizes: TransformerSizes) -> None:
         super().__init__()
-        sizes = (width, context_width, head_width)
         self.norm = FrameNorm(width, eps=1e-6, silu=False)
         self.proj_in = Linear(width, width)
-        self.spatial = nn.ModuleList(SpatialTransformerBlock(*sizes, spatial_attention) for _ in range(depth))
+        self.spatial = nn.ModuleList(
+            SpatialTransformerBlock(width, sizes.context_width, sizes.head_width, sizes.spatial_attention)
+            for _ in range(sizes.depth)
+        )
         self.proj_out = ZeroLinear(width, width)
 
     def forward(self, x_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
         h = self.proj_in(self.norm(x_BTHWC))
+        return x_BTHWC + self.proj_out(self.inner(h, context_BLD, image_only_BT))
+
+    def inner(self, h_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None) -> Tensor:
+        """What stands between the projections."""
         for spatial in self.spatial:
-            h = spatial(h, context_BLD)
-        return x_BTHWC + self.proj_out(h)
+            h_BTHWC = spatial(h_BTHWC, context_BLD)
+        return h_BTHWC

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from svd_ds.model.layers import FrameNorm, Linear, TemporalConv, ZeroLinear
-from svd_ds.model.spatial import SpatialResidual, SpatialTransformerBlock
+from svd_ds.model.image import ImageResidual, ImageTransformer, TransformerSizes
+from svd_ds.model.layers import TemporalConv, ZeroLinear
 from svd_ds.model.temporal import FramePositions, TemporalAttention
 
 
@@ -40,12 +40,11 @@ class ZeroTemporalAttention(TemporalAttention):
         self.out = ZeroLinear(width, width)
 
 
-class PseudoResidual(nn.Module):
+class PseudoResidual(ImageResidual):
     """The spatial residual block, each of its convolutions followed by one over time."""
 
     def __init__(self, in_width: int, width: int, embedding_width: int, eps: float) -> None:
-        super().__init__()
-        self.spatial = SpatialResidual(in_width, width, embedding_width, eps)
+        super().__init__(in_width, width, embedding_width, eps)
         self.temporal1 = IdentityTemporalConv(width, width)
         self.temporal2 = IdentityTemporalConv(width, width)
 
@@ -59,38 +58,23 @@ class PseudoResidual(nn.Module):
         return spatial.shortcut(x_BTHWC) + h
 
 
-class PseudoTransformer(nn.Module):
+class PseudoTransformer(ImageTransformer):
     """Spatial transformer blocks, each followed by attention over time, around one residual connection."""
 
-    tag = "spatial"
-
-    def __init__(
-        self,
-        width: int,
-        context_width: int,
-        head_width: int,
-        depth: int,
-        spatial_attention: str,
-        temporal_attention: str,
-    ) -> None:
-        super().__init__()
-        sizes = (width, context_width, head_width)
-        self.norm = FrameNorm(width, eps=1e-6, silu=False)
-        self.proj_in = Linear(width, width)
-        self.spatial = nn.ModuleList(SpatialTransformerBlock(*sizes, spatial_attention) for _ in range(depth))
+    def __init__(self, width: int, sizes: TransformerSizes) -> None:
+        super().__init__(width, sizes)
         self.positions = FramePositions(width)
         self.temporal = nn.ModuleList(
-            ZeroTemporalAttention(width, head_width, temporal_attention) for _ in range(depth)
+            ZeroTemporalAttention(width, sizes.head_width, sizes.temporal_attention)
+            for _ in range(sizes.depth)
         )
-        self.proj_out = ZeroLinear(width, width)
 
-    def forward(self, x_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
-        h = self.proj_in(self.norm(x_BTHWC))
-        positions_T11C = self.positions(x_BTHWC.shape[1], x_BTHWC.device)
+    def inner(self, h_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None) -> Tensor:
+        positions_T11C = self.positions(h_BTHWC.shape[1], h_BTHWC.device)
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
-            h = spatial(h, context_BLD)
-            h = _unless_image(image_only_BT, h, h + temporal(h + positions_T11C))
-        return x_BTHWC + self.proj_out(h)
+            y = spatial(h_BTHWC, context_BLD)
+            h_BTHWC = _unless_image(image_only_BT, y, y + temporal(y + positions_T11C))
+        return h_BTHWC
 
 
 def _unless_image(image_only_BT: Tensor | None, image_BTHWC: Tensor, video_BTHWC: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from svd_ds.model.attention import BACKENDS
 from svd_ds.model.blocks import Downsample, Layer, Residual, Transformer, Upsample
-from svd_ds.model.image import ImageResidual, ImageTransformer
+from svd_ds.model.image import ImageResidual, ImageTransformer, TransformerSizes
 from svd_ds.model.layers import (
     NORM_GROUPS,
     EmbeddingMLP,
@@ -159,20 +159,21 @@ class UNet(nn.Module):
 
         residual_kind, transformer_kind = BLOCKS[config.temporal]
 
+        sizes = TransformerSizes(
+            config.context_width,
+            config.head_width,
+            config.transformer_depth,
+            config.spatial_attention,
+            config.temporal_attention,
+        )
+
         def residual(in_width: int, width: int, eps: float) -> nn.Module:
             return residual_kind(in_width, width, config.embedding_width, eps)
 
         def transformer(width: int, attends: bool) -> nn.Module | None:
             if not attends:
                 return None
-            return transformer_kind(
-                width,
-                context_width=config.context_width,
-                head_width=config.head_width,
-                depth=config.transformer_depth,
-                spatial_attention=config.spatial_attention,
-                temporal_attention=config.temporal_attention,
-            )
+            return transformer_kind(width, sizes)
 
         levels = list(zip(config.widths, config.attention_levels, strict=True))
         width = config.widths[0]
