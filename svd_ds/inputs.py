@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,23 +173,27 @@ def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
     """Those that the stage before hands over. ValueError in words where this one cannot go on from it."""
     if config.init.source is None:
         if config.task == "unet":
-            _check_learns(config, "init.from is null", set(TAGS))
+            _check_learns(config, dict.fromkeys(TAGS, "begin at random, for init.from is null"))
         return None
     path = Path(config.init.source)
     source = open_source(path, config.init.which)
     new = source.check(config.model)
     _check_scalars(config, path)
     network = network_parameters(config.model, source.lora)
-    _check_learns(config, f"{path} lacks {len(new)} tensors", {network[name].tag for name in new})
+    begins = f"begin at random, for {path} lacks {len(new)} tensors"
+    _check_learns(config, {network[name].tag: begins for name in new})
+    if (theirs := source.config.in_channels) < (ours := config.model.in_channels):
+        zero = f"ignore what is new, for {path} has {theirs} input channels and model.in_channels is {ours}"
+        _check_learns(config, {"spatial": zero})
     return source.tensors(config.model, merge=True)
 
 
-def _check_learns(config: RunConfig, why: str, new: set[str]) -> None:
-    """Refuse to freeze what begins at random."""
-    for tag in sorted(new):
+def _check_learns(config: RunConfig, layers: Mapping[str, str]) -> None:
+    """Refuse to freeze what begins at random or at zero: the tags of such layers, and what they would do."""
+    for tag, would in sorted(layers.items()):
         if config.lora.rank or config.optim.rate(tag) == 0:
             frozen = "lora.rank freezes" if config.lora.rank else f"optim.{tag}_rate=0 freezes"
-            raise ValueError(f"{frozen} {tag} layers that would begin at random, for {why}")
+            raise ValueError(f"{frozen} {tag} layers that would {would}")
 
 
 def _check_scalars(config: RunConfig, path: Path) -> None:
