@@ -9,6 +9,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.markup import escape
 
+OF_ANOTHER = 1
+"""Code of a rank that ends because another did. The lowest: srun reports the highest of all ranks."""
 USER_ERRORS = (ValueError, OSError)
 """What our own checks raise: a user's mistake, or the outside world's. Anything else is a bug of ours."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import hydra
 
 from svd_ds import config
-from svd_ds.door import USER_ERRORS, print_error, wants_traceback
+from svd_ds.door import OF_ANOTHER, USER_ERRORS, print_error, wants_traceback
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env
 
@@ -55,7 +55,7 @@ def main() -> None:
         if show_traceback or not lost_a_rank(error):
             raise
         print(f"rank {Env.read().rank} ends, because another rank did", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(OF_ANOTHER)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from svd_ds.door import run_door
+from svd_ds.door import OF_ANOTHER, run_door
 
 GRACE_S = 5.0
 """Once a rank has failed, how long the others have to say what they saw."""
@@ -45,7 +45,8 @@ def main() -> None:
 
 
 def launch(command: list[str], num_ranks: int) -> int:
-    """Run `command` as `num_ranks` ranks and wait. Returns the exit code of the first rank that failed, or 0.
+    """Run `command` as `num_ranks` ranks and wait. Returns the exit code of the first rank that
+    failed by itself, or 0.
 
     Signals go to every rank. When one fails the others are given a moment and then killed. None outlives us.
     """
@@ -100,18 +101,21 @@ def start(command: list[str], rank: int, num_ranks: int, port: int) -> subproces
 
 def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     """Wait until every rank has ended, and see to it that they do once one has failed."""
-    failure, deadline = 0, float("inf")
-    while any(process.poll() is None for process in ranks):
-        if not failure:
-            failure = next((code for process in ranks if (code := process.poll())), 0)
-            deadline = time.monotonic() + GRACE_S if failure else deadline
+    running, failures, deadline = list(ranks), [], float("inf")
+    while running:
+        for process in [process for process in running if process.poll() is not None]:
+            running.remove(process)
+            failures += [process.returncode] if process.returncode else []
+        if failures and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
-            for process in ranks:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-            deadline = float("inf")
+            for process in running:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            break
         time.sleep(0.05)
-    failure = failure or next((process.returncode for process in ranks if process.returncode), 0)
+    # The rank that failed first may be slower to end than one that it left alone.
+    failure = next((code for code in failures if code != OF_ANOTHER), failures[0] if failures else 0)
     # As a shell does: 128 and the signal's number.
     return failure if failure >= 0 else 128 - failure
 

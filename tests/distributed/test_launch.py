@@ -24,6 +24,9 @@ if mode == "report":
     print(f"error of rank {rank}", file=sys.stderr)
 if mode == "exit" and rank == "1":
     sys.exit(7)
+if mode == "left":
+    time.sleep(float(rank))
+    sys.exit(1 if rank == "0" else 2)
 if mode == "crash" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if mode == "asked":
@@ -93,6 +96,10 @@ def test_one_failure_ends_all(
     assert launcher.launch(command(mode, tmp_path), 2) == code
     assert time.monotonic() - started < 30
     assert not alive(tmp_path)
+
+
+def test_the_code_is_that_of_the_rank_that_failed_by_itself(launcher: ModuleType, tmp_path: Path) -> None:
+    assert launcher.launch(command("left", tmp_path), 2) == 2, "rank 0, left alone, has ended before with 1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 COMMANDS = [line for line in LINES if line.startswith("python ")]
-SMALL = ["debug=tiny", "run.steps=2", "sampling.every=2", "batch.size=4"]
+SMALL = ["debug=tiny", "run.steps=2", "sampling.every=2", "batch.size=4", "evaluation.clips=1"]
 
 
 @pytest.fixture(scope="module")

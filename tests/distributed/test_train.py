@@ -44,7 +44,7 @@ def command(shards: Path, run: Path, *overrides: str, ranks: int = 2) -> list[st
         f"run.dir={run}",
         f"run.steps={STEPS}",
         "checkpoint.every=2",
-        "evaluation.every=3",
+        "evaluation.every=0",
     )
     return [sys.executable, str(ROOT / "tools/launch.py"), "-n", str(ranks), "--", *settings, *overrides]
 
@@ -69,7 +69,10 @@ def killed_and_resumed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The folder of a run that was killed with SIGKILL in the middle and started again, and what it then
     printed."""
     run = tmp_path_factory.mktemp("runs") / "killed"
-    first = subprocess.Popen(command(shards, run), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
+    evaluated = "evaluation.every=3"
+    first = subprocess.Popen(
+        command(shards, run, evaluated), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 200
     while not (run / "checkpoints/step-0000004/COMPLETE").exists():
         assert first.poll() is None, "the run ended before it could be killed"
@@ -77,7 +80,7 @@ def killed_and_resumed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    second = train(shards, run)
+    second = train(shards, run, evaluated)
     assert second.returncode == 0, second.stderr
     return run, second.stdout
 
@@ -93,7 +96,7 @@ def test_killed_run_has_the_losses_of_one_that_was_not(
     killed_and_resumed: tuple[Path, str], shards: Path, tmp_path: Path
 ) -> None:
     """Nor does it matter that it was sampled and evaluated on the way."""
-    whole = train(shards, tmp_path / "whole", "sampling.every=1000000", "evaluation.every=0")
+    whole = train(shards, tmp_path / "whole", "sampling.every=1000000")
     assert whole.returncode == 0, whole.stderr
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in metrics(killed_and_resumed[0])] == [

@@ -129,7 +129,7 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
         (
             ("model=svd_t2v", "conditioning=text_to_video"),
             ("optim.spatial_rate=0",),
-            "freezes spatial layers .* ignore what is new, .* has 4 input channels and model.in_channels is 8",
+            "freezes spatial layers .* ignore what is new, .* 4 input channels and model.in_channels is 8",
         ),
         ((), ("init.which=power-0.050",), "not a run or a checkpoint, so it has no average 'power-0.050'"),
         ((), IMAGES_ALONE, "has temporal svd, and the network that would start from it none"),

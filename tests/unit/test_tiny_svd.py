@@ -15,6 +15,7 @@ from PIL import Image
 
 import svd_ds
 from svd_ds.model.autoencoder import Autoencoder, posterior
+from svd_ds.model.clip import ImageEncoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 
 TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"
@@ -85,7 +86,9 @@ def test_our_image_token_is_the_one_the_pipeline_would_take(pipeline):
     frame = Image.effect_noise((96, 64), 50).convert("RGB")
     theirs = pipeline._encode_image(frame, "cpu", 1, do_classifier_free_guidance=False)
     frames = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    ours = Conditioner.load(ConditionerConfig(), TINY).context(frames, captions=[""])
+    encoder = Conditioner.load(ConditionerConfig(), TINY).encoder
+    assert isinstance(encoder, ImageEncoder)
+    ours = encoder(frames)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
