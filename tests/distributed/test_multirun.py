@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 RUNS = """
@@ -29,6 +31,7 @@ print(total.item())
 """
 
 
+@pytest.mark.slow
 def test_ranks_find_each_other_again(run_ranks: RunRanks, tmp_path: Path) -> None:
     script = tmp_path / "runs.py"
     script.write_text(RUNS)

@@ -82,6 +82,7 @@ def train(orbits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return start
 
 
+@pytest.mark.slow
 def test_images_then_text_to_video_then_image_to_video(train: Callable[..., Path], image_model: Path) -> None:
     """Where the network of the chain grows: by layers of time and scalars; by inputs and a scalar."""
     image = train("stage1", f"init.from={image_model}")

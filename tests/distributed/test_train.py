@@ -115,6 +115,7 @@ def test_every_evaluation_is_told_once(killed_and_resumed: tuple[Path, str]) -> 
     assert f"step {STEPS}  fixed set: loss " in printed
 
 
+@pytest.mark.slow
 def test_a_run_beyond_its_bounds_ends_on_all_ranks(shards: Path, tmp_path: Path) -> None:
     """Bounds that no step keeps, from the third on; a resumed run would decide the same."""
     run = tmp_path / "run"

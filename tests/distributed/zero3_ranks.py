@@ -252,7 +252,7 @@ def check_equals_plain_torch_and_resumes_bitwise(ranks: Ranks) -> None:
 def check_recomputation_changes_nothing(ranks: Ranks) -> None:
     kept = ranks.engine(recompute="none")
     wanted = ranks.train(kept, range(2))
-    for policy in ("blocks", "full"):
+    for policy in ("blocks", "attention", "full"):
         recomputed = ranks.engine(recompute=policy)
         assert ranks.train(recomputed, range(2)) == wanted, policy
         shards = recomputed.local_shards()
