@@ -71,6 +71,7 @@ def test_deepspeed_prints_nothing_and_compiles_nothing(
     assert not list((folder / "extensions").iterdir())
 
 
+@pytest.mark.slow
 def test_one_rank_by_hand(tmp_path: Path) -> None:
     check = "equals_plain_torch_and_resumes_bitwise"
     ended = subprocess.run(

@@ -12,6 +12,7 @@ import torch
 from svd_ds.parallel.recompute import POLICIES
 
 TOOLS = Path(__file__).parents[3] / "tools"
+pytestmark = pytest.mark.slow
 TINY = ("--size", "16x16", "--frames", "2", "--widths", "64")
 
 
