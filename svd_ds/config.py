@@ -97,6 +97,10 @@ class BatchConfig:
             )
         return share // micro
 
+    def micro_batch(self, ranks: int) -> int:
+        """Clips a rank takes at once. Raises as `accumulation` does."""
+        return self.size // ranks // self.accumulation(ranks)
+
 
 @dataclass(frozen=True)
 class InitConfig:

@@ -209,14 +209,13 @@ def _check_scalars(config: RunConfig, path: Path) -> None:
 
 
 def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
-    accumulation = config.batch.accumulation(env.world)
     return Loader(
         config.data,
         seed=config.run.seed,
         rank=env.rank,
         world=env.world,
         global_batch=config.batch.size,
-        micro_batch=config.batch.size // env.world // accumulation,
+        micro_batch=config.batch.micro_batch(env.world),
         cursor=cursor,
     )
 

@@ -26,6 +26,11 @@ def to_uint8(frames: Tensor) -> Tensor:
     return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
+def from_uint8(pixels: Tensor) -> Tensor:
+    """From uint8 to float32 in [-1, 1], where it lies; any shape."""
+    return pixels.float() / 127.5 - 1
+
+
 def read_image(path: Path, height: int, width: int) -> Tensor:
     """An image file scaled to cover height x width and cropped at the centre: uint8, (3, H, W).
 

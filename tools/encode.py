@@ -20,6 +20,7 @@ from svd_ds.data.writer import ShardWriter, replace_file
 from svd_ds.door import run_door
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.sample import frozen_folder
+from svd_ds.video import from_uint8
 
 EXAMPLE = """examples:
   python tools/encode.py data/mine data/mine-latents --size 128x160
@@ -105,7 +106,7 @@ def encode(source: Index, sample: Sample, autoencoder: Autoencoder, origin: Orig
     try:
         content = source.read(sample, sample.media)
         frames_TCHW = read_frames(content, range(sample.num_frames), (origin.height, origin.width))
-        return pack(autoencoder.encode(frames_TCHW.float() / 127.5 - 1), origin)
+        return pack(autoencoder.encode(from_uint8(frames_TCHW)), origin)
     except ValueError as error:
         shard = source.folder / source.shards[sample.shard].name
         raise ValueError(f"sample {sample.id} of {shard} cannot be encoded: {error}") from error

@@ -14,7 +14,7 @@ from svd_ds.diffusion.samplers import SAMPLERS
 from svd_ds.door import run_door
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.sample import SampleConfig, load_pipeline, sample_video
-from svd_ds.video import contact_sheet, read_image, to_uint8, write_mp4
+from svd_ds.video import contact_sheet, from_uint8, read_image, to_uint8, write_mp4
 
 EXAMPLE = """examples:
   python tools/sample.py runs/small --image frame.png --out samples
@@ -91,7 +91,7 @@ def make_jobs(
     num_videos = len(next(iter(given.values()), [""]))
 
     def read(paths: list[Path]) -> list[Tensor]:
-        frames = [read_image(path, height, width).float() / 127.5 - 1 for path in paths]
+        frames = [from_uint8(read_image(path, height, width)) for path in paths]
         return frames or [torch.zeros(3, height, width)] * num_videos
 
     names = [path.stem for path in arguments.image] or [f"video-{i}" for i in range(num_videos)]

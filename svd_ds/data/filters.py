@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,12 +52,6 @@ class Condition:
             raise ValueError(f"data.where has {text!r}, but a quantile lies between q0 and q100")
         return Condition(name, comparison, float(number), bool(quantile))
 
-    def threshold(self, samples: Iterable[Sample]) -> float:
-        """The number to compare with, given the data set's samples."""
-        if not self.is_quantile:
-            return self.value
-        return float(np.quantile([number_of(sample, self.name) for sample in samples], self.value / 100))
-
 
 def number_of(sample: Sample, name: str) -> float:
     """A sample's field or annotation. Raises ValueError, naming the sample, where it has none."""
@@ -73,8 +67,18 @@ def number_of(sample: Sample, name: str) -> float:
 def satisfies(conditions: Sequence[str], index: Index) -> Callable[[Sample], bool]:
     """Does a sample of `index` meet every condition? Raises ValueError as `Condition` and `number_of` do."""
     parsed = [Condition.parse(text) for text in conditions]
-    tests = [
-        (condition.name, COMPARISONS[condition.comparison], condition.threshold(index.samples()))
-        for condition in parsed
-    ]
+    limits = _limits(parsed, index)
+    tests = [(c.name, COMPARISONS[c.comparison], limit) for c, limit in zip(parsed, limits, strict=True)]
     return lambda sample: all(compare(number_of(sample, name), limit) for name, compare, limit in tests)
+
+
+def _limits(conditions: Sequence[Condition], index: Index) -> list[float]:
+    """The number that each condition compares with; the index is read once for all quantiles."""
+    names = sorted({condition.name for condition in conditions if condition.is_quantile})
+    numbers: dict[str, list[float]] = {name: [] for name in names}
+    for sample in index.samples() if names else ():
+        for name in names:
+            numbers[name].append(number_of(sample, name))
+    return [
+        float(np.quantile(numbers[c.name], c.value / 100)) if c.is_quantile else c.value for c in conditions
+    ]

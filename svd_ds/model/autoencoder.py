@@ -108,6 +108,10 @@ class Autoencoder:
         ]
         return torch.cat(moments)
 
+    def encode_clips(self, frames_BTCHW: Tensor) -> Tensor:
+        """The same of clips: (B, T, 3, H, W) -> moments, (B, T, 2C, h, w)."""
+        return self.encode(frames_BTCHW.flatten(0, 1)).unflatten(0, frames_BTCHW.shape[:2])
+
     @torch.no_grad()
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
         """Latents as the UNet sees them (scaled), (B, T, C, h, w) -> frames in [-1, 1], (B, T, 3, H, W).

@@ -146,7 +146,7 @@ class EmbeddingMLP(nn.Module):
         return self.linear2(F.silu(self.linear1(x.to(self.linear1.weight.dtype))))
 
 
-class MaskEmbedding(nn.Module):
+class MaskEmbedding(_StartAtZero):
     """What a frame that is not given has for its latents: the m of arXiv 2311.15127 D.5.
 
     One number a channel, the same at every pixel. The paper's m is of the latents' shape, which would tie the
@@ -159,9 +159,6 @@ class MaskEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
 
     def forward(self, x_BTCHW: Tensor) -> Tensor:
         """Last among x's channels are the given frames' latents, and the mask: 1 where a frame is given."""

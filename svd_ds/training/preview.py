@@ -19,7 +19,7 @@ from svd_ds.parallel.env import Env
 from svd_ds.sample import SampleConfig, sample_video
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import RunFolder
-from svd_ds.video import contact_sheet, to_uint8, write_mp4
+from svd_ds.video import contact_sheet, from_uint8, to_uint8, write_mp4
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sampling:
     conditioner: Conditioner
 
     def __call__(self, net: Callable[..., Tensor], clips: Batch, ordinals: Sequence[int]) -> Tensor:
-        frames_BTCHW = clips.frames_BTCHW.float() / 127.5 - 1
+        frames_BTCHW = from_uint8(clips.frames_BTCHW)
         return sample_video(
             net,
             self.autoencoder,

@@ -27,6 +27,7 @@ from svd_ds.model.perceptual import Perceptual
 from svd_ds.parallel.collectives import mean_over_ranks
 from svd_ds.training.adversary import Adversary
 from svd_ds.training.objective import Objective
+from svd_ds.video import from_uint8
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Reconstruction(Objective):
 
         With a discriminator: adds the micro-batch to its gradients, too.
         """
-        frames_BTCHW = batch.frames_BTCHW.float() / 127.5 - 1
+        frames_BTCHW = from_uint8(batch.frames_BTCHW)
         made_BTCHW = net(self._latents(batch.ordinals, frames_BTCHW)).float()
         loss_B = (made_BTCHW - frames_BTCHW).abs().mean(dim=(1, 2, 3, 4))
         self._note("reconstruction", loss_B)
@@ -149,8 +150,7 @@ class Reconstruction(Objective):
         """A draw from the encoder's posterior, not scaled, (B, T, C, h, w)."""
         H, W = frames_BTCHW.shape[-2:]
         f = self.autoencoder.downsampling
-        moments_NMhw = self.autoencoder.encode(frames_BTCHW.flatten(0, 1))
-        moments_BTMhw = moments_NMhw.unflatten(0, frames_BTCHW.shape[:2])
+        moments_BTMhw = self.autoencoder.encode_clips(frames_BTCHW)
         latent_shape = (frames_BTCHW.shape[1], self.autoencoder.latent_channels, H // f, W // f)
         # No frame is given to the decoder besides the latents: no noise for any.
         draws = draw(self.seed, ordinals, latent_shape, (0, 3, H, W), frames_BTCHW.device)
@@ -164,9 +164,8 @@ class Redecoding:
     autoencoder: Autoencoder
 
     def __call__(self, net: Callable[..., Tensor], clips: Batch, ordinals: Sequence[int]) -> Tensor:
-        frames_BTCHW = clips.frames_BTCHW.float() / 127.5 - 1
-        moments_NMhw = self.autoencoder.encode(frames_BTCHW.flatten(0, 1))
-        latents_BTChw = posterior(moments_NMhw).unflatten(0, frames_BTCHW.shape[:2])
+        frames_BTCHW = from_uint8(clips.frames_BTCHW)
+        latents_BTChw = posterior(self.autoencoder.encode_clips(frames_BTCHW))
         return torch.cat([net(latents_TChw[None]).float() for latents_TChw in latents_BTChw])
 
 

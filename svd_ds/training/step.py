@@ -24,6 +24,7 @@ from svd_ds.diffusion.noise import Noise
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.training.objective import Objective
+from svd_ds.video import from_uint8
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Diffusion(Objective):
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Known:
         """Latents, noise and conditions of a batch."""
-        frames_BTCHW = batch.frames_BTCHW.float() / 127.5 - 1
+        frames_BTCHW = from_uint8(batch.frames_BTCHW)
         draws = self._draw(batch)
         return Known(
             x0_BTChw=self._latents(batch, frames_BTCHW, draws),
@@ -84,8 +85,7 @@ class Diffusion(Objective):
     def _latents(self, batch: Batch, frames_BTCHW: Tensor, draws: Draws) -> Tensor:
         moments_BTMhw = batch.moments_BTMhw
         if moments_BTMhw is None:
-            moments_NMhw = self.autoencoder.encode(frames_BTCHW.flatten(0, 1))
-            moments_BTMhw = moments_NMhw.unflatten(0, frames_BTCHW.shape[:2])
+            moments_BTMhw = self.autoencoder.encode_clips(frames_BTCHW)
         latents_BTChw = posterior(moments_BTMhw.float(), draws.posterior_noise_BTChw)
         return self.autoencoder.scaling_factor * latents_BTChw
 

@@ -13,6 +13,7 @@ from svd_ds.model.layouts import config_to_diffusers
 from svd_ds.model.names import from_public as from_public_order
 from svd_ds.model.names import public_modules, public_names
 from svd_ds.model.unet import UNet, UNetConfig
+from tests.networks import SMALL
 
 
 @pytest.fixture
@@ -28,6 +29,12 @@ def randomize() -> Callable[[nn.Module], nn.Module]:
         return module
 
     return fill
+
+
+@pytest.fixture
+def unet(randomize: Callable[[nn.Module], UNet]) -> UNet:
+    """A small network with random values."""
+    return randomize(UNet(SMALL))
 
 
 @pytest.fixture

@@ -14,29 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svd_ds.model.slices import COMPLETE
-from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.model.weights import load_unet, save_unet
-
-SMALL = UNetConfig(
-    widths=(32, 64),
-    attention_levels=(True, False),
-    num_layers=1,
-    head_width=32,
-    context_width=48,
-    scalar_width=32,
-    num_frames=8,
-)
-
-
-@pytest.fixture
-def unet(randomize: Callable[[nn.Module], UNet]) -> UNet:
-    return randomize(UNet(SMALL))
-
-
-def assert_same(found: UNet, expected: UNet) -> None:
-    assert found.config == expected.config
-    for (name, ours), (_, theirs) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
+from tests.networks import SMALL, assert_same
 
 
 def save_checkpoint(folder: Path, unet: UNet, ranks: int, average: str | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,29 +17,10 @@ import svd_ds
 from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.model.weights import load_unet, read_weights, save_unet, write_weights
+from tests.networks import SMALL, assert_same
 
-SMALL = UNetConfig(
-    widths=(32, 64),
-    attention_levels=(True, False),
-    num_layers=1,
-    head_width=32,
-    context_width=48,
-    scalar_width=32,
-    num_frames=8,
-)
 PUBLIC_HEADS = replace(SMALL, widths=(64, 128), head_width=64, scalar_width=256, num_frames=14)
 """What shapes alone tell: heads and scalar embeddings as wide as the public models have them."""
-
-
-@pytest.fixture
-def unet(randomize: Callable[[nn.Module], UNet]) -> UNet:
-    return randomize(UNet(SMALL))
-
-
-def assert_same(found: UNet, expected: UNet) -> None:
-    assert found.config == expected.config
-    for (name, ours), (_, theirs) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
 
 
 class TestPublicLayouts:

@@ -43,8 +43,11 @@ def test_what_is_not_finite_is_skipped_from_the_first_step_on(loss: float, norm:
 
 
 def test_no_level_no_bound() -> None:
-    after([(0.5, 1.0), (50.0, 1.0), (0.5, 500.0)])
-    after([(0.5, 1.0)] * 4 + [(50.0, 500.0)], Guard(GuardConfig(loss_factor=0, norm_factor=0, window=4)))
+    unknown = after([(0.5, 1.0), (50.0, 1.0), (0.5, 500.0)])
+    assert (unknown.skipped, unknown.losses) == (0, (0.5, 50.0, 0.5))
+    off = Guard(GuardConfig(loss_factor=0, norm_factor=0, window=4))
+    unbounded = after([(0.5, 1.0)] * 4 + [(50.0, 500.0)], off)
+    assert (unbounded.skipped, unbounded.norms[-1]) == (0, 500.0)
 
 
 def test_too_many_in_a_row_end_the_run() -> None:
