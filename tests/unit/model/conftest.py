@@ -9,11 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from svd_ds.model import fused
 from svd_ds.model.layouts import config_to_diffusers
 from svd_ds.model.names import from_public as from_public_order
 from svd_ds.model.names import public_modules, public_names
 from svd_ds.model.unet import UNet, UNetConfig
 from tests.networks import SMALL
+
+
+@pytest.fixture(autouse=True)
+def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks, too, compute as large ones and GPUs do."""
+    monkeypatch.setattr(fused, "FEW", 0)
 
 
 @pytest.fixture
