@@ -26,7 +26,8 @@ from svd_ds.sample import frozen_folder, run_settings
 
 EXAMPLE = """examples:
   python tools/convert.py runs/small pipeline --layout diffusers
-  python tools/convert.py runs/small/checkpoints/step-0000100 svd.safetensors --layout original --which raw
+  python tools/convert.py runs/small/checkpoints/step-0000100 svd.safetensors --layout original --ema raw
+  python tools/convert.py runs/small longer --layout diffusers --ema 0.12
   python tools/convert.py svd.safetensors pipeline --layout diffusers --frozen ~/svd-xt
   python tools/convert.py runs/camera camera.safetensors --layout lora
 
@@ -61,12 +62,12 @@ def convert(arguments: argparse.Namespace, draft: Path) -> str:
         parts = arguments.frozen or frozen_of(run_settings(arguments.source))
         if parts is None or arguments.layout != "diffusers":
             raise ValueError(f"{arguments.source} holds a decoder: it takes --layout diffusers and --frozen")
-        save_parts(parts, load_decoder(arguments.source, arguments.which), draft)
+        save_parts(parts, load_decoder(arguments.source, arguments.ema), draft)
         return ""
     if arguments.layout == "lora":
-        save_lora(load_unet(arguments.source, arguments.which, merge=False), draft)
+        save_lora(load_unet(arguments.source, arguments.ema, merge=False), draft)
         return ""
-    config, tensors = read_weights(arguments.source, which=arguments.which)
+    config, tensors = read_weights(arguments.source, which=arguments.ema)
     if arguments.layout == "original":
         write_weights(config, read_all(arguments.source, config, tensors), draft, "original")
         return ""
@@ -139,7 +140,11 @@ def parse_arguments() -> argparse.Namespace:
     add("source", type=Path, metavar="SRC", help="a run, a checkpoint, a diffusers folder, an original file")
     add("target", type=Path, metavar="DST", help="the folder (diffusers) or file to be")
     add("--layout", choices=("diffusers", "original", "lora"), required=True)
-    add("--which", metavar="NAME", help="of a run: an average, or raw; default: its first average")
+    add(
+        "--ema",
+        metavar="NAME",
+        help="of a run: an average, a length (0.07), or raw; default: its first average",
+    )
     add("--frozen", type=Path, metavar="FOLDER", help="the pipeline whose other parts are copied")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()

@@ -122,7 +122,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--augmentation", type=float, default=defaults.augmentation, metavar="SIGMA", help=told)
     add("--elevation", type=float, default=defaults.elevation, metavar="DEGREES", help=told)
     add("--seed", type=int, default=defaults.seed, help=told)
-    add("--ema", metavar="NAME", help="which average of a run, or raw; default: its first average")
+    add(
+        "--ema",
+        metavar="NAME",
+        help="of a run: an average, a length (0.07), or raw; default: its first average",
+    )
     add("--frozen", metavar="FOLDER", help="where vae/ and the encoders are; default: RUN's own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=told)
     add("--debug", action="store_true", help="show the traceback of an error")

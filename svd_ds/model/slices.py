@@ -1,8 +1,13 @@
-"""Files of weights that a run saves: the ranks' slices of each parameter, and which of them is wanted."""
+"""Files of weights that a run saves: the ranks' slices of each parameter, and which of them is wanted.
+
+Beside the weights themselves a checkpoint has averages of them; a length that it has not is blended of those
+that the run kept (averages.py).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from svd_ds.model.averages import Profile, weights_of
+
 NETWORKS = ("unet", "decoder")
 """What a run may train, as its checkpoints call it."""
 COMPLETE = "COMPLETE"
 """The file that a checkpoint gets last."""
+KEPT_AVERAGES = "averages"
+"""Folder of a run: what stays of checkpoints whose averages are kept."""
+MAX_MISFIT = 0.1
+"""An average whose profile would miss the wanted one by a larger share is refused."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,47 @@ class Piece:
 
     def read(self) -> Tensor:
         return self.file.get_tensor(self.name)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A slice of a weighted sum: elements `start` to `stop` of a parameter in several checkpoints."""
+
+    weights: tuple[float, ...]
+    parameters: tuple[list[Piece], ...]
+    """Its slices in each checkpoint, which other numbers of ranks may have saved."""
+    start: int
+    stop: int
+
+    @property
+    def path(self) -> Path:
+        return self.parameters[-1][0].path
+
+    @property
+    def name(self) -> str:
+        return self.parameters[-1][0].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start,)
+
+    def read(self) -> Tensor:
+        total = torch.zeros(self.shape)
+        for weight, pieces in zip(self.weights, self.parameters, strict=True):
+            part = read_range(pieces, self.start, self.stop)
+            total[: len(part)] += weight * part
+        return total
+
+
+def read_range(pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
+    """Elements `start` to `stop` of joined slices, as far as there are any."""
+    found, first = [], 0
+    for piece in pieces:
+        (length,) = piece.shape
+        if start < first + length and first < stop:
+            found.append(piece.file.get_slice(piece.name)[max(start - first, 0) : stop - first])
+        first += length
+    return torch.cat(found) if found else torch.empty(0)
 
 
 def network_of(path: Path) -> str | None:
@@ -50,11 +102,18 @@ def newest_checkpoint(run: Path) -> Path:
 
 def open_checkpoint(
     path: Path, network: str, which: str | None
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[Piece]]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Sequence[Piece | Blend]]]:
     """What a checkpoint, or a run's newest, says of its network, file by file; parameter -> its slices.
 
     Only what is trained has an average: with one, the other parameters are the weights' own.
-    Raises ValueError where it is not complete, or lacks the average, or is of another network.
+
+    Args:
+        which: raw; an average by its name; a relative length, as in 0.07, that need not be among them.
+            Default: the first average.
+
+    Raises:
+        ValueError: it is not complete, or lacks the average and what it could be made of, or is of another
+            network.
     """
     if (path / "checkpoints").is_dir():
         path = newest_checkpoint(path)
@@ -64,16 +123,21 @@ def open_checkpoint(
         raise ValueError(f"{path} holds a {held}, and not a {network}")
     averages = sorted(folder.name.removeprefix("ema-") for folder in path.glob("ema-*"))
     which = which or next(iter(averages), "raw")
-    if which not in ("raw", *averages):
-        raise ValueError(f"the checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}")
-    pieces = _slices_of(path / network)
-    if which != "raw":
+    pieces: dict[str, Sequence[Piece | Blend]] = {**_slices_of(path / network)}
+    if which in averages:
         pieces |= _slices_of(path / f"ema-{which}")
+    elif (length := _length(which)) is not None:
+        pieces |= _blended(path, length)
+    elif which != "raw":
+        raise ValueError(
+            f"the checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}; a length in "
+            "(0, 0.28] would be made of its averages"
+        )
     settings = {file.name: json.loads(file.read_text()) for file in (path / network).glob("*.json")}
     return settings, pieces
 
 
-def join_slices(pieces: list[Piece], shape: torch.Size) -> Tensor:
+def join_slices(pieces: Sequence[Piece | Blend], shape: torch.Size) -> Tensor:
     """The parameter of `shape` whose flat slices these are, the last of them padded."""
     return torch.cat([piece.read() for piece in pieces])[: shape.numel()].view(shape)
 
@@ -85,6 +149,58 @@ def tensors_of(path: Path) -> dict[str, Piece]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     return {name: Piece(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _length(which: str) -> float | None:
+    """The relative length that a text names, in (0, 0.28]; None where it is none."""
+    try:
+        length = float(which)
+    except ValueError:
+        return None
+    return length if 0 < length <= 0.28 else None
+
+
+def _blended(checkpoint: Path, length: float) -> dict[str, list[Blend]]:
+    """Trained parameter -> the average of `length` up to a checkpoint, of what its run kept till then."""
+    wanted = Profile(_samples(checkpoint), length)
+    run = checkpoint.parent.parent
+    moments = [
+        # What has no state was being moved there when its run was killed.
+        *sorted(state.parent for state in (run / KEPT_AVERAGES).glob("step-*/state.json")),
+        *sorted(marker.parent for marker in checkpoint.parent.glob(f"step-*/{COMPLETE}")),
+        checkpoint,
+    ]
+    # Of a moment that is there twice the later counts: the run may have gone on from an earlier step.
+    kept = {
+        Profile(samples, float(folder.name.removeprefix("ema-power-"))): folder
+        for moment in moments
+        if (samples := _samples(moment)) <= wanted.samples
+        for folder in sorted(moment.glob("ema-power-*"))
+    }
+    if not kept:
+        raise ValueError(
+            f"{checkpoint} has no power-function average, of which one of {length} could be made"
+        )
+    weights, misfit = weights_of(list(kept), wanted)
+    if misfit > MAX_MISFIT:
+        raise ValueError(
+            f"the {len(kept)} averages that {run} kept give one of length {length} with an error of "
+            f"{misfit:.0%}, and at most {MAX_MISFIT:.0%} is allowed: keep more by checkpoint.keep_averages"
+        )
+    slices = [_slices_of(folder) for folder in kept.values()]
+    blended: dict[str, list[Blend]] = {}
+    for name, newest in slices[-1].items():
+        first = 0
+        for piece in newest:
+            (size,) = piece.shape
+            parameters = tuple(each[name] for each in slices)
+            blended.setdefault(name, []).append(Blend(tuple(weights), parameters, first, first + size))
+            first += size
+    return blended
+
+
+def _samples(moment: Path) -> int:
+    return int(json.loads((moment / "state.json").read_text())["samples"])
 
 
 def _slices_of(folder: Path) -> dict[str, list[Piece]]:

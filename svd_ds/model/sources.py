@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
 from svd_ds.model.lora import LoraConfig, add_lora, is_adapter, low_rank_update
 from svd_ds.model.names import ORIGINAL_PREFIX, from_public, public_modules, public_names, to_public
-from svd_ds.model.slices import Piece, join_slices, network_of, open_checkpoint, tensors_of
+from svd_ds.model.slices import Blend, Piece, join_slices, network_of, open_checkpoint, tensors_of
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 
 CONFIG_KEY = "svd_ds.config"
@@ -41,7 +41,7 @@ class Source:
 
     path: Path
     config: UNetConfig
-    pieces: dict[str, list[Piece]]
+    pieces: Mapping[str, Sequence[Piece | Blend]]
     """Our name -> what makes up the parameter, joined along dimension 0."""
     flat: bool
     """The pieces are slices of the flattened parameter, the last ones padded."""

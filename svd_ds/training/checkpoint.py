@@ -27,7 +27,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svd_ds.model.slices import network_of
+from svd_ds.model.slices import KEPT_AVERAGES, network_of
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, barrier
 from svd_ds.training.ema import ShardEMA
@@ -49,6 +49,9 @@ class CheckpointConfig:
     """How many of the newest stay."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps stay for good; 0 keeps none for good."""
+    keep_averages: int = 0
+    """Of those at multiples of this many steps the averages stay, in averages/step-N: any other length can be
+    made of them after the run. 0 keeps none."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_last < 1:
@@ -148,7 +151,18 @@ class Checkpoints:
             if not (self.config.keep_every and step % self.config.keep_every == 0):
                 # The marker goes first: a prune that is cut short leaves nothing that looks whole.
                 (path / MARKER).unlink()
+                if self.config.keep_averages and step % self.config.keep_averages == 0:
+                    _keep_averages(path, self.folder.parent / KEPT_AVERAGES / path.name)
                 shutil.rmtree(path)
+
+
+def _keep_averages(checkpoint: Path, kept: Path) -> None:
+    """Move the power-function averages, of which others can be made; state.json last, as their marker."""
+    # One may be there since before the run went on from an earlier step.
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for name in (*(folder.name for folder in checkpoint.glob("ema-power-*")), "state.json"):
+        os.replace(checkpoint / name, kept / name)
 
 
 def _make_durable(folder: Path) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svd_ds.model.averages import power_exponent
+
 
 @dataclass(frozen=True)
 class EMAConfig:
@@ -39,18 +41,8 @@ class EMAConfig:
     def names(self) -> tuple[str, ...]:
         """A name a profile, the one that samples are drawn from first."""
         return tuple(f"decay-{decay:g}" for decay in self.decays) + tuple(
-            f"power-{length:.3f}" for length in self.lengths
+            f"power-{np.format_float_positional(length, min_digits=3)}" for length in self.lengths
         )
-
-
-def power_exponent(length: float) -> float:
-    """gamma of the profile with relative standard deviation `length` (arXiv 2312.02696, equation 126).
-
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved for its largest real root.
-    """
-    inverse_square = length**-2
-    roots = np.roots([1, 7, 16 - inverse_square, 12 - inverse_square])
-    return float(roots.real.max())
 
 
 class ShardEMA:

@@ -112,7 +112,7 @@ def test_adapters_are_merged_or_written_by_themselves(
 def test_there_and_back_is_bit_exact(convert: Convert, tmp_path: Path) -> None:
     unets = make_run(tmp_path / "run")
     first, folder, last = tmp_path / "a.safetensors", tmp_path / "pipeline", tmp_path / "b.safetensors"
-    assert convert(tmp_path / "run", first, "--layout", "original", "--which", "raw") == 0
+    assert convert(tmp_path / "run", first, "--layout", "original", "--ema", "raw") == 0
     assert_same(load_unet(first), unets["raw"])
     assert convert(first, folder, "--layout", "diffusers", "--frozen", TINY) == 0
     assert convert(folder, last, "--layout", "original") == 0
@@ -138,7 +138,7 @@ def test_a_text_to_video_run_gives_its_network_alone(
         (["{run}", "{full}", "--layout", "diffusers"], "full is there already"),
         (["{run}", "svd.ckpt", "--layout", "original"], "svd.ckpt must end in .safetensors"),
         (
-            ["{run}", "{out}", "--layout", "diffusers", "--which", "best"],
+            ["{run}", "{out}", "--layout", "diffusers", "--ema", "best"],
             "has raw, power-0.050, and no 'best'",
         ),
         (["{run}", "{out}", "--layout", "diffusers", "--frozen", "{full}"], "has no model_index.json"),

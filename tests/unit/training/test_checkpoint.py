@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
+from svd_ds.model.slices import KEPT_AVERAGES, open_checkpoint
 from svd_ds.parallel.env import Env
 from svd_ds.training.checkpoint import MARKER, CheckpointConfig, Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
@@ -118,6 +119,21 @@ def test_old_ones_go_and_every_nth_stays(tmp_path: Path) -> None:
         save(store, step)
     assert list(store.complete()) == [4, 6, 7]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{step}" for step in (4, 6, 7)]
+
+
+def test_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path / "checkpoints", keep_last=1, keep_averages=2)
+    for step in range(1, 6):
+        save(store, step)
+    kept = tmp_path / KEPT_AVERAGES
+    assert sorted(path.name for path in kept.iterdir()) == ["step-0000002", "step-0000004"]
+    assert sorted(path.name for path in (kept / "step-0000004").iterdir()) == [
+        "ema-power-0.100",
+        "state.json",
+    ]
+    assert list(store.complete()) == [5]
+    _, pieces = open_checkpoint(store.latest(), "unet", "0.11")
+    assert len(pieces["a"][0].parameters) == 3
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:

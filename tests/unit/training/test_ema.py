@@ -3,13 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svd_ds.training.ema import EMAConfig, ShardEMA, power_exponent
-
-
-@pytest.mark.parametrize("length", [0.05, 0.10, 0.25])
-def test_exponent_has_the_relative_deviation_it_was_asked_for(length: float) -> None:
-    gamma = power_exponent(length)
-    assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(length**2)
+from svd_ds.training.ema import EMAConfig, ShardEMA
 
 
 def test_power_average_weighs_the_past_by_a_power_function() -> None:
@@ -54,3 +48,7 @@ def test_load_puts_back_what_shards_gave() -> None:
 def test_nonsense_is_refused(config: dict) -> None:
     with pytest.raises(ValueError, match="ema"):
         EMAConfig(**config)
+
+
+def test_a_name_tells_the_whole_length() -> None:
+    assert EMAConfig(lengths=(0.05, 0.0125)).names == ("power-0.050", "power-0.0125")
