@@ -39,6 +39,7 @@ from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
 from svd_ds.training.state import Progress
 from svd_ds.training.step import Diffusion
+from svd_ds.training.usage import Clock, Speed, forward_flops, peak_of
 
 
 def run(config: RunConfig, env: Env) -> None:
@@ -64,7 +65,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> None:
         inputs.folder.open(config.as_dict(), inputs.progress.step)
     environment.barrier()
     started = time.perf_counter()
-    with _open_metrics(config, env, inputs) as metrics:
+    with _open_metrics(config, env, inputs, engine) as metrics:
         if metrics is not None:
             metrics.say("\n".join([_opening(config, env, inputs, engine), *task.notes]))
             if new:
@@ -84,6 +85,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> None:
                 inputs.preview_clips, task.render, task.measures, config.sampling.fps, inputs.folder, env
             ),
             stop=StopRequest(),
+            clock=Clock(),
             metrics=metrics,
             device=env.device,
         )
@@ -91,6 +93,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> None:
         if metrics is not None:
             write_report([inputs.folder.path], inputs.folder.report)
             metrics.say(_closing(config, inputs.folder, progress, time.perf_counter() - started))
+            metrics.say(f"  {metrics.wall_time()}")
 
 
 def _plan(config: RunConfig, env: Env) -> Plan:
@@ -118,10 +121,32 @@ def _evaluation(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Eval
     )
 
 
-def _open_metrics(config: RunConfig, env: Env, inputs: Inputs) -> AbstractContextManager[Metrics | None]:
+def _open_metrics(
+    config: RunConfig, env: Env, inputs: Inputs, engine: Engine
+) -> AbstractContextManager[Metrics | None]:
     if env.rank != 0:
         return nullcontext()
-    return Metrics(inputs.folder, config.logger, config.as_dict(), config.run.steps, inputs.progress.step)
+    return Metrics(
+        inputs.folder,
+        config.logger,
+        config.as_dict(),
+        config.run.steps,
+        inputs.progress.step,
+        _speed(config, env),
+        parameter_tags(engine.module),
+    )
+
+
+def _speed(config: RunConfig, env: Env) -> Speed | None:
+    """None where the device's peak is not known, and for a decoder."""
+    peak = peak_of(env.device)
+    if peak is None or config.task != "unet":
+        return None
+    data = config.data
+    forward = forward_flops(
+        config.model, data.num_frames, data.height, data.width, config.conditioning.num_tokens
+    )
+    return Speed(clip_flops=3 * forward, peak_flops=env.world * peak)
 
 
 def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Engine:

@@ -98,6 +98,11 @@ class ConditionerConfig:
         return rates[self.context]
 
     @property
+    def num_tokens(self) -> int:
+        """L, the context's length as the paper has it."""
+        return {"image": 1, "ends": 2, "text": 77, "none": 1}[self.context]
+
+    @property
     def concat_drop_rate(self) -> float:
         return 0.0 if self.concat == "none" else self.drop_concat
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ class RunFolder:
         return self.logs / "skipped.jsonl"
 
     @property
+    def lives(self) -> Path:
+        return self.logs / "lives.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -95,6 +100,8 @@ class RunFolder:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         _write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
+        with self.lives.open("a") as file:
+            file.write(json.dumps({"started": time.time(), "step": step}) + "\n")
         for path in (self.metrics, self.evaluation, self.skipped):
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
             if kept or path.exists():

@@ -16,23 +16,23 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
     ended."""
     stopped = False
     while progress.step < plan.total_steps and not stopped:
-        started, data_s = time.perf_counter(), 0.0
+        started = time.perf_counter()
         losses: list[float] = []
         clips: list[str] = []
         samples = progress.samples + plan.batch_size
         lr = learning_rate(plan.optim, samples, plan.total_steps * plan.batch_size)
 
         for _ in range(plan.accumulation):
-            waiting = time.perf_counter()
-            batch, cursor = next(parts.batches)
-            data_s += time.perf_counter() - waiting
+            with parts.clock("data"):
+                batch, cursor = next(parts.batches)
             loss = parts.objective.loss(parts.engine, batch.to(parts.device)).mean()
             parts.engine.backward(loss)
             losses.append(loss.item())
             clips += batch.ids
         grad_norm = parts.engine.gradient_norm()
-        loss_mean, data_s, asked = mean_over_ranks(
-            [sum(losses) / len(losses), data_s, float(parts.stop.asked)]
+        waits_s = parts.clock.lap()
+        loss_mean, waits_s["data"], asked = mean_over_ranks(
+            [sum(losses) / len(losses), waits_s["data"], float(parts.stop.asked)]
         )
 
         fault, guarded = parts.guard.judge(progress.guard, loss_mean, grad_norm)
@@ -57,7 +57,7 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
                     grad_norm=grad_norm,
                     clips_per_s=plan.batch_size / step_s,
                     step_s=step_s,
-                    data_s=data_s,
+                    waits_s=waits_s,
                     skipped=guarded.skipped,
                     terms=terms,
                 )
@@ -68,14 +68,18 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
         last = stopped or progress.step == plan.total_steps
         ended = last and not stopped
         if parts.evaluation is not None and (progress.step % plan.evaluate_every == 0 or ended):
-            measured = parts.evaluation.measure(parts.engine, parts.ema)
+            with parts.clock("evaluation"):
+                measured = parts.evaluation.measure(parts.engine, parts.ema)
             if parts.metrics is not None:
                 parts.metrics.log_evaluation(progress.step, progress.samples, measured)
+                parts.metrics.log_weights(progress.step, parts.engine.local_shards())
         # Behind the evaluation: what is told of a step must be told before a run can go on behind it.
         if last or progress.step % plan.checkpoint_every == 0:
-            parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
+            with parts.clock("checkpoint"):
+                parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
         if progress.step % plan.preview_every == 0 or ended:
-            preview = parts.previews.make(progress.step, parts.engine, parts.ema)
+            with parts.clock("preview"):
+                preview = parts.previews.make(progress.step, parts.engine, parts.ema)
             if parts.metrics is not None and preview is not None:
                 parts.metrics.log_preview(progress.step, preview)
     return progress

@@ -1,33 +1,37 @@
 """What a run tells: a progress bar or plain lines, files of one JSON object a line, and Weights & Biases.
-The only import of wandb.
 
-    metrics.jsonl         every step: StepMetrics
-    evaluation.jsonl      every evaluation: step, samples, Measured
-    logs/skipped.jsonl    every step that the guard skipped: step, fault, clips
+metrics.jsonl         every step: StepMetrics
+evaluation.jsonl      every evaluation: step, samples, Measured
+logs/skipped.jsonl    every step that the guard skipped: step, fault, clips
 """
 
 from __future__ import annotations
 
 import json
-import netrc
-import os
-import secrets
 import sys
+import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
-from urllib.parse import urlparse
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.preview import Preview
+from svd_ds.training.tracker import MODES, open_tracker
+from svd_ds.training.usage import Goodput, Speed, peak_memory_gib
 
 RATE_WINDOW = 20
 """Steps over which clips/s is averaged."""
+HISTOGRAM_SAMPLE = 2**20
+"""About so many weights make a histogram."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class LoggerConfig:
     entity: str | None = None
 
     def __post_init__(self) -> None:
-        if self.wandb not in ("auto", "online", "offline", "disabled"):
-            raise ValueError(f"logger.wandb is {self.wandb!r}: choose auto, online, offline or disabled")
+        if self.wandb not in MODES:
+            raise ValueError(f"logger.wandb is {self.wandb!r}: choose {', '.join(MODES)}")
         if self.every < 1:
             raise ValueError(f"logger.every is {self.every}: it must be at least 1")
 
@@ -58,26 +62,35 @@ class StepMetrics:
     grad_norm: float
     clips_per_s: float
     step_s: float
-    data_s: float
-    """Part of `step_s` spent waiting for clips."""
+    waits_s: dict[str, float]
+    """By usage.WAITS: for data within `step_s`, for the others since the step before."""
     skipped: int = 0
     """Steps that the guard has skipped so far."""
     terms: dict[str, float] = field(default_factory=dict)
     """What the loss was made of."""
 
     def numbers(self) -> dict[str, float]:
-        """Each number by name, the terms among them."""
+        """Each number by name, the waits and terms among them."""
         numbers = asdict(self)
-        terms = numbers.pop("terms")
-        return numbers | terms
+        waits_s, terms = numbers.pop("waits_s"), numbers.pop("terms")
+        return numbers | {f"{kind}_s": seconds for kind, seconds in waits_s.items()} | terms
 
 
 class Metrics:
     """The voice of rank 0. A context: leaving it closes the bar, the files and the W&B run."""
 
     def __init__(
-        self, folder: RunFolder, config: LoggerConfig, settings: dict[str, Any], total_steps: int, step: int
+        self,
+        folder: RunFolder,
+        config: LoggerConfig,
+        settings: Mapping[str, Any],
+        total_steps: int,
+        step: int,
+        speed: Speed | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
+        """step: where this life begins; speed: None leaves MFU out; tags: of the parameters by name, for
+        histograms."""
         self.config = config
         self.folder = folder
         self.total_steps = total_steps
@@ -85,7 +98,10 @@ class Metrics:
         self.jsonl = folder.metrics.open("a", buffering=1)
         self.lines = (folder.logs / "train.log").open("a", buffering=1)
         self.recent: deque[StepMetrics] = deque(maxlen=RATE_WINDOW)
-        self.wandb = _start_wandb(folder, config, settings, self.say)
+        self.goodput = Goodput.of(folder)
+        self.speed = speed
+        self.tags = tags or {}
+        self.tracker = open_tracker(folder, config.wandb, config.project, config.entity, settings, self.say)
         self.bar = _progress_bar(self.console) if sys.stdout.isatty() else None
         if self.bar is not None:
             self.task = self.bar.add_task("train", total=total_steps, completed=step, numbers="")
@@ -97,8 +113,8 @@ class Metrics:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
+        if self.tracker is not None:
+            self.tracker.finish(failed=kind is not None)
         self.jsonl.close()
         self.lines.close()
 
@@ -110,8 +126,9 @@ class Metrics:
     def log(self, metrics: StepMetrics) -> None:
         self.recent.append(metrics)
         self.jsonl.write(json.dumps(metrics.numbers()) + "\n")
-        if self.wandb is not None:
-            self.wandb.log({f"train/{key}": value for key, value in metrics.numbers().items()})
+        self.goodput.add(metrics.step_s, metrics.waits_s)
+        if self.tracker is not None:
+            self.tracker.log(metrics.numbers() | self._usage(metrics))
         numbers = (
             f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  grad {metrics.grad_norm:.3f}  "
             f"{metrics.clips_per_s:.2f} clips/s  {metrics.step_s:.2f} s/step"
@@ -128,6 +145,18 @@ class Metrics:
             if self.bar is None:
                 self.console.print(line, markup=False)
 
+    def _usage(self, metrics: StepMetrics) -> dict[str, float]:
+        usage = {f"goodput/{kind}": share for kind, share in self.goodput.shares(time.time()).items()}
+        if self.speed is not None:
+            usage["mfu"] = self.speed.mfu(metrics.clips_per_s)
+        return usage | {"memory_gib": peak_memory_gib()}
+
+    def wall_time(self) -> str:
+        """How the run's wall time since its first start divides, in words."""
+        shares = self.goodput.shares(time.time())
+        told = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.005)
+        return f"wall time of the run: {told}"
+
     def log_skipped(self, step: int, fault: str, clips: list[str]) -> None:
         """Say which step was left out and why, and keep the ids of its clips."""
         with self.folder.skipped.open("a") as file:
@@ -139,25 +168,30 @@ class Metrics:
             file.write(json.dumps({"step": step, "samples": samples, **asdict(measured)}) + "\n")
         mean, average = fmean(measured.loss), fmean(measured.loss_average)
         self.say(f"step {step}  fixed set: loss {mean:.4f}, of the averaged weights {average:.4f}")
-        if self.wandb is not None:
-            scalars = {"loss": mean, "loss_average": average}
-            for name in ("loss", "loss_average", "grad_norm"):
-                scalars |= {f"{name}/sigma-{i}": x for i, x in enumerate(getattr(measured, name))}
-            scalars |= {f"loss/frame-{i}": x for i, x in enumerate(measured.loss_by_frame)}
-            self.wandb.log(
-                {f"evaluation/{key}": value for key, value in scalars.items()} | {"train/step": step}
+        if self.tracker is not None:
+            self.tracker.log_evaluation(step, measured)
+
+    def log_weights(self, step: int, shards: Mapping[str, Tensor]) -> None:
+        """Send W&B histograms by tag, of a sample of this rank's flat shards; parameter name -> shard."""
+        if self.tracker is None:
+            return
+        by_tag: dict[str, list[Tensor]] = {}
+        for name, shard in shards.items():
+            by_tag.setdefault(self.tags.get(name, "adapter"), []).append(shard.detach())
+        histograms = {}
+        for tag, parts in by_tag.items():
+            every = max(sum(part.numel() for part in parts) // HISTOGRAM_SAMPLE, 1)
+            histograms[tag] = np.histogram(
+                torch.cat([part[::every] for part in parts]).float().cpu(), bins=64
             )
+        self.tracker.log_weights(step, histograms)
 
     def log_preview(self, step: int, preview: Preview) -> None:
         """Say where its videos (mp4) and contact sheet (png) are and what was measured; send all to W&B."""
         measured = "".join(f", {name} {value:.2f}" for name, value in preview.measured.items())
         self.say(f"step {step}  made {len(preview.videos)} videos{measured}: {preview.sheet}")
-        if self.wandb is not None:
-            import wandb
-
-            told: dict[str, Any] = {"contact_sheet": wandb.Image(str(preview.sheet)), **preview.measured}
-            told |= {path.stem: wandb.Video(str(path), format="mp4") for path in preview.videos}
-            self.wandb.log({f"samples/{name}": it for name, it in told.items()} | {"train/step": step})
+        if self.tracker is not None:
+            self.tracker.log_preview(step, preview)
 
     def _remaining(self, metrics: StepMetrics) -> str:
         mean_s = sum(entry.step_s for entry in self.recent) / len(self.recent)
@@ -176,51 +210,3 @@ def _progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(compact=True),
         console=console,
     )
-
-
-def _wandb_mode(config: LoggerConfig) -> Any:
-    if config.wandb != "auto":
-        return config.wandb
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return "online" if netrc.netrc().authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
-
-
-def _start_wandb(folder: RunFolder, config: LoggerConfig, settings: dict[str, Any], say: Any) -> Any:
-    """Start or take up the folder's W&B run; None when disabled. An unreachable server means offline, said
-    once."""
-    mode = _wandb_mode(config)
-    if mode == "disabled":
-        return None
-    import wandb
-
-    id_file = folder.logs / "wandb-run-id"
-    if not id_file.exists():
-        id_file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    options: dict[str, Any] = {
-        "project": config.project,
-        "entity": config.entity,
-        "id": id_file.read_text(),
-        "name": folder.path.name,
-        "dir": str(folder.path),
-        "config": settings,
-        "resume": "allow",
-    }
-    quiet = wandb.Settings(console="off", silent=True, init_timeout=30)
-    try:
-        run = wandb.init(mode=mode, settings=quiet, **options)
-    except wandb.errors.CommError as error:
-        say(
-            f"warning: W&B cannot be reached ({error}); this run is logged offline in {folder.path / 'wandb'}"
-        )
-        run = wandb.init(mode="offline", settings=quiet, **options)
-    # A resumed run repeats W&B's own step: ours is the axis.
-    run.define_metric("train/step")
-    run.define_metric("*", step_metric="train/step")
-    return run

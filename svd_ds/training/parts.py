@@ -19,6 +19,7 @@ from svd_ds.training.objective import Objective
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
+from svd_ds.training.usage import Clock
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Parts:
     """None where nothing is evaluated."""
     previews: Previews
     stop: StopRequest
+    clock: Clock
     metrics: Metrics | None
     """Rank 0's; None elsewhere."""
     device: torch.device

@@ -33,7 +33,7 @@ FLOORS = {
 ONLY_HOME = {
     "deepspeed": "parallel/engine.py",
     "flash_attn": "model/attention.py",
-    "wandb": "training/metrics.py",
+    "wandb": "training/tracker.py",
     "webdataset": "data/loader.py",
     "omegaconf": "config.py",
 }

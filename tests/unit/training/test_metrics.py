@@ -19,7 +19,7 @@ def step(number: int) -> StepMetrics:
         grad_norm=1.0,
         clips_per_s=4.0,
         step_s=2.0,
-        data_s=0.1,
+        waits_s={"data": 0.1, "checkpoint": 0.0, "evaluation": 0.0, "preview": 0.5},
     )
 
 
@@ -39,6 +39,7 @@ def test_every_step_is_a_line_of_json_and_some_are_told(
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[2]["clips_per_s"] == 4.0
+    assert rows[2]["data_s"] == 0.1 and rows[2]["preview_s"] == 0.5
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line.split()[1] for line in told] == ["1/5", "2/5", "4/5", "5/5"]
     assert "loss 0.5000  lr 1.00e-03  grad 1.000  4.00 clips/s  2.00 s/step  eta 0:02" in told[2]
