@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import platform
 import statistics
 
 import torch
-from bench_parts import DTYPES, Case, Result, forward_flops, matmul_peak, measure
+from bench_cases import add_case_options, read_cases, read_numbers
+from bench_parts import Result, both_forward_flops, matmul_peak, measure
 from rich.console import Console
 from rich.progress import Progress
 
 from svd_ds.door import run_door
-from svd_ds.model.unet import PIXELS_PER_LATENT, UNetConfig
+from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 
 EXAMPLE = """examples:
@@ -38,12 +38,13 @@ FULL = {
 
 def main() -> None:
     arguments = parse_arguments()
-    cases = read_cases(arguments)
+    batch = None if arguments.batch == "largest" else read_numbers("batch", arguments.batch)[0]
+    cases = read_cases(arguments, ("pairs",), recompute=arguments.recompute, batch=batch)
     if arguments.flops:
         print_row("clip", "tokens", "TFLOP forward, ours", "diffusers'")
         print_row(*["---"] * 4)
         for case in cases:
-            print_row(case.clip, case.num_tokens, *(f"{n / 1e12:.2f}" for n in forward_flops(case)))
+            print_row(case.clip, case.num_tokens, *(f"{n / 1e12:.2f}" for n in both_forward_flops(case)))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peaks = {dtype: matmul_peak(dtype, device) for dtype in dict.fromkeys(case.dtype for case in cases)}
@@ -66,12 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_case_options(parser, size="256x384", frames=14, tokens="77,1", dtype="fp32,bf16")
     add = parser.add_argument
-    add("--size", default="256x384", help="HEIGHTxWIDTH; like tokens and dtype, several with commas")
-    add("--frames", type=int, default=14, help="default 14")
-    add("--widths", default="64,128,256,256", help="channels at each level; default 64,128,256,256")
-    add("--tokens", default="77,1", help="of the context; default 77,1")
-    add("--dtype", default="fp32,bf16", help="default fp32,bf16")
     add("--batch", default="1", help="clips a step, or largest: as many as fit the GPU; default 1")
     add("--recompute", default="none", choices=POLICIES, help="of ours; diffusers' own too, unless none")
     add("--pairs", type=int, default=5, help="of timed steps; default 5")
@@ -89,34 +86,6 @@ def parse_arguments() -> argparse.Namespace:
             if asked:
                 raise ValueError(f"{name} needs a GPU, and torch {torch.__version__} sees none")
     return arguments
-
-
-def read_cases(arguments: argparse.Namespace) -> list[Case]:
-    """Every combination of size, tokens and dtype."""
-    widths, tokens = read_numbers("widths", arguments.widths), read_numbers("tokens", arguments.tokens)
-    batch = None if arguments.batch == "largest" else read_numbers("batch", arguments.batch)[0]
-    for name in ("frames", "pairs"):
-        if (number := getattr(arguments, name)) < 1:
-            raise ValueError(f"--{name} is {number}: it must be at least 1")
-    dtypes = arguments.dtype.split(",")
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype is {dtype!r}: choose {' or '.join(DTYPES)}")
-    cases = []
-    for size, num_tokens, dtype in itertools.product(arguments.size.split(","), tokens, dtypes):
-        sides = read_numbers("size", size, "x")
-        multiple = PIXELS_PER_LATENT * 2 ** (len(widths) - 1)
-        if len(sides) != 2 or any(side % multiple for side in sides):
-            raise ValueError(f"--size is {size!r}: give HEIGHTxWIDTH, multiples of {multiple} pixels here")
-        cases.append(Case(widths, arguments.frames, *sides, num_tokens, dtype, arguments.recompute, batch))
-    return cases
-
-
-def read_numbers(name: str, text: str, separator: str = ",") -> tuple[int, ...]:
-    parts = text.split(separator)
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--{name} is {text!r}: give whole numbers from 1, with {separator!r} between them")
-    return tuple(map(int, parts))
 
 
 def print_result(result: Result, peak: float) -> None:

@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from bench_cases import DTYPES, Case, Inputs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from svd_ds.model.layouts import config_to_diffusers
-from svd_ds.model.unet import PIXELS_PER_LATENT, UNet, UNetConfig
+from svd_ds.model.unet import UNet
 from svd_ds.model.weights import save_unet
 from svd_ds.parallel.recompute import apply_recompute
+from svd_ds.training.usage import forward_flops
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2}
 """Largest relative difference of the two outputs. A GPU's float32 convolutions may run in tf32."""
 VARIANTS = {
@@ -32,44 +32,6 @@ VARIANTS = {
     "channels_last": (torch.channels_last, torch.channels_last_3d),
 }
 """Memory formats of diffusers' 2-D and 3-D convolutions."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the table. Height and width are pixels; batch None: the largest that fits the GPU."""
-
-    widths: tuple[int, ...]
-    num_frames: int
-    height: int
-    width: int
-    num_tokens: int
-    dtype: str
-    recompute: str = "none"
-    batch: int | None = 1
-
-    @property
-    def clip(self) -> str:
-        return f"{self.num_frames} x {self.height}x{self.width}"
-
-    @property
-    def config(self) -> UNetConfig:
-        levels = len(self.widths)
-        attends = tuple(level < max(levels - 1, 1) for level in range(levels))
-        return UNetConfig(widths=self.widths, attention_levels=attends, num_frames=self.num_frames)
-
-    def inputs(self, device: torch.device) -> Inputs:
-        """Latents with their conditioning, noise level, context and scalars: what both networks take."""
-        size = (self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT)
-        config, batch = self.config, self.batch or 1
-        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(1)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(batch, *shape, device=device, generator=generator)
-
-        latents = draw(self.num_frames, config.in_channels, *size).to(DTYPES[self.dtype])
-        context = draw(self.num_tokens, config.context_width).to(DTYPES[self.dtype])
-        scalars = torch.tensor([6.0, 127.0, 0.02], device=device).expand(batch, -1)
-        return latents, draw(), context, scalars
 
 
 @dataclass(frozen=True)
@@ -169,7 +131,7 @@ def measure(case: Case, pairs: int, device: torch.device, advance: Callable[[], 
     if device.type == "cuda":
         # Both lie on the GPU: what the other one holds is not this one's.
         peaks = (ours.peak_bytes - theirs.held_bytes(), theirs.peak_bytes - ours.held_bytes())
-    return Result(case, variant, difference, seconds, forward_flops(case), peaks)
+    return Result(case, variant, difference, seconds, both_forward_flops(case), peaks)
 
 
 def build_networks(case: Case, device: torch.device) -> tuple[UNet, Any]:
@@ -236,24 +198,20 @@ def fits(case: Case, contestants: tuple[Contestant, ...], device: torch.device) 
     return True
 
 
-def forward_flops(case: Case) -> tuple[int, int]:
+@torch.no_grad()
+def both_forward_flops(case: Case) -> tuple[int, int]:
     """Operations of a forward pass, ours and diffusers'; a multiplication and its sum are two."""
     from diffusers import UNetSpatioTemporalConditionModel
 
+    ours = forward_flops(case.config, case.num_frames, case.height, case.width, case.num_tokens)
     meta = torch.device("meta")
     with meta:
-        network = UNet(case.config)
         public: Any = UNetSpatioTemporalConditionModel.from_config(config_to_diffusers(case.config))
-    inputs = replace(case, dtype="fp32").inputs(meta)
-    # diffusers makes its mix factors on the CPU all the same.
-    return count(network, inputs), count(public.to(meta), inputs)
-
-
-@torch.no_grad()
-def count(network: nn.Module, inputs: Inputs) -> int:
+    # It makes its mix factors on the CPU all the same.
+    public.to(meta)
     with FlopCounterMode(display=False) as counter:
-        run(network, inputs)
-    return counter.get_total_flops()
+        run(public, replace(case, batch=1, dtype="fp32").inputs(meta))
+    return ours, counter.get_total_flops()
 
 
 def matmul_peak(dtype: str, device: torch.device) -> float:

@@ -9,7 +9,8 @@ import statistics
 from pathlib import Path
 
 import torch
-from bench_parts import DTYPES, Case, Contestant, Inputs
+from bench_cases import DTYPES, Case, Inputs, add_case_options, read_cases
+from bench_parts import Contestant
 
 from svd_ds.door import run_door
 from svd_ds.model.unet import UNet
@@ -27,21 +28,24 @@ RESET_PEAK = "5"  # proc(5)
 
 def main() -> None:
     arguments = parse_arguments()
-    widths = tuple(int(width) for width in arguments.widths.split(","))
-    height, width = (int(side) for side in arguments.size.split("x"))
-    case = Case(widths, arguments.frames, height, width, arguments.tokens, arguments.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for case in read_cases(arguments, ("turns",)):
+        compare(case, arguments.turns, device)
+
+
+def compare(case: Case, turns: int, device: torch.device) -> None:
+    """Print the table of one case."""
     inputs = case.inputs(device)
     contestants = {policy: contestant(case, policy, device) for policy in POLICIES}
     peaks = {policy: peak_of_step(contestants[policy], inputs) for policy in POLICIES}
-    turns = [[contestants[policy].step(inputs) for policy in POLICIES] for _ in range(arguments.turns)]
-
-    print(f"{case.clip}, widths {arguments.widths}, {case.num_tokens} tokens, {case.dtype}, {device.type}\n")
+    steps = [[contestants[policy].step(inputs) for policy in POLICIES] for _ in range(turns)]
+    widths = ", ".join(map(str, case.widths))
+    print(f"\n{case.clip}, widths {widths}, {case.num_tokens} tokens, {case.dtype}, {device.type}\n")
     print("| policy | ms | ratio to none | peak MiB |\n| --- | --- | --- | --- |")
-    for policy, seconds in zip(POLICIES, zip(*turns, strict=True), strict=True):
-        ratio = statistics.median(own / turn[0] for own, turn in zip(seconds, turns, strict=True))
+    for policy, seconds in zip(POLICIES, zip(*steps, strict=True), strict=True):
+        ratio = statistics.median(own / step[0] for own, step in zip(seconds, steps, strict=True))
         milliseconds = 1e3 * statistics.median(seconds)
-        print(f"| {policy} | {milliseconds:.0f} | {ratio:.2f} | {peaks[policy] / 2**20:.0f} |")
+        print(f"| {policy} | {milliseconds:.0f} | {ratio:.2f} | {peaks[policy] / 2**20:.0f} |", flush=True)
 
 
 def contestant(case: Case, policy: str, device: torch.device) -> Contestant:
@@ -76,12 +80,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_case_options(parser, size="256x384", frames=14, tokens="1", dtype="fp32")
     add = parser.add_argument
-    add("--size", default="256x384", help="HEIGHTxWIDTH in pixels; default 256x384")
-    add("--frames", type=int, default=14, help="default 14")
-    add("--widths", default="64,128,256,256", help="channels at each level; default 64,128,256,256")
-    add("--tokens", type=int, default=1, help="of the context; default 1")
-    add("--dtype", default="fp32", choices=DTYPES, help="default fp32")
     add("--turns", type=int, default=3, help="of timed steps; default 3")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()

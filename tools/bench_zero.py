@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_parts import DTYPES, Case, Inputs, synchronize
+from bench_cases import DTYPES, Case, Inputs, add_case_options, read_cases
+from bench_parts import synchronize
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,26 +34,27 @@ Step = Callable[[Inputs], None]
 
 def main() -> None:
     arguments = parse_arguments()
-    widths = tuple(int(width) for width in arguments.widths.split(","))
-    height, width = (int(side) for side in arguments.size.split("x"))
-    case = Case(widths, arguments.frames, height, width, arguments.tokens, arguments.dtype)
+    cases = read_cases(arguments, ("pairs",))
+    zero = ZeroConfig(persistence_threshold=arguments.persistence, prefetch_bucket=arguments.prefetch)
     env = Env.read()
     environment.init(env)
     try:
-        zero = ZeroConfig(persistence_threshold=arguments.persistence, prefetch_bucket=arguments.prefetch)
-        steps = (
-            sharded(case, zero, arguments.recompute, env),
-            replicated(case, arguments.recompute, env),
-        )
-        inputs = case.inputs(env.device)
-        for step in steps:
-            timed(step, inputs)  # the first is slower: memory is found, kernels are chosen
-        pairs = [tuple(timed(step, inputs) for step in steps) for _ in range(arguments.pairs)]
-        if env.rank == 0:
-            report(case, env, pairs)
-        destroy_groups()
+        for case in cases:
+            pairs = compare(case, zero, arguments, env)
+            if env.rank == 0:
+                report(case, env, pairs)
+            destroy_groups()
     finally:
         environment.shutdown()
+
+
+def compare(case: Case, zero: ZeroConfig, arguments: argparse.Namespace, env: Env) -> list[tuple[float, ...]]:
+    """Seconds of each pair of steps, sharded and replicated."""
+    steps = (sharded(case, zero, arguments.recompute, env), replicated(case, arguments.recompute, env))
+    inputs = case.inputs(env.device)
+    for step in steps:
+        timed(step, inputs)  # the first is slower: memory is found, kernels are chosen
+    return [tuple(timed(step, inputs) for step in steps) for _ in range(arguments.pairs)]
 
 
 def sharded(case: Case, zero: ZeroConfig, recompute: str, env: Env) -> Step:
@@ -114,12 +116,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_case_options(parser, size="128x192", frames=8, tokens="1", dtype="fp32")
     add = parser.add_argument
-    add("--size", default="128x192", help="HEIGHTxWIDTH in pixels; default 128x192")
-    add("--frames", type=int, default=8, help="default 8")
-    add("--widths", default="64,128,256,256", help="channels at each level; default 64,128,256,256")
-    add("--tokens", type=int, default=1, help="of the context; default 1")
-    add("--dtype", default="fp32", choices=DTYPES, help="default fp32")
     add("--recompute", default="blocks", choices=POLICIES, help="of both; default blocks")
     add("--persistence", type=int, default=ZeroConfig.persistence_threshold, help="see parallel/zero.py")
     add("--prefetch", type=int, default=ZeroConfig.prefetch_bucket, help="see parallel/zero.py")

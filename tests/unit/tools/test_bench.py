@@ -37,7 +37,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 @pytest.fixture
 def tiny() -> Any:
-    from bench_parts import Case
+    from bench_cases import Case
 
     return Case(
         widths=(64,), num_frames=2, height=32, width=48, num_tokens=3, dtype="fp32", recompute="blocks"

@@ -40,3 +40,13 @@ def test_one_rank_of_zero_is_timed(
     run("bench_zero.py", monkeypatch, *TINY, "--pairs", "1")
     *_, row = capfd.readouterr().out.splitlines()
     assert row.startswith("| 1 x cpu | 64 | 2 x 16x16 | fp32 |")
+
+
+@pytest.mark.parametrize("tool", ["bench_recompute.py", "bench_zero.py"])
+def test_a_mistake_is_one_sentence(
+    tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(tool, monkeypatch, "--size", "128")
+    assert end.value.code == 2
+    assert "--size is '128': give HEIGHTxWIDTH, multiples of 64 pixels here" in capsys.readouterr().err
