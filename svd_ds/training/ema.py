@@ -24,6 +24,9 @@ class EMAConfig:
     """Relative standard deviations sigma_rel of power-function profiles, each in (0, 0.28]."""
     decays: tuple[float, ...] = ()
     """Constant decays a step, as in 0.9999."""
+    on_host: bool = False
+    """Keep the averages in host memory: a GPU then has 4 bytes a weight of its shard and profile more, and
+    every step waits for the weights to be copied."""
 
     def __post_init__(self) -> None:
         for length in self.lengths:
@@ -55,7 +58,13 @@ class ShardEMA:
     def __init__(self, config: EMAConfig, shards: Mapping[str, Tensor]) -> None:
         self.config = config
         self.names = list(shards)
-        self.averages = {name: [shard.detach().clone() for shard in shards.values()] for name in config.names}
+        self.averages = {
+            name: [
+                shard.detach().to("cpu" if config.on_host else shard.device, copy=True)
+                for shard in shards.values()
+            ]
+            for name in config.names
+        }
 
     def decay_of(self, samples: int, batch: int) -> dict[str, float]:
         """Decay of each profile for the step that ended at `samples` clips and consumed `batch` of them."""
@@ -70,6 +79,8 @@ class ShardEMA:
     def update(self, shards: Mapping[str, Tensor], samples: int, batch: int) -> None:
         """Move every average towards the weights after a step; arguments as `decay_of`."""
         weights = [shards[name] for name in self.names]
+        if self.config.on_host:
+            weights = [weight.cpu() for weight in weights]
         for profile, decay in self.decay_of(samples, batch).items():
             torch._foreach_lerp_(self.averages[profile], weights, 1 - decay)
 

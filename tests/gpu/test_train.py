@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_a_run_trains_and_goes_on(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("settings", [(), ("ema.on_host=true",)], ids=["", "averages on the host"])
+def test_a_run_trains_and_goes_on(settings: tuple[str, ...], tmp_path: Path) -> None:
     for steps in (2, 4):
-        command = [sys.executable, "-m", "svd_ds.train", "debug=tiny", f"run.dir={tmp_path}"]
+        command = [sys.executable, "-m", "svd_ds.train", "debug=tiny", f"run.dir={tmp_path}", *settings]
         subprocess.run([*command, f"run.steps={steps}", "checkpoint.every=2"], check=True)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
