@@ -28,6 +28,7 @@ FREE_KEYS = (
     "logger",
     "parallel",
     "recompute",
+    "ema.on_host",
     "batch.micro",
     "data.num_workers",
     "data.prefetch",
