@@ -61,8 +61,8 @@ class RunFolder:
         return self.logs / "skipped.jsonl"
 
     @property
-    def lives(self) -> Path:
-        return self.logs / "lives.jsonl"
+    def starts(self) -> Path:
+        return self.logs / "starts.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -101,7 +101,7 @@ class RunFolder:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         _write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
-        with self.lives.open("a") as file:
+        with self.starts.open("a") as file:
             file.write(json.dumps({"started": time.time(), "step": step}) + "\n")
         for path in (self.metrics, self.evaluation, self.skipped):
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]

@@ -52,8 +52,8 @@ class Goodput:
 
     @staticmethod
     def of(folder: RunFolder) -> Goodput:
-        """As far as the folder's files tell. Its lives file has a line at least."""
-        with folder.lives.open() as file:
+        """As far as the folder's files tell. Its starts file has a line at least."""
+        with folder.starts.open() as file:
             goodput = Goodput(json.loads(file.readline())["started"], 0.0, dict.fromkeys(WAITS, 0.0))
         if folder.metrics.exists():
             with folder.metrics.open() as file:

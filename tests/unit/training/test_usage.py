@@ -32,7 +32,7 @@ def test_goodput_is_of_all_lives_and_counts_a_lost_step_once(tmp_path: Path) -> 
     folder.open({}, step=0)
     folder.metrics.write_text(line(1) + line(2) + line(3))
     folder.open({}, step=2)
-    lives = [json.loads(life) for life in folder.lives.read_text().splitlines()]
+    lives = [json.loads(life) for life in folder.starts.read_text().splitlines()]
     assert [life["step"] for life in lives] == [0, 2]
     goodput = Goodput.of(folder)
     assert goodput.started == lives[0]["started"]
