@@ -17,13 +17,14 @@ help:           ## this list
 
 setup: $(VENV)/.installed $(SHARDS)  ## make .venv with the locked versions, cut the quickstart's clips into shards
 
-# torch first and exactly: any other spelling may pull gigabytes of CUDA packages where no GPU is.
+# torch first and exactly: any other spelling may pull gigabytes of CUDA packages where no GPU is. The rest without
+# dependencies, since the lock has all of them but one: opencv-python, which would overwrite opencv-python-headless.
 $(VENV)/.installed: requirements.lock setup.py
 	@echo "Installing the locked versions into $(VENV): about two minutes."
 	@$(PYTHON) -c 'import sys; sys.exit("svd_ds needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -q --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
-	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

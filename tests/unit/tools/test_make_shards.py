@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(moving_square(1)[0]).save(folder / "still.png")
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("this is no video")
-    write_video(folder / "short.mp4", counting(3))
+    write_video(folder / "short.mp4", 16 + counting(3))
     whole = write_video(folder / "truncated.mp4", moving_square(60)).read_bytes()
     (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "notes.md").write_text("junk")
@@ -70,7 +70,7 @@ def test_shapes_images_and_junk(make_shards: Callable[..., Ended], folder: Path,
     assert ended.code == 0, ended.err
     assert "13 clips, 0 of them held out" in ended.out and "5 of 9 files refused" in ended.out
     with open(out / "refused.csv") as file:
-        refused = {row["file"]: row["reason"] for row in csv.DictReader(file)}
+        refused = {row["video"]: row["reason"] for row in csv.DictReader(file)}
     assert sorted(refused) == ["empty.mp4", "notes.md", "short.mp4", "text.mp4", "truncated.mp4"]
     assert "longest shot has 3 frames" in refused["short.mp4"]
     assert all(f"refused: {name}" in ended.err for name in refused)
@@ -98,7 +98,7 @@ def test_shapes_images_and_junk(make_shards: Callable[..., Ended], folder: Path,
 def test_shards_inside_the_folder_are_not_cut_again(
     make_shards: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_video(tmp_path / "a.mp4", counting(4))
+    write_video(tmp_path / "a.mp4", 16 + counting(4))
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         ended = make_shards(tmp_path, "shards", "--length", 4, "--overwrite")
@@ -128,14 +128,16 @@ def test_nothing_but_junk_is_an_error(make_shards: Callable[..., Ended], tmp_pat
     (tmp_path / "raw" / "a.mp4").write_text("junk")
     ended = make_shards(tmp_path / "raw", tmp_path / "out")
     assert ended.code == 2
-    assert "none of the 1 files in" in ended.err and "a.mp4 because it cannot be decoded" in ended.err
+    assert (
+        "none of the 1 files gave a clip" in ended.err and "a.mp4 because it cannot be decoded" in ended.err
+    )
     assert not (tmp_path / "out" / "index.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere", "out"), "there is no folder nowhere"),
+        (("nowhere", "out"), "there is no folder or manifest (.txt) nowhere"),
         (("only_out",), "give either FOLDER and OUT, or --quickstart and OUT"),
         (("a", "out", "--length", "2m"), "'2m' is neither a number of frames (48) nor of seconds (2s)"),
         (("a", "out", "--hold-out", "1"), "--hold-out 1.0"),

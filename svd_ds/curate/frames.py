@@ -1,0 +1,93 @@
+"""A raw video's frames on an even clock, stood upright, with square pixels.
+
+Frame k of a video is what it shows k / rate seconds after its first frame. In a video of constant rate that
+is its k-th frame; one of variable rate is thinned and filled up to the even clock, so that everything after
+this module may count frames. All frame numbers in the tables are such numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from svd_ds.data.clips import Box, fit, to_rgb
+
+MAX_GAP = 10.0
+"""Seconds that one frame may stand: behind a longer gap a video's clock is broken."""
+
+
+def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple[int, VideoFrame]]:
+    """Number and frame, numbers going up by one from 0.
+
+    Args:
+        rate: of the even clock, frames a second.
+        promised: frames that the file says it has; 0 where it does not say.
+
+    Raises ValueError at the first frame that cannot be decoded, or where there are fewer than promised.
+    """
+    number, held = -1, None
+    try:
+        with av.open(str(path), mode="r") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            first: Fraction | None = None
+            decoded = 0
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise ValueError(f"it is damaged from frame {number + 1} on")
+                decoded += 1
+                shown = number + 1
+                if frame.pts is not None and frame.time_base is not None:
+                    time = frame.pts * frame.time_base
+                    first = time if first is None else first
+                    shown = round((time - first) * rate)
+                if shown - number > max(1, MAX_GAP * rate):
+                    raise ValueError(
+                        f"its clock jumps by {float((shown - number) / rate):.0f} s after frame {number}"
+                    )
+                while held is not None and number < shown - 1:
+                    number += 1
+                    yield number, held
+                held = frame
+                if shown > number:
+                    number = shown
+                    yield number, frame
+    except av.FFmpegError as error:
+        raise ValueError(f"it cannot be decoded from frame {number + 1} on ({error.strerror})") from error
+    if decoded < promised:
+        raise ValueError(f"it ends after {decoded} of the {promised} frames that it says it has")
+
+
+def read_still(path: Path) -> np.ndarray:
+    """An image file as uint8 RGB, (H, W, 3), upright. Raises ValueError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"it cannot be read ({error})") from error
+
+
+def upright(frame: VideoFrame, pixel_aspect: Fraction, size: int) -> np.ndarray:
+    """A decoded frame as it is meant to be shown: rotated as the file says, with square pixels."""
+    pixels_CHW = to_rgb(frame)
+    quarter_turns = round(frame.rotation / 90) % 4
+    if quarter_turns % 2:
+        pixel_aspect = 1 / pixel_aspect
+    return resized(torch.rot90(pixels_CHW, quarter_turns, (1, 2)), pixel_aspect, size)
+
+
+def resized(frame_CHW: torch.Tensor, pixel_aspect: Fraction, size: int) -> np.ndarray:
+    """(H, W, 3) with square pixels, its shortest side reduced to `size`, both sides even."""
+    height, width = frame_CHW.shape[1:]
+    shown = (float(height), float(width * pixel_aspect))
+    scale = min(1.0, size / min(shown)) if size else 1.0
+    new_height, new_width = (max(2, 2 * round(side * scale / 2)) for side in shown)
+    resized = fit(frame_CHW, Box(0, 0, height, width), new_height, new_width)
+    return resized.permute(1, 2, 0).contiguous().numpy()

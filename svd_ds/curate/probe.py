@@ -1,0 +1,163 @@
+"""First stage: is it a video, and what does its file say of it without decoding more than one frame?"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow as pa
+from av.stream import Disposition
+
+from svd_ds.curate.frames import read_still
+from svd_ds.curate.raw import IMAGES, VIDEOS, RawFile, told_of
+from svd_ds.curate.stages import Place
+from svd_ds.curate.table import Known, Row
+
+COLUMNS = {
+    "kind": pa.string(),
+    "codec": pa.string(),
+    "pixels": pa.string(),
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "rotation": pa.int32(),
+    "pixel_aspect": pa.string(),
+    "rate": pa.string(),
+    "even": pa.bool_(),
+    "promised": pa.int64(),
+    "num_frames": pa.int64(),
+    "keyframes": pa.list_(pa.int64()),
+    "told": pa.string(),
+}
+EVEN = 0.3
+"""Share of a frame by which times may miss an even clock: containers round them to milliseconds."""
+MAX_RATE = 240
+"""Of a video whose clock is uneven: two frames that lie close do not make it a slow-motion camera's."""
+
+
+@dataclass(frozen=True)
+class Packets:
+    """What demuxing tells of a video, its times as frame numbers on an even clock."""
+
+    rate: Fraction
+    even: bool
+    """Every frame lies on the clock: frame numbers count the stored frames."""
+    num_frames: int
+    keyframes: list[int]
+    """Frames at which decoding can start and before which it can end: closed groups of pictures only."""
+
+
+def probe(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
+    """A row for the file. Raises ValueError with the reason where it is of no use."""
+    suffix = file.path.suffix.lower()
+    if suffix not in VIDEOS + IMAGES:
+        raise ValueError(f"it is neither a video nor an image by its suffix {suffix!r}")
+    told = json.dumps(told_of(file.path), ensure_ascii=False)
+    yield {**(probe_video(file.path) if suffix in VIDEOS else probe_image(file.path)), "told": told}
+
+
+def probe_image(path: Path) -> Row:
+    height, width = read_still(path).shape[:2]
+    return {
+        "kind": "image",
+        "height": height,
+        "width": width,
+        "rate": "1",
+        "pixel_aspect": "1",
+        "rotation": 0,
+        "num_frames": 1,
+    }
+
+
+def probe_video(path: Path) -> Row:
+    """Raises ValueError where it has no video, no frame rate, one frame, or a first frame that is no use."""
+    try:
+        with av.open(str(path), mode="r") as container:
+            stream = video_stream(container)
+            packets = read_packets(container, stream)
+            container.seek(stream.start_time or 0, stream=stream)
+            frame = next(container.decode(stream), None)
+            if frame is None:
+                raise ValueError("none of its frames can be decoded")
+            context = stream.codec_context
+            return {
+                "kind": "video",
+                "codec": context.name,
+                "pixels": context.pix_fmt,
+                "height": frame.height,
+                "width": frame.width,
+                "rotation": round(frame.rotation),
+                "pixel_aspect": str(stream.sample_aspect_ratio or Fraction(1)),
+                "rate": str(packets.rate),
+                "even": packets.even,
+                "promised": stream.frames,
+                "num_frames": packets.num_frames,
+                "keyframes": packets.keyframes,
+            }
+    except av.FFmpegError as error:
+        raise ValueError(f"it cannot be decoded ({error.strerror})") from error
+
+
+def video_stream(container: Any) -> Any:
+    """The first video stream that is no cover picture of a song. Raises ValueError if there is none."""
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    raise ValueError("it has no video stream")
+
+
+def read_packets(container: Any, stream: Any) -> Packets:
+    """Raises ValueError for a video without a frame rate or with fewer than two frames."""
+    found = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+    if len(found) < 2:
+        raise ValueError(f"it has {len(found)} frame, and a video needs 2")
+    known = [pts for pts, _ in found if pts is not None]
+    if len(known) < len(found):
+        # AVI tells no times: its frames are even by construction, but which is which is not known here.
+        if not stream.average_rate:
+            raise ValueError("it has no frame rate")
+        return Packets(stream.average_rate, True, len(found), [])
+    first = min(known)
+    rate, even = clock_of(
+        sorted(float((pts - first) * stream.time_base) for pts in known), stream.average_rate
+    )
+    numbers = [round((pts - first) * stream.time_base * rate) for pts in known]
+    keyframes = closed_keyframes(numbers, [is_key for _, is_key in found]) if even else []
+    return Packets(rate, even, max(numbers) + 1, keyframes)
+
+
+def clock_of(times: Sequence[float], told: Fraction | None) -> tuple[Fraction, bool]:
+    """The even clock of ascending times in seconds, from 0, and whether all of them lie on it.
+
+    That is the rate which the file tells, where its frames keep to it; else that of the usual gap.
+    """
+    gaps = [after - before for before, after in pairwise(times) if after > before]
+    if not gaps:
+        raise ValueError("all its frames have one time")
+    if told and all(abs(time * told - number) < EVEN for number, time in enumerate(times)):
+        return told, True
+    usual = Fraction(min(MAX_RATE, 1 / statistics.median(gaps))).limit_denominator(1001)
+    return usual, all(abs(time * usual - number) < EVEN for number, time in enumerate(times))
+
+
+def closed_keyframes(numbers: Sequence[int], is_key: Sequence[bool]) -> list[int]:
+    """Keyframes, among frames in decoding order, that no frame of another group leans on.
+
+    Frames decoded after such a keyframe are all shown after it, frames decoded before it before.
+    """
+    latest_before, closed = -1, []
+    earliest_after = [math.inf] * (len(numbers) + 1)
+    for place in range(len(numbers) - 1, -1, -1):
+        earliest_after[place] = min(earliest_after[place + 1], numbers[place])
+    for place, (number, key) in enumerate(zip(numbers, is_key, strict=True)):
+        if key and latest_before < number and earliest_after[place] == number:
+            closed.append(number)
+        latest_before = max(latest_before, number)
+    return closed

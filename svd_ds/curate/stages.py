@@ -1,0 +1,192 @@
+"""What a stage is, and how it is run: over raw files, by a pool of processes, each file once.
+
+A stage's table lies in a folder whose name tells the stage's settings and, through their names, those of the
+stages that it builds on. Other settings lead to another folder: what was found under them stays, and is found
+again when they come back. A stage asks its table which files are done, in the state in which they are now,
+and works on the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pyarrow as pa
+import torch
+from rich.progress import Progress
+
+from svd_ds.curate.raw import RawFile
+from svd_ds.curate.table import Known, Row, Table
+
+FLUSH_SECONDS = 10.0
+"""A killed run has lost at most what it found in so long."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage works."""
+
+    out: Path
+    here: Path
+    """The stage's own folder below it."""
+
+
+Work = Callable[[Any, RawFile, Known, Place], Iterator[Row]]
+"""(settings, file, what earlier stages know of it, place) -> rows. A ValueError tells why the file gives
+none, or no more."""
+Job = tuple[RawFile, Known]
+Found = dict[str, list[Row]]
+"""A stage's rows by raw file."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from raw files to clips."""
+
+    name: str
+    work: Work
+    columns: Mapping[str, pa.DataType]
+    settings: Any = None
+    """A frozen dataclass of plain values, or None."""
+    after: tuple[Stage, ...] = ()
+    alone: bool = False
+    """It holds a large model: one process works for all."""
+    version: int = 1
+    """Goes up when the same settings come to give other rows."""
+
+    def fingerprint(self) -> str:
+        settings = asdict(self.settings) if self.settings else {}
+        content = [self.name, self.version, settings, [stage.fingerprint() for stage in self.after]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    def folder(self, out: Path) -> Path:
+        return out / "stages" / f"{self.name}-{self.fingerprint()}"
+
+
+@dataclass
+class Runner:
+    """Runs stages over one set of raw files."""
+
+    files: Sequence[RawFile]
+    out: Path
+    num_workers: int
+    """Processes; 1 works in this one."""
+    progress: Progress
+    found: dict[str, Found] = field(default_factory=dict)
+    """By stage, what was found."""
+
+    def run(self, stage: Stage) -> None:
+        """Work on every file that is not done and that the stages before found something in."""
+        table = Table(stage.folder(self.out), stage.columns)
+        stamps = {file.name: file.stamp() for file in self.files}
+        found = {
+            name: rows for name, rows in table.read().items() if rows and rows[0]["stamp"] == stamps.get(name)
+        }
+        jobs = []
+        for file in self.files:
+            known = {before.name: sound(self.found[before.name].get(file.name, ())) for before in stage.after}
+            if all(known.values()) and file.name not in found:
+                jobs.append((file, known))
+        task = self.progress.add_task(stage.name, total=len(jobs))
+        fresh: list[Row] = []
+        flushed = time.monotonic()
+        work = partial(work_on, stage.work, stage.settings, Place(self.out, stage.folder(self.out)))
+        try:
+            for name, rows in self._results(work, jobs, alone=stage.alone):
+                found[name] = [{"video": name, "stamp": stamps[name], "error": None, **row} for row in rows]
+                fresh += found[name]
+                self.progress.advance(task)
+                if time.monotonic() > flushed + FLUSH_SECONDS:
+                    table.add(fresh)
+                    fresh, flushed = [], time.monotonic()
+        finally:
+            table.add(fresh)
+        self.found[stage.name] = found
+
+    def _results(
+        self, work: Callable[[Job], list[Row]], jobs: Sequence[Job], alone: bool
+    ) -> Iterator[tuple[str, list[Row]]]:
+        if alone or self.num_workers == 1 or not jobs:
+            for job in jobs:
+                yield job[0].name, work(job)
+            return
+        waiting = list(reversed(jobs))
+        while waiting:
+            suspects: list[Job] = []
+            with _pool(self.num_workers) as pool:
+                yield from _drain(pool, work, waiting, suspects, most=2 * self.num_workers)
+            for job in suspects:
+                # One of these ended its process, as a decoder may on a hostile file. Each gets one of its
+                # own.
+                with _pool(1) as pool:
+                    try:
+                        rows = pool.submit(work, job).result()
+                    except BrokenProcessPool:
+                        rows = [{"error": "reading it ends the process"}]
+                yield job[0].name, rows
+
+
+def _drain(
+    pool: ProcessPoolExecutor,
+    work: Callable[[Job], list[Row]],
+    waiting: list[Job],
+    suspects: list[Job],
+    most: int,
+) -> Iterator[tuple[str, list[Row]]]:
+    """Results as they come; jobs move to `suspects` that were under way when a process ended."""
+    running: dict[Future[list[Row]], Job] = {}
+    while waiting or running:
+        while waiting and len(running) < most:
+            job = waiting.pop()
+            try:
+                running[pool.submit(work, job)] = job
+            except BrokenProcessPool:
+                suspects.append(job)
+                break
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            job = running.pop(future)
+            if isinstance(future.exception(), BrokenProcessPool):
+                suspects.append(job)
+            else:
+                yield job[0].name, future.result()
+        if suspects:
+            suspects += running.values()
+            return
+
+
+def _pool(num_workers: int) -> ProcessPoolExecutor:
+    # Spawned: a fork of a process with threads of torch or OpenCV may hang.
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def work_on(work: Work, settings: Any, place: Place, job: Job) -> list[Row]:
+    """All rows of a file; where it is refused, the last of them says why."""
+    file, known = job
+    rows: list[Row] = []
+    try:
+        for row in work(settings, file, known, place):
+            rows.append(row)
+    except ValueError as error:
+        rows.append({"error": " ".join(str(error).split())})
+    return rows
+
+
+def sound(rows: Sequence[Row]) -> list[Row]:
+    """The rows that say what was found."""
+    return [row for row in rows if row["error"] is None]
