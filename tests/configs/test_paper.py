@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,6 +14,7 @@ from svd_ds.config import CONF, RunConfig, compose
 from svd_ds.model.lora import LoraConfig, add_lora
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.training.optim import parameter_groups
+from svd_ds.training.usage import forward_flops
 
 SITE = ["data.path=data/quickstart", "frozen.path=tiny", "init.from=runs/before"]
 """What an experiment leaves to the site."""
@@ -170,3 +172,23 @@ def test_every_experiment_says_what_it_is() -> None:
             assert "ost" in header and "paper" in header, (
                 f"{path.name} says what it costs, or that nobody does"
             )
+
+
+A100_PEAK = 312e12
+SHARE, RECOMPUTED = 0.4, 4 / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*STAGES, "ablation"])
+def test_the_cost_in_the_header_is_that_of_its_operations(name: str) -> None:
+    header = (CONF / "experiment" / f"{name}.yaml").read_text()
+    hours = re.search(r"Cost: ([\d,]+) A100 hours by counted operations at 40 % of the peak", header)
+    assert hours is not None
+    config = experiment(name)
+    data = config.data
+    forward = forward_flops(
+        config.model, data.num_frames, data.height, data.width, config.conditioning.num_tokens
+    )
+    clips = config.run.steps * config.batch.size
+    expected = 3 * RECOMPUTED * forward * clips / (SHARE * A100_PEAK * 3600)
+    assert float(hours[1].replace(",", "")) == pytest.approx(expected, rel=0.05)
