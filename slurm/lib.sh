@@ -5,16 +5,19 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch from the root of the repository}"
 # shellcheck disable=SC1091
 [ ! -f slurm/site.env ] || . slurm/site.env
+PYTHON=${SVD_DS_PYTHON:-.venv/bin/python}
+CPUS=${SLURM_CPUS_PER_TASK:-1}
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+MASTER_ADDR=${NODES%%,*}
+# A port of the job's own, so that two jobs can share a node.
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
+NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS NCCL_DEBUG
 
-train() {  # train ARGS...: one srun task a rank, all ranks with the same arguments
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  # A port of the job's own, so that two jobs can share a node.
-  MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-  export MASTER_ADDR MASTER_PORT
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-  # --kill-on-bad-exit: one failed rank ends the step, so nobody waits in a collective for ever.
-  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    "${SVD_DS_PYTHON:-.venv/bin/python}" -m svd_ds.train "$@"
+# exec: Slurm signals this process (--signal=B:...), and what it becomes answers.
+train() {  # train ARGUMENT...: one srun task a rank, all ranks with the same arguments; lives on after a death
+  exec "$PYTHON" tools/job.py --job "$SLURM_JOB_ID" --nodes "$NODES" --cpus "$CPUS" -- "$@"
 }
 
 stage() {  # stage NAME [EXPERIMENT] [key=value ...]: the experiment NAME, or another that is named first

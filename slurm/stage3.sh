@@ -12,6 +12,7 @@
 #SBATCH --mem=0
 #SBATCH --time=2-00:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 . "$SLURM_SUBMIT_DIR/slurm/lib.sh"

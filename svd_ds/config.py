@@ -36,6 +36,7 @@ from svd_ds.training.metrics import LoggerConfig
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import PreviewConfig
 from svd_ds.training.reconstruction import ReconstructionConfig
+from svd_ds.training.watchdog import WatchdogConfig
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 """A key, choice or value that Hydra or OmegaConf does not take."""
@@ -140,6 +141,7 @@ class RunConfig:
     """Activation checkpointing: none | blocks (every residual block and transformer) | attention (blocks, but
     what attention gave is kept) | full (a residual block and its transformer together)."""
     guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sampling: PreviewConfig = field(default_factory=PreviewConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -19,7 +19,7 @@ def wants_traceback() -> bool:
     return "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def print_error(error: BaseException, who: str = "") -> None:
+def print_error(error: BaseException | str, who: str = "") -> None:
     """Print `error` as one sentence on stderr; `who` names the rank where there are several."""
     sentence = " ".join(str(error).split()) or type(error).__name__
     console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,19 +43,21 @@ from svd_ds.training.step import Diffusion
 from svd_ds.training.usage import Clock, Speed, forward_flops, peak_of
 
 
-def run(config: RunConfig, env: Env) -> None:
-    """Train as the config says, on this process's rank. All ranks call it, with the same config."""
+def run(config: RunConfig, env: Env, beat: Callable[[], None] = lambda: None) -> Progress:
+    """Train as the config says, on this process's rank, and tell where it ended. All ranks call it, with the
+    same config; `beat` is called after every step."""
     environment.init(env)
     try:
         inputs = agreed(lambda: read_inputs(config, env))
         task = agreed(lambda: read_task(config, env, inputs))
-        _train(config, env, inputs, task)
+        progress = _train(config, env, inputs, task, beat)
         destroy_groups()
     finally:
         environment.shutdown()
+    return progress
 
 
-def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> None:
+def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callable[[], None]) -> Progress:
     engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(task.weights) if task.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
@@ -86,6 +89,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> None:
             ),
             stop=StopRequest(),
             clock=Clock(),
+            beat=beat,
             metrics=metrics,
             device=env.device,
         )
@@ -94,6 +98,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> None:
             write_report([inputs.folder.path], inputs.folder.report)
             metrics.say(_closing(config, inputs.folder, progress, time.perf_counter() - started))
             metrics.say(f"  {metrics.wall_time()}")
+    return progress
 
 
 def _plan(config: RunConfig, env: Env) -> Plan:

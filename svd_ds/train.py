@@ -10,14 +10,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
 
 from svd_ds import config
-from svd_ds.door import OF_ANOTHER, USER_ERRORS, print_error, wants_traceback
-from svd_ds.parallel.collectives import SharedError, lost_a_rank
+from svd_ds.door import USER_ERRORS, print_error, wants_traceback
 from svd_ds.parallel.env import Env
+from svd_ds.training.folder import RunFolder
+from svd_ds.training.life import Life
 
 HYDRA_SWITCH = "HYDRA_FULL_ERROR"
 
@@ -25,7 +27,7 @@ HYDRA_SWITCH = "HYDRA_FULL_ERROR"
 def main() -> None:
     """Compose, run, and end with 0; with 2 and one sentence on bad input; with 1 when another rank was lost;
     with 130 when interrupted."""
-    show_traceback = wants_traceback()
+    debug = wants_traceback()
     sys.argv[1:] = config.debug_last([word for word in sys.argv[1:] if word != "--debug"])
     config.register()
     errors: list[Exception] = []
@@ -35,11 +37,13 @@ def main() -> None:
         # Those of running it would announce before it raises them: it does not get to see them.
         if not errors:
             try:
-                _run(node)
+                _run(node, env, debug)
             except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
                 errors.append(error)
 
+    env = None
     try:
+        env = Env.read()
         with _hydra_raises():
             task()
         if errors:
@@ -47,15 +51,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
-        if show_traceback:
+        if debug:
             raise
-        _tell(error)
+        # Every rank reads the same settings, and one tells it for all; its place each reads for itself.
+        if env is None or env.rank == 0:
+            print_error(config.explain(error) if isinstance(error, config.COMPOSE_ERRORS) else error)
         sys.exit(2)
-    except RuntimeError as error:
-        if show_traceback or not lost_a_rank(error):
-            raise
-        print(f"rank {Env.read().rank} ends, because another rank did", file=sys.stderr)
-        sys.exit(OF_ANOTHER)
 
 
 @contextmanager
@@ -72,23 +73,14 @@ def _hydra_raises() -> Iterator[None]:
             os.environ[HYDRA_SWITCH] = before
 
 
-def _run(node: Any) -> None:
+def _run(node: Any, env: Env, debug: bool) -> None:
     settings = config.to_config(node)
-    # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
-    from svd_ds.run import run
+    with Life(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as life:
+        # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
+        from svd_ds.run import run
 
-    run(settings, Env.read())
-
-
-def _tell(error: Exception) -> None:
-    """Print one sentence: rank 0 what all ranks know, any rank what only it knows."""
-    env = Env.read()
-    of_config = isinstance(error, config.COMPOSE_ERRORS)
-    shared = of_config or isinstance(error, SharedError)
-    if shared and env.rank != 0:
-        return
-    who = f"rank {env.rank}: " if env.world > 1 and not shared else ""
-    print_error(ValueError(config.explain(error)) if of_config else error, who)
+        progress = run(settings, env, life.watchdog.beat)
+        life.ended(finished=progress.step == settings.run.steps)
 
 
 if __name__ == "__main__":

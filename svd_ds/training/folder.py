@@ -25,6 +25,7 @@ FREE_KEYS = (
     "sampling",
     "evaluation",
     "guard",
+    "watchdog",
     "logger",
     "parallel",
     "recompute",

@@ -82,4 +82,5 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
                 preview = parts.previews.make(progress.step, parts.engine, parts.ema)
             if parts.metrics is not None and preview is not None:
                 parts.metrics.log_preview(progress.step, preview)
+        parts.beat()
     return progress

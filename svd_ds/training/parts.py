@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,8 @@ class Parts:
     previews: Previews
     stop: StopRequest
     clock: Clock
+    beat: Callable[[], None]
+    """Tells the watchdog that a step is done."""
     metrics: Metrics | None
     """Rank 0's; None elsewhere."""
     device: torch.device

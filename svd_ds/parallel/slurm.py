@@ -1,0 +1,72 @@
+"""What a job asks of Slurm from its batch host: steps, and to be started again. By scontrol and srun alone.
+
+A job that still runs may ask for another life; one that was cancelled, or that Slurm itself takes away, is
+Slurm's to end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PR_SET_PDEATHSIG = 1
+libc = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One allocation, seen from its batch host."""
+
+    id: str
+    nodes: tuple[str, ...]
+    cpus: int
+    """Of a task."""
+
+    def step(self, command: Sequence[str], *options: str) -> subprocess.Popen[bytes]:
+        """Start `command` as the tasks of a job step. One failed task ends the step, so nobody waits in a
+        collective for ever; the end of this process ends it too."""
+        return subprocess.Popen(
+            ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus}", *options, *command],
+            stdin=subprocess.DEVNULL,
+            # Signals reach the tasks through us alone.
+            process_group=0,
+            preexec_fn=_end_with_parent,
+        )
+
+    def is_running(self) -> bool:
+        shown = _scontrol("show", "job", "-o", self.id)
+        state = re.search(r"JobState=(\w+)", shown)
+        return state is not None and state[1] == "RUNNING"
+
+    def requeue(self, without: Sequence[str] = ()) -> None:
+        """End this life and queue the job again, not on the nodes `without`. Slurm then ends this process."""
+        if without:
+            # Only a pending job's nodes can be chosen, and a held one does not start in between.
+            _scontrol("requeuehold", self.id)
+            excluded = ",".join([*self._excluded(), *without])
+            _scontrol("update", f"JobId={self.id}", f"ExcNodeList={excluded}")
+            _scontrol("release", self.id)
+        else:
+            _scontrol("requeue", self.id)
+
+    def _excluded(self) -> list[str]:
+        listed = re.search(r"ExcNodeList=(\S+)", _scontrol("show", "job", "-o", self.id))
+        if listed is None or listed[1] == "(null)":
+            return []
+        return _scontrol("show", "hostnames", listed[1]).split()
+
+
+def _scontrol(*arguments: str) -> str:
+    """Raises OSError with scontrol's own words."""
+    ended = subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
+    if ended.returncode:
+        raise OSError(f"scontrol {' '.join(arguments)}: {ended.stderr.strip() or ended.stdout.strip()}")
+    return ended.stdout
+
+
+def _end_with_parent() -> None:
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,161 @@
+"""One life of a run: a start of all its ranks, its log a rank, and how it ended.
+
+    logs/rank-00003.log   what rank 3 wrote to stderr, life after life: warnings, tracebacks, a hang's stacks
+    logs/outcome.json     how the newest life ended; missing where it was killed
+    logs/lives.jsonl      the lives that a job gave the run, each with the step that it went on from
+
+The launcher reads the outcome, to know whether another life is worth starting.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from svd_ds.door import OF_ANOTHER, USER_ERRORS, print_error
+from svd_ds.model.slices import COMPLETE
+from svd_ds.parallel.collectives import SharedError, lost_a_rank
+from svd_ds.parallel.env import Env
+from svd_ds.training.folder import RunFolder
+from svd_ds.training.watchdog import Watchdog, WatchdogConfig
+
+FINISHED = "finished"
+PREEMPTED = "preempted"
+"""Asked to stop, it left a checkpoint."""
+REFUSED = "refused"
+"""A user's mistake: another life would end the same."""
+INTERRUPTED = "interrupted"
+"""By a person at the terminal, or with W&B's stop button."""
+FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: str
+    rank: int
+    words: str
+
+    @staticmethod
+    def read(folder: RunFolder) -> Outcome | None:
+        path = _outcome(folder)
+        return Outcome(**json.loads(path.read_text())) if path.exists() else None
+
+
+class Life:
+    """A context around everything that a rank does: its stderr goes to the rank's log, and an error becomes
+    an outcome, one line on the console, and an exit code.
+
+    The first rank to claim the outcome tells its error: one line however many ranks fail. With `debug` an
+    error also goes on, for its traceback to be seen.
+    """
+
+    def __init__(self, folder: RunFolder, env: Env, watchdog: WatchdogConfig, debug: bool = False) -> None:
+        self.debug = debug
+        self.folder = folder
+        self.env = env
+        self.log_path = folder.logs / f"rank-{env.rank:05d}.log"
+        self.watchdog = Watchdog(watchdog, self.told_hang)
+
+    def __enter__(self) -> Life:
+        self.folder.logs.mkdir(parents=True, exist_ok=True)
+        if self.env.rank == 0:
+            _outcome(self.folder).unlink(missing_ok=True)
+        self.log = self.log_path.open("a", buffering=1)
+        self.log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {os.uname().nodename} {os.getpid()}\n")
+        # The descriptor, not sys.stderr: what NCCL and other libraries write belongs here too.
+        sys.stderr.flush()
+        self._console = os.dup(2)
+        os.dup2(self.log.fileno(), 2)
+        faulthandler.enable(self.log)
+        self.watchdog.start(self.log)
+        return self
+
+    def ended(self, finished: bool) -> None:
+        """All ranks did what they were asked; called by each."""
+        if self.env.rank == 0:
+            self._claim(FINISHED if finished else PREEMPTED, "")
+
+    def told_hang(self, sentence: str) -> None:
+        """Tell, from the watchdog's thread, that this rank is about to be ended."""
+        if self._claim(FAILED, sentence):
+            line = f"error: rank {self.env.rank}: {sentence}; stacks are in {self.log_path}\n"
+            os.write(self._console, line.encode())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.watchdog.stop()
+        if error is not None:
+            traceback.print_exception(error, file=self.log)
+        faulthandler.disable()
+        sys.stderr.flush()
+        os.dup2(self._console, 2)
+        os.close(self._console)
+        self.log.close()
+        if error is None or isinstance(error, SystemExit):
+            return
+        code = self._tell(error)
+        if not self.debug:
+            raise SystemExit(code) from None
+
+    def _tell(self, error: BaseException) -> int:
+        """Claim the outcome and print the line, where that falls to this rank; its exit code."""
+        shared = isinstance(error, SharedError)
+        if lost_a_rank(error) or (shared and self.env.rank != 0):
+            return 2 if shared else OF_ANOTHER
+        if isinstance(error, KeyboardInterrupt):
+            self._claim(INTERRUPTED, "")
+            return 130
+        user = isinstance(error, USER_ERRORS)
+        sentence = str(error) if user else f"{type(error).__name__}: {error}; its log is {self.log_path}"
+        # A file system may come back; a wrong value stays wrong.
+        if self._claim(FAILED if not user or isinstance(error, OSError) else REFUSED, sentence):
+            print_error(sentence, f"rank {self.env.rank}: " if self.env.world > 1 and not shared else "")
+        return 2 if user else 1
+
+    def _claim(self, kind: str, words: str) -> bool:
+        """Whether this rank is the first to say how the life ended."""
+        outcome = Outcome(kind, self.env.rank, words)
+        try:
+            with _outcome(self.folder).open("x") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+        except FileExistsError:
+            return False
+        return True
+
+
+def begin(folder: RunFolder, job: str, limit: int) -> None:
+    """Note that `job` starts the run once more.
+
+    Raises ValueError where its last `limit` starts all went on from the step where it would go on now.
+    """
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    path = folder.logs / "lives.jsonl"
+    lives = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    step = newest_step(folder)
+    recent = [life for life in lives if life["job"] == job][-limit:]
+    if len(recent) == limit and all(life["step"] == step for life in recent):
+        raise ValueError(
+            f"job {job} has started {folder.path} {limit} times from step {step} and never reached another "
+            f"checkpoint; {folder.logs} says why"
+        )
+    with path.open("a") as file:
+        file.write(json.dumps({"job": job, "step": step, "time": time.time()}) + "\n")
+    _outcome(folder).unlink(missing_ok=True)
+
+
+def newest_step(folder: RunFolder) -> int:
+    """Of the complete checkpoints; 0 without one."""
+    markers = folder.checkpoints.glob(f"step-*/{COMPLETE}")
+    return max((int(marker.parent.name.removeprefix("step-")) for marker in markers), default=0)
+
+
+def _outcome(folder: RunFolder) -> Path:
+    return folder.logs / "outcome.json"

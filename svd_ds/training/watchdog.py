@@ -1,0 +1,70 @@
+"""The end of a run that hangs: without a step for too long, each rank writes its Python stack and dies."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+GRACE_S = 5.0
+"""Between the word that a rank hangs and its end: each rank has time to notice by itself."""
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    minutes: float = 30.0
+    """Without a step, after which a rank writes its stack to its log and ends; 0 never does. An evaluation, a
+    checkpoint and previews may lie between two steps."""
+    first_minutes: float = 90.0
+    """The same until the first step: files are read, weights loaded, kernels chosen."""
+
+    def __post_init__(self) -> None:
+        if self.minutes < 0 or self.first_minutes < self.minutes:
+            raise ValueError(
+                f"watchdog.minutes is {self.minutes} and watchdog.first_minutes {self.first_minutes}: the "
+                "first must not be negative, nor the second shorter"
+            )
+
+
+class Watchdog:
+    """Ends this process, with code 1, when `beat` is not called for too long."""
+
+    def __init__(self, config: WatchdogConfig, tell: Callable[[str], None]) -> None:
+        self.config = config
+        self.tell = tell
+        self._stopped = threading.Event()
+        self._minutes = 0.0
+        self._deadline = math.inf
+
+    def start(self, log: TextIO) -> None:
+        """Watch for the first step; stacks go to `log`."""
+        if self.config.minutes == 0:
+            return
+        self._log = log
+        self._arm(self.config.first_minutes)
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """A step is done."""
+        if self.config.minutes != 0:
+            self._arm(self.config.minutes)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self, minutes: float) -> None:
+        self._minutes = minutes
+        self._deadline = time.monotonic() + 60 * minutes
+        # A thread of the interpreter's own, without Python: it ends a rank that holds the lock for ever too.
+        faulthandler.dump_traceback_later(60 * minutes + GRACE_S, exit=True, file=self._log)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(1.0):
+            if time.monotonic() > self._deadline:
+                self.tell(f"no step for {self._minutes:g} minutes, so this rank ends")
+                return

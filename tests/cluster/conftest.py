@@ -1,0 +1,121 @@
+"""A two-node Slurm and a stand-in for the W&B server, once a session; where they cannot be, the tests skip."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
+CONTROL = "10.77.0.1"
+"""Address of the host that jobs are submitted from, in the cluster's own network."""
+
+
+def missing() -> str | None:
+    """Why there can be no cluster here, if so."""
+    if os.geteuid() != 0:
+        return "a test cluster needs root, for a network a node"
+    programs = [name for name in ("slurmctld", "slurmd", "munged", "ip") if shutil.which(name) is None]
+    if programs:
+        return f"{', '.join(programs)} is not installed (apt-get install slurm-wlm munge iproute2)"
+    probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, text=True)
+    return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """The first true value of `condition`, asked again and again."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.2)
+    return value
+
+
+class Cluster:
+    """The two nodes, node1 and node2, as someone sees them who submits jobs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "CLUSTER_DIR": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "SVD_DS_PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "disabled",
+        }
+
+    def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """cluster.sh. Daemons outlive it: its output must not be a pipe that they hold open."""
+        return subprocess.run([str(HERE / "cluster.sh"), *arguments], env=self.environment, check=True)
+
+    def run(self, *command: str, **environment: str) -> str:
+        """What a command prints that is run where jobs are submitted."""
+        ended = subprocess.run(
+            [str(HERE / "cluster.sh"), "exec", *command],
+            env={**self.environment, **environment},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> str:
+        """sbatch a job script on both nodes, a CPU rank each; its id."""
+        shape = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+        output = f"--output={self.folder}/job-%j.out"
+        printed = self.run("sbatch", "--parsable", *shape, output, *options, script, *arguments, **environment)
+        return printed.strip()
+
+    def output(self, job: str) -> str:
+        path = self.folder / f"job-{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def job(self, job: str) -> dict[str, str]:
+        """What scontrol shows of a job: JobState, ExitCode, Restarts, ..."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", job)))
+
+    def wait(self, job: str, seconds: float = 240) -> dict[str, str]:
+        """Wait for a job's end; what scontrol then shows of it."""
+        wait_until(lambda: self.job(job)["JobState"] in ENDED, f"the end of job {job}", seconds)
+        return self.job(job)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.control("up")
+        yield cluster
+    finally:
+        cluster.control("down")
+
+
+class WandbServer:
+    """The stand-in server, and what clients need to know of it."""
+
+    def __init__(self, address: str, folder: Path) -> None:
+        self.address = address
+        self.environment = {
+            "WANDB_BASE_URL": address,
+            "WANDB_API_KEY": "k" * 40,
+            "WANDB_ERROR_REPORTING": "false",
+            "WANDB_MODE": "online",
+            "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1",
+            **{name: str(folder) for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR")},
+        }

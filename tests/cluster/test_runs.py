@@ -1,0 +1,118 @@
+"""A run on a real two-node Slurm, as a user submits it: it ends, or it is killed in every way and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Cluster, wait_until
+
+STEPS = 5
+SMALL = (
+    "debug=tiny",
+    f"run.steps={STEPS}",
+    "data.num_frames=2",
+    "batch.size=4",
+    "checkpoint.every=2",
+    "evaluation.every=0",
+    "sampling.num_steps=1",
+)
+
+
+def submit(cluster: Cluster, run: Path, *overrides: str) -> str:
+    return cluster.submit("slurm/stage2.sh", *SMALL, f"run.dir={run}", *overrides)
+
+
+def steps(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def rank_process(job: str, rank: int) -> int:
+    """Process id of a rank of `job`, on whichever node."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended
+        placed = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()} <= set(environment)
+        if placed and b"svd_ds.train" in command and b"srun" not in command[0]:
+            return int(folder.name)
+    raise AssertionError(f"job {job} has no rank {rank}")
+
+
+def ask_to_end(cluster: Cluster, job: str) -> None:
+    """What #SBATCH --signal=B:USR1@300 does when the time is almost up."""
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+
+
+def kill_a_rank(cluster: Cluster, job: str) -> None:
+    os.kill(rank_process(job, 1), signal.SIGKILL)
+
+
+def hang_a_rank(cluster: Cluster, job: str) -> None:
+    os.kill(rank_process(job, 1), signal.SIGSTOP)
+
+
+def power_off_a_node(cluster: Cluster, job: str) -> None:
+    cluster.control("kill", "node2")
+    wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING", "Slurm to miss the node", 90)
+    cluster.control("start", "node2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("harm", [ask_to_end, kill_a_rank, hang_a_rank, power_off_a_node])
+def test_a_run_goes_on_after(harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = submit(cluster, run, "watchdog.minutes=0.2", "watchdog.first_minutes=3")
+    wait_until(lambda: len(steps(run)) >= 3, "step 3", 120)
+    harm(cluster, job)
+    ended = cluster.wait(job, 300)
+    output = cluster.output(job)
+    assert ended["JobState"] == "COMPLETED", output
+    assert ended["ExitCode"] == "0:0"
+    assert ended["Restarts"] == "1", output
+    assert steps(run) == list(range(1, STEPS + 1)), "every step once"
+    assert "ranks: 2 x cpu" in output
+    assert "resuming at step " in output
+    assert len(list((run / "checkpoints").glob("*/engine/zero/*optim_states.pt"))) == 4, "ZeRO-3, two ranks"
+    if harm is hang_a_rank:
+        stacks = (run / "logs/rank-00000.log").read_text()
+        assert "Timeout" in stacks and "all_reduce" in stacks, stacks
+        assert output.count("no step for 0.2 minutes") == 2, "told by the rank, and why the job is queued again"
+
+
+def test_a_mistake_fails_once(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path / "run", "optim.learning_rate=1")
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    assert cluster.output(job).count("error: ") == 1, cluster.output(job)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_ranks_find_fails_once(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path / "run", "data.path=nowhere")
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    assert cluster.output(job).count("error: ") == 1, cluster.output(job)
+
+
+@pytest.mark.slow
+def test_a_cancelled_run_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    """Its ranks leave a checkpoint, as SIGTERM asks."""
+    run = tmp_path / "run"
+    job = submit(cluster, run, "checkpoint.every=1000", "run.steps=1000")
+    wait_until(lambda: len(steps(run)) >= 2, "step 2", 120)
+    cluster.run("scancel", job)
+    assert cluster.wait(job)["JobState"] == "CANCELLED"
+    time.sleep(6)  # a requeue would show by now
+    ended = cluster.job(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)

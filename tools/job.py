@@ -1,0 +1,113 @@
+"""One run as a Slurm job, on the batch host: start its ranks, and queue the job again where that helps."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from svd_ds import config
+from svd_ds.door import run_door
+from svd_ds.parallel.slurm import Job
+from svd_ds.training.folder import RunFolder
+from svd_ds.training.life import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
+
+EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slurm/lib.sh):
+  tools/job.py --job 42 --nodes node1,node2 -- +experiment=stage2 debug=tiny
+
+It ends with 0 when the run is finished, with 2 on a user's mistake; otherwise the job is queued again, unless
+its last starts came no further (docs/slurm.md)."""
+INTERRUPT_CODE = 130
+
+
+class Request:
+    """The signal by which this life was asked to end, handed on to the ranks as USR1."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.step: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        if self.step is not None:
+            self.step.send_signal(signal.SIGUSR1)
+
+
+def main() -> None:
+    request = Request()
+    options = parse_arguments()
+    job = Job(options.job, tuple(options.nodes.split(",")), options.cpus)
+    folder = run_folder(options.arguments)
+    begin(folder, job.id, options.starts)
+    code = 0
+    if not request.number:
+        request.step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments])
+        code = request.step.wait()
+    outcome = Outcome.read(folder)
+    stopped = options.trial is not None and request.number == signal.SIGTERM
+    settled = settled_code(outcome, code, stopped)
+    if settled is not None:
+        if options.trial is not None:
+            options.trial.unlink(missing_ok=True)
+        sys.exit(settled)
+    if not job.is_running():
+        # Cancelled, out of time, or taken away: Slurm queues it again where it means to.
+        sys.exit(code)
+    print(f"job {job.id} is queued again: {reason(outcome, request.number, code)}", flush=True)
+    job.requeue()
+
+
+def run_folder(arguments: Sequence[str]) -> RunFolder:
+    """Where a run with these arguments lives. Raises ValueError for a mistake in them: no rank starts."""
+    try:
+        settings = config.compose([word for word in arguments if not word.startswith("-")])
+    except config.COMPOSE_ERRORS as error:
+        raise ValueError(config.explain(error)) from None
+    return RunFolder(Path(settings.run.dir))
+
+
+def settled_code(outcome: Outcome | None, code: int, stopped: bool) -> int | None:
+    """The job's exit code where the run needs no other life; None where it does.
+
+    `code` is srun's: of a step that it ended itself it says 143, whatever the rank that failed first said.
+    """
+    kind = outcome.kind if outcome is not None else None
+    if kind == FINISHED and code == 0:
+        return 0
+    if kind == REFUSED:
+        return 2
+    if kind == INTERRUPTED:
+        return INTERRUPT_CODE
+    return 0 if stopped else None
+
+
+def reason(outcome: Outcome | None, asked: int, code: int) -> str:
+    if asked:
+        return f"{signal.Signals(asked).name} asked it to end"
+    if outcome is not None:
+        return " ".join(filter(None, (f"rank {outcome.rank} {outcome.kind}", outcome.words)))
+    return f"srun ended with {code}, and no rank said why"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--job", required=True, metavar="ID", help="the job's id")
+    add("--nodes", required=True, metavar="NAMES", help="its nodes, with commas between")
+    add("--cpus", type=int, default=1, metavar="N", help="of a task; default: %(default)s")
+    add("--starts", type=int, default=3, metavar="N", help="at most, from one step; default: %(default)s")
+    add("--trial", type=Path, metavar="FILE", help="of a sweep: removed once the trial needs no other life")
+    add("arguments", nargs="*", metavar="-- ARGUMENT", help="of python -m svd_ds.train")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_door(main)
