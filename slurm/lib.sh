@@ -15,9 +15,18 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS NCCL_DEBUG
 
-# exec: Slurm signals this process (--signal=B:...), and what it becomes answers.
+# What tools/job.py and tools/sweep.py are told of the job; SVD_DS_JOB_OPTIONS: the site's own, as --no-preflight.
+JOB=(--job "$SLURM_JOB_ID" --nodes "$NODES" --cpus "$CPUS" --gpus "${SLURM_GPUS_ON_NODE:-0}" ${SVD_DS_JOB_OPTIONS:-})
+
+# exec, here and in sweep.sh: Slurm signals this process (--signal=B:...), and what it becomes answers.
 train() {  # train ARGUMENT...: one srun task a rank, all ranks with the same arguments; lives on after a death
-  exec "$PYTHON" tools/job.py --job "$SLURM_JOB_ID" --nodes "$NODES" --cpus "$CPUS" -- "$@"
+  exec "$PYTHON" tools/job.py "${JOB[@]}" -- "$@"
+}
+
+tasks() {  # tasks SCRIPT ARGUMENT...: one srun task a rank of a script that goes on by itself when started again
+  trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+  srun --kill-on-bad-exit=1 --cpus-per-task="$CPUS" "$PYTHON" "$@" &
+  wait $!
 }
 
 stage() {  # stage NAME [EXPERIMENT] [key=value ...]: the experiment NAME, or another that is named first

@@ -32,6 +32,13 @@ def main() -> None:
     config.register()
     errors: list[Exception] = []
 
+    try:
+        env = Env.read()
+    except ValueError as error:
+        # Of its place among the ranks each knows for itself.
+        print_error(error)
+        sys.exit(2)
+
     @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
     def task(node: Any) -> None:
         # Those of running it would announce before it raises them: it does not get to see them.
@@ -41,9 +48,7 @@ def main() -> None:
             except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
                 errors.append(error)
 
-    env = None
     try:
-        env = Env.read()
         with _hydra_raises():
             task()
         if errors:
@@ -53,8 +58,8 @@ def main() -> None:
     except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
         if debug:
             raise
-        # Every rank reads the same settings, and one tells it for all; its place each reads for itself.
-        if env is None or env.rank == 0:
+        # All ranks read the same settings: one tells what is wrong with them.
+        if env.rank == 0:
             print_error(config.explain(error) if isinstance(error, config.COMPOSE_ERRORS) else error)
         sys.exit(2)
 

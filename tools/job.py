@@ -12,6 +12,7 @@ from types import FrameType
 
 from svd_ds import config
 from svd_ds.door import run_door
+from svd_ds.parallel.preflight import failing_nodes
 from svd_ds.parallel.slurm import Job
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.life import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
@@ -42,25 +43,48 @@ class Request:
 def main() -> None:
     request = Request()
     options = parse_arguments()
-    job = Job(options.job, tuple(options.nodes.split(",")), options.cpus)
-    folder = run_folder(options.arguments)
-    begin(folder, job.id, options.starts)
+    job = Job.of(options)
+    try:
+        folder = run_folder(options.arguments)
+        begin(folder, job.id, options.starts)
+    except ValueError:
+        settle(options.trial)
+        raise
     code = 0
+    if not options.no_preflight and (faults := failing_nodes(job, folder.path)):
+        leave(job, faults)
+        return
     if not request.number:
         request.step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments])
         code = request.step.wait()
     outcome = Outcome.read(folder)
-    stopped = options.trial is not None and request.number == signal.SIGTERM
-    settled = settled_code(outcome, code, stopped)
+    settled = settled_code(outcome, code)
+    # Cancelled, out of time, or taken away: Slurm queues it again where it means to.
+    running = job.is_running()
+    if settled is None and options.trial is not None and running and request.number == signal.SIGTERM:
+        settled = 0  # the agent's word that the trial is stopped early
     if settled is not None:
-        if options.trial is not None:
-            options.trial.unlink(missing_ok=True)
+        settle(options.trial)
         sys.exit(settled)
-    if not job.is_running():
-        # Cancelled, out of time, or taken away: Slurm queues it again where it means to.
+    if not running:
         sys.exit(code)
     print(f"job {job.id} is queued again: {reason(outcome, request.number, code)}", flush=True)
     job.requeue()
+
+
+def settle(trial: Path | None) -> None:
+    """The run needs no other life: a sweep's next trial may begin."""
+    if trial is not None:
+        trial.unlink(missing_ok=True)
+
+
+def leave(job: Job, faults: dict[str, str]) -> None:
+    """Queue the job again without these nodes. Raises OSError where no other is left: then it is not they."""
+    told = "; ".join(f"{node} {fault}" for node, fault in faults.items())
+    if len(faults) == len(job.nodes):
+        raise OSError(f"every node of job {job.id} fails before the start: {told}")
+    print(f"job {job.id} is queued again without {', '.join(faults)}: {told}", flush=True)
+    job.requeue(without=list(faults))
 
 
 def run_folder(arguments: Sequence[str]) -> RunFolder:
@@ -72,7 +96,7 @@ def run_folder(arguments: Sequence[str]) -> RunFolder:
     return RunFolder(Path(settings.run.dir))
 
 
-def settled_code(outcome: Outcome | None, code: int, stopped: bool) -> int | None:
+def settled_code(outcome: Outcome | None, code: int) -> int | None:
     """The job's exit code where the run needs no other life; None where it does.
 
     `code` is srun's: of a step that it ended itself it says 143, whatever the rank that failed first said.
@@ -82,9 +106,7 @@ def settled_code(outcome: Outcome | None, code: int, stopped: bool) -> int | Non
         return 0
     if kind == REFUSED:
         return 2
-    if kind == INTERRUPTED:
-        return INTERRUPT_CODE
-    return 0 if stopped else None
+    return INTERRUPT_CODE if kind == INTERRUPTED else None
 
 
 def reason(outcome: Outcome | None, asked: int, code: int) -> str:
@@ -100,9 +122,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--job", required=True, metavar="ID", help="the job's id")
-    add("--nodes", required=True, metavar="NAMES", help="its nodes, with commas between")
-    add("--cpus", type=int, default=1, metavar="N", help="of a task; default: %(default)s")
+    Job.add_options(parser)
+    add("--no-preflight", action="store_true", help="do not try the nodes first")
     add("--starts", type=int, default=3, metavar="N", help="at most, from one step; default: %(default)s")
     add("--trial", type=Path, metavar="FILE", help="of a sweep: removed once the trial needs no other life")
     add("arguments", nargs="*", metavar="-- ARGUMENT", help="of python -m svd_ds.train")

@@ -61,6 +61,11 @@ class Env:
         )
 
 
+def host(environ: Mapping[str, str] = os.environ) -> str:
+    """This machine's name, Slurm's own where it has one."""
+    return environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
 def init(env: Env, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank."""
     # For DeepSpeed, which reads the environment itself: LOCAL_RANK is its device's index, and without

@@ -7,9 +7,11 @@ Slurm's to end.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import signal
 import subprocess
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,12 +27,39 @@ class Job:
     nodes: tuple[str, ...]
     cpus: int
     """Of a task."""
+    gpus: int
+    """Of a node."""
 
-    def step(self, command: Sequence[str], *options: str) -> subprocess.Popen[bytes]:
-        """Start `command` as the tasks of a job step. One failed task ends the step, so nobody waits in a
-        collective for ever; the end of this process ends it too."""
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        """The options by which slurm/lib.sh tells of the allocation."""
+        parser.add_argument("--job", required=True, metavar="ID", help="the job's id")
+        parser.add_argument("--nodes", required=True, metavar="NAMES", help="its nodes, with commas between")
+        parser.add_argument(
+            "--cpus", type=int, default=1, metavar="N", help="of a task; default: %(default)s"
+        )
+        parser.add_argument(
+            "--gpus", type=int, default=0, metavar="N", help="of a node; default: %(default)s"
+        )
+
+    @staticmethod
+    def of(options: Namespace) -> Job:
+        return Job(options.job, tuple(options.nodes.split(",")), options.cpus, options.gpus)
+
+    def options(self) -> list[str]:
+        """Words that `of` reads as this job."""
+        numbers = ("--cpus", str(self.cpus), "--gpus", str(self.gpus))
+        return ["--job", self.id, "--nodes", ",".join(self.nodes), *numbers]
+
+    def step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:
+        """Start `command` as the tasks of a job step, with `variables` in their environment.
+
+        One failed task ends the step, so nobody waits in a collective for ever; the end of this process ends
+        it too.
+        """
         return subprocess.Popen(
             ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus}", *options, *command],
+            env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             # Signals reach the tasks through us alone.
             process_group=0,

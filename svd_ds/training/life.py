@@ -22,7 +22,7 @@ from types import TracebackType
 from svd_ds.door import OF_ANOTHER, USER_ERRORS, print_error
 from svd_ds.model.slices import COMPLETE
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
-from svd_ds.parallel.env import Env
+from svd_ds.parallel.env import Env, host
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.watchdog import Watchdog, WatchdogConfig
 
@@ -68,7 +68,7 @@ class Life:
         if self.env.rank == 0:
             _outcome(self.folder).unlink(missing_ok=True)
         self.log = self.log_path.open("a", buffering=1)
-        self.log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {os.uname().nodename} {os.getpid()}\n")
+        self.log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {host()}, process {os.getpid()}\n")
         # The descriptor, not sys.stderr: what NCCL and other libraries write belongs here too.
         sys.stderr.flush()
         self._console = os.dup(2)

@@ -1,15 +1,13 @@
-"""A two-node Slurm and a stand-in for the W&B server, once a session; where they cannot be, the tests skip."""
+"""A real Slurm and a stand-in for the W&B server, once a session; where they cannot be, the tests skip."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +53,7 @@ class Cluster:
             "SVD_DS_PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "disabled",
+            "SVD_DS_JOB_OPTIONS": "--no-preflight",
         }
 
     def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,7 +76,9 @@ class Cluster:
         """sbatch a job script on both nodes, a CPU rank each; its id."""
         shape = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
         output = f"--output={self.folder}/job-%j.out"
-        printed = self.run("sbatch", "--parsable", *shape, output, *options, script, *arguments, **environment)
+        printed = self.run(
+            "sbatch", "--parsable", *shape, output, *options, script, *arguments, **environment
+        )
         return printed.strip()
 
     def output(self, job: str) -> str:

@@ -25,8 +25,8 @@ SMALL = (
 )
 
 
-def submit(cluster: Cluster, run: Path, *overrides: str) -> str:
-    return cluster.submit("slurm/stage2.sh", *SMALL, f"run.dir={run}", *overrides)
+def submit(cluster: Cluster, run: Path, *overrides: str, **environment: str) -> str:
+    return cluster.submit("slurm/stage2.sh", *SMALL, f"run.dir={run}", *overrides, **environment)
 
 
 def steps(run: Path) -> list[int]:
@@ -72,7 +72,8 @@ def power_off_a_node(cluster: Cluster, job: str) -> None:
 @pytest.mark.parametrize("harm", [ask_to_end, kill_a_rank, hang_a_rank, power_off_a_node])
 def test_a_run_goes_on_after(harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = submit(cluster, run, "watchdog.minutes=0.2", "watchdog.first_minutes=3")
+    checked = {"SVD_DS_JOB_OPTIONS": ""} if harm is ask_to_end else {}
+    job = submit(cluster, run, "watchdog.minutes=0.2", "watchdog.first_minutes=3", **checked)
     wait_until(lambda: len(steps(run)) >= 3, "step 3", 120)
     harm(cluster, job)
     ended = cluster.wait(job, 300)
@@ -87,7 +88,9 @@ def test_a_run_goes_on_after(harm: Callable[[Cluster, str], None], cluster: Clus
     if harm is hang_a_rank:
         stacks = (run / "logs/rank-00000.log").read_text()
         assert "Timeout" in stacks and "all_reduce" in stacks, stacks
-        assert output.count("no step for 0.2 minutes") == 2, "told by the rank, and why the job is queued again"
+        assert output.count("no step for 0.2 minutes") == 2, (
+            "told by the rank, and why the job is queued again"
+        )
 
 
 def test_a_mistake_fails_once(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# A W&B sweep whose trials are runs over all nodes of this job: the agent runs here, on the batch host.
+#   wandb sweep conf/sweep/noise_schedule.yaml        prints ENTITY/PROJECT/SWEEP
+#   sbatch --nodes=4 slurm/sweep.sh ENTITY/PROJECT/SWEEP [key=value ...]
+# Killed and started again, the job goes on with the same trial. Several jobs may share a sweep.
+#SBATCH --job-name=svd-sweep
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=2-00:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+. "$SLURM_SUBMIT_DIR/slurm/lib.sh"
+
+exec "$PYTHON" tools/sweep.py "${JOB[@]}" -- "$@"

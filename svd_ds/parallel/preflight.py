@@ -1,0 +1,158 @@
+"""Is every node of a job fit to train on? Each tries its GPUs, its disks, and the way to the others.
+
+    srun --ntasks-per-node=1 python -m svd_ds.parallel.preflight RUN_FOLDER NOTES --gpus 8
+
+is what each node runs; `failing_nodes` starts it from the batch host and finds who is to blame. A node tells
+by a file of its name in the folder NOTES: what is wrong with it, or how far it came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from svd_ds.parallel import env as environment
+from svd_ds.parallel.env import Env
+
+ALONE = "fit alone"
+TOGETHER = "fit"
+"""What a node notes that has nothing wrong with itself, and then met the others."""
+LIMIT_S = 300.0
+"""For all nodes to answer, Python's start from a shared disk included."""
+MEET_S = 90.0
+"""For the nodes to find each other."""
+
+
+class Job(Protocol):
+    """svd_ds.parallel.slurm.Job, as far as it is needed here."""
+
+    @property
+    def nodes(self) -> tuple[str, ...]: ...
+
+    @property
+    def gpus(self) -> int: ...
+
+    def step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]: ...
+
+
+def failing_nodes(job: Job, folder: Path) -> dict[str, str]:
+    """The nodes of a job that should not be trained on, and why. `folder` is the run's."""
+    notes = _try_together(job, [job.nodes], folder)
+    faults = {node: note for node, note in notes.items() if note not in (ALONE, TOGETHER)}
+    if faults or all(note == TOGETHER for note in notes.values()):
+        return faults
+    return _out_of_reach(job, folder)
+
+
+def _out_of_reach(job: Job, folder: Path) -> dict[str, str]:
+    """Who is to blame where nodes are fit alone, and do not meet: one that meets neither of its neighbours in
+    a ring. Of two nodes the second: the first is the batch host, which Slurm reaches."""
+    nodes = job.nodes
+    if len(nodes) == 2:
+        return {nodes[1]: f"does not reach {nodes[0]}"}
+    ring = [(node, nodes[(i + 1) % len(nodes)]) for i, node in enumerate(nodes)]
+    met: set[str] = set()
+    # No node is in two pairs of a round; in a ring of an odd length the last pair has a round of its own.
+    rounds = [ring[0 : len(ring) - 1 : 2], ring[1::2], ring[len(ring) - 1 :: 2] if len(ring) % 2 else []]
+    for pairs in filter(None, rounds):
+        notes = _try_together(job, pairs, folder)
+        met |= {node for node, note in notes.items() if note == TOGETHER}
+    return {node: "reaches none of its neighbours" for node in nodes if node not in met}
+
+
+def _try_together(job: Job, groups: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
+    """Let each group of nodes meet, all groups at the same time; what each node notes."""
+    notes = folder / "logs" / "preflight"
+    shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir(parents=True)
+    command = [
+        sys.executable,
+        "-m",
+        "svd_ds.parallel.preflight",
+        str(folder),
+        str(notes),
+        "--gpus",
+        str(job.gpus),
+    ]
+    steps = [
+        job.step(
+            command,
+            f"--nodes={len(group)}",
+            f"--ntasks={len(group)}",
+            "--ntasks-per-node=1",
+            f"--nodelist={','.join(group)}",
+            MASTER_ADDR=group[0],
+        )
+        for group in groups
+    ]
+    for step in steps:
+        try:
+            step.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            step.terminate()
+            step.wait()
+    silence = f"does not answer, or cannot write to {notes}"
+    return {
+        node: (notes / node).read_text() if (notes / node).exists() else silence
+        for group in groups
+        for node in group
+    }
+
+
+def check_alone(folder: Path, gpus: int) -> None:
+    """Try what this machine has. Raises OSError or RuntimeError, saying what does not work."""
+    if gpus:
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if seen < gpus:
+            raise OSError(f"sees {seen} GPUs of its {gpus}")
+    for device in [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]:
+        square = torch.ones(1024, 1024, device=device)
+        if not bool(((square @ square) == 1024).all()):
+            raise OSError(f"multiplies wrongly on {device}")
+    for place in (folder, Path(tempfile.gettempdir())):
+        with tempfile.NamedTemporaryFile(dir=place) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def check_together(env: Env) -> None:
+    """Meet the other nodes of the step. Raises RuntimeError where that fails."""
+    environment.init(env, timeout=timedelta(seconds=MEET_S))
+    ones = torch.ones(1 << 20, device=env.device)
+    dist.all_reduce(ones)
+    if not bool((ones == env.world).all()):
+        raise RuntimeError(f"the sum of {env.world} ones came out as {ones.mean().item()}")
+    environment.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="of the run")
+    parser.add_argument("notes", type=Path, help="where each node tells what it found")
+    parser.add_argument("--gpus", type=int, default=0, help="that this node should have")
+    options = parser.parse_args()
+    note = options.notes / environment.host()
+    try:
+        check_alone(options.folder, options.gpus)
+    except (OSError, RuntimeError) as error:
+        note.write_text(" ".join(str(error).split()))
+        sys.exit(1)
+    note.write_text(ALONE)
+    check_together(Env.read())
+    note.write_text(TOGETHER)
+
+
+if __name__ == "__main__":
+    main()
