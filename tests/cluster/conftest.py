@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -42,13 +43,14 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) ->
 
 
 class Cluster:
-    """The two nodes, node1 and node2, as someone sees them who submits jobs."""
+    """Three nodes, one to spare, as someone sees them who submits jobs on two."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {
             **os.environ,
             "CLUSTER_DIR": str(folder),
+            "CLUSTER_NODES": "3",
             "PYTHONPATH": str(ROOT),
             "SVD_DS_PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
@@ -70,7 +72,7 @@ class Cluster:
             text=True,
         )
         assert ended.returncode == 0, ended.stderr
-        return ended.stdout
+        return ended.stdout + ended.stderr
 
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> str:
         """sbatch a job script on both nodes, a CPU rank each; its id."""
@@ -88,6 +90,23 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         """What scontrol shows of a job: JobState, ExitCode, Restarts, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", job)))
+
+    def nodes(self, job: str) -> list[str]:
+        """Where a running job runs."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
+
+    def lose_a_node(self, job: str) -> None:
+        """Switch off the last node of a running job; on again once Slurm has missed it."""
+        node = self.nodes(job)[-1]
+        self.control("kill", node)
+        wait_until(lambda: self.job(job)["JobState"] != "RUNNING", "Slurm to miss the node", 90)
+        self.control("start", node)
+
+    def on(self, node: str, *command: str) -> None:
+        """Do something to a node's own view of the file system."""
+        first = (self.folder / "pid" / node).read_text().strip()
+        inner = Path(f"/proc/{first}/task/{first}/children").read_text().split()[0]
+        subprocess.run(["nsenter", f"--target={inner}", "--mount", *command], check=True)
 
     def wait(self, job: str, seconds: float = 240) -> dict[str, str]:
         """Wait for a job's end; what scontrol then shows of it."""
@@ -108,15 +127,60 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 class WandbServer:
-    """The stand-in server, and what clients need to know of it."""
+    """The stand-in server, seen through the commands that reach it."""
 
-    def __init__(self, address: str, folder: Path) -> None:
+    def __init__(self, address: str, reach: Callable[..., str], folder: Path) -> None:
         self.address = address
+        self.reach = reach
+        home = {name: str(folder) for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR")}
         self.environment = {
+            **home,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "WANDB_BASE_URL": address,
             "WANDB_API_KEY": "k" * 40,
             "WANDB_ERROR_REPORTING": "false",
             "WANDB_MODE": "online",
             "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1",
-            **{name: str(folder) for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR")},
         }
+
+    def ask(self, path: str) -> dict[str, Any]:
+        """GET a path: state, or stop/RUN."""
+        read = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1]).read().decode())"
+        return json.loads(self.reach(sys.executable, "-c", read, f"{self.address}/{path}"))
+
+    def sweep(self, file: Path) -> str:
+        """Register a sweep file; its ENTITY/PROJECT/SWEEP."""
+        printed = self.reach("wandb", "sweep", str(file), **self.environment)
+        return printed.split("wandb agent ")[1].split()[0]
+
+
+def here(*command: str, **environment: str) -> str:
+    """What a command of this machine prints, on either stream."""
+    ended = subprocess.run(
+        command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return ended.stdout + ended.stderr
+
+
+def serve(reach: Callable[..., str], host: str, command: list[str], folder: Path) -> Iterator[WandbServer]:
+    port_file = folder / "port"
+    server = subprocess.Popen([*command, sys.executable, str(HERE / "wandb_server.py"), host, str(port_file)])
+    try:
+        wait_until(port_file.exists, "the W&B stand-in", 30)
+        yield WandbServer(f"http://{host}:{port_file.read_text()}", reach, folder)
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def wandb_server(tmp_path: Path) -> Iterator[WandbServer]:
+    """For clients on this machine."""
+    yield from serve(here, "127.0.0.1", [], tmp_path)
+
+
+@pytest.fixture
+def wandb_server_of_cluster(cluster: Cluster, tmp_path: Path) -> Iterator[WandbServer]:
+    """For clients on the cluster's nodes, and where its jobs are submitted."""
+    command = [str(HERE / "cluster.sh"), "exec"]
+    yield from serve(cluster.run, CONTROL, ["env", f"CLUSTER_DIR={cluster.folder}", *command], tmp_path)

@@ -62,9 +62,7 @@ def hang_a_rank(cluster: Cluster, job: str) -> None:
 
 
 def power_off_a_node(cluster: Cluster, job: str) -> None:
-    cluster.control("kill", "node2")
-    wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING", "Slurm to miss the node", 90)
-    cluster.control("start", "node2")
+    cluster.lose_a_node(job)
 
 
 @pytest.mark.slow
@@ -86,8 +84,9 @@ def test_a_run_goes_on_after(harm: Callable[[Cluster, str], None], cluster: Clus
     assert "resuming at step " in output
     assert len(list((run / "checkpoints").glob("*/engine/zero/*optim_states.pt"))) == 4, "ZeRO-3, two ranks"
     if harm is hang_a_rank:
-        stacks = (run / "logs/rank-00000.log").read_text()
-        assert "Timeout" in stacks and "all_reduce" in stacks, stacks
+        for rank in range(2):
+            stacks = (run / f"logs/rank-0000{rank}.log").read_text()
+            assert "Timeout" in stacks and "training/loop.py" in stacks, stacks
         assert output.count("no step for 0.2 minutes") == 2, (
             "told by the rank, and why the job is queued again"
         )
@@ -119,3 +118,19 @@ def test_a_cancelled_run_stays_cancelled(cluster: Cluster, tmp_path: Path) -> No
     time.sleep(6)  # a requeue would show by now
     ended = cluster.job(job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
+
+
+@pytest.mark.slow
+def test_a_node_whose_disk_is_broken_is_named_and_left_out(cluster: Cluster, tmp_path: Path) -> None:
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    scratch.mkdir()
+    cluster.on("node2", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(scratch))
+    try:
+        job = submit(cluster, run, "run.steps=1", SVD_DS_JOB_OPTIONS="", TMPDIR=str(scratch))
+        ended = cluster.wait(job)
+    finally:
+        cluster.on("node2", "umount", str(scratch))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
+    assert ended["ExcNodeList"] == "node2"
+    assert "queued again without node2: node2 " in cluster.output(job)
+    assert "Read-only file system" in cluster.output(job)

@@ -22,11 +22,11 @@ def test_script_parses(script: Path) -> None:
 
 
 def started(script: str, *arguments: str) -> str:
-    """What slurm/SCRIPT would train, with srun and scontrol in their places."""
+    """What slurm/SCRIPT would start, with Slurm's commands and Python in their places."""
     stubs = """
-        scontrol() { echo localhost; }
+        scontrol() { echo node1; echo node2; }
         srun() { shift 2; echo "$*"; }
-        export SLURM_JOB_ID=1 SLURM_JOB_NODELIST=localhost
+        export SLURM_JOB_ID=1 SLURM_JOB_NODELIST=node[1-2] SVD_DS_PYTHON=echo
     """
     ended = subprocess.run(
         ["bash", "-c", f'{stubs}\n. slurm/{script} "$@"', script, *arguments],
@@ -36,15 +36,28 @@ def started(script: str, *arguments: str) -> str:
         text=True,
         check=True,
     )
-    return ended.stdout.split("svd_ds.train ")[1].strip()
+    return ended.stdout.strip()
+
+
+def trained(script: str, *arguments: str) -> str:
+    job, _, words = started(script, *arguments).partition(" -- ")
+    assert job == "tools/job.py --job 1 --nodes node1,node2 --cpus 1 --gpus 0"
+    return words
+
+
+def test_other_scripts_hand_their_arguments_on() -> None:
+    assert started("encode.sh", "in", "out", "--size", "8x8") == "echo tools/encode.py in out --size 8x8"
+    sweep = started("sweep.sh", "me/svd/abc", "optim.lr=1")
+    assert sweep.startswith("tools/sweep.py --job 1 --nodes node1,node2 ")
+    assert sweep.endswith(" -- me/svd/abc optim.lr=1")
 
 
 def test_job_scripts_start_experiments_that_exist() -> None:
     for script in (path.name for path in SCRIPTS if path.name.startswith("stage")):
-        name = started(script).removeprefix("+experiment=")
+        name = trained(script).removeprefix("+experiment=")
         assert (CONF / "experiment" / f"{name}.yaml").exists(), f"{script}: {name}"
-    assert started("stage2.sh", "debug=tiny", "x=a b") == "+experiment=stage2 debug=tiny x=a b"
-    assert started("stage3.sh", "multiview", "run.steps=2") == "+experiment=multiview run.steps=2"
+    assert trained("stage2.sh", "debug=tiny", "x=a b") == "+experiment=stage2 debug=tiny x=a b"
+    assert trained("stage3.sh", "multiview", "run.steps=2") == "+experiment=multiview run.steps=2"
     documented = [*SCRIPTS, *(CONF / "experiment").glob("*.yaml")]
     named = {name for path in documented for name in re.findall(r"stage\d\.sh (\w+) ", path.read_text())}
     assert "multiview" in named

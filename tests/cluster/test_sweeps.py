@@ -1,0 +1,75 @@
+"""The sweep files of conf/sweep with the real wandb client: trials on one machine, or on a job's nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import ROOT, Cluster, WandbServer, wait_until
+
+NOISES = ["edm", "svd_base", "svd_i2v", "uniform_log"]
+STEPS = 4
+
+
+def small(name: str, folder: Path, *more: str) -> Path:
+    """A sweep file with its trials minutes-small, in `folder`."""
+    sweep = yaml.safe_load((ROOT / "conf/sweep" / f"{name}.yaml").read_text())
+    runs = f"run.dir={folder}/${{oc.env:WANDB_RUN_ID}}"
+    words = ["debug=tiny", f"run.steps={STEPS}", "batch.size=4", "data.num_frames=2", "evaluation.every=0"]
+    command = [runs if word.startswith("run.dir=") else word for word in sweep["command"]]
+    sweep["command"] = [*command[:-1], *words, "sampling.num_steps=1", *more, command[-1]]
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    return path
+
+
+def check_trial(run: dict[str, Any], folder: Path, noise: str) -> None:
+    """It had its own noise schedule, tells every step, and ended well."""
+    assert run["args"] == {"noise": noise}
+    assert run["state"] == "finished" and run["exitcode"] == 0
+    assert {row["train/step"] for row in run["history"]} >= set(range(1, STEPS + 1))
+    settings = yaml.safe_load((folder / run["name"] / "config.yaml").read_text())
+    whole = yaml.safe_load((ROOT / "conf/noise" / f"{noise}.yaml").read_text())
+    assert {key: settings["noise"][key] for key in whole} == whole
+
+
+@pytest.mark.slow
+def test_an_agent_runs_three_trials(wandb_server: WandbServer, tmp_path: Path) -> None:
+    sweep = wandb_server.sweep(small("noise_schedule", tmp_path))
+    wandb_server.reach("wandb", "agent", "--count", "3", sweep, **wandb_server.environment)
+    runs = wandb_server.ask("state")["runs"]
+    assert len(runs) == 3
+    for run, noise in zip(runs.values(), NOISES, strict=False):
+        check_trial(run, tmp_path, noise)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_own_a_job_and_survive_a_node(
+    cluster: Cluster, wandb_server_of_cluster: WandbServer, tmp_path: Path
+) -> None:
+    """A node is lost in the second trial, and the sweep is cancelled in the fourth."""
+    server = wandb_server_of_cluster
+    sweep = server.sweep(small("noise_schedule", tmp_path, "checkpoint.every=2"))
+    job = cluster.submit("slurm/sweep.sh", sweep, **server.environment)
+    names = [f"{sweep.rpartition('/')[2]}-{i}" for i in range(4)]
+
+    def steps(trial: int) -> int:
+        path = tmp_path / names[trial] / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    wait_until(lambda: steps(1) >= 2, "the second trial", 200)
+    cluster.lose_a_node(job)
+    wait_until(lambda: steps(3) >= 1, "the fourth trial", 300)
+    cluster.run("wandb", "sweep", "--cancel", sweep, **server.environment)
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
+    runs = server.ask("state")["runs"]
+    assert list(runs) == names
+    for trial in range(3):
+        check_trial(runs[names[trial]], tmp_path, NOISES[trial])
+    assert runs[names[1]]["starts"] > runs[names[0]]["starts"], "its second life is the same run"
+    assert "ranks: 2 x cpu" in cluster.output(job)
