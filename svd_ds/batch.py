@@ -9,8 +9,9 @@ pixels (H/8 x W/8), L context tokens, D context width, S scalars.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Clip:
     """Of the camera that orbits an object, in degrees above the horizon; NaN where the data do not say it."""
     moments_TMhw: Tensor | None = None
     """float16, (T, 2C, h, w): what the autoencoder makes of every frame, from the latent cache."""
+    context_LD: Tensor | None = None
+    """float16: what the frozen CLIP makes of the frames or the caption that the network is told, cached."""
     still: bool = False
     """Every frame is the same still image, seen for itself."""
 
@@ -56,8 +59,12 @@ class Batch:
     """float32, (B,)."""
     moments_BTMhw: Tensor | None = None
     """float16, (B, T, 2C, h, w): mean and log-variance of the unscaled latents; None: not cached."""
+    context_BLD: Tensor | None = None
+    """float16, (B, L, D): what CLIP makes of them; None: not cached."""
     still_B: Tensor | None = None
     """bool, (B,): which clips are still images; None: none is."""
+    accumulation: int = 1
+    """Micro-batches that its rank takes in the same step."""
 
     @property
     def num_frames(self) -> int:
@@ -65,10 +72,11 @@ class Batch:
         return (self.frames_BTCHW if self.moments_BTMhw is None else self.moments_BTMhw).shape[1]
 
     @staticmethod
-    def of(clips: list[Clip]) -> Batch:
-        """Stack clips of equal shape, all of them with moments or none."""
+    def of(clips: list[Clip], accumulation: int = 1) -> Batch:
+        """Stack clips of equal shape, all of them with moments or none, and so with contexts."""
         moments = [clip.moments_TMhw for clip in clips if clip.moments_TMhw is not None]
-        assert len(moments) in (0, len(clips)), "the latent cache is on or off"
+        contexts = [clip.context_LD for clip in clips if clip.context_LD is not None]
+        assert {len(moments), len(contexts)} <= {0, len(clips)}, "a cache is on or off"
         still = [clip.still for clip in clips]
         return Batch(
             ids=tuple(clip.id for clip in clips),
@@ -79,34 +87,28 @@ class Batch:
             motion_bucket_B=torch.tensor([clip.motion_bucket for clip in clips], dtype=torch.float32),
             elevation_B=torch.tensor([clip.elevation for clip in clips], dtype=torch.float32),
             moments_BTMhw=torch.stack(moments) if moments else None,
+            context_BLD=torch.stack(contexts) if contexts else None,
             still_B=torch.tensor(still) if any(still) else None,
+            accumulation=accumulation,
         )
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The clips at `rows`, in that order."""
-        return Batch(
+        return replace(
+            self._each(lambda tensor: tensor[list(rows)]),
             ids=tuple(self.ids[row] for row in rows),
             ordinals=tuple(self.ordinals[row] for row in rows),
-            frames_BTCHW=self.frames_BTCHW[list(rows)],
             captions=tuple(self.captions[row] for row in rows),
-            fps_B=self.fps_B[list(rows)],
-            motion_bucket_B=self.motion_bucket_B[list(rows)],
-            elevation_B=self.elevation_B[list(rows)],
-            moments_BTMhw=None if self.moments_BTMhw is None else self.moments_BTMhw[list(rows)],
-            still_B=None if self.still_B is None else self.still_B[list(rows)],
         )
 
     def to(self, device: torch.device) -> Batch:
-        moments, still = self.moments_BTMhw, self.still_B
-        return replace(
-            self,
-            frames_BTCHW=self.frames_BTCHW.to(device, non_blocking=True),
-            fps_B=self.fps_B.to(device, non_blocking=True),
-            motion_bucket_B=self.motion_bucket_B.to(device, non_blocking=True),
-            elevation_B=self.elevation_B.to(device, non_blocking=True),
-            moments_BTMhw=None if moments is None else moments.to(device, non_blocking=True),
-            still_B=None if still is None else still.to(device, non_blocking=True),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return Batch(**values | {name: change(tensor) for name, tensor in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -20,7 +20,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from svd_ds.data.loader import DataConfig
+from svd_ds.data.config import DataConfig
 from svd_ds.diffusion.noise import NoiseConfig
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.model.lora import LoraConfig
@@ -79,8 +79,8 @@ class BatchConfig:
     micro: int | None = None
     """Clips a rank takes at once; null takes all of its share."""
 
-    def accumulation(self, ranks: int) -> int:
-        """Micro-batches a rank takes a step.
+    def accumulation(self, ranks: int, bucket: str | None = None, micro: int | None = None) -> int:
+        """Micro-batches a rank takes a step, of a bucket that has a micro-batch of its own.
 
         Raises ValueError, with the nearest choices that work, unless micro x accumulation x ranks = size.
         """
@@ -90,10 +90,11 @@ class BatchConfig:
                 f"{_nearest_divisors(self.size, ranks)}"
             )
         share = self.size // ranks
-        micro = self.micro or share
+        micro = micro or self.micro or share
         if share % micro:
+            named = f"data.buckets.{bucket}" if bucket else "batch.micro"
             raise ValueError(
-                f"batch.micro {micro} does not divide the {share} clips that each of {ranks} ranks has of "
+                f"{named} {micro} does not divide the {share} clips that each of {ranks} ranks has of "
                 f"batch.size {self.size}; choose {_nearest_divisors(share, micro)}"
             )
         return share // micro

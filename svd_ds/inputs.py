@@ -11,10 +11,13 @@ from torch import Tensor
 
 from svd_ds.batch import Batch
 from svd_ds.config import RunConfig
+from svd_ds.data.config import DataConfig, Shape
 from svd_ds.data.cursor import Cursor
-from svd_ds.data.loader import DataConfig, Loader
+from svd_ds.data.loader import Loader
+from svd_ds.diffusion.noise import SHIFTED
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import RELEASED_SCALARS, Conditioner
+from svd_ds.model.frozen import fingerprint
 from svd_ds.model.sources import network_parameters, open_source
 from svd_ds.parallel.env import Env, supports_bf16
 from svd_ds.sample import frozen_folder, run_settings
@@ -48,6 +51,8 @@ class Inputs:
 def read_inputs(config: RunConfig, env: Env) -> Inputs:
     """Open and check everything that the run reads. Raises ValueError or OSError with one sentence."""
     config.batch.accumulation(env.world)
+    for bucket, micro in config.data.buckets.items():
+        config.batch.accumulation(env.world, bucket, micro)
     folder = RunFolder(Path(config.run.dir))
     folder.check_belongs(config.as_dict())
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, env, config.task)
@@ -61,17 +66,23 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = frozen_folder(config.frozen.path)
     autoencoder = Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk)
+    preview_clips, fixed_set = _preview_clips(config, loader), _fixed_set(config, env, loader)
     conditioner = None
     if config.task == "unet":
-        conditioner = Conditioner.load(config.conditioning, frozen, env.device, dtype)
+        seen = [preview_clips] if fixed_set is None else [preview_clips, fixed_set.clips]
+        states = [clips.context_BLD for clips in seen if clips.context_BLD is not None]
+        if loader.context is not None and len(states) == len(seen):
+            conditioner = Conditioner(config.conditioning, cached_width=states[0].shape[-1])
+        else:
+            conditioner = Conditioner.load(config.conditioning, frozen, env.device, dtype)
     inputs = Inputs(
         folder=folder,
         checkpoints=checkpoints,
         resume=resume,
         progress=progress or Progress(loader.cursor),
         loader=loader,
-        preview_clips=_preview_clips(config),
-        fixed_set=_fixed_set(config, env),
+        preview_clips=preview_clips,
+        fixed_set=fixed_set,
         autoencoder=autoencoder,
         conditioner=conditioner,
         precision=precision,
@@ -86,17 +97,45 @@ def check_fit(config: RunConfig, inputs: Inputs) -> None:
     multiple = inputs.autoencoder.downsampling
     if inputs.conditioner is not None:
         _check_unet(config, inputs.autoencoder, inputs.conditioner)
+        for shape in config.data.shapes:
+            _check_num_frames(config, shape)
         _check_conditions(config, inputs.loader)
         multiple *= config.model.size_multiple
-    for name, size in (("height", config.data.height), ("width", config.data.width)):
-        if size % multiple:
-            raise ValueError(f"data.{name} is {size}: this network takes multiples of {multiple} pixels")
-    origin = inputs.loader.origin
-    if origin is not None and origin.autoencoder != (ours := inputs.autoencoder.fingerprint()):
+    for shape in config.data.shapes:
+        for name, size in (("height", shape.height), ("width", shape.width)):
+            if size % multiple:
+                where = f"data.buckets.{shape} has a {name} of" if config.data.buckets else f"data.{name} is"
+                raise ValueError(f"{where} {size}: this network takes multiples of {multiple} pixels")
+    _check_cache(config, inputs)
+    sizes = {(shape.height, shape.width) for shape in config.data.shapes}
+    if len(sizes) > 1 and config.noise.kind in SHIFTED:
         raise ValueError(
-            f"the latents in {config.data.path} are of the autoencoder {origin.autoencoder}, and the one in "
-            f"{config.frozen.path} is {ours}; tools/encode.py --frozen makes others"
+            f"noise.kind is {config.noise.kind}, which depends on the size of the clips, and data.buckets "
+            f"has {len(sizes)} sizes"
         )
+
+
+def _check_cache(config: RunConfig, inputs: Inputs) -> None:
+    """Refuse what was cached by other networks than those of frozen.path."""
+    for source in inputs.loader.sources:
+        origin = source.latents_origin
+        if origin is not None and origin.autoencoder != (ours := inputs.autoencoder.fingerprint()):
+            raise ValueError(
+                f"the latents in {source.path} are of the autoencoder {origin.autoencoder}, and the one in "
+                f"{config.frozen.path} is {ours}; tools/encode.py --frozen makes others"
+            )
+    if (context := inputs.loader.context) is None:
+        return
+    part = "text_encoder" if context == "text" else "image_encoder"
+    # A folder may do without the encoder then.
+    encoder = fingerprint(frozen_folder(config.frozen.path), part)
+    for source in inputs.loader.sources:
+        assert source.states_origin is not None, "states are read where all have them"
+        if encoder is not None and encoder != (theirs := source.states_origin.encoder(context)):
+            raise ValueError(
+                f"the CLIP states in {source.path} are of the {part} {theirs}, and the one in "
+                f"{config.frozen.path} is {encoder}; tools/encode.py --frozen makes others"
+            )
 
 
 def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
@@ -116,11 +155,19 @@ def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Condit
             f"model.num_scalars is {config.model.num_scalars}, but conditioning.scalars names "
             f"{conditioner.num_scalars}: {', '.join(config.conditioning.scalars)}"
         )
-    if (config.data.num_frames == 1) != (config.model.temporal == "none"):
+
+
+def _check_num_frames(config: RunConfig, shape: Shape) -> None:
+    """Refuse clips of a length that the network or its conditions cannot have."""
+    named = f"data.buckets.{shape}" if shape != config.data.shape else "data.num_frames"
+    main = config.data.num_frames
+    if (main == 1) != (config.model.temporal == "none") or (main == 1 < shape.num_frames):
         raise ValueError(
-            f"data.num_frames is {config.data.num_frames} and model.temporal {config.model.temporal}: "
+            f"{named} is {shape.num_frames} and model.temporal {config.model.temporal}: "
             "images, clips of one frame, go with temporal=none, and videos with layers of time"
         )
+    if config.conditioning.takes_last and shape.num_frames < 3:
+        raise ValueError(f"{named} is {shape.num_frames}, but a clip whose ends condition it has at least 3")
 
 
 def _check_conditions(config: RunConfig, loader: Loader) -> None:
@@ -130,10 +177,6 @@ def _check_conditions(config: RunConfig, loader: Loader) -> None:
         raise ValueError(
             f"model.masked is {str(config.model.masked).lower()} and conditioning.concat {told.concat}: a "
             "mask comes with ends, and with nothing else"
-        )
-    if told.takes_last and data.num_frames < 3:
-        raise ValueError(
-            f"data.num_frames is {data.num_frames}, but a clip whose ends condition it has at least 3"
         )
     if told.takes_last and data.latents:
         raise ValueError(
@@ -145,11 +188,11 @@ def _check_conditions(config: RunConfig, loader: Loader) -> None:
 
 def _check_elevation(config: RunConfig, loader: Loader) -> None:
     if "elevation" in config.conditioning.scalars:
-        for sample in loader.index.samples():
+        for sample in loader.samples():
             if sample.elevation is None:
                 raise ValueError(
-                    f"conditioning.scalars names elevation, which sample {sample.id} in {loader.config.path} "
-                    'does not have: its json needs the key "elevation", in degrees'
+                    f"conditioning.scalars names elevation, which sample {sample.id} in "
+                    f'{loader.config.set_names} does not have: its json needs the key "elevation", in degrees'
                 )
 
 
@@ -217,29 +260,36 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
         global_batch=config.batch.size,
         micro_batch=config.batch.micro_batch(env.world),
         cursor=cursor,
+        context=config.conditioning.context if config.data.latents else None,
     )
 
 
-def _fixed_loader(data: DataConfig, seed: int, count: int, rank: int = 0, world: int = 1) -> Loader:
+def _fixed_loader(
+    data: DataConfig, like: Loader, seed: int, count: int, rank: int = 0, world: int = 1
+) -> Loader:
     """Its first batch is this rank's part of the first `count` clips of an order, as pixels, whole frames:
-    the same in every life of the run."""
-    centred = replace(data, crop="center", flip=False, image_share=0.0, latents=False, num_workers=0)
-    return Loader(centred, seed, rank, world, global_batch=count, micro_batch=count // world)
+    the same in every life of the run. CLIP states come with them where they come `like` that."""
+    centred = replace(
+        data, crop="center", flip=False, image_share=0.0, latents=False, buckets={}, num_workers=0
+    )
+    return Loader(centred, seed, rank, world, count, count // world, context=like.context)
 
 
-def _preview_clips(config: RunConfig) -> Batch:
-    clips, _ = next(iter(_fixed_loader(config.data, config.run.seed, config.sampling.num_videos)))
+def _preview_clips(config: RunConfig, like: Loader) -> Batch:
+    clips, _ = next(iter(_fixed_loader(config.data, like, config.run.seed, config.sampling.num_videos)))
     return clips
 
 
-def _fixed_set(config: RunConfig, env: Env) -> FixedSet | None:
+def _fixed_set(config: RunConfig, env: Env, like: Loader) -> FixedSet | None:
     """Members of an ablation that differ in `data.where` have the same set too."""
     if config.evaluation.every == 0 or config.task != "unet":
         return None
-    data = replace(config.data, path=config.evaluation.path or config.data.path, where=())
+    data = replace(config.data, where=())
+    if config.evaluation.path is not None:
+        data = replace(data, path=config.evaluation.path, mixture={})
     per_rank = -(-config.evaluation.clips // env.world)
-    loader = _fixed_loader(data, SEED, per_rank * env.world, env.rank, env.world)
+    loader = _fixed_loader(data, like, SEED, per_rank * env.world, env.rank, env.world)
     _check_elevation(config, loader)
     clips, _ = next(iter(loader))
     read = (data.num_frames, data.height, data.width, data.fps, data.caption_weights)
-    return FixedSet(f"{loader.index.fingerprint} {read}", clips)
+    return FixedSet(f"{loader.fingerprint} {read}", clips)

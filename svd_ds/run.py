@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from svd_ds.config import RunConfig
+from svd_ds.data.quarantine import Quarantine
 from svd_ds.evaluation.report import write_report
 from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.model.decoder import Decoder
@@ -67,6 +68,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callab
     if env.rank == 0:
         inputs.folder.open(config.as_dict(), inputs.progress.step)
     environment.barrier()
+    quarantine = Quarantine(config.data.max_quarantined, len(inputs.loader), inputs.folder.quarantine)
     started = time.perf_counter()
     with _open_metrics(config, env, inputs, engine) as metrics:
         if metrics is not None:
@@ -81,6 +83,8 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callab
             settings=task.settings,
             objective=task.objective,
             batches=iter(inputs.loader),
+            take_faults=inputs.loader.take_faults,
+            quarantine=quarantine,
             guard=Guard(config.guard),
             checkpoints=inputs.checkpoints,
             evaluation=_evaluation(config, env, inputs, task),
@@ -105,7 +109,6 @@ def _plan(config: RunConfig, env: Env) -> Plan:
     return Plan(
         total_steps=config.run.steps,
         batch_size=config.batch.size,
-        accumulation=config.batch.accumulation(env.world),
         optim=config.optim,
         checkpoint_every=config.checkpoint.every,
         preview_every=config.sampling.every,
@@ -202,11 +205,11 @@ def _optimizer_groups(config: RunConfig, network: UNet | Decoder, task: Task) ->
 
 def _opening(config: RunConfig, env: Env, inputs: Inputs, engine: Engine) -> str:
     millions = sum(shape.numel() for shape in engine.shapes.values()) / 1e6
-    data = config.data
+    shapes = " or ".join(f"{s.num_frames} x {s.height}x{s.width}" for s in config.data.shapes)
     begin = f"resuming at step {inputs.progress.step}" if inputs.resume else "starting"
     return (
         f"{begin}: {millions:.1f}M parameters in ZeRO-3 shards, ranks: {env.world} x {env.device.type}, "
-        f"{inputs.precision}; {len(inputs.loader)} clips of {data.num_frames} x {data.height}x{data.width}, "
+        f"{inputs.precision}; {len(inputs.loader)} clips of {shapes}, "
         f"batch {config.batch.size}; run folder {inputs.folder.path}"
     )
 

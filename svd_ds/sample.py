@@ -98,13 +98,15 @@ def sample_video(
     ordinals: Sequence[int] | None = None,
     progress: Progress | None = None,
     last_frame_BCHW: Tensor | None = None,
+    context_BLD: Tensor | None = None,
 ) -> Tensor:
     """Sample a video for each first frame: (B, T, 3, H, W), float32 in [-1, 1].
 
     first_frame_BCHW: in [-1, 1], on the network's device. It gives the video its size, and where the
     conditioner takes text alone, nothing else. last_frame_BCHW: likewise, needed where the conditioner takes
-    both ends of a clip, and not looked at elsewhere. captions: one a video, none by default. ordinals: which
-    of the seed's noises each video starts from, the first B by default.
+    both ends of a clip, and not looked at elsewhere. context_BLD: as `Conditioner` takes it. captions: one a
+    video, none by default. ordinals: which of the seed's noises each video starts from, the first B by
+    default.
 
     Raises ValueError for a size that is no multiple of the autoencoder's cells, too few frames, or a last
     frame that is missing.
@@ -135,6 +137,7 @@ def sample_video(
         elevation_B=every_video(config.elevation),
         noise_BKCHW=draws.given_noise_BKCHW,
         last_frame_BCHW=last_frame_BCHW,
+        context_BLD=context_BLD,
     )
     scale_T = guidance_scale(config.guidance, config.guidance_min, config.guidance_max, num_frames)
     guided_denoise = guided(partial(denoise, net), scale_T)

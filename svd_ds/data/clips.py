@@ -169,8 +169,8 @@ def read_frames(
     return torch.stack(frames)
 
 
-def choose_caption(captions: Mapping[str, str], weights: Mapping[str, float], draw: float) -> str:
-    """Draw one of a sample's captions by the captioners' weights, over the captioners that it has.
+def choose_captioner(captions: Mapping[str, str], weights: Mapping[str, float], draw: float) -> str:
+    """Draw one of a sample's captioners by their weights.
 
     Without weights all count alike; among weights, a captioner that is not named has weight 0.
     Raises ValueError if no caption is left.
@@ -183,5 +183,5 @@ def choose_caption(captions: Mapping[str, str], weights: Mapping[str, float], dr
     for name, weight in weight_of.items():
         left -= weight
         if left < 0:
-            return captions[name]
-    return captions[max(weight_of, key=weight_of.__getitem__)]
+            return name
+    return max(weight_of, key=weight_of.__getitem__)

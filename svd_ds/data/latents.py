@@ -1,31 +1,38 @@
-"""A sample's cached latents: one safetensors file beside its pixels (docs/data.md).
+"""A sample's cached latents: one file of tensors beside its pixels (docs/cache.md).
 
-They are the moments of the autoencoder's posterior, mean and log-variance, unscaled, so that it is sampled
-anew each time; and those of all stored frames, so that stride and start stay free. The crop is centred.
+    moments     (T, M, h, w)  mean and log-variance of the autoencoder's posterior, unscaled, so that it is
+                              sampled anew each time
+    frames      (bytes,)      the frames that were encoded, each a JPEG: a clip needs its first as pixels
+    frame_ends  (T,)          where in `frames` each ends
 
-Shape legend: T frames, M = 2C moments of C latent channels, h x w latent pixels.
+Of all stored frames, so that stride and start stay free. The crop is centred.
+
+Shape legend: T frames, M = 2C moments of C latent channels, h x w latent pixels, H x W pixels.
 """
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import safetensors.torch
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from torch import Tensor
+
+from svd_ds.data import tensors
+from svd_ds.data.tensors import TensorFile
 
 MEMBER = "latents.safetensors"
 """Extension of a sample's latents."""
-HEADER_LENGTH_BYTES = 8
-"""A safetensors file begins with its header's length, little-endian; then comes the header, as json."""
+JPEG_QUALITY = 98
+"""With whole chroma: off by half a level of 255 on average, a tenth of the noise that is put on the frame."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the moments were made of and by; kept in the file's metadata."""
+    """What the moments were made of and by."""
 
     height: int
     """Of the frames that were encoded, in pixels."""
@@ -34,39 +41,53 @@ class Origin:
     """See `Autoencoder.fingerprint`."""
 
 
-def pack(moments_TMhw: Tensor, origin: Origin) -> bytes:
-    """The file's bytes; the moments are rounded to float16.
+def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: Origin) -> bytes:
+    """The file's bytes, of moments, rounded to float16, and the uint8 frames that they were made of.
 
     Raises ValueError for moments that are not finite then.
     """
-    stored = moments_TMhw.to("cpu", torch.float16).contiguous()
-    if not stored.isfinite().all():
-        raise ValueError("its latents are not finite in float16")
-    # One entry: safetensors writes several in an order of its own each time.
-    return safetensors.torch.save({"moments": stored}, {"origin": json.dumps(asdict(origin))})
+    jpegs = [_to_jpeg(frame_CHW) for frame_CHW in frames_TCHW]
+    joined = np.frombuffer(b"".join(jpegs), dtype=np.uint8).copy()
+    stored = {
+        "moments": moments_TMhw,
+        "frames": torch.from_numpy(joined),
+        "frame_ends": torch.tensor([len(jpeg) for jpeg in jpegs]).cumsum(0),
+    }
+    return tensors.pack(stored, asdict(origin))
 
 
-def read_origin(content: bytes) -> Origin:
-    """Raises ValueError where `content` is no file of `pack`."""
+def read_origin(file: TensorFile) -> Origin:
+    """Raises ValueError where the file is not of `pack`."""
     try:
-        length = int.from_bytes(content[:HEADER_LENGTH_BYTES], "little")
-        header = json.loads(content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length])
-        return Origin(**json.loads(header["__metadata__"]["origin"]))
-    except (ValueError, KeyError, TypeError) as error:
+        return Origin(**file.origin)
+    except TypeError as error:
         raise ValueError(f"its {MEMBER} does not say what it was made of") from error
 
 
-def unpack(content: bytes, frames: Sequence[int]) -> Tensor:
+def read_moments(file: TensorFile, frames: Sequence[int]) -> Tensor:
     """The moments of some of the stored frames, float16 (T, M, h, w).
 
     Raises ValueError where the file is damaged or has too few frames.
     """
-    try:
-        moments_TMhw = safetensors.torch.load(content)["moments"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"its {MEMBER} is damaged ({error})") from error
-    if frames[-1] >= len(moments_TMhw):
-        raise ValueError(
-            f"its {MEMBER} has {len(moments_TMhw)} frames, and the clip needs number {frames[-1]}"
-        )
-    return moments_TMhw[list(frames)]
+    return file.rows("moments", frames)
+
+
+def read_frames(file: TensorFile, frames: Sequence[int]) -> Tensor:
+    """The pixels of some of the stored frames, uint8 (T, 3, H, W). Raises as `read_moments` does."""
+    ends = [0, *file.whole("frame_ends").tolist()]
+    pixels = []
+    for frame in frames:
+        jpeg = file.rows("frames", range(ends[frame], ends[frame + 1])).numpy().tobytes()
+        try:
+            with Image.open(io.BytesIO(jpeg)) as image:
+                pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        except OSError as error:
+            raise ValueError(f"its {MEMBER} is damaged ({error})") from error
+    return torch.stack(pixels)
+
+
+def _to_jpeg(frame_CHW: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    pixels = frame_CHW.permute(1, 2, 0).contiguous().numpy()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()

@@ -1,91 +1,44 @@
 """The loader, told in five steps. This is the only module that imports webdataset.
 
-1. order.py says which positions of the run's global order this rank reads, and which samples stand there.
-2. The micro-batches of those positions are dealt to the worker processes in turn, and collected in turn, so
-   their number changes nothing but the speed.
-3. A worker reads a sample's bytes by the range that the index gives, decodes and crops them (clips.py), and
-   draws what is random about that from (seed, ordinal). From a latent cache (latents.py) it reads the clip's
-   moments and decodes its first frame alone; the draws are the same.
+1. schedule.py says which positions of the run's global order this rank reads, in which micro-batches, and
+   which samples stand there.
+2. The micro-batches are dealt to the worker processes in turn, and collected in turn, so the number of
+   workers changes nothing but the speed.
+3. A worker reads each sample and makes a clip of it (reader.py). One that cannot be read gives its place to
+   the next sample of its set's order, wherever and whenever the place is read.
 4. Clips are stacked to a `Batch`.
-5. The main process pairs each batch with the cursor behind its global step. A run that is given that cursor
-   goes on with the next step, at any number of ranks and workers.
+5. The main process pairs each batch with the cursor behind its global step, and counts what was replaced. A
+   run that is given that cursor goes on with the next step, at any number of ranks and workers.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import hashlib
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
+import fsspec
 import webdataset
-from torch import Tensor
+import webdataset.cache
+import webdataset.gopen
 from torch.utils.data import get_worker_info
 
 from svd_ds.batch import Batch, Clip
-from svd_ds.data import latents, workers
-from svd_ds.data.clips import ClipDraws, Timing, choose_caption, fills, read_frames
+from svd_ds.data import workers
+from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
-from svd_ds.data.filters import Condition, satisfies
-from svd_ds.data.order import rank_positions, samples_at, step_end
-from svd_ds.data.shards import Index, Sample
+from svd_ds.data.motion import MotionMap
+from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.data.reader import Reader, StalledError, UnreadableError
+from svd_ds.data.schedule import MicroBatch, Schedule
+from svd_ds.data.shards import INDEX_NAME, Folder, Sample, Shard
+from svd_ds.data.sources import open_source
 
-CROPS = ("random", "center")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which clips a run sees, and how they are read."""
-
-    path: str = "data/shards"
-    """Folder of shards with their index, as tools/make_shards.py writes it."""
-    num_frames: int = 14
-    """Frames a clip, T. Samples with fewer are left out; 1 trains on images (and single frames of videos)."""
-    height: int = 320
-    """Pixels. Samples that would have to be enlarged are left out."""
-    width: int = 576
-    """Pixels."""
-    fps: float = 6.0
-    """Wanted frames a second, met as near as a whole stride comes; 0 takes every stored frame."""
-    crop: str = "random"
-    """Where the window of the wanted aspect lies: "random" or "center"."""
-    flip: bool = False
-    """Mirror half of the clips. Leave off where captions name left and right."""
-    where: tuple[str, ...] = ()
-    """Conditions that a sample must meet, on its index line alone: "motion>=q25", "text_area<=0.07"."""
-    image_share: float = 0.0
-    """Share of the videos' clips that are a still image instead: one frame, repeated, which takes the image
-    path. Above 0 the data set's own images are admitted as well, and always are stills."""
-    latents: bool = False
-    """Read the latents that tools/encode.py cached, and decode only first frames. Centred, never mirrored."""
-    caption_weights: dict[str, float] = field(default_factory=dict)
-    """Captioner's name -> weight with which its caption is drawn; empty: all alike."""
-    num_workers: int = 2
-    """Processes that decode, for each rank; 0 decodes in the training process."""
-    prefetch: int = 2
-    """Micro-batches that each worker holds ready."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
-        if self.num_workers < 0 or self.fps < 0:
-            raise ValueError(f"data.num_workers={self.num_workers} or data.fps={self.fps} is negative")
-        if not 0 <= self.image_share <= 1:
-            raise ValueError(f"data.image_share is {self.image_share}, but must lie between 0 and 1")
-        for condition in self.where:
-            Condition.parse(condition)
-        if self.crop not in CROPS:
-            raise ValueError(f"data.crop={self.crop!r} is none of {', '.join(CROPS)}")
-        if self.latents and (self.crop != "center" or self.flip):
-            raise ValueError(
-                "data.latents=true needs data.crop=center and data.flip=false, as latents are made, but they "
-                f"are {self.crop} and {str(self.flip).lower()}"
-            )
-        weights = self.caption_weights.values()
-        if weights and (min(weights) < 0 or sum(weights) == 0):
-            raise ValueError(f"data.caption_weights={self.caption_weights} are negative or all zero")
+URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 class Loader:
@@ -100,167 +53,228 @@ class Loader:
         global_batch: int,
         micro_batch: int,
         cursor: Cursor | None = None,
+        context: str | None = None,
     ) -> None:
         """
         Args:
             global_batch: clips a global step over all ranks: world x micro_batch x accumulation.
+            micro_batch: where there are no buckets, which have their own.
             cursor: where an earlier run stopped; None begins.
+            context: which CLIP states are read, where all samples have them: image, ends or text.
 
-        Raises ValueError or FileNotFoundError for batches that do not divide, shards that are missing or
-        truncated, data without a clip that is long and large enough, latents that are missing or of another
-        size, a cursor that belongs to other data.
+        Raises ValueError or OSError for batches that do not divide, shards that are missing or truncated,
+        data without a clip that is long and large enough, latents that are missing or of another size, a
+        cursor that belongs to other data.
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
-        if micro_batch < 1 or global_batch < 1 or global_batch % (world * micro_batch):
-            raise ValueError(
-                f"a global batch of {global_batch} clips is not a multiple of {world} ranks x {micro_batch} "
-                f"clips a micro-batch = {world * micro_batch}"
-            )
-        self.config, self.seed, self.rank, self.world = config, seed, rank, world
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        everything = Index.load(config.path)
-        chosen = everything.keep(satisfies(config.where, everything)) if config.where else everything
-        if not len(chosen):
-            raise ValueError(
-                f"none of the {len(everything)} samples in {config.path} meets data.where="
-                f"[{', '.join(config.where)}]"
-            )
-        self.index = chosen.keep(partial(_usable, config))
-        self.num_left_out = len(everything) - len(self.index)
-        if not len(self.index):
-            raise ValueError(
-                f"none of the {len(chosen)} samples in {config.path} has {config.num_frames} frames that "
-                f"fill {config.height} x {config.width} pixels: {_largest(chosen)}"
-            )
-        self.origin = _origin(self.index, config) if config.latents else None
-        self.cursor = cursor or Cursor(0, self.index.fingerprint)
-        self.cursor.check(self.index.fingerprint, config.path)
+        self.config, self.rank, self.world = config, rank, world
+        self.micro_batches = tuple(config.buckets.values()) or (micro_batch,)
+        for micro in self.micro_batches:
+            if micro < 1 or global_batch < 1 or global_batch % (world * micro):
+                raise ValueError(
+                    f"a global batch of {global_batch} clips is not a multiple of {world} ranks x {micro} "
+                    f"clips a micro-batch = {world * micro}"
+                )
+        self.sources = [
+            open_source(path, weight, config, open_folder(path, config.cache, config.cache_gb))
+            for path, weight in config.sets.items()
+        ]
+        buckets = list(zip(*(source.buckets for source in self.sources), strict=True))
+        for shape, indices in zip(config.shapes, buckets, strict=True):
+            if not any(map(len, indices)):
+                raise ValueError(f"none of the {len(self)} samples in {config.set_names} fits bucket {shape}")
+
+        self.micro_batch = self.micro_batches[config.shapes.index(config.shape)]
+        """Of the main shape."""
+        self.num_left_out = sum(source.num_left_out for source in self.sources)
+        self.fingerprint = self._fingerprint(global_batch)
+        self.cursor = cursor or Cursor(0, self.fingerprint)
+        self.cursor.check(self.fingerprint, config.set_names)
+        self.quarantine = Quarantine(config.max_quarantined, len(self))
+        self._faults: list[Fault] = []
+        self.context = context if context and self._has_states(context) else None
+        weights = [source.weight for source in self.sources]
+        sizes = [[index.shard_sizes for index in indices] for indices in buckets]
+        self._schedule = Schedule(sizes, weights, self.micro_batches, seed, global_batch)
+        motion_map = MotionMap.mixture([source.motion_map for source in self.sources], weights)
+        self._readers = [
+            [Reader(config, shape, source, index, motion_map, seed, self.context)
+             for source, index in zip(self.sources, indices, strict=True)]
+            for shape, indices in zip(config.shapes, buckets, strict=True)
+        ]  # fmt: skip
 
     def __len__(self) -> int:
         """Samples of one epoch."""
-        return len(self.index)
+        return sum(map(len, self.sources))
+
+    def samples(self) -> Iterator[Sample]:
+        """Every sample that the run could draw."""
+        return (sample for source in self.sources for index in source.buckets for sample in index.samples())
 
     def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
-        """Raises ValueError, naming shard and sample, for one that cannot be read."""
-        start = self.cursor.position
-        for batch in self._batches():
-            if isinstance(batch, _Failure):
-                raise ValueError(batch.sentence)
-            after = step_end(start, batch.ordinals[0], self.global_batch)
-            yield batch, Cursor(after, self.cursor.fingerprint)
+        """Raises ValueError, naming shard and sample, where more cannot be read than data.max_quarantined
+        allows, or a read hangs."""
+        faults: list[Fault] = []
+        end = self.cursor.position
+        for item in self._items():
+            if isinstance(item, str):
+                raise ValueError(item)
+            if item.end != end:
+                # Behind the step: a run's ranks count together there, and stop together where it is too much.
+                self.quarantine.add(faults)
+                faults, end = [], item.end
+            faults += item.faults
+            self._faults += item.faults
+            if item.batch is None:
+                self.quarantine.add(faults)
+                raise ValueError(f"no sample in {self.config.set_names} can be read: {faults[-1].cause}")
+            yield item.batch, Cursor(end, self.fingerprint)
 
-    def _batches(self) -> Iterator[Batch | _Failure]:
-        pipeline = webdataset.DataPipeline(
-            self._places,
-            webdataset.map(partial(_read_clip, self.index, self.config, self.origin, self.seed)),
-            webdataset.batched(self.micro_batch, collation_fn=Batch.of, partial=False),
-            _failures_as_values,
-        )
+    def take_faults(self) -> list[Fault]:
+        """What was replaced in the batches since the last call."""
+        taken, self._faults = self._faults, []
+        return taken
+
+    def _items(self) -> Iterator[_Item | str]:
+        pipeline = webdataset.DataPipeline(self._micro_batches, webdataset.map(self._read), _stops_as_values)
         if self.config.num_workers == 0:
             return iter(pipeline)
         return workers.start(pipeline, self.config.num_workers, self.config.prefetch, __name__)
 
-    def _places(self) -> Iterator[tuple[int, Sample]]:
-        """(ordinal, sample) for each clip of this rank that falls to this worker process."""
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        """Those of this rank that fall to this worker process."""
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        positions = rank_positions(
-            self.cursor.position, self.rank, self.world, self.micro_batch, number, num_workers
-        )
-        for ordinal, sample in samples_at(self.index.shard_sizes, self.seed, positions):
-            yield ordinal, self.index.sample(sample)
+        start = self.cursor.position
+        return self._schedule.micro_batches_of(start, self.rank, self.world, number, num_workers)
+
+    def _read(self, micro: MicroBatch) -> _Item:
+        clips: list[Clip] = []
+        faults: list[Fault] = []
+        for ordinal in micro.ordinals:
+            clip = self._read_clip(ordinal, faults)
+            if clip is None:
+                return _Item(None, micro.end, faults)
+            clips.append(clip)
+        return _Item(Batch.of(clips, micro.accumulation), micro.end, faults)
+
+    def _read_clip(self, ordinal: int, faults: list[Fault]) -> Clip | None:
+        """The first sample for a position that can be read; those before it are added to `faults`. None where
+        more than allowed cannot."""
+        found = len(faults)
+        # In twice a set's length of its order each of its samples stands.
+        for bucket, source, number in islice(self._schedule.samples(ordinal), 2 * len(self)):
+            try:
+                return self._readers[bucket][source].read(number, ordinal)
+            except UnreadableError as error:
+                faults.append(error.fault)
+            if len(set(faults[found:])) > self.quarantine.allowed:
+                return None
+        return None
+
+    def _has_states(self, context: str) -> bool:
+        """Whether every data set has them, all of one encoder."""
+        origins = [source.states_origin for source in self.sources]
+        encoders = {None if origin is None else origin.encoder(context) for origin in origins}
+        return len(encoders) == 1 and None not in encoders
+
+    def _fingerprint(self, global_batch: int) -> str:
+        """Names the order that positions count: of one data set in one bucket, that of its index."""
+        indices = [index.fingerprint for source in self.sources for index in source.buckets]
+        if len(indices) == 1:
+            return indices[0]
+        told = [*indices, *(source.weight for source in self.sources)]
+        if len(self.micro_batches) > 1:
+            # A step has one shape: which clips stand in which depends on how many it takes.
+            told.append(global_batch)
+        return hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """A worker's error as a value: torch would wrap the exception in the text of a traceback."""
+class _Item:
+    """What a worker hands over."""
 
-    sentence: str
+    batch: Batch | None
+    """None where more than allowed could not be read."""
+    end: int
+    faults: list[Fault]
 
 
-def _failures_as_values(batches: Iterable[Batch]) -> Iterator[Batch | _Failure]:
+def _stops_as_values(items: Iterable[_Item]) -> Iterator[_Item | str]:
+    """A sentence in place of what ends the run: torch would wrap the exception in the text of a traceback."""
     try:
-        yield from batches
-    except (ValueError, OSError) as error:
-        yield _Failure(str(error))
+        yield from items
+    except (StalledError, ValueError, OSError) as error:
+        yield str(error)
 
 
-def _origin(index: Index, config: DataConfig) -> latents.Origin:
-    """What the latents were made of. Raises ValueError where a sample has none, or those of another size."""
-    for sample in index.samples():
-        if latents.MEMBER not in sample.members:
-            raise ValueError(f"sample {sample.id} in {config.path} has no latents; tools/encode.py adds them")
-    first = index.sample(0)
+def open_folder(path: str, cache: str | None = None, cache_gb: float = 0.0) -> Folder:
+    """The files at a local path, or at a URL, whose shards are fetched to `cache`. ValueError where that is
+    None."""
+    if not URL.match(path):
+        return Folder(Path(path))
+    if cache is None:
+        raise ValueError(f"{path} is fetched from elsewhere: data.cache must name a local folder for it")
+    return RemoteFolder(Path(cache), path.rstrip("/"), cache_gb)
+
+
+@dataclass(frozen=True)
+class RemoteFolder(Folder):
+    """A data set's files at a URL that webdataset opens, or fsspec where it does not know the scheme."""
+
+    url: str
+    """Of the folder; `{}` in it stands for the file's name, as in `pipe:ssh host cat /shards/{}`."""
+    cache_gb: float
+
+    def __str__(self) -> str:
+        return self.url
+
+    def name(self, file: str) -> str:
+        return self.url.replace("{}", file) if "{}" in self.url else f"{self.url}/{file}"
+
+    def file(self, name: str, num_bytes: int | None = None) -> Path:
+        found = self._fetch(name)
+        if num_bytes is not None and found.stat().st_size != num_bytes:
+            # Of an earlier data set at this URL, perhaps.
+            found.unlink(missing_ok=True)
+            found = self._fetch(name)
+            if (actual := found.stat().st_size) != num_bytes:
+                raise ValueError(
+                    f"shard {self.name(name)} has {actual} bytes, and its index says {num_bytes}"
+                )
+        return found
+
+    def check_index(self) -> None:
+        """Fetches it anew: another may stand there by now."""
+        url = self.name(INDEX_NAME)
+        with _told(url):
+            self.path.mkdir(parents=True, exist_ok=True)
+            webdataset.cache.download(url, str(self.path / self._cached(url)))
+
+    def check_shards(self, shards: Iterable[Shard]) -> None:
+        """They are looked at when they are fetched."""
+
+    def _fetch(self, name: str) -> Path:
+        url = self.name(name)
+        with _told(url):
+            cache = webdataset.cache.FileCache(
+                str(self.path), url_to_name=self._cached, validator=None, cache_size=int(self.cache_gb * 1e9)
+            )
+            return Path(cache.get_file(url))
+
+    @staticmethod
+    def _cached(url: str) -> str:
+        """A file's name in the cache: hashed, because two data sets' shards have the same names."""
+        tail = re.sub(r"[^\w.-]", "_", url)[-40:]
+        return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}"
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Inside, webdataset opens schemes that it does not know (s3, memory, ...) by fsspec. Raises OSError,
+    naming `url`, for whatever goes wrong with it."""
+    webdataset.gopen.gopen_schemes["__default__"] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
     try:
-        origin = latents.read_origin(index.read(first, latents.MEMBER))
-    except ValueError as error:
-        raise ValueError(f"sample {first.id} in {config.path} cannot be read: {error}") from error
-    if (origin.height, origin.width) != (config.height, config.width):
-        raise ValueError(
-            f"the latents in {config.path} are of {origin.height} x {origin.width} pixels, and data.height x "
-            f"data.width is {config.height} x {config.width}; tools/encode.py --size makes others"
-        )
-    return origin
-
-
-def _read_clip(
-    index: Index, config: DataConfig, origin: latents.Origin | None, seed: int, place: tuple[int, Sample]
-) -> Clip:
-    """Read, decode and crop one sample. Raises ValueError, naming shard and sample, if it cannot be read."""
-    ordinal, sample = place
-    draws = ClipDraws.of(seed, ordinal)
-    still = config.num_frames > 1 and (sample.num_frames == 1 or draws.still < config.image_share)
-    num_frames = 1 if still else config.num_frames
-    timing = Timing.of(sample.num_frames, sample.fps, num_frames, config.fps, draws.start)
-    wanted = timing.frames(num_frames)
-    top, left = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
-    mirrored = config.flip and draws.flip < 0.5
-    moments = None
-    try:
-        about = json.loads(index.read(sample, "json"))
-        caption = choose_caption(about["captions"], config.caption_weights, draws.caption)
-        if origin is not None:
-            moments = _read_moments(index.read(sample, latents.MEMBER), wanted, origin)
-            wanted = wanted[:1]
-        media = index.read(sample, sample.media)
-        frames = read_frames(media, wanted, (config.height, config.width), top, left, mirrored)
-    except ValueError as error:
-        shard = index.folder / index.shards[sample.shard].name
-        raise ValueError(f"sample {sample.id} of {shard} cannot be read: {error}") from error
-    if still:
-        # Each of the T frames gets noise of its own: T lessons of one image, in the shape of a clip.
-        if moments is None:
-            frames = frames.expand(config.num_frames, -1, -1, -1)
-        else:
-            moments = moments.expand(config.num_frames, -1, -1, -1)
-    return Clip(
-        id=sample.id,
-        ordinal=ordinal,
-        frames_TCHW=frames,
-        caption=caption,
-        fps=timing.fps,
-        motion_bucket=index.motion_map.bucket(0.0 if still else sample.motion),
-        elevation=math.nan if sample.elevation is None else sample.elevation,
-        moments_TMhw=moments,
-        still=still,
-    )
-
-
-def _read_moments(content: bytes, wanted: range, origin: latents.Origin) -> Tensor:
-    if (other := latents.read_origin(content)) != origin:
-        raise ValueError(f"its latents are {other}, where the first sample's are {origin}")
-    return latents.unpack(content, wanted)
-
-
-def _usable(config: DataConfig, sample: Sample) -> bool:
-    """Is the sample long enough, or a wanted image, and large enough to be reduced rather than enlarged?"""
-    large = fills((sample.height, sample.width), (config.height, config.width))
-    long = sample.num_frames >= config.num_frames or (sample.num_frames == 1 and config.image_share > 0)
-    return large and long
-
-
-def _largest(index: Index) -> str:
-    samples = list(index.samples())
-    num_frames = max((sample.num_frames for sample in samples), default=0)
-    height, width = max(((sample.height, sample.width) for sample in samples), default=(0, 0))
-    return f"the longest has {num_frames} frames, the largest is {height} x {width}"
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise OSError(f"{url} cannot be fetched: {error}") from error

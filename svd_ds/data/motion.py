@@ -39,6 +39,21 @@ class MotionMap:
         middles = [MAX_BUCKET * levels[quantiles == knot].mean() for knot in knots]
         return MotionMap(tuple(float(knot) for knot in knots), tuple(float(middle) for middle in middles))
 
+    @staticmethod
+    def mixture(maps: Sequence[MotionMap], weights: Sequence[float]) -> MotionMap:
+        """The map of several data sets together, of which a clip is drawn by these weights.
+
+        A rank in the mixture is the weighted mean of the ranks in its parts. A part without motion, such as
+        images, has a map of a single knot, which ranks nothing: it counts only where all are such.
+        """
+        ranking = [(m, w) for m, w in zip(maps, weights, strict=True) if len(m.scores) > 1]
+        if len(ranking) < 2:
+            return ranking[0][0] if ranking else maps[0]
+        total = sum(weight for _, weight in ranking)
+        knots = sorted({score for motion_map, _ in ranking for score in motion_map.scores})
+        ranks = [sum(weight * m.bucket(knot) for m, weight in ranking) / total for knot in knots]
+        return MotionMap(tuple(knots), tuple(ranks))
+
     def bucket(self, score: float) -> float:
         """The bucket of a score; scores outside the calibrated range take the nearest end's."""
         return float(np.interp(np.log(max(score, MIN_SCORE)), np.log(self.scores), self.buckets))

@@ -1,11 +1,7 @@
 """The order in which a run reads its samples: pure functions of (seed, position), the same on every machine.
 
-    position p of the run  ->  epoch p // N, the (p % N)-th sample of that epoch's permutation
-    global step            ->  global_batch positions on end, from where the run stands
-    stream v of a step     ->  its v-th position; rank r serves the streams v with v mod world = r
-
-So every rank takes equally many steps whatever the shards hold, each sample comes once an epoch, and a run
-that goes on at another number of ranks goes on in the same order.
+    Order       one set of samples, endless: epoch after epoch, each a permutation of its own
+    Interleave  several endless sequences in one, each by its share (mixtures, buckets)
 
 Reads stay clustered: an epoch permutes the shards, then permutes the samples inside windows of
 `SHARDS_PER_WINDOW` shards, so at any moment the whole run reads from about that many files. Nothing of
@@ -14,8 +10,7 @@ the size of the data set is kept: one window's permutation is made when the run 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,62 +36,89 @@ def _mix_array(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+def _state(key: Sequence[int]) -> int:
+    state = 0
+    for part in key:
+        state = _mix(state ^ _mix(part & _MASK))
+    return state
+
+
 def permutation(length: int, *key: int) -> np.ndarray:
     """A permutation of range(length) that depends on nothing but `key`.
 
     Made by sorting hashes: no library promises that its shuffle stays the same from version to version.
     """
-    state = 0
-    for part in key:
-        state = _mix(state ^ _mix(part & _MASK))
-    hashes = _mix_array(np.arange(length, dtype=np.uint64) ^ np.uint64(state))
+    hashes = _mix_array(np.arange(length, dtype=np.uint64) ^ np.uint64(_state(key)))
     return np.argsort(hashes, kind="stable")
 
 
-def samples_at(shard_sizes: Sequence[int], seed: int, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """What stands at each of `positions` in the run's endless global order.
+class Order:
+    """The endless order of a set of samples: position p is the (p % N)-th sample of epoch p // N."""
 
-    Args:
-        shard_sizes: samples in each shard; sample i of the data set is counted through the shards in turn.
-        positions: from 0, any order; ascending is fast.
+    def __init__(self, shard_sizes: Sequence[int], seed: int) -> None:
+        """`shard_sizes`: samples in each shard; sample i of the set is counted through the shards in turn."""
+        self.seed = seed
+        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.first_of_shard = np.cumsum(self.sizes) - self.sizes
+        self.num_samples = int(self.sizes.sum())
+        self._epoch, self._window = -1, -1
 
-    Yields: (position, sample), the sample's number from 0 to sum(shard_sizes) - 1.
+    def sample(self, position: int) -> int:
+        """The number of the sample at `position`, from 0 to N - 1. Positions that ascend are fast."""
+        assert self.num_samples > 0, "an empty data set has no order"
+        epoch, offset = divmod(position, self.num_samples)
+        if epoch != self._epoch:
+            self._begin_epoch(epoch)
+        window = int(np.searchsorted(self._ends, offset, side="right"))
+        if window != self._window:
+            self._begin_window(window)
+        return int(self._samples[offset - int(self._ends[window])])
+
+    def _begin_epoch(self, epoch: int) -> None:
+        shards = permutation(len(self.sizes), self.seed, epoch)
+        starts = range(0, len(shards), SHARDS_PER_WINDOW)
+        self._windows = [shards[start : start + SHARDS_PER_WINDOW] for start in starts]
+        self._ends = np.cumsum([self.sizes[window].sum() for window in self._windows])
+        self._epoch, self._window = epoch, -1
+
+    def _begin_window(self, window: int) -> None:
+        ranges = [self.first_of_shard[s] + np.arange(self.sizes[s]) for s in self._windows[window]]
+        samples = np.concatenate(ranges)
+        self._samples = samples[permutation(len(samples), self.seed, self._epoch, window)]
+        self._window = window
+
+
+class Interleave:
+    """Several endless sequences in one, each by its share: who stands at a place is found at once.
+
+    Item k of sequence i stands at time (k + jitter) / share_i, with a jitter in [0, 1) hashed from (key, i,
+    k), and the items follow each other in time. So the order is random, every sequence's own order is kept,
+    and in each prefix every sequence has its share to within one item a sequence.
     """
-    sizes = np.asarray(shard_sizes, dtype=np.int64)
-    first_of_shard = np.cumsum(sizes) - sizes
-    num_samples = int(sizes.sum())
-    assert num_samples > 0, "an empty data set has no order"
-    epoch, window = -1, -1
-    for position in positions:
-        if position // num_samples != epoch:
-            epoch, window = position // num_samples, -1
-            shards = permutation(len(sizes), seed, epoch)
-            windows = [shards[i : i + SHARDS_PER_WINDOW] for i in range(0, len(shards), SHARDS_PER_WINDOW)]
-            ends = np.cumsum([sizes[w].sum() for w in windows])
-        offset = position % num_samples
-        here = int(np.searchsorted(ends, offset, side="right"))
-        if here != window:
-            window = here
-            samples = np.concatenate([first_of_shard[s] + np.arange(sizes[s]) for s in windows[window]])
-            samples = samples[permutation(len(samples), seed, epoch, window)]
-            start = int(ends[window]) - len(samples)
-        yield position, int(samples[offset - start])
 
+    def __init__(self, shares: Sequence[float], *key: int) -> None:
+        """`shares`: positive or 0, in any unit."""
+        self.shares = [(i, share) for i, share in enumerate(shares) if share > 0]
+        assert self.shares, "nothing has a share"
+        self.total = sum(share for _, share in self.shares)
+        self._key = _state(key)
 
-def rank_positions(
-    start: int, rank: int, world: int, micro_batch: int, worker: int = 0, num_workers: int = 1
-) -> Iterator[int]:
-    """The positions that one worker process of one rank reads, for ever.
+    def at(self, place: int) -> tuple[int, int]:
+        """(sequence, number of the item in it) that stands at `place`, both from 0."""
+        if len(self.shares) == 1:
+            return self.shares[0][0], place
+        # Before this time there are at most `place` items, of which these are certain.
+        time = max(0.0, (place - len(self.shares)) / self.total)
+        passed = {i: int(share * time) for i, share in self.shares}
+        upcoming = {i: self._time(i, passed[i], share) for i, share in self.shares}
+        shares = dict(self.shares)
+        for _ in range(place - sum(passed.values())):
+            i = min(upcoming, key=lambda i: (upcoming[i], i))
+            passed[i] += 1
+            upcoming[i] = self._time(i, passed[i], shares[i])
+        i = min(upcoming, key=lambda i: (upcoming[i], i))
+        return i, passed[i]
 
-    `start` is the position of the run's first global step from here on. The rank's micro-batches are dealt to
-    its workers in turn. As a global batch is a multiple of world x micro_batch, none straddles two steps.
-    """
-    span = world * micro_batch
-    for number in count(worker, num_workers):
-        first = start + number * span + rank
-        yield from range(first, first + span, world)
-
-
-def step_end(start: int, position: int, global_batch: int) -> int:
-    """Where the run stands after the global step that reads `position`."""
-    return start + ((position - start) // global_batch + 1) * global_batch
+    def _time(self, i: int, k: int, share: float) -> float:
+        jitter = _mix(self._key ^ _mix(_mix(i) ^ k)) / 2**64
+        return (k + jitter) / share

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,8 +21,15 @@ from svd_ds.data.motion import MotionMap
 INDEX_NAME = "index.jsonl"
 FORMAT = "svd_ds shards"
 VERSION = 1
-MEDIA = ("mp4", "jpg")
-"""Extensions of a sample's pixels: a clip, or a still image as a clip of one frame."""
+MEDIA = ("mp4", "jpg", "mov", "mkv", "webm", "avi", "m4v", "jpeg", "png", "webp")
+"""Extensions of a sample's pixels. Ours are the first two, a clip, and a still image as a clip of one frame;
+foreign shards may have the others."""
+
+
+class ReadMember(Protocol):
+    """Reads a member of a sample, or a part of it: see `Index.open`."""
+
+    def __call__(self, member: str, begin: int = 0, number: int | None = None) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,40 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A data set's files, on a file system that is mounted here. loader.py has those that are fetched."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def name(self, file: str) -> str:
+        """A file's path, or URL, as errors name it."""
+        return f"{self}/{file}"
+
+    def file(self, name: str, num_bytes: int | None = None) -> Path:
+        """A file's local path, of a shard of `num_bytes`. OSError or ValueError where it cannot be had."""
+        return self.path / name
+
+    def check_index(self) -> None:
+        """Raises FileNotFoundError where there is none."""
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"there is no data folder {self}; tools/make_shards.py makes one")
+        if not (self.path / INDEX_NAME).is_file():
+            raise FileNotFoundError(f"{self} has no {INDEX_NAME}; tools/make_shards.py writes it at its end")
+
+    def check_shards(self, shards: Iterable[Shard]) -> None:
+        """Raises FileNotFoundError or ValueError where one is missing or cut short."""
+        for shard in shards:
+            _check_shard(self.path / shard.name, shard.num_bytes)
+
+
+@dataclass(frozen=True)
 class Index:
     """The samples of a folder of shards, or those of them that were kept."""
 
-    folder: Path
+    folder: Folder
     shards: tuple[Shard, ...]
     shard_sizes: tuple[int, ...]
     """Kept samples of each shard."""
@@ -74,29 +112,24 @@ class Index:
     """16 hexadecimal digits that name this set: a hash of the index's bytes and of the choice among them."""
 
     @staticmethod
-    def load(folder: str | Path) -> Index:
+    def load(folder: str | Path | Folder) -> Index:
         """Read the index of `folder` and check that every shard is there in full.
 
         Raises FileNotFoundError or ValueError, in one sentence, for a missing folder, index or shard, an
         index that is cut short or not ours, a shard whose size is not the one in the index.
         """
-        folder = Path(folder)
-        path = folder / INDEX_NAME
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no data folder {folder}; tools/make_shards.py makes one")
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {INDEX_NAME}; tools/make_shards.py writes it at its end"
-            )
-        content = path.read_bytes()
+        if not isinstance(folder, Folder):
+            folder = Folder(Path(folder))
+        folder.check_index()
+        path = folder.name(INDEX_NAME)
+        content = folder.file(INDEX_NAME).read_bytes()
         header = _parse_header(path, content)
         shards = tuple(Shard(**shard) for shard in header["shards"])
         line_ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
         expected = sum(shard.num_samples for shard in shards)
         if len(line_ends) - 1 != expected:
             raise ValueError(f"{path} is cut short: it lists {len(line_ends) - 1} of its {expected} samples")
-        for shard in shards:
-            _check_shard(folder / shard.name, shard.num_bytes)
+        folder.check_shards(shards)
         return Index(
             folder=folder,
             shards=shards,
@@ -111,7 +144,7 @@ class Index:
 
     def samples(self) -> Iterator[Sample]:
         """All samples, in the order of their numbers."""
-        with open(self.folder / INDEX_NAME, "rb") as file:
+        with open(self.folder.file(INDEX_NAME), "rb") as file:
             for offset in self.line_offsets:
                 file.seek(int(offset))
                 yield _parse_sample(file.readline())
@@ -120,9 +153,22 @@ class Index:
         """Sample `number`, counted through the shards in turn."""
         return next(replace(self, line_offsets=self.line_offsets[number : number + 1]).samples())
 
+    def shard_of(self, number: int) -> str:
+        """The path or URL of the shard that holds sample `number`."""
+        shard = int(np.searchsorted(np.cumsum(self.shard_sizes), number, side="right"))
+        return self.folder.name(self.shards[shard].name)
+
     def keep(self, wanted: Callable[[Sample], bool]) -> Index:
         """The index of the samples that `wanted` accepts, in the same order."""
-        kept = np.fromiter((wanted(sample) for sample in self.samples()), dtype=bool, count=len(self))
+        return self.split(lambda sample: 0 if wanted(sample) else None, 1)[0]
+
+    def split(self, choose: Callable[[Sample], int | None], parts: int) -> list[Index]:
+        """The indices of the samples for which `choose` gives 0, 1, ...; None leaves a sample out."""
+        given = (choose(sample) for sample in self.samples())
+        part_of_sample = np.fromiter((-1 if p is None else p for p in given), dtype=np.int64, count=len(self))
+        return [self._part(part_of_sample == part) for part in range(parts)]
+
+    def _part(self, kept: np.ndarray) -> Index:
         if kept.all():
             return self
         shard_of_sample = np.repeat(np.arange(len(self.shards)), self.shard_sizes)
@@ -137,17 +183,36 @@ class Index:
 
     def read(self, sample: Sample, member: str) -> bytes:
         """The bytes of a sample's member. Raises ValueError where the shard ends before them."""
-        offset, size = sample.members[member]
-        path = self.folder / self.shards[sample.shard].name
-        with open(path, "rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-        if len(content) != size:
-            raise ValueError(f"{path} holds {len(content)} of the {size} bytes of {sample.id}.{member}")
-        return content
+        with self.open(sample) as read:
+            return read(member)
+
+    @contextmanager
+    def open(self, sample: Sample) -> Iterator[ReadMember]:
+        """What reads a sample's members, or parts of them: (member, first byte, number of bytes).
+
+        It raises ValueError where the sample has no such member, or not so many bytes of it.
+        """
+        shard = self.shards[sample.shard]
+        with open(self.folder.file(shard.name, shard.num_bytes), "rb") as file:
+
+            def read(member: str, begin: int = 0, number: int | None = None) -> bytes:
+                if member not in sample.members:
+                    raise ValueError(f"it has no .{member}")
+                offset, size = sample.members[member]
+                number = size - begin if number is None else number
+                file.seek(offset + begin)
+                content = file.read(min(number, size - begin))
+                if len(content) != number:
+                    path = self.folder.name(shard.name)
+                    raise ValueError(
+                        f"{path} holds {len(content)} of the {number} bytes of {sample.id}.{member}"
+                    )
+                return content
+
+            yield read
 
 
-def _parse_header(path: Path, content: bytes) -> dict[str, Any]:
+def _parse_header(path: str, content: bytes) -> dict[str, Any]:
     try:
         header = json.loads(content[: content.find(b"\n") + 1])
     except ValueError:

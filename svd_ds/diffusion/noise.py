@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SHIFTED = ("shifted_cosine", "interpolated_cosine")
+"""Kinds that depend on the size of the clips."""
 KINDS = ("lognormal", "discrete", "cosine", "shifted_cosine", "interpolated_cosine", "log_uniform")
 
 

@@ -114,9 +114,16 @@ class ConditionerConfig:
 class Conditioner:
     """Given frames, captions and numbers -> Conditioning. Frozen: no graph is kept. Results are float32."""
 
-    def __init__(self, config: ConditionerConfig, encoder: ImageEncoder | TextEncoder | None = None) -> None:
+    def __init__(
+        self,
+        config: ConditionerConfig,
+        encoder: ImageEncoder | TextEncoder | None = None,
+        cached_width: int | None = None,
+    ) -> None:
+        """`cached_width`: D of the states that every call is given in place of an `encoder`."""
         self.config = config
         self.encoder = encoder
+        self.cached_width = cached_width
 
     @staticmethod
     def load(
@@ -139,8 +146,13 @@ class Conditioner:
         """D, what the UNet's cross-attention must take."""
         if self.encoder is not None:
             return self.encoder.width
-        assert self.config.context_width is not None  # by ConditionerConfig, with context "none"
-        return self.config.context_width
+        width = self.cached_width or self.config.context_width
+        assert width is not None  # by ConditionerConfig, with context "none"
+        return width
+
+    def configured(self, config: ConditionerConfig) -> Conditioner:
+        """The same encoder with another config."""
+        return Conditioner(config, self.encoder, self.cached_width)
 
     @property
     def num_scalars(self) -> int:
@@ -175,13 +187,15 @@ class Conditioner:
         elevation_B: Tensor,
         noise_BKCHW: Tensor,
         last_frame_BCHW: Tensor | None = None,
+        context_BLD: Tensor | None = None,
         drop_context_B: Tensor | None = None,
         drop_concat_B: Tensor | None = None,
     ) -> Conditioning:
         """Condition B clips of `num_frames` frames.
 
         first_frame_BCHW, last_frame_BCHW (B, 3, H, W) in [-1, 1], the last one needed only where a signal is
-        "ends"; noise_BKCHW standard normal, of `noise_shape`; fps_B, motion_bucket_B, augmentation_sigma_B,
+        "ends"; context_BLD what the encoder would make of them, where that was cached, or None; noise_BKCHW
+        standard normal, of `noise_shape`; fps_B, motion_bucket_B, augmentation_sigma_B,
         elevation_B (B,), those that `scalars` does not name unused; drop_context_B, drop_concat_B bool (B,),
         or None to drop nothing. A dropped signal is zero; scalars are never dropped. Returns context
         (B, L, D), scalars (B, S) and concat (B, T, C, h, w) or None.
@@ -195,7 +209,7 @@ class Conditioner:
             if num_frames < 3:
                 raise ValueError(f"a clip of {num_frames} frames has none between its ends: 3 are the fewest")
             frames.append(last_frame_BCHW)
-        context_BLD = self._context(frames, captions)
+        context_BLD = self._context(frames, captions) if context_BLD is None else context_BLD.float()
         if drop_context_B is not None:
             context_BLD = context_BLD.masked_fill(drop_context_B[:, None, None], 0.0)
         every_scalar_BS = torch.stack([fps_B - 1, motion_bucket_B, augmentation_sigma_B, elevation_B], dim=1)
@@ -215,6 +229,7 @@ class Conditioner:
             return torch.cat([self.encoder(frame_BCHW) for frame_BCHW in seen], dim=1)
         if isinstance(self.encoder, TextEncoder):
             return self.encoder(captions)
+        assert self.config.context == "none", "without an encoder every call is given its states"
         return frames[0].new_zeros((len(frames[0]), 1, self.context_width))
 
     def _given(

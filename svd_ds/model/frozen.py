@@ -5,12 +5,14 @@ A pipeline keeps each part in a folder of its own: `vae/ image_encoder/ text_enc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -35,6 +37,29 @@ def load_frozen(
             options["variant"] = "fp16"
     network: nn.Module = from_pretrained(kind, path, part, **options)
     return network.to(device).eval().requires_grad_(False)
+
+
+def fingerprint(path: str | Path, part: str) -> str | None:
+    """12 hexadecimal digits that name the weights of `part`, without loading them; None where it has none.
+
+    A hash of its tensors' names, shapes and first rows, in bfloat16: no two trainings share them. Of a hub
+    id, a hash of the id.
+    """
+    try:
+        folder = part_folder(path, part)
+    except FileNotFoundError:
+        return None
+    digest = hashlib.sha256()
+    if folder is None:
+        digest.update(f"{path} {part}".encode())
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                shape = tensors.get_slice(name).get_shape()
+                first = tensors.get_slice(name)[:1] if shape else tensors.get_tensor(name)
+                digest.update(f"{name} {shape}\n".encode())
+                digest.update(first.to(torch.bfloat16).contiguous().view(torch.int16).numpy())
+    return digest.hexdigest()[:12]
 
 
 def class_name(path: str | Path, part: str) -> str:

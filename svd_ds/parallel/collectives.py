@@ -44,11 +44,11 @@ def join_over_ranks(part: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def names_of_ranks(names: list[str]) -> list[str]:
-    """Every rank's names, in order of rank. All ranks call it."""
-    lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(lists, names)
-    return [name for part in lists for name in part]
+def items_of_ranks(items: list[Result]) -> list[Result]:
+    """Every rank's items, in order of rank. All ranks call it."""
+    lists: list[list[Result]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
 
 def agreed(action: Callable[[], Result]) -> Result:

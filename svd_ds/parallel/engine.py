@@ -88,7 +88,7 @@ class Engine:
         self.group = mpu.get_data_parallel_group()
         self._rank = mpu.get_data_parallel_rank()
         self._accumulation: int = config["gradient_accumulation_steps"]
-        self._backwards = 0
+        self._backwards, self._due = 0, self._accumulation
         # DeepSpeed has added ds_tensor, this rank's shard in the compute precision, and ds_shape.
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         self.shapes: dict[str, torch.Size] = {name: p.ds_shape for name, p in self._parameters.items()}
@@ -110,11 +110,16 @@ class Engine:
         """Run the module. All ranks call it together, under torch.no_grad too."""
         return self._engine(*inputs, **named_inputs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's mean loss. A step averages over its micro-batches and ranks."""
+    def backward(self, loss: Tensor, micro_batches: int | None = None) -> None:
+        """Add the gradient of a micro-batch's mean loss. A step averages over its micro-batches and ranks.
+
+        micro_batches: of this step; None: as many as the config says.
+        """
         self._backwards += 1
-        self._engine.set_gradient_accumulation_boundary(self._backwards == self._accumulation)
-        self._engine.backward(loss)
+        self._due = micro_batches or self._accumulation
+        self._engine.set_gradient_accumulation_boundary(self._backwards == self._due)
+        # Scaled here: DeepSpeed knows the config's number alone.
+        self._engine.backward(loss / self._due, scale_wrt_gas=False)
 
     def gradient_norm(self) -> float:
         """Norm over all parameters and ranks of the mean of the gradients since the last step: inf where it
@@ -122,12 +127,12 @@ class Engine:
 
         All ranks call it, after at least one `backward`. It is what `step` clips.
         """
-        if self._backwards != self._accumulation:
+        if self._backwards != self._due:
             # An offloaded optimiser is handed its gradients at the end of a step: this is not one.
             self._zero.finalize_gradient_accumulation_boundary()
         norms = [float(norm) for norm in self._zero._get_norm_groups()]
-        # DeepSpeed divides by the micro-batches of a whole step, and says -1 for what is not finite.
-        scale = self._accumulation / self._backwards
+        # Each was divided by the micro-batches of a whole step; DeepSpeed says -1 for what is not finite.
+        scale = self._due / self._backwards
         return scale * math.hypot(*norms) if min(norms) >= 0 else math.inf
 
     def step(self, rates: Mapping[str, float]) -> None:
@@ -135,7 +140,7 @@ class Engine:
 
         rates: learning rate of each group, by its name.
         """
-        seen, due = self._backwards, self._accumulation
+        seen, due = self._backwards, self._due
         assert seen == due, f"a step of {due} micro-batches ends after {seen}"
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]]

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch
-from svd_ds.model.conditioner import Conditioner
 from svd_ds.parallel.collectives import join_over_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
@@ -162,9 +161,7 @@ def fixed(diffusion: Diffusion) -> Diffusion:
     """A run's diffusion with the set's noises, and no condition dropped."""
     conditioner = diffusion.conditioner
     undropped = replace(conditioner.config, drop_context=0.0, drop_text=0.0, drop_concat=0.0)
-    return replace(
-        diffusion, offset_noise=0.0, seed=SEED, conditioner=Conditioner(undropped, conditioner.encoder)
-    )
+    return replace(diffusion, offset_noise=0.0, seed=SEED, conditioner=conditioner.configured(undropped))
 
 
 def sigma_at(s: int, place: float) -> float:

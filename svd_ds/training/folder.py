@@ -33,6 +33,10 @@ FREE_KEYS = (
     "batch.micro",
     "data.num_workers",
     "data.prefetch",
+    "data.max_quarantined",
+    "data.stall_seconds",
+    "data.cache",
+    "data.cache_gb",
     "frozen.chunk",
 )
 
@@ -64,6 +68,10 @@ class RunFolder:
     @property
     def starts(self) -> Path:
         return self.logs / "starts.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.logs / "quarantine.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -104,7 +112,7 @@ class RunFolder:
         _write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
         with self.starts.open("a") as file:
             file.write(json.dumps({"started": time.time(), "step": step}) + "\n")
-        for path in (self.metrics, self.evaluation, self.skipped):
+        for path in (self.metrics, self.evaluation, self.skipped, self.quarantine):
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
             if kept or path.exists():
                 _write_atomically(path, "".join(kept))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
-from svd_ds.parallel.collectives import mean_over_ranks, names_of_ranks
+from svd_ds.parallel.collectives import agreed, items_of_ranks, mean_over_ranks
 from svd_ds.training.metrics import StepMetrics
 from svd_ds.training.optim import group_rates, learning_rate
 from svd_ds.training.parts import Parts, Plan
@@ -22,18 +23,23 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
         samples = progress.samples + plan.batch_size
         lr = learning_rate(plan.optim, samples, plan.total_steps * plan.batch_size)
 
-        for _ in range(plan.accumulation):
+        accumulation = 1
+        while len(losses) < accumulation:
             with parts.clock("data"):
                 batch, cursor = next(parts.batches)
+            accumulation = batch.accumulation
             loss = parts.objective.loss(parts.engine, batch.to(parts.device)).mean()
-            parts.engine.backward(loss)
+            parts.engine.backward(loss, accumulation)
             losses.append(loss.item())
             clips += batch.ids
         grad_norm = parts.engine.gradient_norm()
-        waits_s = parts.clock.lap()
-        loss_mean, waits_s["data"], asked = mean_over_ranks(
-            [sum(losses) / len(losses), waits_s["data"], float(parts.stop.asked)]
+        waits_s, faults = parts.clock.lap(), parts.take_faults()
+        loss_mean, waits_s["data"], asked, unreadable = mean_over_ranks(
+            [sum(losses) / len(losses), waits_s["data"], float(parts.stop.asked), float(len(faults))]
         )
+        if unreadable:
+            faults, step = items_of_ranks(faults), progress.step + 1
+            agreed(partial(parts.quarantine.add, faults, step, write=parts.metrics is not None))
 
         fault, guarded = parts.guard.judge(progress.guard, loss_mean, grad_norm)
         progress = progress.advance(cursor, plan.batch_size, guarded)
@@ -41,7 +47,7 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
             parts.engine.step(group_rates(plan.optim, lr))
         else:
             parts.engine.forget()
-            clips = names_of_ranks(clips)
+            clips = items_of_ranks(clips)
         terms = parts.objective.end_step()
         parts.ema.update(parts.engine.local_shards(), samples, plan.batch_size)
 

@@ -9,6 +9,7 @@ import torch
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
+from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.parallel.engine import Engine
 from svd_ds.training.checkpoint import Checkpoints, Settings
 from svd_ds.training.ema import ShardEMA
@@ -29,8 +30,6 @@ class Plan:
     total_steps: int
     batch_size: int
     """Clips a step, over all ranks."""
-    accumulation: int
-    """Micro-batches a rank sees in one step."""
     optim: OptimConfig
     checkpoint_every: int
     preview_every: int
@@ -44,6 +43,10 @@ class Parts:
     settings: Settings
     objective: Objective
     batches: Iterator[tuple[Batch, Cursor]]
+    take_faults: Callable[[], list[Fault]]
+    """What was replaced in this rank's batches since the last call."""
+    quarantine: Quarantine
+    """Of all ranks."""
     guard: Guard
     checkpoints: Checkpoints
     evaluation: Evaluation | None

@@ -73,6 +73,7 @@ class Sampling:
             config=self.config,
             captions=clips.captions,
             ordinals=ordinals,
+            context_BLD=clips.context_BLD,
         )
 
 

@@ -102,6 +102,7 @@ class Diffusion(Objective):
             augmentation_sigma_B=config.augmentation_sigma(draws.augmentation_B).float(),
             elevation_B=batch.elevation_B,
             noise_BKCHW=draws.given_noise_BKCHW,
+            context_BLD=batch.context_BLD,
             drop_context_B=draws.drop_BS[:, 0] < config.context_drop_rate,
             drop_concat_B=draws.drop_BS[:, 1] < config.concat_drop_rate,
         )

@@ -30,7 +30,11 @@ def write(folder: Path, autoencoder: str) -> None:
     moments = torch.zeros(6, 8, 8, 8)
     writer = ShardWriter(folder)
     writer.add(
-        "a", "mp4", encode(frames), about(frames), {MEMBER: pack(moments, Origin(64, 64, autoencoder))}
+        "a",
+        "mp4",
+        encode(frames),
+        about(frames),
+        {MEMBER: pack(moments, torch.from_numpy(frames).permute(0, 3, 1, 2), Origin(64, 64, autoencoder))},
     )
     writer.close()
 

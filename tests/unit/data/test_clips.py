@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from svd_ds.data.clips import Box, ClipDraws, Timing, choose_caption, decode, fit, to_rgb
+from svd_ds.data.clips import Box, ClipDraws, Timing, choose_captioner, decode, fit, to_rgb
 from tests.videos import counting, encode, moving_square
 
 
@@ -113,13 +113,13 @@ def test_captions_follow_their_weights() -> None:
     captions = {"coca": "a", "vblip": "b", "llm": "c"}
     weights = {"coca": 0.5, "vblip": 0.25, "llm": 0.25}
     draws = [(n + 0.5) / 1000 for n in range(1000)]
-    drawn = [choose_caption(captions, weights, draw) for draw in draws]
-    assert [drawn.count(text) for text in "abc"] == [500, 250, 250]
-    only_two = [choose_caption({"coca": "a", "llm": "c"}, weights, draw) for draw in draws]
-    assert only_two.count("a") == pytest.approx(667, abs=1)
-    assert {choose_caption(captions, {}, draw) for draw in draws} == set("abc")
+    drawn = [choose_captioner(captions, weights, draw) for draw in draws]
+    assert [drawn.count(name) for name in captions] == [500, 250, 250]
+    only_two = [choose_captioner({"coca": "a", "llm": "c"}, weights, draw) for draw in draws]
+    assert only_two.count("coca") == pytest.approx(667, abs=1)
+    assert {choose_captioner(captions, {}, draw) for draw in draws} == set(captions)
     with pytest.raises(ValueError, match=r"captions \(name\) have no weight"):
-        choose_caption({"name": "x"}, weights, 0.5)
+        choose_captioner({"name": "x"}, weights, 0.5)
 
 
 def test_draws_depend_on_seed_and_ordinal_only() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from svd_ds.data.config import DataConfig
 from svd_ds.data.filters import satisfies
-from svd_ds.data.loader import DataConfig, Loader
+from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
 from tests.videos import about, encode, moving_square

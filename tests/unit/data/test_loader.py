@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from svd_ds.batch import Batch
+from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
-from svd_ds.data.loader import DataConfig, Loader
-from svd_ds.data.order import samples_at
+from svd_ds.data.loader import Loader
+from svd_ds.data.order import Order
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
 from tests.videos import about, counting, encode, moving_square, write_shards
@@ -29,7 +30,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, **changes: object) -> DataConfig:
-    small = DataConfig(path=str(folder), num_frames=2, height=16, width=16, fps=0, num_workers=0)
+    small = DataConfig(str(folder), 2, 16, 16, fps=0, max_quarantined=0.0, num_workers=0)
     return replace(small, **changes)
 
 
@@ -61,7 +62,8 @@ def test_same_order_for_any_ranks_and_workers(shards: Path, world: int, num_work
     found, cursor = read(config(shards, num_workers=num_workers), world, num_steps=9, global_batch=12)
     assert cursor.position == 108
     assert sorted(found) == list(range(108))
-    names = [f"s{sample:04d}" for _, sample in samples_at(SHARD_SIZES, 5, range(108))]
+    order = Order(SHARD_SIZES, 5)
+    names = [f"s{order.sample(position):04d}" for position in range(108)]
     assert [found[position][0] for position in range(108)] == names
     assert sorted(names[:TOTAL]) == [f"s{n:04d}" for n in range(TOTAL)], "every sample once an epoch"
     reference, _ = read(config(shards), 1, num_steps=9, global_batch=12, micro_batch=4)
@@ -201,7 +203,9 @@ def test_sample_without_frames_is_named_in_one_sentence(tmp_path: Path, num_work
     writer.add("bad", "mp4", b"no video at all", about(frames))
     writer.close()
     loader = Loader(config(tmp_path, num_workers=num_workers), 0, 0, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"^sample bad of .*shard-00000\.tar cannot be read: .*$") as caught:
+    with pytest.raises(
+        ValueError, match=r"^sample bad of .*shard-00000\.tar cannot be read: the file .*$"
+    ) as caught:
         next(iter(loader))
     assert "\n" not in str(caught.value)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER, read_origin
-from svd_ds.data.loader import DataConfig, Loader
+from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
 from svd_ds.diffusion.noise import NoiseConfig, build_noise

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svd_ds.data.loader import DataConfig, Loader
+from svd_ds.data.config import DataConfig
+from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from tests.videos import counting, moving_square, write_video
 

@@ -1,0 +1,136 @@
+"""Which clips a run sees, and how they are read: plain values, checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from svd_ds.data.filters import Condition
+
+CROPS = ("random", "center")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a clip: frames, and pixels a frame."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @staticmethod
+    def parse(text: str) -> Shape:
+        """14x320x576 -> Shape(14, 320, 576). Raises ValueError for anything else."""
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+        if match is None or not all(map(int, match.groups())):
+            raise ValueError(f"data.buckets has {text!r}, which is no FRAMESxHEIGHTxWIDTH like 14x320x576")
+        return Shape(*map(int, match.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips a run sees, and how they are read."""
+
+    path: str = "data/shards"
+    """Folder of shards with their index, as tools/make_shards.py writes it; or a URL, see docs/data.md."""
+    num_frames: int = 14
+    """Frames a clip, T. Samples with fewer are left out; 1 trains on images (and single frames of videos)."""
+    height: int = 320
+    """Pixels. Samples that would have to be enlarged are left out."""
+    width: int = 576
+    """Pixels."""
+    fps: float = 6.0
+    """Wanted frames a second, met as near as a whole stride comes; 0 takes every stored frame."""
+    crop: str = "random"
+    """Where the window of the wanted aspect lies: "random" or "center"."""
+    flip: bool = False
+    """Mirror half of the clips. Leave off where captions name left and right."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Folder or URL -> its share of the clips, in any unit; empty: `path` alone, else in place of it."""
+    buckets: dict[str, int] = field(default_factory=dict)
+    """Shape, 14x320x576 -> clips that a rank takes at once. A step's clips have one shape. Empty: the shape
+    above alone; else it is one of them, that of previews and evaluations."""
+    where: tuple[str, ...] = ()
+    """Conditions that a sample must meet, on its index line alone: "motion>=q25", "text_area<=0.07"."""
+    image_share: float = 0.0
+    """Share of the videos' clips that are a still image instead: one frame, repeated, which takes the image
+    path. Above 0 the data set's own images are admitted as well, and always are stills."""
+    latents: bool = False
+    """Read what tools/encode.py cached in place of most pixels. Centred, never mirrored."""
+    caption_weights: dict[str, float] = field(default_factory=dict)
+    """Captioner's name -> weight with which its caption is drawn; empty: all alike."""
+    max_quarantined: float = 0.01
+    """Share of the samples that may turn out unreadable: each is replaced by the next. Beyond it the run
+    stops."""
+    stall_seconds: float = 600.0
+    """A read, or the fetching of a remote shard, that takes longer ends the run: the file system hangs."""
+    cache: str | None = None
+    """Local folder that remote shards are fetched to; needed where a path is a URL."""
+    cache_gb: float = 0.0
+    """Above it the shards that were fetched first are removed from `cache`; 0 keeps all."""
+    num_workers: int = 2
+    """Processes that decode, for each rank; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Micro-batches that each worker holds ready."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("num_workers", "fps", "cache_gb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must not be negative, and is {getattr(self, name)}")
+        for name in ("image_share", "max_quarantined"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, but must lie between 0 and 1")
+        if self.stall_seconds <= 0:
+            raise ValueError(f"data.stall_seconds is {self.stall_seconds}, but must be above 0")
+        for condition in self.where:
+            Condition.parse(condition)
+        if self.crop not in CROPS:
+            raise ValueError(f"data.crop={self.crop!r} is none of {', '.join(CROPS)}")
+        if self.latents and (self.crop != "center" or self.flip):
+            raise ValueError(
+                "data.latents=true needs data.crop=center and data.flip=false, as latents are made, but they "
+                f"are {self.crop} and {str(self.flip).lower()}"
+            )
+        _check_weights("caption_weights", self.caption_weights)
+        _check_weights("mixture", self.mixture)
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        if self.buckets and self.shape not in map(Shape.parse, self.buckets):
+            raise ValueError(
+                f"data.buckets has {', '.join(self.buckets)}, but not the shape of data.num_frames, "
+                f"data.height and data.width, {self.shape}"
+            )
+        if too_small := [name for name, clips in self.buckets.items() if clips < 1]:
+            raise ValueError(f"data.buckets gives {too_small[0]} less than 1 clip at once")
+
+    @property
+    def shape(self) -> Shape:
+        """The main shape: of previews and evaluations, and where there are no buckets of all clips."""
+        return Shape(self.num_frames, self.height, self.width)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of every bucket; the main shape alone where none is named."""
+        return tuple(map(Shape.parse, self.buckets)) or (self.shape,)
+
+    @property
+    def sets(self) -> dict[str, float]:
+        """Every data set's folder or URL -> its share of the clips."""
+        return {path: weight for path, weight in self.mixture.items() if weight} or {self.path: 1.0}
+
+    @property
+    def set_names(self) -> str:
+        """The data sets, as errors name them."""
+        return " and ".join(self.sets)
+
+
+def _check_weights(name: str, weights: dict[str, float]) -> None:
+    if weights and (min(weights.values()) < 0 or sum(weights.values()) == 0):
+        raise ValueError(f"data.{name}={weights} are negative or all zero")

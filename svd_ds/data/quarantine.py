@@ -1,0 +1,61 @@
+"""Samples that turn out unreadable: set aside with their cause, and counted, until they are too many."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A sample that could not be read, and was replaced."""
+
+    id: str
+    shard: str
+    """Its path or URL."""
+    cause: str
+
+
+class Quarantine:
+    """The unreadable samples that were met so far: by one rank, or by a whole run, whose logs/ list them."""
+
+    def __init__(self, share: float, num_samples: int, path: Path | None = None) -> None:
+        """`share`: of the `num_samples` samples, that may be unreadable; `path`: of the list, with a line for
+        each that earlier lives of the run have met."""
+        self.share, self.num_samples, self.path = share, num_samples, path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self._known = {(line["shard"], line["id"]) for line in map(json.loads, lines)}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def allowed(self) -> int:
+        """So many samples may be unreadable: one at least, unless the share is 0."""
+        return math.ceil(self.share * self.num_samples)
+
+    def add(self, faults: Iterable[Fault], step: int = 0, write: bool = False) -> int:
+        """Count what was met, and `write` it to the list: how many there are now.
+
+        Raises ValueError where that is more than allowed.
+        """
+        new = {(fault.shard, fault.id): fault for fault in faults}
+        for name in self._known & new.keys():
+            del new[name]
+        self._known |= new.keys()
+        if write and new:
+            assert self.path is not None, "a list has a path"
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps({"step": step, **asdict(fault)}) + "\n" for fault in new.values())
+        if new and len(self) > self.allowed:
+            last = list(new.values())[-1]
+            where = f"; {self.path} lists them" if self.path is not None else ""
+            raise ValueError(
+                f"sample {last.id} of {last.shard} cannot be read: {last.cause}; that makes {len(self)} of "
+                f"{self.num_samples} samples, where data.max_quarantined={self.share:g} allows "
+                f"{self.allowed}{where}"
+            )
+        return len(self)

@@ -1,0 +1,178 @@
+"""From a sample of one data set to a clip of one shape: what it needs is read, in time, then decoded.
+
+From a latent cache (latents.py) come the clip's moments and the pixels of its first frame, and from cached
+CLIP states (states.py) what the cross-attention sees. What is random is the same with and without them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from svd_ds.batch import Clip
+from svd_ds.data import latents, states
+from svd_ds.data.clips import ClipDraws, Timing, choose_captioner, read_frames
+from svd_ds.data.config import DataConfig, Shape
+from svd_ds.data.motion import MotionMap
+from svd_ds.data.quarantine import Fault
+from svd_ds.data.shards import Index, ReadMember, Sample
+from svd_ds.data.sources import Source
+from svd_ds.data.tensors import TensorFile
+
+Result = TypeVar("Result")
+NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+
+
+class StalledError(Exception):
+    """A read that took too long: no fault of the sample."""
+
+
+class UnreadableError(Exception):
+    """A sample that cannot be made a clip of."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault)
+        self.fault = fault
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the samples that a data set has in a bucket."""
+
+    config: DataConfig
+    shape: Shape
+    source: Source
+    index: Index
+    """The source's samples of that shape."""
+    motion_map: MotionMap
+    """Of all the run's data sets together."""
+    seed: int
+    context: str | None
+    """Which cached states are read: image, ends or text; None: none."""
+
+    def read(self, number: int, ordinal: int) -> Clip:
+        """Sample `number` as the run's `ordinal`-th clip.
+
+        Raises UnreadableError where it cannot be read, StalledError where that takes too long.
+        """
+        shard = self.index.shard_of(number)
+        seconds = self.config.stall_seconds
+        told = f"a read of {shard} has hung for data.stall_seconds={seconds:g}"
+        take = _in_time(lambda: self._take(number, ordinal), seconds, told)
+        try:
+            return take.clip if take.media is None else self._decode(take, take.media)
+        except ValueError as error:
+            raise UnreadableError(Fault(take.clip.id, shard, str(error))) from error
+
+    def _take(self, number: int, ordinal: int) -> _Take:
+        """Read from the file system what the clip needs."""
+        sample = self.index.sample(number)
+        try:
+            with self.index.open(sample) as read:
+                return self._take_from(read, sample, ordinal)
+        except (ValueError, OSError) as error:
+            raise UnreadableError(Fault(sample.id, self.index.shard_of(number), str(error))) from error
+
+    def _take_from(self, read: ReadMember, sample: Sample, ordinal: int) -> _Take:
+        config, draws = self.config, ClipDraws.of(self.seed, ordinal)
+        # Where videos are learned from, a single frame is a still: it takes the image path.
+        still = config.num_frames > 1 and (
+            sample.num_frames == 1 or self.shape.num_frames == 1 or draws.still < config.image_share
+        )
+        num_frames = 1 if still else self.shape.num_frames
+        timing = Timing.of(sample.num_frames, sample.fps, num_frames, config.fps, draws.start)
+        wanted = timing.frames(num_frames)
+        captions = _captions(read, sample)
+        captioner = choose_captioner(captions, config.caption_weights, draws.caption)
+        media, moments, frames = None, None, NO_FRAMES
+        if self.source.latents_origin is None:
+            media = read(sample.media)
+        else:
+            file = TensorFile(partial(read, latents.MEMBER), latents.MEMBER)
+            if (other := latents.read_origin(file)) != (ours := self.source.latents_origin):
+                raise ValueError(f"its latents are {other}, and the first sample's {ours}")
+            moments, frames = latents.read_moments(file, wanted), latents.read_frames(file, wanted[:1])
+        clip = Clip(
+            id=sample.id,
+            ordinal=ordinal,
+            frames_TCHW=frames,
+            caption=captions[captioner],
+            fps=timing.fps,
+            motion_bucket=self.motion_map.bucket(0.0 if still else sample.motion),
+            elevation=math.nan if sample.elevation is None else sample.elevation,
+            # T lessons of one image, in the shape of a clip: each of the T gets noise of its own.
+            moments_TMhw=None if moments is None else moments.expand(self.shape.num_frames, -1, -1, -1),
+            context_LD=self._context(read, wanted, captioner),
+            still=still,
+        )
+        return _Take(clip, media, wanted, draws)
+
+    def _context(self, read: ReadMember, wanted: range, captioner: str) -> Tensor | None:
+        if self.context is None:
+            return None
+        file = TensorFile(partial(read, states.MEMBER), states.MEMBER)
+        if (other := states.read_origin(file)) != (ours := self.source.states_origin):
+            raise ValueError(f"its states are {other}, and the first sample's {ours}")
+        return states.read(file, self.context, wanted, captioner)
+
+    def _decode(self, take: _Take, media: bytes) -> Clip:
+        config, draws = self.config, take.draws
+        top, left = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
+        mirrored = config.flip and draws.flip < 0.5
+        size = (self.shape.height, self.shape.width)
+        frames_TCHW = read_frames(media, take.wanted, size, top, left, mirrored)
+        return replace(take.clip, frames_TCHW=frames_TCHW.expand(self.shape.num_frames, -1, -1, -1))
+
+
+@dataclass(frozen=True)
+class _Take:
+    """What was read of a sample: a clip, still without its frames where they are in `media`."""
+
+    clip: Clip
+    media: bytes | None
+    wanted: range
+    """Numbers of the clip's frames among the stored ones."""
+    draws: ClipDraws
+
+
+def _captions(read: ReadMember, sample: Sample) -> dict[str, str]:
+    """Captioner -> caption. Raises ValueError where the sample has none."""
+    if "json" not in sample.members:
+        return {"text": read("txt").decode().strip()}
+    about: Any = json.loads(read("json"))
+    captions = about.get("captions") if isinstance(about, dict) else None
+    if not isinstance(captions, dict):
+        raise ValueError("its json has no captions")
+    return captions
+
+
+def _in_time(action: Callable[[], Result], seconds: float, sentence: str) -> Result:
+    """What `action` returns or raises. Raises StalledError with `sentence` where that takes too long.
+
+    A read from a file system that hangs cannot be interrupted: its thread is left behind.
+    """
+    results: list[Result] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(action())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise StalledError(sentence)
+    return results[0]

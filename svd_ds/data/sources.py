@@ -1,0 +1,140 @@
+"""The data sets of a run, opened: which of their samples count, in which bucket, and what is cached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from svd_ds.data import latents, states
+from svd_ds.data.clips import fills
+from svd_ds.data.config import DataConfig, Shape
+from svd_ds.data.filters import satisfies
+from svd_ds.data.motion import MotionMap
+from svd_ds.data.shards import Folder, Index, Sample
+from svd_ds.data.tensors import TensorFile
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a run."""
+
+    path: str
+    weight: float
+    """Share of the clips, in any unit."""
+    buckets: tuple[Index, ...]
+    """Its samples of each bucket."""
+    num_left_out: int
+    latents_origin: latents.Origin | None
+    """None: every frame is decoded."""
+    states_origin: states.StatesOrigin | None
+    """None where a sample that counts has no CLIP states."""
+
+    @property
+    def motion_map(self) -> MotionMap:
+        return self.buckets[0].motion_map
+
+    def __len__(self) -> int:
+        return sum(map(len, self.buckets))
+
+
+def open_source(path: str, weight: float, config: DataConfig, folder: Folder) -> Source:
+    """Raises ValueError or OSError, in one sentence, where `folder` is no data set, has no sample to draw, or
+    has not the latents that are to be read."""
+    everything = Index.load(folder)
+    chosen = everything.keep(satisfies(config.where, everything)) if config.where else everything
+    if not len(chosen):
+        raise ValueError(
+            f"none of the {len(everything)} samples in {path} meets data.where=[{', '.join(config.where)}]"
+        )
+    shapes = config.shapes
+    buckets = chosen.split(lambda sample: bucket_of(sample, config, shapes), len(shapes))
+    if not any(map(len, buckets)):
+        raise ValueError(
+            f"none of the {len(chosen)} samples in {path} has {_wanted(shapes)}: {_largest(chosen)}"
+        )
+    origin = _latents_origin(path, buckets, shapes) if config.latents else None
+    return Source(
+        path=path,
+        weight=weight,
+        buckets=tuple(buckets),
+        num_left_out=len(everything) - sum(map(len, buckets)),
+        latents_origin=origin,
+        states_origin=_states_origin(buckets, config),
+    )
+
+
+def bucket_of(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -> int | None:
+    """The bucket that a sample belongs to: of those for which it is long enough, and large enough to be
+    reduced rather than enlarged, the nearest in aspect, then the longest, then the largest.
+
+    A video goes to a bucket of stills only where no other takes it. None where none does.
+    """
+    best: tuple[tuple[bool, float, int, int], int] | None = None
+    for number, shape in enumerate(shapes):
+        long = sample.num_frames >= shape.num_frames or (sample.num_frames == 1 and config.image_share > 0)
+        if not long or not fills((sample.height, sample.width), (shape.height, shape.width)):
+            continue
+        stretch = math.log(sample.height * shape.width / (sample.width * shape.height))
+        # Rounded: shapes of one aspect differ by some pixels, as sides are multiples.
+        rank = (
+            shape.num_frames > 1,
+            -round(abs(stretch), 1),
+            shape.num_frames,
+            shape.height * shape.width,
+        )
+        if best is None or rank > best[0]:
+            best = (rank, number)
+    return None if best is None else best[1]
+
+
+def _latents_origin(path: str, buckets: Sequence[Index], shapes: Sequence[Shape]) -> latents.Origin:
+    """What the latents were made of. Raises ValueError where a sample has none, or those of another size."""
+    for index in buckets:
+        for sample in index.samples():
+            if latents.MEMBER not in sample.members:
+                raise ValueError(f"sample {sample.id} in {path} has no latents; tools/encode.py adds them")
+    index = next(index for index in buckets if len(index))
+    first = index.sample(0)
+    try:
+        with index.open(first) as read:
+            origin = latents.read_origin(TensorFile(partial(read, latents.MEMBER), latents.MEMBER))
+    except ValueError as error:
+        raise ValueError(f"sample {first.id} in {path} cannot be read: {error}") from error
+    for index, shape in zip(buckets, shapes, strict=True):
+        if len(index) and (origin.height, origin.width) != (shape.height, shape.width):
+            raise ValueError(
+                f"the latents in {path} are of {origin.height} x {origin.width} pixels, and data.height x "
+                f"data.width is {shape.height} x {shape.width}; tools/encode.py --size makes others"
+            )
+    return origin
+
+
+def _states_origin(buckets: Sequence[Index], config: DataConfig) -> states.StatesOrigin | None:
+    """What the CLIP states were made of, where every sample has them, of the frames that are read."""
+    if config.crop != "center" or config.flip:
+        return None
+    for index in buckets:
+        if not all(states.MEMBER in sample.members for sample in index.samples()):
+            return None
+    index = next(index for index in buckets if len(index))
+    try:
+        with index.open(index.sample(0)) as read:
+            origin = states.read_origin(TensorFile(partial(read, states.MEMBER), states.MEMBER))
+    except ValueError:
+        return None
+    used = [shape for index, shape in zip(buckets, config.shapes, strict=True) if len(index)]
+    fit = all((origin.height, origin.width) == (shape.height, shape.width) for shape in used)
+    return origin if fit else None
+
+
+def _wanted(shapes: Sequence[Shape]) -> str:
+    return " or ".join(f"{s.num_frames} frames that fill {s.height} x {s.width} pixels" for s in shapes)
+
+
+def _largest(index: Index) -> str:
+    samples = list(index.samples())
+    num_frames = max((sample.num_frames for sample in samples), default=0)
+    height, width = max(((sample.height, sample.width) for sample in samples), default=(0, 0))
+    return f"the longest has {num_frames} frames, the largest is {height} x {width}"

@@ -1,0 +1,83 @@
+"""What is cached of a sample: tensors in a safetensors file, of which only the rows of a clip are read.
+
+The file's metadata has one entry, `origin`: json that says what the tensors were made of and by. The format:
+https://huggingface.co/docs/safetensors (eight bytes of the header's length, the header as json, the tensors).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+LENGTH_BYTES = 8
+DTYPES = {"F16": np.float16, "U8": np.uint8, "I64": np.int64}
+"""Those that `pack` writes."""
+
+ReadRange = Callable[[int, int], bytes]
+"""(first byte, their number) -> the bytes of a file. Raises ValueError or OSError."""
+
+
+def pack(tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> bytes:
+    """The file's bytes; floats are rounded to float16. ValueError for values that are not finite then."""
+    stored = {}
+    for name, tensor in tensors.items():
+        dtype = torch.float16 if tensor.is_floating_point() else tensor.dtype
+        stored[name] = tensor.to("cpu", dtype).contiguous()
+        if not stored[name].isfinite().all():
+            raise ValueError(f"its {name} are not finite in float16")
+    # One entry: safetensors writes several in an order of its own each time.
+    return safetensors.torch.save(stored, {"origin": json.dumps(dict(origin))})
+
+
+class TensorFile:
+    """Reads from a file of `pack`."""
+
+    def __init__(self, read: ReadRange, member: str) -> None:
+        """`member`: what errors call it. Raises ValueError where it is no such file."""
+        self.member, self._read = member, read
+        try:
+            length = int.from_bytes(read(0, LENGTH_BYTES), "little")
+            self._header = json.loads(read(LENGTH_BYTES, length))
+            self.origin: dict[str, Any] = dict(json.loads(self._header.pop("__metadata__")["origin"]))
+            end = max(tensor["data_offsets"][1] for tensor in self._header.values())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"its {member} does not say what it was made of") from error
+        self._begin = LENGTH_BYTES + length
+        self._bytes(end - 1, 1)  # A file that is cut short must not pass by what is read of it.
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._header
+
+    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a tensor, ascending. Raises ValueError where it has not so many, or is damaged."""
+        try:
+            number, *shape = self._header[name]["shape"]
+            dtype = np.dtype(DTYPES[self._header[name]["dtype"]])
+            begin = self._header[name]["data_offsets"][0]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its {self.member} has no {name}") from error
+        if rows[-1] >= number:
+            raise ValueError(f"its {self.member} has {number} frames, and the clip needs number {rows[-1]}")
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        together = len(rows) == rows[-1] - rows[0] + 1
+        spans = [(rows[0], len(rows))] if together else [(row, 1) for row in rows]
+        content = b"".join(self._bytes(begin + row * size, count * size) for row, count in spans)
+        return torch.from_numpy(np.frombuffer(bytearray(content), dtype).reshape(len(rows), *shape))
+
+    def whole(self, name: str) -> Tensor:
+        """All of a tensor. Raises ValueError where the file has none of that name, or is damaged."""
+        if name not in self:
+            raise ValueError(f"its {self.member} has no {name}")
+        return self.rows(name, range(self._header[name]["shape"][0]))
+
+    def _bytes(self, begin: int, number: int) -> bytes:
+        try:
+            return self._read(self._begin + begin, number)
+        except ValueError as error:
+            raise ValueError(f"its {self.member} is damaged ({error})") from error
