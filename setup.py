@@ -17,6 +17,7 @@ setup(
         "hydra-core>=1.3",
         "wandb>=0.31",
         "webdataset>=1.0",
+        "fsspec>=2024.2",
         "diffusers>=0.38",
         "transformers>=5.0",
         "safetensors>=0.5",

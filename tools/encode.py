@@ -1,11 +1,12 @@
-"""Copy shards with the latents of every frame beside its pixels, for training to read (docs/data.md)."""
+"""Copy shards with what can be known before training beside their pixels: the latents of every frame, and CLIP's
+states of frames and captions (docs/cache.md)."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import asdict
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,27 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from svd_ds.data.clips import fills, read_frames
-from svd_ds.data.latents import MEMBER, Origin, pack
-from svd_ds.data.shards import INDEX_NAME, Index, Sample
-from svd_ds.data.writer import ShardWriter, replace_file
+from svd_ds.data.clips import fills
+from svd_ds.data.latents import MEMBER, Origin
+from svd_ds.data.shards import INDEX_NAME, Index
+from svd_ds.data.states import StatesOrigin
+from svd_ds.data.writer import remove_shards, replace_file
 from svd_ds.door import run_door
+from svd_ds.encoding import REFUSED, Encoders, encode_shards, finish
 from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.clip import ImageEncoder, TextEncoder
+from svd_ds.model.frozen import fingerprint
+from svd_ds.parallel.env import Env
 from svd_ds.sample import frozen_folder
-from svd_ds.video import from_uint8
 
 EXAMPLE = """examples:
   python tools/encode.py data/mine data/mine-latents --size 128x160
+  srun python tools/encode.py data/mine data/mine-latents --size 320x576 --frozen FOLDER
   python -m svd_ds.train data.path=data/mine-latents data.latents=true data.crop=center
 
-Stopped and started again, it goes on with the first shard that is not finished.
-Samples that would have to be enlarged to HxW are copied without latents: training leaves them out."""
+Under srun, torchrun or tools/launch.py the ranks share out the shards. Stopped and started again, on as many
+ranks or not, it goes on with the shards that are not finished. Samples that would have to be enlarged to HxW are
+copied without latents: training leaves them out. Those that cannot be read are listed in OUT/refused.csv."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 JOB_NAME = "encoding.json"
@@ -35,32 +42,64 @@ JOB_NAME = "encoding.json"
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    out, (height, width) = arguments.out, arguments.size
+    env = Env.read()
+    arguments = parse_arguments(env)
+    out = arguments.out
     source = Index.load(arguments.shards)
-    if out.resolve() == source.folder.resolve():
+    if out.resolve() == arguments.shards.resolve():
         raise ValueError(f"{out} cannot be both SHARDS and OUT")
-    num_large = sum(fills((sample.height, sample.width), (height, width)) for sample in source.samples())
+    num_large = sum(fills((sample.height, sample.width), arguments.size) for sample in source.samples())
     if not num_large:
+        height, width = arguments.size
         raise ValueError(
-            f"none of the {len(source)} samples in {source.folder} fills {height}x{width} pixels"
+            f"none of the {len(source)} samples in {arguments.shards} fills {height}x{width} pixels"
         )
-    frozen = frozen_folder(arguments.frozen)
-    dtype = PRECISIONS[arguments.precision]
-    autoencoder = Autoencoder.load(frozen, arguments.device, dtype, arguments.chunk)
-    autoencoder.check_size(height, width)
-    origin = Origin(height, width, autoencoder.fingerprint())
-    job = {"source": source.fingerprint, **asdict(origin), "precision": arguments.precision}
-    begun = not arguments.overwrite and is_begun(out, job)
-    if not (begun and (out / INDEX_NAME).exists()):
-        largest = max(shard.num_samples for shard in source.shards)
-        writer = ShardWriter(out, largest, arguments.overwrite, resume=begun)
+    encoders = load_encoders(arguments)
+    origins = asdict(encoders.origin) | asdict(encoders.states_origin)
+    job = {"source": source.fingerprint, **origins, "precision": arguments.precision}
+    if arguments.overwrite:
+        remove_shards(out)
+        (out / REFUSED).unlink(missing_ok=True)
+    elif not is_begun(out, job) and (out / INDEX_NAME).exists():
+        raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
+    if not (out / INDEX_NAME).exists():
+        out.mkdir(parents=True, exist_ok=True)
         replace_file(out / JOB_NAME, json.dumps(job).encode())
-        add_latents(source, writer, autoencoder, origin)
-    num_bytes = sum(shard.num_bytes for shard in Index.load(out).shards)
-    print(
-        f"{out}: {len(source)} clips, {num_large} of them with latents of {height}x{width} pixels; "
-        f"{num_bytes / 2**20:.1f} MiB"
+        write_shards(source, out, encoders, env, arguments.max_refused)
+    if finish(source, out):
+        made = Index.load(out)
+        num_encoded = sum(MEMBER in sample.members for sample in made.samples())
+        num_bytes = sum(shard.num_bytes for shard in made.shards)
+        print(
+            f"{out}: {len(made)} clips, {num_encoded} of them with latents of {encoders.origin.height}x"
+            f"{encoders.origin.width} pixels; {num_bytes / 2**20:.1f} MiB"
+        )
+
+
+def write_shards(source: Index, out: Path, encoders: Encoders, env: Env, max_refused: float) -> None:
+    """This rank's; rank 0 shows how far it is with its own."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=env.rank > 0) as progress:
+        mine = source.shards[env.rank :: env.world]
+        task = progress.add_task("encoding", total=sum(shard.num_samples for shard in mine))
+        advance = partial(progress.advance, task)
+        encode_shards(source, out, encoders, env.rank, env.world, max_refused, advance)
+
+
+def load_encoders(arguments: argparse.Namespace) -> Encoders:
+    """The autoencoder, and those of CLIP's encoders that FOLDER has and that are wanted."""
+    folder, dtype = frozen_folder(arguments.frozen), PRECISIONS[arguments.precision]
+    autoencoder = Autoencoder.load(folder, arguments.device, dtype, arguments.chunk)
+    autoencoder.check_size(*arguments.size)
+    image_of, text_of = (
+        fingerprint(folder, part) if arguments.clip else None for part in ("image_encoder", "text_encoder")
+    )
+    return Encoders(
+        autoencoder=autoencoder,
+        image=ImageEncoder.load(folder, arguments.device, dtype) if image_of else None,
+        text=TextEncoder.load(folder, arguments.device, dtype) if text_of else None,
+        origin=Origin(*arguments.size, autoencoder.fingerprint()),
+        states_origin=StatesOrigin(*arguments.size, image_of, text_of),
     )
 
 
@@ -71,48 +110,15 @@ def is_begun(out: Path, job: dict[str, Any]) -> bool:
         return False
     there = json.loads(path.read_text())
     for name, value in job.items():
-        if there[name] != value:
+        if there.get(name) != value:
             raise ValueError(
-                f"{out} holds latents whose {name} is {there[name]}, and here it is {value}; choose another "
+                f"{out} holds latents whose {name} is {there.get(name)}, and here it is {value}; choose another "
                 "folder, or --overwrite them"
             )
     return True
 
 
-def add_latents(source: Index, writer: ShardWriter, autoencoder: Autoencoder, origin: Origin) -> None:
-    """Write the shards of `source` with latents; those that an earlier start has finished are taken over."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("encoding", total=len(source))
-        for _, group in groupby(source.samples(), key=lambda sample: sample.shard):
-            samples = list(group)
-            if writer.adopt_shard(len(samples)):
-                progress.advance(task, len(samples))
-                continue
-            for sample in samples:
-                contents = {member: source.read(sample, member) for member in sample.members}
-                contents.pop(MEMBER, None)
-                if fills((sample.height, sample.width), (origin.height, origin.width)):
-                    contents[MEMBER] = encode(source, sample, autoencoder, origin)
-                about = json.loads(contents.pop("json"))
-                writer.add(sample.id, sample.media, contents.pop(sample.media), about, contents)
-                progress.advance(task)
-            writer.end_shard()
-    writer.close(source.motion_map)
-
-
-def encode(source: Index, sample: Sample, autoencoder: Autoencoder, origin: Origin) -> bytes:
-    """Raises ValueError, naming shard and sample, for one that cannot be read or gives no finite latents."""
-    try:
-        content = source.read(sample, sample.media)
-        frames_TCHW = read_frames(content, range(sample.num_frames), (origin.height, origin.width))
-        return pack(autoencoder.encode(from_uint8(frames_TCHW)), origin)
-    except ValueError as error:
-        shard = source.folder / source.shards[sample.shard].name
-        raise ValueError(f"sample {sample.id} of {shard} cannot be encoded: {error}") from error
-
-
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(env: Env) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,12 +127,25 @@ def parse_arguments() -> argparse.Namespace:
     add("out", type=Path, metavar="OUT", help="where the shards with latents go")
     add("--size", type=size, required=True, metavar="HxW", help="height and width that training will have")
     add("--frozen", default="tiny", metavar="FOLDER", help="the training's frozen.path; default: %(default)s")
+    add("--no-clip", dest="clip", action="store_false", help="make latents alone, and no states of CLIP")
     add("--precision", choices=list(PRECISIONS), default="fp32", help="default: %(default)s")
     add("--chunk", type=int, default=14, metavar="N", help="frames encoded at a time; default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--overwrite", action="store_true", help="replace the shards that OUT already holds")
+    add("--device", default=str(env.device), help="default: %(default)s")
+    add(
+        "--max-refused",
+        type=float,
+        default=0.01,
+        metavar="S",
+        help="share that may be unreadable; %(default)s",
+    )
+    add("--overwrite", action="store_true", help="replace the shards that OUT already holds; with one rank")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.overwrite and env.world > 1:
+        raise ValueError(
+            f"--overwrite is for one rank, and here are {env.world}: remove {arguments.out} first"
+        )
+    return arguments
 
 
 def size(text: str) -> tuple[int, int]:

@@ -22,10 +22,12 @@ class Fault:
 class Quarantine:
     """The unreadable samples that were met so far: by one rank, or by a whole run, whose logs/ list them."""
 
-    def __init__(self, share: float, num_samples: int, path: Path | None = None) -> None:
-        """`share`: of the `num_samples` samples, that may be unreadable; `path`: of the list, with a line for
-        each that earlier lives of the run have met."""
-        self.share, self.num_samples, self.path = share, num_samples, path
+    def __init__(
+        self, share: float, num_samples: int, path: Path | None = None, key: str = "data.max_quarantined"
+    ) -> None:
+        """`share`: of the `num_samples` samples, that may be unreadable, by the setting `key`; `path`: of the
+        list, with a line for each that earlier lives of the run have met."""
+        self.share, self.num_samples, self.path, self.key = share, num_samples, path, key
         lines = path.read_text().splitlines() if path is not None and path.exists() else []
         self._known = {(line["shard"], line["id"]) for line in map(json.loads, lines)}
 
@@ -55,7 +57,7 @@ class Quarantine:
             where = f"; {self.path} lists them" if self.path is not None else ""
             raise ValueError(
                 f"sample {last.id} of {last.shard} cannot be read: {last.cause}; that makes {len(self)} of "
-                f"{self.num_samples} samples, where data.max_quarantined={self.share:g} allows "
+                f"{self.num_samples} samples, where {self.key}={self.share:g} allows "
                 f"{self.allowed}{where}"
             )
         return len(self)

@@ -90,7 +90,7 @@ class Reader:
         num_frames = 1 if still else self.shape.num_frames
         timing = Timing.of(sample.num_frames, sample.fps, num_frames, config.fps, draws.start)
         wanted = timing.frames(num_frames)
-        captions = _captions(read, sample)
+        captions = captions_of(read, sample)
         captioner = choose_captioner(captions, config.caption_weights, draws.caption)
         media, moments, frames = None, None, NO_FRAMES
         if self.source.latents_origin is None:
@@ -143,7 +143,7 @@ class _Take:
     draws: ClipDraws
 
 
-def _captions(read: ReadMember, sample: Sample) -> dict[str, str]:
+def captions_of(read: ReadMember, sample: Sample) -> dict[str, str]:
     """Captioner -> caption. Raises ValueError where the sample has none."""
     if "json" not in sample.members:
         return {"text": read("txt").decode().strip()}

@@ -6,8 +6,9 @@ import io
 import json
 import os
 import re
+import socket
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -49,8 +50,7 @@ class ShardWriter:
             raise ValueError(
                 f"{self.folder} already holds shards; choose another folder, or --overwrite them"
             )
-        for stale in (index, *self.folder.glob("shard-*.tar.part" if resume else "shard-*.tar*")):
-            stale.unlink(missing_ok=True)
+        remove_shards(self.folder, "*.part" if resume else "*")
 
     def add(
         self,
@@ -84,29 +84,15 @@ class ShardWriter:
         self.end_shard()
         if motion_map is None:
             motion_map = MotionMap.calibrate([clip.motion for clip in self.samples if clip.num_frames > 1])
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "motion_map": asdict(motion_map),
-            "shards": [asdict(shard) for shard in self.shards],
-        }
-        lines = [json.dumps(line) for line in (header, *map(_known, self.samples))]
-        replace_file(self.folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
+        write_index(self.folder, self.shards, self.samples, motion_map)
         return motion_map
 
     def end_shard(self) -> None:
         """Write the samples added since the last shard, if any, as a shard."""
         if not self._open:
             return
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for sample_id, contents in self._open:
-                for extension, content in contents.items():
-                    entry = tarfile.TarInfo(f"{sample_id}.{extension}")
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
         path = self._next_shard()
-        replace_file(path, buffer.getvalue())
+        replace_file(path, pack_shard(self._open))
         self._list(path, list(_samples_of(path, len(self.shards))))
         self._open.clear()
 
@@ -125,25 +111,71 @@ class ShardWriter:
         return True
 
     def _next_shard(self) -> Path:
-        return self.folder / f"shard-{len(self.shards):05d}.tar"
+        return self.folder / shard_name(len(self.shards))
 
     def _list(self, path: Path, samples: list[Sample]) -> None:
         self.samples += samples
         self.shards.append(Shard(path.name, path.stat().st_size, len(samples)))
 
 
-def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
-    """What the index is to know of each sample in a shard, whose members lie beside each other."""
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
+
+
+def remove_shards(folder: Path, which: str = "*") -> None:
+    """Remove the index that a writer has left in `folder`, then its shards, whole ones and begun ones, or
+    `*.part`: the begun ones alone."""
+    for stale in (folder / INDEX_NAME, *folder.glob(f"shard-*.tar{which}")):
+        stale.unlink(missing_ok=True)
+
+
+def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
+    """A tar of samples: of each its id, and the content of its members by extension."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for sample_id, contents in samples:
+            for extension, content in contents.items():
+                entry = tarfile.TarInfo(f"{sample_id}.{extension}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def members_of(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Id of each sample in a shard -> extension -> (offset, size) of the member."""
     with tarfile.open(path) as tar:
-        for sample_id, entries in groupby(tar, key=lambda entry: entry.name.split(".", 1)[0]):
-            members = {entry.name.split(".", 1)[1]: entry for entry in entries}
-            text = tar.extractfile(members["json"])
-            assert text is not None, "a member is a plain file"
-            about = json.load(text)
+        found = groupby(tar, key=lambda entry: entry.name.split(".", 1)[0])
+        return {
+            sample_id: {entry.name.split(".", 1)[1]: (entry.offset_data, entry.size) for entry in entries}
+            for sample_id, entries in found
+        }
+
+
+def write_index(
+    folder: Path, shards: Sequence[Shard], samples: Iterable[Sample], motion_map: MotionMap
+) -> None:
+    """Write the index of a folder, whose samples stand in the order of the shards."""
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "motion_map": asdict(motion_map),
+        "shards": [asdict(shard) for shard in shards],
+    }
+    lines = [json.dumps(line) for line in (header, *map(_known, samples))]
+    replace_file(folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
+    """What the index is to know of each sample in a shard."""
+    with open(path, "rb") as file:
+        for sample_id, members in members_of(path).items():
+            offset, size = members["json"]
+            file.seek(offset)
+            about = json.loads(file.read(size))
             yield Sample(
                 id=sample_id,
                 shard=shard,
-                members={name: (entry.offset_data, entry.size) for name, entry in members.items()},
+                members=members,
                 **{name: about[name] for name in ("num_frames", "fps", "height", "width", "motion")},
                 elevation=about.get("elevation"),
                 annotations=about.get("annotations", {}),
@@ -156,6 +188,7 @@ def _known(sample: Sample) -> dict[str, Any]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that its name never stands for half of it."""
-    partial = path.with_name(path.name + ".part")
+    # Several processes may write the same file: each has a part of its own.
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     partial.write_bytes(content)
     os.replace(partial, path)

@@ -21,6 +21,7 @@ FLOORS = {
     "curate": 2,
     "parallel": 1,
     "sample": 2,
+    "encoding": 2,
     "plan": 2,
     "training": 3,
     "evaluation": 3,

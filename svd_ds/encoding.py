@@ -1,0 +1,154 @@
+"""What can be known of a data set before training: latents and CLIP states, put beside the pixels in new shards.
+
+Ranks share out the shards and tell each other nothing: each writes its own, whole or not at all, and the one
+that finds the last of them written writes the index. So a start goes on where an earlier one stopped, with any
+number of ranks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from svd_ds.data import latents, states
+from svd_ds.data.clips import fills, read_frames
+from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.data.reader import captions_of
+from svd_ds.data.shards import Index, ReadMember, Sample, Shard
+from svd_ds.data.writer import members_of, pack_shard, replace_file, shard_name, write_index
+from svd_ds.model.autoencoder import Autoencoder
+from svd_ds.model.clip import ImageEncoder, TextEncoder
+from svd_ds.video import from_uint8
+
+CACHED = (latents.MEMBER, states.MEMBER)
+REFUSED = "refused.csv"
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen networks of a training, and the names of what they make."""
+
+    autoencoder: Autoencoder
+    image: ImageEncoder | None
+    text: TextEncoder | None
+    origin: latents.Origin
+    states_origin: states.StatesOrigin
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the frames that are encoded."""
+        return self.origin.height, self.origin.width
+
+    def encode(self, read: ReadMember, sample: Sample) -> dict[str, bytes]:
+        """The members to put beside a sample's own. Raises ValueError where it cannot be read, or what is made
+        of it is not finite."""
+        frames_TCHW = read_frames(read(sample.media), range(sample.num_frames), self.size)
+        pixels_TCHW = from_uint8(frames_TCHW)
+        made = {latents.MEMBER: latents.pack(self.autoencoder.encode(pixels_TCHW), frames_TCHW, self.origin)}
+        if self.image is not None or self.text is not None:
+            image_TD = None if self.image is None else self._tokens(self.image, pixels_TCHW)
+            texts_LD = {}
+            if self.text is not None:
+                captions = captions_of(read, sample)
+                texts_LD = dict(zip(captions, self.text(list(captions.values())), strict=True))
+            made[states.MEMBER] = states.pack(image_TD, texts_LD, self.states_origin)
+        return made
+
+    def _tokens(self, encoder: ImageEncoder, pixels_TCHW: Tensor) -> Tensor:
+        chunks = pixels_TCHW.split(self.autoencoder.chunk)
+        return torch.cat([encoder(chunk)[:, 0] for chunk in chunks])
+
+
+def encode_shards(
+    source: Index,
+    out: Path,
+    encoders: Encoders,
+    rank: int,
+    world: int,
+    max_refused: float,
+    advance: Callable[[int], None],
+) -> None:
+    """Write this rank's shards, but those that are there already. `advance` is told of each sample.
+
+    Samples that cannot be encoded are left out and listed. Raises ValueError, naming shard and sample, for one
+    more than the share `max_refused` of all, OSError where a shard cannot be read or written.
+    """
+    refused = Quarantine(max_refused, len(source), key="--max-refused")
+    for number, group in groupby(source.samples(), key=lambda sample: sample.shard):
+        if number % world != rank:
+            continue
+        samples, path = list(group), out / shard_name(number)
+        if path.exists():
+            advance(len(samples))
+            continue
+        faults: list[Fault] = []
+        packed = pack_shard(_encoded(source, samples, encoders, faults, refused, advance))
+        _note(out / REFUSED, faults)
+        replace_file(path, packed)
+
+
+def _encoded(
+    source: Index,
+    samples: list[Sample],
+    encoders: Encoders,
+    faults: list[Fault],
+    refused: Quarantine,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(id, members) of each sample of a shard that can be encoded; the others are added to `faults`."""
+    for sample in samples:
+        try:
+            with source.open(sample) as read:
+                contents = {member: read(member) for member in sample.members if member not in CACHED}
+                if fills((sample.height, sample.width), encoders.size):
+                    contents |= encoders.encode(read, sample)
+            yield sample.id, contents
+        except ValueError as error:
+            shard = source.folder.name(source.shards[sample.shard].name)
+            faults.append(Fault(sample.id, shard, str(error)))
+            refused.add(faults)
+        advance(1)
+
+
+def _note(path: Path, faults: list[Fault]) -> None:
+    """Append to the list that all ranks write: whole lines at once."""
+    if not faults:
+        return
+    text = io.StringIO()
+    table = csv.writer(text)
+    if not path.exists():
+        table.writerow(("sample", "shard", "reason"))
+    table.writerows((fault.id, fault.shard, fault.cause) for fault in faults)
+    with open(path, "a", newline="") as file:
+        file.write(text.getvalue())
+
+
+def finish(source: Index, out: Path) -> bool:
+    """Write the index where every shard is there; False where other ranks are still at work.
+
+    Raises ValueError where no sample was encoded.
+    """
+    numbers = range(len(source.shards))
+    paths = [out / shard_name(number) for number in numbers]
+    if not all(path.exists() for path in paths):
+        return False
+    members = [members_of(path) for path in paths]
+    samples = [
+        replace(sample, members=members[sample.shard][sample.id])
+        for sample in source.samples()
+        if sample.id in members[sample.shard]
+    ]
+    if not any(latents.MEMBER in sample.members for sample in samples):
+        raise ValueError(f"none of the {len(source)} samples could be encoded; {out / REFUSED} says why")
+    shards = [
+        Shard(path.name, path.stat().st_size, len(found)) for path, found in zip(paths, members, strict=True)
+    ]
+    write_index(out, shards, samples, source.motion_map)
+    return True
