@@ -1,18 +1,20 @@
-"""What can be known of a data set before training: latents and CLIP states, put beside the pixels in new shards.
+"""What can be known of a data set before training: latents and CLIP states, put beside its pixels.
 
 Ranks share out the shards and tell each other nothing: each writes its own, whole or not at all, and the one
-that finds the last of them written writes the index. So a start goes on where an earlier one stopped, with any
-number of ranks.
+that finds the last of them written writes the index. So a start goes on where an earlier one stopped, with
+any number of ranks.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +23,15 @@ from svd_ds.data import latents, states
 from svd_ds.data.clips import fills, read_frames
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.data.reader import captions_of
-from svd_ds.data.shards import Index, ReadMember, Sample, Shard
-from svd_ds.data.writer import members_of, pack_shard, replace_file, shard_name, write_index
+from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
+from svd_ds.data.writer import members_of, pack_shard, remove_shards, replace_file, shard_name, write_index
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.clip import ImageEncoder, TextEncoder
 from svd_ds.video import from_uint8
 
 CACHED = (latents.MEMBER, states.MEMBER)
+JOB_NAME = "encoding.json"
+"""In the folder that is written: what its latents are made of and by."""
 REFUSED = "refused.csv"
 
 
@@ -47,8 +51,8 @@ class Encoders:
         return self.origin.height, self.origin.width
 
     def encode(self, read: ReadMember, sample: Sample) -> dict[str, bytes]:
-        """The members to put beside a sample's own. Raises ValueError where it cannot be read, or what is made
-        of it is not finite."""
+        """The members to put beside a sample's own. Raises ValueError where it cannot be read, or what is
+        made of it is not finite."""
         frames_TCHW = read_frames(read(sample.media), range(sample.num_frames), self.size)
         pixels_TCHW = from_uint8(frames_TCHW)
         made = {latents.MEMBER: latents.pack(self.autoencoder.encode(pixels_TCHW), frames_TCHW, self.origin)}
@@ -66,6 +70,30 @@ class Encoders:
         return torch.cat([encoder(chunk)[:, 0] for chunk in chunks])
 
 
+def begin(out: Path, job: dict[str, Any], overwrite: bool) -> None:
+    """Make `out` for a job, or go on with it there; all ranks call it, with the same job.
+
+    Raises ValueError, unless to `overwrite`, where `out` holds other shards, or those of another job.
+    """
+    mark = out / JOB_NAME
+    if overwrite:
+        remove_shards(out)
+        (out / REFUSED).unlink(missing_ok=True)
+    elif mark.exists():
+        there = json.loads(mark.read_text())
+        for name, value in job.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"{out} holds latents whose {name} is {there.get(name)}, and here it is {value}; choose "
+                    "another folder, or --overwrite them"
+                )
+        return
+    elif (out / INDEX_NAME).exists():
+        raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(mark, json.dumps(job).encode())
+
+
 def encode_shards(
     source: Index,
     out: Path,
@@ -77,8 +105,8 @@ def encode_shards(
 ) -> None:
     """Write this rank's shards, but those that are there already. `advance` is told of each sample.
 
-    Samples that cannot be encoded are left out and listed. Raises ValueError, naming shard and sample, for one
-    more than the share `max_refused` of all, OSError where a shard cannot be read or written.
+    Samples that cannot be encoded are left out and listed. Raises ValueError, naming shard and sample, for
+    one more than the share `max_refused` of all, OSError where a shard cannot be read or written.
     """
     refused = Quarantine(max_refused, len(source), key="--max-refused")
     for number, group in groupby(source.samples(), key=lambda sample: sample.shard):

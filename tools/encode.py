@@ -1,14 +1,12 @@
-"""Copy shards with what can be known before training beside their pixels: the latents of every frame, and CLIP's
+"""Copy shards with what training needs of the frozen networks beside the pixels: every frame's latents, CLIP's
 states of frames and captions (docs/cache.md)."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,9 +16,8 @@ from svd_ds.data.clips import fills
 from svd_ds.data.latents import MEMBER, Origin
 from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.data.states import StatesOrigin
-from svd_ds.data.writer import remove_shards, replace_file
 from svd_ds.door import run_door
-from svd_ds.encoding import REFUSED, Encoders, encode_shards, finish
+from svd_ds.encoding import Encoders, begin, encode_shards, finish
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.clip import ImageEncoder, TextEncoder
 from svd_ds.model.frozen import fingerprint
@@ -33,12 +30,11 @@ EXAMPLE = """examples:
   python -m svd_ds.train data.path=data/mine-latents data.latents=true data.crop=center
 
 Under srun, torchrun or tools/launch.py the ranks share out the shards. Stopped and started again, on as many
-ranks or not, it goes on with the shards that are not finished. Samples that would have to be enlarged to HxW are
-copied without latents: training leaves them out. Those that cannot be read are listed in OUT/refused.csv."""
+ranks or not, it goes on with the shards that are not finished. Samples that would have to be enlarged to HxW
+are copied without latents: training leaves them out. Those that cannot be read are left out and listed in
+OUT/refused.csv."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-JOB_NAME = "encoding.json"
-"""In OUT: what its latents are made of and by."""
 
 
 def main() -> None:
@@ -57,14 +53,8 @@ def main() -> None:
     encoders = load_encoders(arguments)
     origins = asdict(encoders.origin) | asdict(encoders.states_origin)
     job = {"source": source.fingerprint, **origins, "precision": arguments.precision}
-    if arguments.overwrite:
-        remove_shards(out)
-        (out / REFUSED).unlink(missing_ok=True)
-    elif not is_begun(out, job) and (out / INDEX_NAME).exists():
-        raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
+    begin(out, job, arguments.overwrite)
     if not (out / INDEX_NAME).exists():
-        out.mkdir(parents=True, exist_ok=True)
-        replace_file(out / JOB_NAME, json.dumps(job).encode())
         write_shards(source, out, encoders, env, arguments.max_refused)
     if finish(source, out):
         made = Index.load(out)
@@ -103,21 +93,6 @@ def load_encoders(arguments: argparse.Namespace) -> Encoders:
     )
 
 
-def is_begun(out: Path, job: dict[str, Any]) -> bool:
-    """Has `out` been begun with this job? Raises ValueError, with both values, if it was with another."""
-    path = out / JOB_NAME
-    if not path.exists():
-        return False
-    there = json.loads(path.read_text())
-    for name, value in job.items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"{out} holds latents whose {name} is {there.get(name)}, and here it is {value}; choose another "
-                "folder, or --overwrite them"
-            )
-    return True
-
-
 def parse_arguments(env: Env) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,7 +104,7 @@ def parse_arguments(env: Env) -> argparse.Namespace:
     add("--frozen", default="tiny", metavar="FOLDER", help="the training's frozen.path; default: %(default)s")
     add("--no-clip", dest="clip", action="store_false", help="make latents alone, and no states of CLIP")
     add("--precision", choices=list(PRECISIONS), default="fp32", help="default: %(default)s")
-    add("--chunk", type=int, default=14, metavar="N", help="frames encoded at a time; default: %(default)s")
+    add("--chunk", type=int, default=14, metavar="N", help="frames encoded at once; default: %(default)s")
     add("--device", default=str(env.device), help="default: %(default)s")
     add(
         "--max-refused",
