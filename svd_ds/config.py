@@ -269,6 +269,9 @@ def _schema() -> DictConfig:
         branch = stack.pop()
         OmegaConf.set_readonly(branch, None)
         if isinstance(branch, DictConfig):
+            if not len(branch):
+                # It has no keys of its own, such as data.buckets: it takes any.
+                OmegaConf.set_struct(branch, False)
             children = (branch._get_node(key) for key in branch)
             stack.extend(child for child in children if OmegaConf.is_config(child))
     return node

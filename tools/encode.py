@@ -1,5 +1,5 @@
-"""Copy shards with what training needs of the frozen networks beside the pixels: every frame's latents, CLIP's
-states of frames and captions (docs/cache.md)."""
+"""Copy shards with what training needs of the frozen networks beside the pixels: every frame's latents, and
+CLIP's states of frames and captions (docs/cache.md)."""
 
 from __future__ import annotations
 

@@ -147,3 +147,13 @@ def test_what_a_config_writes_is_plain(tmp_path: Path) -> None:
     settings = compose().as_dict()
     assert yaml.safe_load(yaml.safe_dump(settings)) == settings
     assert settings["model"]["widths"] == list(compose().model.widths)
+
+
+def test_buckets_and_mixtures_are_given_on_the_command_line() -> None:
+    config = compose(["data.buckets={6x128x160:2,1x128x160:8}", "data.mixture={data/a:3,data/b:1}"])
+    assert [str(shape) for shape in config.data.shapes] == ["6x128x160", "1x128x160"]
+    assert config.data.sets == {"data/a": 3.0, "data/b": 1.0}
+    with pytest.raises(ValueError, match=r"data\.buckets has 6x64x64, but not the shape .*, 6x128x160"):
+        compose(["data.buckets={6x64x64:2}"])
+    with pytest.raises(ValueError, match="'6x64', which is no FRAMESxHEIGHTxWIDTH"):
+        compose(["data.buckets={6x64:2}"])
