@@ -172,10 +172,12 @@ def read_frames(
 def choose_captioner(captions: Mapping[str, str], weights: Mapping[str, float], draw: float) -> str:
     """Draw one of a sample's captioners by their weights.
 
-    Without weights all count alike; among weights, a captioner that is not named has weight 0.
+    Captioners without a weight are drawn, all alike, where the sample has none with one.
     Raises ValueError if no caption is left.
     """
-    weight_of = {name: weights.get(name, 0.0) if weights else 1.0 for name in sorted(captions)}
+    weight_of = {name: weights.get(name, 0.0) for name in sorted(captions)}
+    if not any(weight_of.values()):
+        weight_of = {name: float(name not in weights) for name in weight_of}
     total = sum(weight_of.values())
     if total == 0:
         raise ValueError(f"its captions ({', '.join(weight_of) or 'none'}) have no weight in {dict(weights)}")

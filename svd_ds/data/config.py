@@ -61,7 +61,8 @@ class DataConfig:
     latents: bool = False
     """Read what tools/encode.py cached in place of most pixels. Centred, never mirrored."""
     caption_weights: dict[str, float] = field(default_factory=dict)
-    """Captioner's name -> weight with which its caption is drawn; empty: all alike."""
+    """Captioner's name -> weight with which its caption is drawn. Those without one are drawn, all alike,
+    where a sample has none with one; 0 never is."""
     max_quarantined: float = 0.01
     """Share of the samples that may turn out unreadable: each is replaced by the next. Beyond it the run
     stops."""

@@ -118,8 +118,11 @@ def test_captions_follow_their_weights() -> None:
     only_two = [choose_captioner({"coca": "a", "llm": "c"}, weights, draw) for draw in draws]
     assert only_two.count("coca") == pytest.approx(667, abs=1)
     assert {choose_captioner(captions, {}, draw) for draw in draws} == set(captions)
-    with pytest.raises(ValueError, match=r"captions \(name\) have no weight"):
-        choose_captioner({"name": "x"}, weights, 0.5)
+    others = [choose_captioner({"name": "x", "title": "y"}, weights, draw) for draw in draws]
+    assert others.count("name") == pytest.approx(500, abs=1)
+    assert {choose_captioner({"coca": "a", "name": "x"}, weights, draw) for draw in draws} == {"coca"}
+    with pytest.raises(ValueError, match=r"captions \(llm\) have no weight"):
+        choose_captioner({"llm": "x"}, {"coca": 1.0, "llm": 0.0}, 0.5)
 
 
 def test_draws_depend_on_seed_and_ordinal_only() -> None:
