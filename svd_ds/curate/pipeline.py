@@ -1,8 +1,7 @@
 """From raw videos to shards: the stages in their order.
 
-    raw files -> probe -> cuts -> clips -> motion, text, hash, embed -> captions -> similarity      by file
-              -> join -> near-duplicates -> conditions -> shards, clips.parquet, refused.csv         at the
-              end
+    by file      probe -> cuts -> clips -> motion, text, hash, captions, embed -> similarity
+    at the end   join -> near-duplicates -> conditions -> shards
 
 The stages by file may run on many machines at once, each over its part of the files; whoever finishes then
 finds their tables, does what is missing, and writes the rest.
@@ -18,38 +17,93 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from svd_ds.curate import clips, cuts, measure, probe
+from svd_ds.curate import captions, clips, cuts, embed, measure, probe, text
+from svd_ds.curate.captions import CaptionSettings
 from svd_ds.curate.clips import ClipSettings
 from svd_ds.curate.cuts import CutSettings
+from svd_ds.curate.duplicates import DuplicateSettings, mark_duplicates
+from svd_ds.curate.embed import ClipModelSettings
 from svd_ds.curate.pack import ShardSettings, write_shards
-from svd_ds.curate.select import Clip, choose, join
+from svd_ds.curate.select import CAPTION, Clip, choose, join
 from svd_ds.curate.stages import Runner, Stage
+from svd_ds.curate.text import TextSettings
 from svd_ds.data.writer import replace_file
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what the shards hold."""
+    """All that decides what the shards hold. What is None is not measured."""
 
     cuts: CutSettings = field(default_factory=CutSettings)
     clips: ClipSettings = field(default_factory=ClipSettings)
-    shards: ShardSettings = field(default_factory=ShardSettings)
+    text: TextSettings | None = None
+    clip_model: ClipModelSettings | None = None
+    coca: CaptionSettings | None = None
+    video_blip: CaptionSettings | None = None
+    llm: CaptionSettings | None = None
+    """Joins the two others' captions: needs both."""
+    duplicates: DuplicateSettings | None = None
     where: tuple[str, ...] = ()
     """Conditions on the clips that are kept."""
+    shards: ShardSettings = field(default_factory=ShardSettings)
 
+    def __post_init__(self) -> None:
+        if self.llm and not (self.coca and self.video_blip):
+            raise ValueError("llm joins the captions of coca and video_blip: give both, or no llm")
 
-def stages_of(settings: Settings) -> list[Stage]:
-    """The stages by file, in an order in which each comes after those that it builds on."""
-    probing = Stage("probe", probe.probe, probe.COLUMNS)
-    cutting = Stage("cuts", cuts.find_shots, cuts.COLUMNS, settings.cuts, (probing,))
-    clipping = Stage("clips", clips.cut_clips, clips.COLUMNS, settings.clips, (probing, cutting))
-    motion = Stage("motion", measure.score_motion, measure.MOTION, None, (clipping,))
-    return [probing, cutting, clipping, motion]
+    def stages(self) -> list[Stage]:
+        """The stages by file, in an order in which each comes after those that it builds on."""
+        probing = Stage("probe", probe.probe, probe.COLUMNS)
+        cutting = Stage("cuts", cuts.find_shots, cuts.COLUMNS, self.cuts, (probing,))
+        clipping = Stage("clips", clips.cut_clips, clips.COLUMNS, self.clips, (probing, cutting))
+        stages = [probing, cutting, clipping]
+        stages.append(Stage("motion", measure.score_motion, measure.MOTION, None, (clipping,)))
+        if self.text:
+            stages.append(Stage("text", text.measure_text, text.COLUMNS, self.text, (clipping,)))
+        if self.duplicates:
+            stages.append(Stage("hash", measure.hash_frames, measure.HASH, None, (clipping,)))
+        captioning = self._captioning(clipping)
+        stages += captioning
+        if self.clip_model:
+            model, load = self.clip_model, embed.load_clip
+            embedding = Stage("embed", embed.embed, embed.EMBEDDINGS, model, (clipping,), load)
+            after = (probing, embedding, *captioning)
+            stages.append(embedding)
+            stages.append(Stage("similarity", embed.compare, embed.SIMILARITY, model, after, load))
+        return stages
+
+    def _captioning(self, clipping: Stage) -> list[Stage]:
+        stages = [
+            Stage(
+                CAPTION + name,
+                captions.caption_frames,
+                captions.COLUMNS,
+                model,
+                (clipping,),
+                captions.load_captioner,
+            )
+            for name, model in (("coca", self.coca), ("video_blip", self.video_blip))
+            if model
+        ]
+        if self.llm:
+            merging, load = captions.merge_captions, captions.load_merger
+            stages.append(Stage(CAPTION + "llm", merging, captions.COLUMNS, self.llm, tuple(stages), load))
+        return stages
+
+    def unmeasured(self) -> list[str]:
+        """Columns that stay empty, for want of a model."""
+        missing = [] if self.text else ["text_area"]
+        if not self.clip_model:
+            missing += ["aesthetic", "clip_similarity"]
+        elif not self.clip_model.head:
+            missing.append("aesthetic")
+        captioners = {"coca": self.coca, "video_blip": self.video_blip, "llm": self.llm}
+        return missing + [f"{name} captions" for name, model in captioners.items() if not model]
 
 
 def annotate(runner: Runner, settings: Settings) -> None:
     """Run the stages by file; what is done already is not done again."""
-    for stage in stages_of(settings):
+    for stage in settings.stages():
         runner.run(stage)
 
 
@@ -63,6 +117,8 @@ def finish(runner: Runner, settings: Settings, shards: Path) -> list[Clip]:
         reasons = refused(runner)
         why = f", {reasons[0][0]} because {reasons[0][1]}" if reasons else ""
         raise ValueError(f"none of the {len(runner.files)} files gave a clip{why}")
+    if settings.duplicates:
+        mark_duplicates(clips, settings.duplicates)
     choose(clips, settings.where)
     kept = [clip for clip in clips if clip.reason is None]
     if not kept:
@@ -90,6 +146,6 @@ def write_refused(runner: Runner, path: Path) -> None:
     replace_file(path, buffer.getvalue().encode())
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console | None = None) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)

@@ -15,6 +15,8 @@ from typing import Any
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 SIDECARS = (".txt", ".json")
+FILE_NAME = "name"
+"""The captioner of a file of which nothing is told."""
 TOLD = ("caption", "captions", "elevation", "annotations")
 """What a .json beside a file may tell of it."""
 
@@ -91,7 +93,7 @@ def told_of(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path.stem}.json has a "caption" or "captions" that are not texts')
     if not captions and note.is_file():
         captions = {"text": " ".join(note.read_text().split())}
-    told: dict[str, Any] = {"captions": captions or {"name": re.sub(r"[\W_]+", " ", path.stem).strip()}}
+    told: dict[str, Any] = {"captions": captions or {FILE_NAME: re.sub(r"[\W_]+", " ", path.stem).strip()}}
 
     elevation, annotations = content.get("elevation"), content.get("annotations", {})
     if elevation is not None:

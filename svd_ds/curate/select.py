@@ -14,13 +14,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from svd_ds.curate.raw import RawFile
+from svd_ds.curate.raw import FILE_NAME, RawFile
 from svd_ds.curate.stages import Found, sound
 from svd_ds.curate.table import Row, write_parquet
 from svd_ds.data.filters import COMPARISONS, Condition
 
 ANNOTATIONS = ("text_area", "aesthetic", "clip_similarity")
 """What the stages may find beside the motion, under the names that training's filters know."""
+UNREADABLE, DUPLICATE = "unreadable:", "near-duplicate:"
+"""How reasons begin that are no condition's."""
+CAPTION = "caption_"
+"""Captioners' stages are called this and their own name."""
 COLUMNS = {
     "id": pa.string(),
     "video": pa.string(),
@@ -86,13 +90,20 @@ def join(files: Sequence[RawFile], found: Mapping[str, Found]) -> list[Clip]:
     for name, of_stage in found.items():
         if name not in ("probe", "cuts", "clips"):
             for row in (row for rows in of_stage.values() for row in sound(rows)):
-                measured.setdefault(row["id"], {}).update(row)
+                found_of = measured.setdefault(row["id"], {"captions": {}})
+                if name.startswith(CAPTION):
+                    found_of["captions"][name.removeprefix(CAPTION)] = row["caption"]
+                else:
+                    found_of.update(row)
     clips = []
     for file in files:
         cut = sound(found["clips"].get(file.name, ()))
         told = json.loads(found["probe"][file.name][0]["told"]) if cut else {}
         for row in sorted(cut, key=lambda row: row["start_frame"]):
-            known = measured.get(row["id"], {})
+            known = measured.get(row["id"], {"captions": {}})
+            written = {name: text for name, text in known["captions"].items() if text}
+            # The file's name stands in for a caption only where there is no other.
+            captions = {n: text for n, text in told["captions"].items() if not written or n != FILE_NAME}
             annotations = {name: known.get(name) for name in ANNOTATIONS}
             for name, value in told.get("annotations", {}).items():
                 annotations[name] = value if annotations.get(name) is None else annotations[name]
@@ -101,7 +112,7 @@ def join(files: Sequence[RawFile], found: Mapping[str, Found]) -> list[Clip]:
                     **{name: row[name] for name in (*COLUMNS, "media")},
                     motion=known.get("motion"),
                     annotations=annotations,
-                    captions={**told["captions"], **json.loads(known.get("captions") or "{}")},
+                    captions=captions | written,
                     elevation=told.get("elevation"),
                     hashes=known.get("hashes") or [],
                     embeddings=known.get("embeddings") or [],
@@ -119,9 +130,9 @@ def choose(clips: Sequence[Clip], conditions: Sequence[str]) -> None:
     """
     for clip in clips:
         if clip.motion is None:
-            clip.reason = "unreadable: its motion could not be measured"
+            clip.reason = UNREADABLE + " its motion could not be measured"
         elif clip.duplicate_of:
-            clip.reason = f"near-duplicate: of {clip.duplicate_of}"
+            clip.reason = f"{DUPLICATE} of {clip.duplicate_of}"
     for text in conditions:
         condition = Condition.parse(text)
         numbers = [number for clip in clips if (number := clip.number(condition.name)) is not None]

@@ -59,8 +59,9 @@ class Stage:
     settings: Any = None
     """A frozen dataclass of plain values, or None."""
     after: tuple[Stage, ...] = ()
-    alone: bool = False
-    """It holds a large model: one process works for all."""
+    prepare: Callable[[Any], object] | None = None
+    """Loads the model that the settings name. One process then works for all files, and a model that cannot
+    be loaded is the user's mistake, not the files'."""
     version: int = 1
     """Goes up when the same settings come to give other rows."""
 
@@ -84,6 +85,13 @@ class Runner:
     progress: Progress
     found: dict[str, Found] = field(default_factory=dict)
     """By stage, what was found."""
+    _pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def run(self, stage: Stage) -> None:
         """Work on every file that is not done and that the stages before found something in."""
@@ -97,12 +105,14 @@ class Runner:
             known = {before.name: sound(self.found[before.name].get(file.name, ())) for before in stage.after}
             if all(known.values()) and file.name not in found:
                 jobs.append((file, known))
+        if jobs and stage.prepare is not None:
+            stage.prepare(stage.settings)
         task = self.progress.add_task(stage.name, total=len(jobs))
         fresh: list[Row] = []
         flushed = time.monotonic()
         work = partial(work_on, stage.work, stage.settings, Place(self.out, stage.folder(self.out)))
         try:
-            for name, rows in self._results(work, jobs, alone=stage.alone):
+            for name, rows in self._results(work, jobs, alone=stage.prepare is not None):
                 found[name] = [{"video": name, "stamp": stamps[name], "error": None, **row} for row in rows]
                 fresh += found[name]
                 self.progress.advance(task)
@@ -116,24 +126,30 @@ class Runner:
     def _results(
         self, work: Callable[[Job], list[Row]], jobs: Sequence[Job], alone: bool
     ) -> Iterator[tuple[str, list[Row]]]:
-        if alone or self.num_workers == 1 or not jobs:
+        if alone or self.num_workers == 1:
             for job in jobs:
                 yield job[0].name, work(job)
             return
         waiting = list(reversed(jobs))
         while waiting:
             suspects: list[Job] = []
-            with _pool(self.num_workers) as pool:
-                yield from _drain(pool, work, waiting, suspects, most=2 * self.num_workers)
+            self._pool = self._pool or _pool(self.num_workers)
+            yield from _drain(self._pool, work, waiting, suspects, most=2 * self.num_workers)
             for job in suspects:
-                # One of these ended its process, as a decoder may on a hostile file. Each gets one of its
-                # own.
+                # One of these ended its process, as a decoder may on a hostile file: each gets its own.
+                self.close()
                 with _pool(1) as pool:
                     try:
                         rows = pool.submit(work, job).result()
                     except BrokenProcessPool:
                         rows = [{"error": "reading it ends the process"}]
                 yield job[0].name, rows
+
+    def close(self) -> None:
+        """End the processes; jobs that have not begun are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def _drain(

@@ -26,6 +26,8 @@ MAX_POINTS = 1000
 """Points drawn on a set of axes for each curve of one, for all of several: the page stays small."""
 LOG_RATIO = 20.0
 """Highest over lowest value of the lines from which the y axis is logarithmic."""
+NUM_BINS = 40
+"""Of a histogram."""
 COLUMNS = 5
 """Of small axes beside each other."""
 
@@ -83,9 +85,7 @@ def draw(chart: Chart, legend: bool = False) -> str:
         figure = Figure(figsize=(6.4, 2.9), layout="constrained")
         axes = figure.subplots()
         _fill(axes, chart, line_width=1.6)
-        axes.set_title(chart.title, loc="left", color=INK, fontsize=10)
-        axes.set_xlabel(chart.x_label, color=INK)
-        axes.set_ylabel(chart.y_label, color=INK)
+        _label(axes, chart.title, chart.x_label, chart.y_label)
         if legend:
             figure.legend(loc="outside right upper", frameon=False, labelcolor=INK)
         return _svg(figure)
@@ -107,6 +107,33 @@ def draw_small(charts: Sequence[Chart]) -> str:
         for axes in grid[-1]:
             axes.set_xlabel(charts[0].x_label, color=INK)
         return _svg(figure)
+
+
+def histogram(title: str, x_label: str, parts: Sequence[tuple[str, Sequence[float], str]]) -> str:
+    """Stacked counts of several labelled sets of values, each with its colour, as an <svg> element."""
+    with _style(title):
+        figure = Figure(figsize=(6.4, 2.9), layout="constrained")
+        axes = figure.subplots()
+        labels, values, palette = zip(*parts, strict=True)
+        axes.hist(values, bins=NUM_BINS, stacked=True, label=labels, color=palette)
+        _label(axes, title, x_label, "clips")
+        _frame(axes)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside right upper", frameon=False, labelcolor=INK)
+        return _svg(figure)
+
+
+def _label(axes: Any, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=10)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+
+
+def _frame(axes: Any) -> None:
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.tick_params(which="both", color=RULE, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
 
 
 def _style(salt: str) -> Any:
@@ -138,10 +165,7 @@ def _fill(axes: Any, chart: Chart, line_width: float) -> None:
     else:
         axes.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
         axes.yaxis.get_offset_text().set_color(INK)
-    axes.grid(color=RULE, linewidth=0.6)
-    axes.tick_params(which="both", color=RULE, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(RULE)
+    _frame(axes)
 
 
 def _wants_log(lines: Sequence[np.ndarray]) -> bool:

@@ -1,0 +1,91 @@
+"""Cuts of videos joined from real shots at known frames: every one found, none invented."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from svd_ds.curate.clips import ClipSettings
+from svd_ds.curate.cuts import VIEW, Cascade, Cut, CutSettings
+from tests.curation import cross_fade, fade_through_black, known_of, real_shots
+from tests.videos import write_video
+
+JOINED = [
+    ("rabbit", "man"),
+    ("man", "street3"),
+    ("street2", "rabbit"),
+    ("street3", "street4"),
+    ("street1", "street2"),
+]
+"""Calm with calm, calm with traffic, traffic with traffic."""
+LONGEST = 70
+"""Frames of each shot that are used."""
+
+
+def cuts_of(frames_THWC: np.ndarray, rate: int = 25) -> list[Cut]:
+    cascade = Cascade(CutSettings(), Fraction(rate))
+    for number, frame in enumerate(frames_THWC):
+        cascade.see(number, cv2.resize(frame, VIEW, interpolation=cv2.INTER_AREA)[..., ::-1])
+    return cascade.cuts()
+
+
+@pytest.mark.parametrize("name", ["rabbit", "man", *(f"street{i}" for i in range(5))])
+def test_uncut_shots_stay_whole(name: str) -> None:
+    assert cuts_of(real_shots()[name]) == []
+
+
+@pytest.mark.parametrize("names", JOINED, ids="-".join)
+def test_hard_cuts(names: tuple[str, str]) -> None:
+    first, second = (real_shots()[name][:LONGEST] for name in names)
+    (cut,) = cuts_of(np.concatenate([first, second]))
+    assert cut.kind == "hard" and abs(cut.begin - len(first)) <= 2 and cut.end == cut.begin
+
+
+@pytest.mark.parametrize("names", JOINED, ids="-".join)
+def test_cross_fades_of_a_second(names: tuple[str, str]) -> None:
+    first, second = (real_shots()[name][:LONGEST] for name in names)
+    fade = range(len(first) - 25, len(first))
+    (cut,) = cuts_of(cross_fade(first, second))
+    assert cut.kind == "fade" and (cut.begin + cut.end) // 2 in fade
+    # What the shots keep of the fade is little.
+    assert cut.begin < fade.start + 12 and cut.end > fade.stop - 12 and cut.end - cut.begin < 45
+
+
+@pytest.mark.parametrize("names", JOINED, ids="-".join)
+def test_fades_through_black(names: tuple[str, str]) -> None:
+    first, second = (real_shots()[name][:LONGEST] for name in names)
+    fade = range(len(first) - 12, len(first) + 12)
+    (cut,) = cuts_of(fade_through_black(first, second))
+    assert (cut.begin + cut.end) // 2 in fade and cut.begin < len(first) < cut.end
+
+
+def test_two_cuts_in_half_a_second() -> None:
+    shots = real_shots()
+    joined = np.concatenate([shots["rabbit"][:40], shots["street3"][:12], shots["man"][:40]])
+    assert [(cut.begin, cut.kind) for cut in cuts_of(joined)] == [(40, "hard"), (52, "hard")]
+
+
+def test_a_flash_and_a_video_that_begins_and_ends_black() -> None:
+    frames = real_shots()["man"].copy()
+    frames[60] = 255
+    assert cuts_of(frames) == []
+    black = np.zeros_like(frames[:10])
+    assert [(cut.begin, cut.end) for cut in cuts_of(np.concatenate([black, frames, black]))] == [
+        (0, 10),
+        (130, 140),
+    ]
+
+
+def test_shots_of_a_file_and_what_ended_them(tmp_path: Path) -> None:
+    shots = real_shots()
+    frames = np.concatenate([cross_fade(shots["rabbit"][:60], shots["man"][:60]), shots["street3"]])
+    path = write_video(tmp_path / "a.mp4", frames, fps=25)
+    known, clips = known_of(path, ClipSettings("1s", "20s"), tmp_path / "out")
+    first, second, third = known["cuts"]
+    assert [shot["ended_by"] for shot in known["cuts"]] == ["fade", "hard", "end"]
+    assert 25 < first["end"] < 45 < second["begin"] < 70 and second["end"] == third["begin"] == 95
+    assert third["end"] == len(frames) and len(clips) == 3
