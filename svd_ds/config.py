@@ -28,10 +28,10 @@ from svd_ds.model.slices import NETWORKS
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 from svd_ds.parallel.zero import ZeroConfig
-from svd_ds.training.checkpoint import CheckpointConfig
 from svd_ds.training.ema import EMAConfig
 from svd_ds.training.evaluate import EvaluationConfig
 from svd_ds.training.guard import GuardConfig
+from svd_ds.training.keeping import CheckpointConfig
 from svd_ds.training.metrics import LoggerConfig
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import PreviewConfig

@@ -48,15 +48,39 @@ class Inputs:
     """To begin with, name by name; None draws them at random, or leaves them to the checkpoint."""
 
 
-def read_inputs(config: RunConfig, env: Env) -> Inputs:
-    """Open and check everything that the run reads. Raises ValueError or OSError with one sentence."""
+def checkpoints_of(config: RunConfig, env: Env) -> Checkpoints:
+    return Checkpoints(RunFolder(Path(config.run.dir)).checkpoints, config.checkpoint, env, config.task)
+
+
+def find_resume(config: RunConfig, env: Env) -> Path | None:
+    """The checkpoint that the run goes on from, None where it begins. Raises ValueError.
+
+    One rank finds it for all: while another start of the run still writes, two might find two.
+    """
+    checkpoints, resume = checkpoints_of(config, env), config.run.resume
+    if resume == "auto":
+        return checkpoints.latest()
+    if resume == "never":
+        if latest := checkpoints.latest():
+            raise ValueError(
+                f"run.resume is never, but the run folder has {latest}; name another with run.dir=..."
+            )
+        return None
+    path = Path(resume)
+    if not (path / "state.json").exists():
+        raise ValueError(f"run.resume is {resume!r}: neither auto nor never, nor a checkpoint folder")
+    checkpoints.check_network(path)
+    return path
+
+
+def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
+    """Open and check everything that a run reads to go on from `resume`. Raises ValueError or OSError with
+    one sentence."""
     config.batch.accumulation(env.world)
     for bucket, micro in config.data.buckets.items():
         config.batch.accumulation(env.world, bucket, micro)
     folder = RunFolder(Path(config.run.dir))
     folder.check_belongs(config.as_dict())
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, env, config.task)
-    resume = _resume_from(config.run.resume, checkpoints)
     progress = Progress.read(resume / "state.json") if resume else None
 
     loader = _loader(config, env, progress.cursor if progress else None)
@@ -77,7 +101,7 @@ def read_inputs(config: RunConfig, env: Env) -> Inputs:
             conditioner = Conditioner.load(config.conditioning, frozen, env.device, dtype)
     inputs = Inputs(
         folder=folder,
-        checkpoints=checkpoints,
+        checkpoints=checkpoints_of(config, env),
         resume=resume,
         progress=progress or Progress(loader.cursor),
         loader=loader,
@@ -194,22 +218,6 @@ def _check_elevation(config: RunConfig, loader: Loader) -> None:
                     f"conditioning.scalars names elevation, which sample {sample.id} in "
                     f'{loader.config.set_names} does not have: its json needs the key "elevation", in degrees'
                 )
-
-
-def _resume_from(resume: str, checkpoints: Checkpoints) -> Path | None:
-    if resume == "auto":
-        return checkpoints.latest()
-    if resume == "never":
-        if latest := checkpoints.latest():
-            raise ValueError(
-                f"run.resume is never, but the run folder has {latest}; name another with run.dir=..."
-            )
-        return None
-    path = Path(resume)
-    if not (path / "state.json").exists():
-        raise ValueError(f"run.resume is {resume!r}: neither auto nor never, nor a checkpoint folder")
-    checkpoints.check_network(path)
-    return path
 
 
 def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:

@@ -18,11 +18,11 @@ import torch
 from svd_ds.config import RunConfig
 from svd_ds.data.quarantine import Quarantine
 from svd_ds.evaluation.report import write_report
-from svd_ds.inputs import Inputs, read_inputs
+from svd_ds.inputs import Inputs, find_resume, read_inputs
 from svd_ds.model.decoder import Decoder
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel import env as environment
-from svd_ds.parallel.collectives import agreed
+from svd_ds.parallel.collectives import agreed, told_by_first
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
@@ -49,7 +49,8 @@ def run(config: RunConfig, env: Env, beat: Callable[[], None] = lambda: None) ->
     same config; `beat` is called after every step."""
     environment.init(env)
     try:
-        inputs = agreed(lambda: read_inputs(config, env))
+        resume = told_by_first(lambda: find_resume(config, env))
+        inputs = agreed(lambda: read_inputs(config, env, resume))
         task = agreed(lambda: read_task(config, env, inputs))
         progress = _train(config, env, inputs, task, beat)
         destroy_groups()
@@ -59,6 +60,7 @@ def run(config: RunConfig, env: Env, beat: Callable[[], None] = lambda: None) ->
 
 
 def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callable[[], None]) -> Progress:
+    inputs.checkpoints.begin(inputs.progress.step)
     engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(task.weights) if task.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
@@ -70,7 +72,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callab
     environment.barrier()
     quarantine = Quarantine(config.data.max_quarantined, len(inputs.loader), inputs.folder.quarantine)
     started = time.perf_counter()
-    with _open_metrics(config, env, inputs, engine) as metrics:
+    with _open_metrics(config, env, inputs, engine) as metrics, inputs.checkpoints:
         if metrics is not None:
             metrics.say("\n".join([_opening(config, env, inputs, engine), *task.notes]))
             if new:

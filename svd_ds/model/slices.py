@@ -1,5 +1,8 @@
 """Files of weights that a run saves: the ranks' slices of each parameter, and which of them is wanted.
 
+A slice is flat: the slices of W ranks, each of ceil(numel / W) elements, joined in order and cut to numel are
+the flattened parameter. So any number of ranks can read what another number wrote.
+
 Beside the weights themselves a checkpoint has averages of them; a length that it has not is blended of those
 that the run kept (averages.py).
 """
@@ -17,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svd_ds.model.averages import Profile, weights_of
+from svd_ds.model.lives import COMPLETE, complete_checkpoints, newest_checkpoint
 
 NETWORKS = ("unet", "decoder")
 """What a run may train, as its checkpoints call it."""
-COMPLETE = "COMPLETE"
-"""The file that a checkpoint gets last."""
 KEPT_AVERAGES = "averages"
 """Folder of a run: what stays of checkpoints whose averages are kept."""
 MAX_MISFIT = 0.1
@@ -85,19 +87,52 @@ def read_range(pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
     return torch.cat(found) if found else torch.empty(0)
 
 
+class SliceFiles:
+    """A folder of slices, of which any range of any parameter is read from the files that hold it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError where a rank's file is missing."""
+        self._paths = _files_of_ranks(folder)
+        self._open: dict[int, dict[str, Piece]] = {}
+
+    def read(self, name: str, numel: int, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the flattened parameter, which has `numel`; zero beyond its end.
+
+        ValueError where the files have no such parameter.
+        """
+        if start >= numel:
+            return torch.zeros(stop - start)
+        each, end = -(-numel // len(self._paths)), min(stop, numel)
+        first = start // each
+        pieces = [self._piece(rank, name, each) for rank in range(first, -(-end // each))]
+        found = read_range(pieces, start - first * each, end - first * each)
+        return torch.nn.functional.pad(found, (0, stop - start - len(found)))
+
+    def _piece(self, rank: int, name: str, each: int) -> Piece:
+        path = self._paths[rank]
+        if rank not in self._open:
+            self._open[rank] = tensors_of(path)
+        piece = self._open[rank].get(name)
+        if piece is None:
+            raise ValueError(f"{path} lacks {name}, which this run's network has")
+        if piece.shape != (each,):
+            raise ValueError(
+                f"{path} has {piece.shape[0]} elements of {name}, and of this run's network it would have "
+                f"{each}"
+            )
+        return piece
+
+
+def slice_name(rank: int, world: int) -> str:
+    """The file of one rank's slices."""
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
 def network_of(path: Path) -> str | None:
     """Which of NETWORKS a checkpoint, or a run's newest, holds; None where `path` is neither."""
     if (path / "checkpoints").is_dir():
         path = newest_checkpoint(path)
     return next((name for name in NETWORKS if any((path / name).glob("rank-*.safetensors"))), None)
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The last complete checkpoint of a run folder. ValueError where there is none."""
-    complete = sorted(marker.parent for marker in run.glob(f"checkpoints/step-*/{COMPLETE}"))
-    if not complete:
-        raise ValueError(f"the run {run} has no complete checkpoint yet")
-    return complete[-1]
 
 
 def open_checkpoint(
@@ -167,7 +202,7 @@ def _blended(checkpoint: Path, length: float) -> dict[str, list[Blend]]:
     moments = [
         # What has no state was being moved there when its run was killed.
         *sorted(state.parent for state in (run / KEPT_AVERAGES).glob("step-*/state.json")),
-        *sorted(marker.parent for marker in checkpoint.parent.glob(f"step-*/{COMPLETE}")),
+        *complete_checkpoints(checkpoint.parent).values(),
         checkpoint,
     ]
     # Of a moment that is there twice the later counts: the run may have gone on from an earlier step.
@@ -205,12 +240,16 @@ def _samples(moment: Path) -> int:
 
 def _slices_of(folder: Path) -> dict[str, list[Piece]]:
     """Name -> the ranks' slices in order."""
+    pieces: dict[str, list[Piece]] = {}
+    for file in _files_of_ranks(folder):
+        for name, piece in tensors_of(file).items():
+            pieces.setdefault(name, []).append(piece)
+    return pieces
+
+
+def _files_of_ranks(folder: Path) -> list[Path]:
     files = sorted(folder.glob("rank-*-of-*.safetensors"))
     ranks = int(files[0].stem.rpartition("-")[2]) if files else 0
     if not files or len(files) != ranks:
         raise ValueError(f"{folder} has the files of {len(files)} ranks out of {ranks}")
-    pieces: dict[str, list[Piece]] = {}
-    for file in files:
-        for name, piece in tensors_of(file).items():
-            pieces.setdefault(name, []).append(piece)
-    return pieces
+    return files

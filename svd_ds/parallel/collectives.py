@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,13 @@ def mean_over_ranks(values: list[float]) -> list[float]:
     return (total / dist.get_world_size()).tolist()
 
 
+def highest_over_ranks(value: int) -> int:
+    """The highest of the ranks' numbers. All ranks call it."""
+    highest = torch.tensor(value)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return int(highest)
+
+
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Put the sum over all ranks in place of each tensor, in one message. All ranks call it."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -51,6 +58,16 @@ def items_of_ranks(items: list[Result]) -> list[Result]:
     return [item for part in lists for item in part]
 
 
+def told_by_first(action: Callable[[], Result]) -> Result:
+    """What `action` gives on rank 0, for every rank: each of them might find something else.
+
+    All ranks call it. Raises SharedError on all where the action raises ValueError or OSError.
+    """
+    found = [agreed(action) if dist.get_rank() == 0 else agreed(lambda: None)]
+    dist.broadcast_object_list(found)
+    return cast(Result, found[0])
+
+
 def agreed(action: Callable[[], Result]) -> Result:
     """Do what may fail on some ranks alone, such as reading files. All ranks call it; `action` must not wait
     for one.
@@ -68,5 +85,4 @@ def agreed(action: Callable[[], Result]) -> Result:
     for told in sentences:
         if told is not None:
             raise SharedError(told)
-    assert result is not None, "an agreed action returns something"
-    return result
+    return cast(Result, result)

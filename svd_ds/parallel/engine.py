@@ -22,7 +22,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,8 @@ import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_module
 
-CHECKPOINT_TAG = "zero"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's names for the running means of a gradient and of its square."""
 
 
 class Engine:
@@ -71,15 +71,16 @@ class Engine:
             if any(parameter.requires_grad for parameter in leaf.parameters()):
                 leaf.register_forward_pre_hook(_ensure_input_gradient)
         # The rate is given anew at every step.
-        if "offload_optimizer" in config["zero_optimization"]:
+        self._fused = "offload_optimizer" not in config["zero_optimization"]
+        if self._fused:
+            self._adam = torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, fused=True)
+        else:
             if mpu.get_data_parallel_rank() == 0:
                 print(
                     "loading DeepSpeed's CPU Adam: the first time it is compiled, which takes minutes",
                     file=sys.stderr,
                 )
             self._adam = DeepSpeedCPUAdam(list(groups), lr=0.0, betas=betas, eps=eps)
-        else:
-            self._adam = torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, fused=True)
         _start_communication()
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._adam, config=dict(config), mpu=mpu
@@ -92,7 +93,9 @@ class Engine:
         # DeepSpeed has added ds_tensor, this rank's shard in the compute precision, and ds_shape.
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         self.shapes: dict[str, torch.Size] = {name: p.ds_shape for name, p in self._parameters.items()}
-        self._masters = {name: self._master(p) for name, p in self._parameters.items() if p.requires_grad}
+        self._masters: dict[str, Tensor] = {}
+        self._moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        self._find_optimizer_state()
         self._clear_padding()
 
     @staticmethod
@@ -172,6 +175,24 @@ class Engine:
             if name not in self._masters
         }
 
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """exp_avg and exp_avg_sq, AdamW's moments, each as `local_shards` has the weights.
+
+        Views, which may be written to.
+        """
+        return {moment: dict(shards) for moment, shards in self._moments.items()}
+
+    @property
+    def updates(self) -> int:
+        """Steps that AdamW has taken, by which it corrects its moments for having begun at zero."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self._adam.state.values():
+            # The fused AdamW counts in a tensor, on its device; DeepSpeed's, on the host, in a number.
+            state["step"] = torch.full_like(state["step"], count) if self._fused else count
+
     def gather(self, name: str, shard: Tensor) -> Tensor:
         """The whole parameter `name`, put together from every rank's `shard`. All ranks call it."""
         shape = self.shapes[name]
@@ -179,17 +200,20 @@ class Engine:
         dist.all_gather_into_tensor(whole, shard.contiguous(), group=self.group)
         return whole[: shape.numel()].view(shape)
 
-    @torch.no_grad()
     def load_full(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Take weights from a stream of whole tensors, of which each rank keeps its slice.
 
         All ranks call it with the same stream. Master weights become exactly what is given, in float32.
         Returns the names that the stream did not hold. ValueError for a name or shape that the module lacks.
         """
+        return self.load_shards((name, self._slice(name, tensor)) for name, tensor in tensors)
+
+    @torch.no_grad()
+    def load_shards(self, shards: Iterable[tuple[str, Tensor]]) -> list[str]:
+        """Likewise from a stream of this rank's own shards, flat, zero beyond the parameter's end."""
         missing = dict.fromkeys(self.shapes)
         with self._released():
-            for name, tensor in tensors:
-                shard = self._slice(name, tensor)
+            for name, shard in shards:
                 if name in self._masters:
                     self._masters[name].copy_(shard)
                 self._parameters[name].ds_tensor.copy_(shard)
@@ -209,23 +233,20 @@ class Engine:
         finally:
             self._set_compute_shards(own)
 
-    def save(self, folder: str | Path) -> None:
-        """Write DeepSpeed's sharded checkpoint: each rank its weights and moments. All ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
-
-    def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote on as many ranks. All ranks call it, on an engine that took no step yet.
-
-        The files are pickles that `save` wrote: load nobody else's.
-        """
-        if not (Path(folder) / CHECKPOINT_TAG).is_dir():
-            raise FileNotFoundError(f"{folder} holds no ZeRO checkpoint")
-        self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-
-    def _master(self, parameter: Any) -> Tensor:
-        """This rank's part of `parameter` within the optimiser's flat float32 buffers."""
-        buffer, start, numel = self._zero.grad_position[self._zero.get_param_id(parameter)]
-        return self._zero.fp32_partitioned_groups_flat[buffer].detach().narrow(0, start, numel)
+    def _find_optimizer_state(self) -> None:
+        """This rank's part of each parameter within the optimiser's flat float32 buffers, by name."""
+        buffers = self._zero.fp32_partitioned_groups_flat
+        for buffer in buffers:
+            # What AdamW would make at its first step: a checkpoint can be read before that.
+            moments = {moment: torch.zeros_like(buffer) for moment in MOMENTS}
+            step = torch.zeros((), device=buffer.device) if self._fused else 0
+            self._adam.state[buffer] = {"step": step, **moments}
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                index, start, numel = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                self._masters[name] = buffers[index].detach().narrow(0, start, numel)
+                for moment, shards in self._moments.items():
+                    shards[name] = self._adam.state[buffers[index]][moment].narrow(0, start, numel)
 
     @torch.no_grad()
     def _clear_padding(self) -> None:

@@ -80,8 +80,9 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
                 parts.metrics.log_evaluation(progress.step, progress.samples, measured)
                 parts.metrics.log_weights(progress.step, parts.engine.local_shards())
         # Behind the evaluation: what is told of a step must be told before a run can go on behind it.
-        if last or progress.step % plan.checkpoint_every == 0:
-            with parts.clock("checkpoint"):
+        with parts.clock("checkpoint"):
+            parts.checkpoints.settle()
+            if last or progress.step % plan.checkpoint_every == 0:
                 parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
         if progress.step % plan.preview_every == 0 or ended:
             with parts.clock("preview"):
@@ -89,4 +90,5 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
             if parts.metrics is not None and preview is not None:
                 parts.metrics.log_preview(progress.step, preview)
         parts.beat()
+    parts.checkpoints.finish()
     return progress

@@ -28,8 +28,9 @@ class Progress:
         """After one more step over `batch` clips."""
         return Progress(cursor, self.step + 1, self.samples + batch, guard)
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+    def as_json(self) -> str:
+        """What `read` reads."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @staticmethod
     def read(path: Path) -> Progress:

@@ -20,6 +20,7 @@ CHECKS = (
     "weights_loaded_in_the_middle_are_used",
     "frozen_parts_stay_and_the_rest_learns_right",
     "wrong_weights_are_refused",
+    "a_save_that_fails_on_one_rank_ends_it_on_all",
     "a_gradient_that_is_not_finite_changes_nothing",
 )
 SLOW_CHECKS = (
@@ -30,7 +31,7 @@ SLOW_CHECKS = (
     "forgotten_gradients_leave_no_trace",
     "evaluation_equals_plain_torch_and_leaves_no_trace",
     "offloaded_optimizer_forgets_too",
-    "offloaded_optimizer_equals_plain_torch",
+    "offloaded_optimizer_equals_plain_torch_and_resumes_bitwise",
 )
 """They make engine after engine, and the last two compile DeepSpeed's CPU Adam."""
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]

@@ -8,6 +8,7 @@ Every rank goes through the checks named and writes RESULTS/rank-R.json: check -
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import tempfile
 import traceback
@@ -20,19 +21,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svd_ds.batch import Batch, Clip
+from svd_ds.data.cursor import Cursor
 from svd_ds.diffusion.noise import NoiseConfig, build_noise
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.lora import LoraConfig, add_lora
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, init, shutdown
 from svd_ds.parallel.groups import ModelParallelUnit, ParallelDims, create_groups, destroy_groups
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 from svd_ds.sample import TINY
+from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
 from svd_ds.training.evaluate import Evaluation, EvaluationConfig, FixedSet, fixed, sigma_at
+from svd_ds.training.keeping import CheckpointConfig
+from svd_ds.training.objective import Objective
+from svd_ds.training.state import Progress
 from svd_ds.training.step import Diffusion
 
 SMALL = UNetConfig(
@@ -206,6 +213,34 @@ def shared_folder(ranks: Ranks) -> str:
     return folder[0]
 
 
+class NoObjective(Objective):
+    """For checkpoints of an engine alone."""
+
+    def loss(self, net: Callable[..., Tensor], batch: Batch) -> Tensor:
+        raise AssertionError("nobody learns from it")
+
+
+class Saved:
+    """The checkpoints of an engine, in a folder of their own."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.store = Checkpoints(Path(shared_folder(ranks)), CheckpointConfig(), ranks.env, "unet")
+        self.store.begin(0)
+
+    def save(self, engine: Engine, step: int = 1) -> None:
+        """Begin to; `store.finish` ends it."""
+        ema = ShardEMA(EMAConfig(), engine.local_shards())
+        self.store.save(Progress(Cursor(step, ""), step), engine, ema, NoObjective(), {})
+
+    def load(self, engine: Engine) -> Engine:
+        """Put the newest into a fresh engine."""
+        self.store.finish()
+        path = self.store.latest()
+        assert path is not None
+        self.store.load(path, engine, ShardEMA(EMAConfig(), engine.local_shards()), NoObjective())
+        return engine
+
+
 def gathered(engine: Engine) -> dict[str, Tensor]:
     return {name: engine.gather(name, shard) for name, shard in engine.local_shards().items()}
 
@@ -233,8 +268,8 @@ def check_equals_plain_torch_and_resumes_bitwise(ranks: Ranks) -> None:
     engine = ranks.engine()
     wanted, unet = plain_training(5, ranks.env.world)
     before = ranks.train(engine, range(3))
-    folder = shared_folder(ranks)
-    engine.save(folder)
+    saved = Saved(ranks)
+    saved.save(engine)
     after = ranks.train(engine, range(3, 5))
     for (loss, norm), (wanted_loss, wanted_norm) in zip(before + after, wanted, strict=True):
         assert abs(loss - wanted_loss) < 1e-5 * wanted_loss, (before + after, wanted)
@@ -242,8 +277,7 @@ def check_equals_plain_torch_and_resumes_bitwise(ranks: Ranks) -> None:
         assert norm > GRADIENT_CLIP, "clipping is not exercised"
     assert_close(gathered(engine), unet, 2e-5)
 
-    resumed = ranks.engine()
-    resumed.load(folder)
+    resumed = saved.load(ranks.engine())
     assert ranks.train(resumed, range(3, 5)) == after, "a resumed run differs"
     final = resumed.local_shards()
     assert all(torch.equal(shard, final[name]) for name, shard in engine.local_shards().items())
@@ -279,9 +313,9 @@ def check_bf16_has_exact_master_weights_and_resumes_bitwise(ranks: Ranks) -> Non
     moved = gathered(engine)
     assert all(not torch.equal(moved[name], weights[name]) for name in weights), "a parameter never moved"
 
-    folder, resumed = shared_folder(ranks), ranks.engine("bf16")
-    engine.save(folder)
-    resumed.load(folder)
+    saved = Saved(ranks)
+    saved.save(engine)
+    resumed = saved.load(ranks.engine("bf16"))
     assert ranks.train(resumed, range(3, 5)) == ranks.train(engine, range(3, 5)), "a resumed run differs"
 
 
@@ -315,6 +349,26 @@ def check_borrowed_weights_are_given_back(ranks: Ranks) -> None:
         ranks.train(engine, range(1))
 
 
+def check_a_save_that_fails_on_one_rank_ends_it_on_all(ranks: Ranks) -> None:
+    engine, saved = ranks.shared_engine(), Saved(ranks)
+    saved.save(engine, step=1)
+    saved.store.finish()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if ranks.env.rank == ranks.env.world - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        saved.save(engine, step=2)
+        saved.store.finish()
+    except SharedError as error:
+        assert "step-0000002" in str(error), error
+    else:
+        raise AssertionError("nobody noticed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    dist.barrier()
+    assert sorted(path.name for path in saved.store.folder.glob("step-*")) == ["step-0000001"]
+
+
 def check_frozen_parts_stay_and_the_rest_learns_right(ranks: Ranks) -> None:
     engine = ranks.engine(trained=("temporal",))
     wanted, unet = plain_training(3, ranks.env.world, trained=("temporal",))
@@ -340,10 +394,10 @@ def check_frozen_parts_are_saved_and_resumed(ranks: Ranks) -> None:
             wanted = weights[name] if precision == "fp32" else weights[name].bfloat16().float()
             assert torch.equal(engine.gather(name, shards[name]), wanted), name
 
-        folder, resumed = shared_folder(ranks), ranks.engine(precision, trained=("temporal",))
-        engine.save(folder)
+        saved, resumed = Saved(ranks), ranks.engine(precision, trained=("temporal",))
+        saved.save(engine)
         resumed.load_full(random_weights(seed=1).items())
-        resumed.load(folder)
+        saved.load(resumed)
         assert ranks.train(resumed, range(1, 3)) == ranks.train(engine, range(1, 3)), "a resumed run differs"
         frozen = resumed.frozen_shards()
         assert all(torch.equal(shard, frozen[name]) for name, shard in engine.frozen_shards().items())
@@ -465,13 +519,17 @@ def check_offloaded_optimizer_forgets_too(ranks: Ranks) -> None:
     check_forgotten_gradients_leave_no_trace(ranks, offload_optimizer=True)
 
 
-def check_offloaded_optimizer_equals_plain_torch(ranks: Ranks) -> None:
+def check_offloaded_optimizer_equals_plain_torch_and_resumes_bitwise(ranks: Ranks) -> None:
     wanted, unet = plain_training(3, ranks.env.world)
     engine = ranks.engine(offload_optimizer=True)
     for (loss, norm), (wanted_loss, wanted_norm) in zip(ranks.train(engine, range(3)), wanted, strict=True):
         assert abs(loss - wanted_loss) < 1e-5 * wanted_loss
         assert abs(norm - wanted_norm) < 1e-4 * wanted_norm
     assert_close(gathered(engine), unet, 2e-5)
+    saved = Saved(ranks)
+    saved.save(engine)
+    resumed = saved.load(ranks.engine(offload_optimizer=True))
+    assert ranks.train(resumed, range(3, 5)) == ranks.train(engine, range(3, 5)), "a resumed run differs"
 
 
 def checks() -> Iterator[tuple[str, Callable[[Ranks], None]]]:

@@ -46,7 +46,7 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
     ours = Autoencoder.load(TINY).fingerprint()
 
     write(tmp_path / "data", ours)
-    inputs = read_inputs(config, env)
+    inputs = read_inputs(config, env, None)
     batch, _ = next(iter(inputs.loader))
     assert batch.frames_BTCHW.shape[1] == 1 and batch.num_frames == 6
     assert inputs.preview_clips.frames_BTCHW.shape[1] == 6, "a preview shows all frames beside its own"
@@ -54,7 +54,7 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
     (tmp_path / "data" / "index.jsonl").unlink()
     write(tmp_path / "data", "0123456789ab")
     with pytest.raises(ValueError, match=f"the autoencoder 0123456789ab, and the one in tiny is {ours}"):
-        read_inputs(config, env)
+        read_inputs(config, env, None)
 
 
 def test_the_fixed_set_is_the_same_in_every_run_of_the_data(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_fixed_set_is_the_same_in_every_run_of_the_data(tmp_path: Path) -> N
     def fixed_set(rank: int, world: int, *overrides: str) -> FixedSet:
         data = (f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "batch.size=2")
         config = compose(["debug=tiny", *data, *overrides])
-        found = read_inputs(config, replace(CPU, rank=rank, world=world)).fixed_set
+        found = read_inputs(config, replace(CPU, rank=rank, world=world), None).fixed_set
         assert found is not None
         return found
 
@@ -145,13 +145,13 @@ def test_a_wrong_chain_is_refused_in_words(
     stage(tmp_path / "before", *before)
     start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]
     with pytest.raises(ValueError, match=told):
-        read_inputs(compose(["debug=tiny", *start, *after]), CPU)
+        read_inputs(compose(["debug=tiny", *start, *after]), CPU, None)
 
 
 def test_a_video_stage_starts_from_the_image_stage(tmp_path: Path) -> None:
     stage(tmp_path / "before", *IMAGES_ALONE)
     start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]
-    inputs = read_inputs(compose(["debug=tiny", *start]), CPU)
+    inputs = read_inputs(compose(["debug=tiny", *start]), CPU, None)
     assert inputs.weights is not None
     taken = {name: tensor.shape for name, tensor in inputs.weights}
     assert taken["conv_in.weight"][-1] == 8, "widened"
@@ -160,12 +160,12 @@ def test_a_video_stage_starts_from_the_image_stage(tmp_path: Path) -> None:
 
 def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.num_frames is 1 and model.temporal svd: images"):
-        read_inputs(compose(["debug=tiny", "data.num_frames=1", f"run.dir={tmp_path}"]), CPU)
+        read_inputs(compose(["debug=tiny", "data.num_frames=1", f"run.dir={tmp_path}"]), CPU, None)
 
 
 def test_nothing_is_frozen_at_random(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optim.spatial_rate=0 freezes .* init.from is null"):
-        read_inputs(compose(["debug=tiny", "temporal=videoldm", f"run.dir={tmp_path}"]), CPU)
+        read_inputs(compose(["debug=tiny", "temporal=videoldm", f"run.dir={tmp_path}"]), CPU, None)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("inputs")
     write(folder / "data", "0123456789ab")
     config = compose(["debug=tiny", f"run.dir={folder / 'run'}", f"data.path={folder / 'data'}"])
-    return read_inputs(config, CPU)
+    return read_inputs(config, CPU, None)
 
 
 @pytest.mark.parametrize(

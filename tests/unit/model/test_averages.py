@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svd_ds.model.averages import Profile, overlap, power_exponent, weights_of
-from svd_ds.model.slices import COMPLETE, KEPT_AVERAGES, join_slices, open_checkpoint
+from svd_ds.model.lives import COMPLETE
+from svd_ds.model.slices import KEPT_AVERAGES, join_slices, open_checkpoint
 from svd_ds.training.ema import EMAConfig, ShardEMA
 
 BATCH, NUM_STEPS, EVERY = 4, 400, 20

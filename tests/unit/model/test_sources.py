@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from svd_ds.model.slices import COMPLETE
+from svd_ds.model.lives import COMPLETE
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.model.weights import load_unet, save_unet
 from tests.networks import SMALL, assert_same

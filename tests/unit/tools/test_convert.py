@@ -16,8 +16,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from svd_ds.model.lives import COMPLETE
 from svd_ds.model.lora import LoraConfig, add_lora, lora_state, merge_lora
-from svd_ds.model.slices import COMPLETE
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import load_unet, save_unet
 from svd_ds.sample import TINY

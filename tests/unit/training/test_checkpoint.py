@@ -1,23 +1,41 @@
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping
+import resource
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
+from svd_ds.model.lives import complete_checkpoints, lives_of
 from svd_ds.model.slices import KEPT_AVERAGES, open_checkpoint
+from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
-from svd_ds.training.checkpoint import MARKER, CheckpointConfig, Checkpoints
+from svd_ds.training import checkpoint, keeping
+from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
+from svd_ds.training.keeping import CheckpointConfig, draft_name, publish
 from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
+
+SHAPES = {"a": torch.Size((7,)), "b": torch.Size((1, 3)), "c": torch.Size((2,))}
+TRAINED = ("a", "b")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 class Adversary(Objective):
@@ -26,99 +44,219 @@ class Adversary(Objective):
     def __init__(self, value: float) -> None:
         self.value = torch.tensor([value])
 
-    def loss(self, net: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, net: Any, batch: Batch) -> Tensor:
         return torch.zeros(len(batch))
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         return {"value": self.value}
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.value = state["value"]
 
 
-class OneRankEngine:
-    """What a checkpoint asks of the engine, on one rank."""
+class Shards:
+    """What a checkpoint asks of the engine."""
 
-    def __init__(self) -> None:
-        self.shards = {"a": torch.randn(7), "b": torch.randn(3)}
-        self.frozen = {"c": torch.randn(2)}
+    def __init__(self, world: int = 1) -> None:
+        self.shapes, self.updates = SHAPES, 7
+        self.weights = {name: torch.randn(-(-shape.numel() // world)) for name, shape in SHAPES.items()}
+        self.adam = {
+            moment: {name: torch.randn_like(self.weights[name]) for name in TRAINED}
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
 
-    def local_shards(self) -> dict[str, torch.Tensor]:
-        return self.shards
+    def local_shards(self) -> dict[str, Tensor]:
+        return {name: self.weights[name] for name in TRAINED}
 
-    def frozen_shards(self) -> dict[str, torch.Tensor]:
-        return self.frozen
+    def frozen_shards(self) -> dict[str, Tensor]:
+        return {"c": self.weights["c"]}
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "state").write_text("optimiser")
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        return self.adam
 
-    def load(self, folder: Path) -> None:
-        assert (folder / "state").read_text() == "optimiser"
+    def load_shards(self, shards: Iterable[tuple[str, Tensor]]) -> list[str]:
+        self.weights |= dict(shards)
+        return []
 
 
-def checkpoints(folder: Path, **config: int) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(**config), Env.read({}), "unet")
+def checkpoints(folder: Path, begin: int = 0, **config: Any) -> Checkpoints:
+    """Of a run on one rank, which begins a life behind a step."""
+    store = Checkpoints(folder, CheckpointConfig(**config), Env.read({}), "unet")
+    folder.mkdir(exist_ok=True)
+    store.begin(begin)
+    return store
 
 
 def progress(step: int) -> Progress:
     return Progress(Cursor(position=8 * step, fingerprint="f"), step=step, samples=8 * step)
 
 
-def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
-    engine = engine or OneRankEngine()
+def begin_save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
+    engine = engine or Shards()
     ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
     store.save(progress(step), engine, ema, Adversary(3.0), {"config.json": {"widths": [32]}})
     return ema
 
 
-def test_save_and_load_round_trip(tmp_path: Path) -> None:
-    store, engine = checkpoints(tmp_path), OneRankEngine()
+def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
+    ema = begin_save(store, step, engine)
+    store.finish()
+    return ema
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_save_and_load_round_trip(tmp_path: Path, asynchronous: bool) -> None:
+    store, engine = checkpoints(tmp_path, asynchronous=asynchronous), Shards()
     ema = save(store, 5, engine)
-    saved = ema.shards("power-0.100")["a"].clone()
-    ema.update({name: shard + 1 for name, shard in engine.shards.items()}, samples=8, batch=8)
     path = store.latest()
     assert path == tmp_path / "step-0000005"
-    other = Adversary(0.0)
-    assert store.load(path, engine, ema, other) == progress(5)  # type: ignore[arg-type]
-    assert other.value.tolist() == [3.0]
     assert json.loads((path / "unet" / "config.json").read_text()) == {"widths": [32]}
-    assert torch.equal(ema.shards("power-0.100")["a"], saved)
-    weights = load_file(path / "unet" / "rank-00000-of-00001.safetensors")
-    assert torch.equal(weights["b"], engine.shards["b"])
-    assert torch.equal(weights["c"], engine.frozen["c"])
-    averages = load_file(path / "ema-power-0.100" / "rank-00000-of-00001.safetensors")
-    assert averages.keys() == {"a", "b"}, "what does not learn has no average"
+    assert load_file(path / "ema-power-0.100" / "rank-00000-of-00001.safetensors").keys() == {"a", "b"}, (
+        "what does not learn has no average"
+    )
+
+    other, adversary = Shards(), Adversary(0.0)
+    other.updates = 0
+    average = ShardEMA(EMAConfig(lengths=(0.1,)), other.local_shards())
+    assert store.load(path, other, average, adversary) == progress(5)  # type: ignore[arg-type]
+    assert adversary.value.tolist() == [3.0]
+    assert other.updates == 7
+    for theirs, ours in (
+        (other.weights, engine.weights),
+        *((other.adam[moment], engine.adam[moment]) for moment in engine.adam),
+        (average.shards("power-0.100"), ema.shards("power-0.100")),
+    ):
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 5])
+def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int) -> None:
+    """Three ranks wrote; some of those that read have nothing but padding of the small ones."""
+    whole = {name: torch.arange(1.0, 1 + shape.numel()) for name, shape in SHAPES.items()}
+
+    def shards(rank: int, world: int) -> Shards:
+        engine = Shards(world)
+        for name, values in whole.items():
+            n = len(engine.weights[name])
+            padded = torch.cat([values, torch.zeros(n * world - len(values))])
+            engine.weights[name].copy_(padded[rank * n : (rank + 1) * n])
+        for k, moment in enumerate(engine.adam.values(), start=2):
+            for name in TRAINED:
+                moment[name].copy_(k * engine.weights[name])
+        return engine
+
+    writers = [checkpoints(tmp_path / "written")]
+    writers += [
+        Checkpoints(tmp_path / "written", writers[0].config, writers[0].env, "unet") for _ in range(2)
+    ]
+    for rank in (1, 2, 0):
+        writers[rank].env = replace(writers[rank].env, rank=rank, world=3)
+        writers[rank]._life = writers[0]._life
+        begin_save(writers[rank], 4, shards(rank, 3))
+        writers[rank]._thread.shutdown()
+    draft = tmp_path / "written" / draft_name("step-0000004", writers[0]._life)
+    publish(draft, writers[0]._life, writers[0].config)
+
+    for rank in range(ranks):
+        reader = Checkpoints(
+            tmp_path / "written",
+            CheckpointConfig(),
+            replace(Env.read({}), rank=rank, world=ranks),
+            "unet",
+        )
+        engine, wanted = Shards(ranks), shards(rank, ranks)
+        ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
+        path = reader.latest()
+        assert path is not None
+        reader.load(path, engine, ema, Adversary(0.0))  # type: ignore[arg-type]
+        for name in SHAPES:
+            assert torch.equal(engine.weights[name], wanted.weights[name]), (rank, name)
+        for name in TRAINED:
+            assert torch.equal(ema.shards("power-0.100")[name], wanted.weights[name]), (rank, name)
+            for moment in engine.adam:
+                assert torch.equal(engine.adam[moment][name], wanted.adam[moment][name]), (rank, name)
+
+
+def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What changes meanwhile is not in it, and it does not count before it is all there."""
+    disk, write = threading.Event(), checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *told: disk.wait() and write(*told))
+    store, engine = checkpoints(tmp_path), Shards()
+    wanted = {name: values.clone() for name, values in engine.weights.items()}
+    begin_save(store, 5, engine)
+    for values in engine.weights.values():
+        values.zero_()
+    store.settle()
+    assert store.latest() is None
+    disk.set()
+    store.finish()
+    saved = load_file(tmp_path / "step-0000005/unet/rank-00000-of-00001.safetensors")
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+
+
+def test_leaving_the_run_waits_for_what_is_being_saved(tmp_path: Path) -> None:
+    for step, error in enumerate((None, SharedError("all know")), start=1):
+        try:
+            with checkpoints(tmp_path, begin=step - 1) as store:
+                begin_save(store, step)
+                if error is not None:
+                    raise error
+        except SharedError:
+            pass
+        assert store.latest() == tmp_path / f"step-000000{step}"
 
 
 def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path)
-    save(store, 1)
-    (tmp_path / "step-0000002.tmp").mkdir()
+    (tmp_path / "step-0000002.0123.tmp").mkdir()
     (tmp_path / "step-0000003").mkdir()
-    assert list(store.complete()) == [1]
-    save(store, 4)
-    assert not (tmp_path / "step-0000002.tmp").exists(), "leftovers are cleared"
-
-
-def test_a_failed_save_leaves_the_earlier_ones(tmp_path: Path) -> None:
-    class FullDisk(OneRankEngine):
-        def save(self, folder: Path) -> None:
-            raise OSError(28, "No space left on device")
-
     store = checkpoints(tmp_path)
     save(store, 1)
-    with pytest.raises(OSError, match="No space left"):
-        save(store, 2, FullDisk())
+    assert list(complete_checkpoints(tmp_path)) == [1]
+    save(store, 3)
+    assert list(complete_checkpoints(tmp_path)) == [1, 3]
+    assert not list(tmp_path.glob("*.tmp")), "leftovers are cleared"
+
+
+def test_a_full_disk_fails_the_save_and_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path)
+    save(store, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(SharedError, match=r"the checkpoint .*step-0000002.* cannot be written: .*large"):
+            save(store, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert store.latest() == tmp_path / "step-0000001"
+    assert not list(tmp_path.glob("*.tmp")), "it takes no room from what comes next"
+    save(store, 3)
+    assert store.latest() == tmp_path / "step-0000003"
+
+
+def test_the_next_save_tells_that_the_one_before_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = checkpoints(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    begin_save(store, 1)
+    with pytest.raises(SharedError, match="No space left on device"):
+        begin_save(store, 2)
 
 
 def test_old_ones_go_and_every_nth_stays(tmp_path: Path) -> None:
     store = checkpoints(tmp_path, keep_last=2, keep_every=4)
     for step in range(1, 8):
-        save(store, step)
-    assert list(store.complete()) == [4, 6, 7]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{step}" for step in (4, 6, 7)]
+        begin_save(store, step)
+    store.finish()
+    assert list(complete_checkpoints(tmp_path)) == [4, 6, 7]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        f"step-000000{step}" for step in (4, 6, 7)
+    ]
 
 
 def test_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
@@ -131,25 +269,54 @@ def test_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
         "ema-power-0.100",
         "state.json",
     ]
-    assert list(store.complete()) == [5]
-    _, pieces = open_checkpoint(store.latest(), "unet", "0.11")
+    newest = store.latest()
+    assert newest is not None
+    _, pieces = open_checkpoint(newest, "unet", "0.11")
     assert len(pieces["a"][0].parameters) == 3
 
 
-def test_a_step_is_saved_once(tmp_path: Path) -> None:
-    store, engine = checkpoints(tmp_path), OneRankEngine()
-    save(store, 3, engine)
-    written = (tmp_path / "step-0000003" / MARKER).stat().st_mtime_ns
-    save(store, 3, engine)
-    assert (tmp_path / "step-0000003" / MARKER).stat().st_mtime_ns == written
+def test_a_life_that_was_cut_off_saves_nothing_that_counts(tmp_path: Path) -> None:
+    old = checkpoints(tmp_path)
+    save(old, 4)
+    begin_save(old, 6)
+    new = checkpoints(tmp_path, begin=4)
+    with pytest.raises(SharedError, match="another start of this run has taken over"):
+        old.finish()
+    assert new.latest() == tmp_path / "step-0000004", "what it was made from"
+    begin_save(new, 6)
+    with pytest.raises(SharedError, match="another start of this run has taken over"):
+        save(old, 8)
+    new.finish()
+    assert new.latest() == tmp_path / "step-0000006"
+    assert (tmp_path / "step-0000006/COMPLETE").read_text() == lives_of(tmp_path)[1].token
 
 
-def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
-    store, engine = checkpoints(tmp_path), OneRankEngine()
-    ema = save(store, 1, engine)
-    three = dataclasses.replace(store, env=dataclasses.replace(store.env, world=3))
-    with pytest.raises(ValueError, match="saved by 1 ranks and this run has 3"):
-        three.load(tmp_path / "step-0000001", engine, ema, Adversary(0.0))  # type: ignore[arg-type]
+def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new life began between the old one's look at the lives and its renaming."""
+    old = checkpoints(tmp_path)
+    save(old, 4)
+    before = lives_of(tmp_path)
+    new = checkpoints(tmp_path, begin=4)
+    monkeypatch.setattr(keeping, "lives_of", lambda _: before)
+    save(old, 6)
+    monkeypatch.undo()
+    assert (tmp_path / "step-0000006/COMPLETE").exists()
+    assert new.latest() == tmp_path / "step-0000004"
+    save(new, 6)
+    assert new.latest() == tmp_path / "step-0000006", "the new life's own takes its place"
+    assert checkpoints(tmp_path, begin=6).latest() == tmp_path / "step-0000006"
+
+
+def test_a_run_sent_back_to_an_earlier_step_leaves_its_later_ones_behind(tmp_path: Path) -> None:
+    first = checkpoints(tmp_path, keep_last=5)
+    for step in (2, 4, 6):
+        save(first, step)
+    back = checkpoints(tmp_path, begin=2, keep_last=5)
+    assert back.latest() == tmp_path / "step-0000002"
+    save(back, 4)
+    assert list(complete_checkpoints(tmp_path)) == [2, 4]
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
@@ -157,8 +324,22 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     save(store, 1)
     path = tmp_path / "step-0000001"
     store.check_network(path)
+    store.network = "decoder"
     with pytest.raises(ValueError, match="is a checkpoint of a unet, and this run trains a decoder"):
-        dataclasses.replace(store, network="decoder").check_network(path)
+        store.check_network(path)
+
+
+def test_a_network_of_other_widths_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path)
+    ema = save(store, 1)
+    for shapes, told in (
+        ({**SHAPES, "a": torch.Size((9,))}, "has 7 elements of a, and of this run's network it would have 9"),
+        ({**SHAPES, "d": torch.Size((1,))}, "lacks d, which this run's network has"),
+    ):
+        engine = Shards()
+        engine.shapes = shapes
+        with pytest.raises(ValueError, match=told):
+            store.load(tmp_path / "step-0000001", engine, ema, Adversary(0.0))  # type: ignore[arg-type]
 
 
 def test_nonsense_is_refused() -> None:

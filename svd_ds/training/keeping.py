@@ -1,0 +1,105 @@
+"""The folder of a run's checkpoints, as rank 0 keeps it: whose it is, what is added to it, what stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from svd_ds.model.lives import COMPLETE, LIVES, Life, complete_checkpoints, lives_of
+from svd_ds.model.slices import KEPT_AVERAGES
+from svd_ds.training.durable import replace_text, sync, write_text
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    """Steps between checkpoints; the last step always leaves one."""
+    keep_last: int = 2
+    """How many of the newest stay."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for good; 0 keeps none for good."""
+    keep_averages: int = 0
+    """Of those at multiples of this many steps the averages stay, in averages/step-N: any other length can be
+    made of them after the run. 0 keeps none."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written. Takes a copy of each rank's slices in host memory."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep_last < 1:
+            raise ValueError(
+                f"checkpoint.every is {self.every} and checkpoint.keep_last {self.keep_last}: both must be "
+                "at least 1"
+            )
+
+
+def take_over(folder: Path, step: int) -> str:
+    """Begin a life of the run behind `step`; returns its token.
+
+    From here on a former life that still writes, on a node that was cut off, saves nothing that counts.
+    """
+    life = Life(secrets.token_hex(4), step)
+    lives = [*lives_of(folder), life]
+    replace_text(folder / LIVES, "".join(json.dumps(asdict(each)) + "\n" for each in lives))
+    # Of former lives. A later one's are not here yet: it would first have taken over from this one.
+    for draft in folder.glob("*.tmp"):
+        shutil.rmtree(draft, ignore_errors=True)
+    return life.token
+
+
+def draft_name(name: str, life: str) -> str:
+    """Of a checkpoint as long as it is written: no two lives write into one."""
+    return f"{name}.{life}.tmp"
+
+
+def check_still_ours(folder: Path, life: str) -> None:
+    """Raises ValueError where another life has taken over."""
+    if lives_of(folder)[-1].token != life:
+        raise ValueError(
+            f"another start of this run has taken over {folder.parent}: this one ends and leaves it alone"
+        )
+
+
+def publish(draft: Path, life: str, config: CheckpointConfig) -> None:
+    """Make a checkpoint of a draft whose files are all on disk, and remove what is old.
+
+    Raises ValueError as `check_still_ours` does.
+    """
+    folder = draft.parent
+    check_still_ours(folder, life)
+    # What is told of these steps must not be lost when the run can go on behind them.
+    for told in (*folder.parent.glob("*.jsonl"), *folder.parent.glob("logs/*.jsonl")):
+        sync(told)
+    write_text(draft / COMPLETE, life)
+    for written in (draft, *(path for path in draft.iterdir() if path.is_dir())):
+        sync(written)
+    final = folder / draft.name.partition(".")[0]
+    if final.exists():
+        # It does not count: an earlier life left it.
+        shutil.rmtree(final)
+    os.replace(draft, final)
+    sync(folder)
+    _prune(folder, config)
+
+
+def _prune(folder: Path, config: CheckpointConfig) -> None:
+    complete = complete_checkpoints(folder)
+    for step, path in list(complete.items())[: -config.keep_last]:
+        if not (config.keep_every and step % config.keep_every == 0):
+            # The marker goes first: a prune that is cut short leaves nothing that looks whole.
+            (path / COMPLETE).unlink()
+            if config.keep_averages and step % config.keep_averages == 0:
+                _keep_averages(path, folder.parent / KEPT_AVERAGES / path.name)
+            shutil.rmtree(path)
+
+
+def _keep_averages(checkpoint: Path, kept: Path) -> None:
+    """Move the power-function averages, of which others can be made; state.json last, as their marker."""
+    # One may be there since before the run went on from an earlier step.
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for name in (*(folder.name for folder in checkpoint.glob("ema-power-*")), "state.json"):
+        os.replace(checkpoint / name, kept / name)
