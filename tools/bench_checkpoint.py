@@ -1,0 +1,144 @@
+"""Time training with a checkpoint at each step, written behind its back or waited for, against none; and the
+averages."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from bench_parts import synchronize
+
+from svd_ds.config import RunConfig, compose
+from svd_ds.door import run_door
+from svd_ds.inputs import Inputs, read_inputs
+from svd_ds.parallel import env as environment
+from svd_ds.parallel.collectives import told_by_first
+from svd_ds.parallel.env import Env
+from svd_ds.parallel.groups import destroy_groups
+from svd_ds.run import build_engine
+from svd_ds.tasks import Task, read_task
+from svd_ds.training.checkpoint import CheckpointConfig, Checkpoints
+from svd_ds.training.ema import ShardEMA
+from svd_ds.training.optim import group_rates
+
+EXAMPLE = """example:
+  python tools/launch.py -n 2 --script tools/bench_checkpoint.py -- --steps 8 --rounds 5
+
+The config's own data, network and optimiser. A round is a block of steps of each kind, in turn; a block ends
+when its last checkpoint is there. A share is (with - without) / without, the averages' the time in them over
+that of steps without checkpoints: of the rounds the median, with the smallest and the largest."""
+KINDS = {"none": None, "behind": True, "waited for": False}
+"""Name -> checkpoint.asynchronous, or None for no checkpoint at all."""
+
+
+class Training:
+    """The loop's step, and the checkpoints of each kind in folders of their own."""
+
+    def __init__(self, config: RunConfig, env: Env, inputs: Inputs, task: Task, folder: Path) -> None:
+        self.config, self.env, self.task = config, env, task
+        self.engine = build_engine(config, env, inputs.precision, task)
+        if task.weights is not None:
+            self.engine.load_full(task.weights)
+        self.ema = ShardEMA(config.ema, self.engine.local_shards())
+        self.batches = iter(inputs.loader)
+        self.progress = inputs.progress
+        self.ema_s = 0.0
+        self.stores = {
+            kind: Checkpoints(
+                folder / kind.replace(" ", "-"), CheckpointConfig(asynchronous=flag), env, "unet"
+            )
+            for kind, flag in KINDS.items()
+            if flag is not None
+        }
+        for store in self.stores.values():
+            store.begin(0)
+
+    def step(self) -> None:
+        config, size = self.config, self.config.batch.size
+        taken, accumulation = 0, 1
+        while taken < accumulation:
+            batch, cursor = next(self.batches)
+            taken, accumulation = taken + 1, batch.accumulation
+            loss = self.task.objective.loss(self.engine, batch.to(self.env.device)).mean()
+            self.engine.backward(loss, accumulation)
+        self.engine.gradient_norm()
+        self.engine.step(group_rates(config.optim, config.optim.lr))
+        self.progress = self.progress.advance(cursor, size, self.progress.guard)
+        synchronize(self.env.device)
+        started = time.perf_counter()
+        self.ema.update(self.engine.local_shards(), self.progress.samples, size)
+        synchronize(self.env.device)
+        self.ema_s += time.perf_counter() - started
+
+    def block(self, kind: str, steps: int) -> tuple[float, float]:
+        """Seconds of some steps with checkpoints of a kind, and of them in the averages."""
+        store, self.ema_s = self.stores.get(kind), 0.0
+        environment.barrier()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+            if store is not None:
+                store.save(self.progress, self.engine, self.ema, self.task.objective, self.task.settings)
+        if store is not None:
+            store.finish()
+        environment.barrier()
+        return time.perf_counter() - started, self.ema_s
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config, env = compose(["run.dir=runs/bench", *arguments.overrides]), Env.read()
+    environment.init(env)
+    try:
+        inputs = read_inputs(config, env, None)
+        folder = Path(told_by_first(lambda: tempfile.mkdtemp(prefix="bench-", dir=arguments.folder)))
+        training = Training(config, env, inputs, read_task(config, env, inputs), folder)
+        for kind in KINDS:
+            training.block(kind, 1)  # the first is slower: memory is found, kernels are chosen
+        rounds = [
+            {kind: training.block(kind, arguments.steps) for kind in KINDS} for _ in range(arguments.rounds)
+        ]
+        if env.rank == 0:
+            report(env, arguments.steps, rounds, folder)
+            shutil.rmtree(folder)
+        destroy_groups()
+    finally:
+        environment.shutdown()
+
+
+def report(env: Env, steps: int, rounds: list[dict[str, tuple[float, float]]], folder: Path) -> None:
+    newest = max(folder.glob("behind/step-*"))
+    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    step_ms = 1e3 * statistics.median(kinds["none"][0] for kinds in rounds) / steps
+    shares = {
+        kind: [100 * (kinds[kind][0] / kinds["none"][0] - 1) for kinds in rounds]
+        for kind in KINDS
+        if kind != "none"
+    }
+    shares["averages"] = [100 * ema_s / seconds for seconds, ema_s in (kinds["none"] for kinds in rounds)]
+    cells = (
+        f"{statistics.median(all_):.1f} % ({min(all_):.1f} to {max(all_):.1f})" for all_ in shares.values()
+    )
+    print(f"| ranks | ms a step | MB on disk | {' | '.join(shares)} |")
+    print(f"| {env.world} x {env.device.type} | {step_ms:.0f} | {size / 1e6:.0f} | {' | '.join(cells)} |")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="of the config; default: the small default")
+    add("--steps", type=int, default=8, help="in a block; default 8")
+    add("--rounds", type=int, default=5, help="default 5")
+    add("--folder", help="where the checkpoints are written; default: that of temporary files")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_door(main)
