@@ -177,6 +177,14 @@ class Checkpoints:
             objective.load_state(load_file(path / OBJECTIVE))
         return Progress.read(path / "state.json")
 
+    def reload(self, engine: Engine, ema: ShardEMA, objective: Objective) -> Progress:
+        """Put the newest back. All ranks call it; SharedError where there is none."""
+        self.finish()
+        path = told_by_first(self.latest)
+        if path is None:
+            raise SharedError(f"{self.folder} has no checkpoint yet to go back to")
+        return self.load(path, engine, ema, objective)
+
     def _own_slices(self, folder: Path, engine: Engine, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """This rank's slice of each parameter, whoever wrote it."""
         files = SliceFiles(folder)

@@ -112,7 +112,11 @@ class RunFolder:
         _write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
         with self.starts.open("a") as file:
             file.write(json.dumps({"started": time.time(), "step": step}) + "\n")
-        for path in (self.metrics, self.evaluation, self.skipped, self.quarantine):
+        self.drop_after(step, self.metrics, self.evaluation, self.skipped, self.quarantine)
+
+    def drop_after(self, step: int, *paths: Path) -> None:
+        """Leave out the lines of steps behind `step`."""
+        for path in paths:
             kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
             if kept or path.exists():
                 _write_atomically(path, "".join(kept))

@@ -1,4 +1,5 @@
-"""The guard against loss spikes: a step that lies far above the run's recent level is left out.
+"""The guard against loss spikes: a step that lies far above the run's recent level is left out. After too
+many in a row the run goes back to its last checkpoint, and on behind the clips that it has seen since.
 
 It judges a step after its last backward and before the optimiser, from two numbers that are the same on all
 ranks: the loss and the gradient's norm. What it remembers is part of `Progress`, so a resumed run decides the
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from svd_ds.parallel.collectives import SharedError
 
@@ -27,17 +28,17 @@ class GuardConfig:
     window: int = 100
     """Steps of which the median is taken. As long as there are fewer, only what is not finite is skipped."""
     max_skips: int = 5
-    """The run ends when more steps than these would be skipped in a row."""
+    """When more steps than these are skipped in a row, the run goes back to its last checkpoint."""
+    max_returns: int = 3
+    """The run ends when it would go back more often than this."""
 
     def __post_init__(self) -> None:
         for name in ("loss_factor", "norm_factor"):
             if (factor := getattr(self, name)) != 0 and factor <= 1:
                 raise ValueError(f"guard.{name} is {factor}: it must be above 1, or 0 to switch it off")
-        if self.window < 1 or self.max_skips < 0:
-            raise ValueError(
-                f"guard.window is {self.window} and guard.max_skips {self.max_skips}: they must be at least "
-                "1 and 0"
-            )
+        for name, least in (("window", 1), ("max_skips", 0), ("max_returns", 0)):
+            if (number := getattr(self, name)) < least:
+                raise ValueError(f"guard.{name} is {number}: it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class GuardState:
     """Steps skipped in all."""
     in_a_row: int = 0
     """Steps skipped since the last that was taken."""
+    returns: int = 0
+    """How often the run went back."""
+
+    def gone_back(self, saved: GuardState) -> GuardState:
+        """After going back to what it was when the checkpoint was saved."""
+        return replace(saved, skipped=self.skipped, in_a_row=0, returns=self.returns + 1)
 
 
 @dataclass(frozen=True)
@@ -58,24 +65,30 @@ class Guard:
     config: GuardConfig
 
     def judge(self, state: GuardState, loss: float, norm: float) -> tuple[str | None, GuardState]:
-        """What is wrong with a step of this loss and gradient norm, None if nothing; and the state after it.
-
-        Raises SharedError when too many steps in a row are wrong: all ranks see the same numbers.
-        """
+        """What is wrong with a step of this loss and gradient norm, None if nothing; the state after it."""
         fault = self._fault("loss", loss, state.losses, self.config.loss_factor) or self._fault(
             "gradient norm", norm, state.norms, self.config.norm_factor
         )
         if fault is None:
             recent = slice(-self.config.window, None)
             losses, norms = (*state.losses, loss)[recent], (*state.norms, norm)[recent]
-            return None, GuardState(losses, norms, state.skipped)
-        in_a_row = state.in_a_row + 1
-        if in_a_row > self.config.max_skips:
+            return None, replace(state, losses=losses, norms=norms, in_a_row=0)
+        return fault, replace(state, skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
+
+    def must_go_back(self, state: GuardState) -> bool:
+        """Whether too many steps in a row were skipped.
+
+        Raises SharedError when the run has gone back too often: all ranks see the same numbers.
+        """
+        if state.in_a_row <= self.config.max_skips:
+            return False
+        if state.returns >= self.config.max_returns:
             raise SharedError(
-                f"{in_a_row} steps in a row were out of bounds, more than guard.max_skips={in_a_row - 1}: in "
-                f"the last one {fault}; what was skipped is in logs/skipped.jsonl"
+                f"{state.in_a_row} steps in a row were out of bounds, more than "
+                f"guard.max_skips={self.config.max_skips}, and the run has gone back {state.returns} of "
+                f"guard.max_returns={self.config.max_returns} times; logs/skipped.jsonl has what was skipped"
             )
-        return fault, GuardState(state.losses, state.norms, state.skipped + 1, in_a_row)
+        return True
 
     def _fault(self, name: str, value: float, recent: tuple[float, ...], factor: float) -> str | None:
         if not math.isfinite(value):

@@ -71,6 +71,10 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
             if fault is not None:
                 parts.metrics.log_skipped(progress.step, fault, clips)
 
+        if parts.guard.must_go_back(guarded):
+            progress = _go_back(parts, progress)
+            continue
+
         last = stopped or progress.step == plan.total_steps
         ended = last and not stopped
         if parts.evaluation is not None and (progress.step % plan.evaluate_every == 0 or ended):
@@ -92,3 +96,11 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
         parts.beat()
     parts.checkpoints.finish()
     return progress
+
+
+def _go_back(parts: Parts, progress: Progress) -> Progress:
+    """To the weights of the last checkpoint. The clips go on: the bad ones are not seen again."""
+    saved = parts.checkpoints.reload(parts.engine, parts.ema, parts.objective)
+    if parts.metrics is not None:
+        parts.metrics.go_back(saved.step, progress.step)
+    return progress.gone_back(saved)

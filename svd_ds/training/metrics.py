@@ -163,6 +163,13 @@ class Metrics:
             file.write(json.dumps({"step": step, "fault": fault, "clips": clips}) + "\n")
         self.say(f"step {step}  skipped: {fault}; its clips stand in {self.folder.skipped}")
 
+    def go_back(self, step: int, left: int) -> None:
+        """The run goes on from `step`: what was told of the steps behind it, up to `left`, is dropped."""
+        self.jsonl.close()
+        self.folder.drop_after(step, self.folder.metrics, self.folder.evaluation)
+        self.jsonl = self.folder.metrics.open("a", buffering=1)
+        self.say(f"step {left}  going back to the checkpoint of step {step}, and on with new clips")
+
     def log_evaluation(self, step: int, samples: int, measured: Measured) -> None:
         with self.folder.evaluation.open("a") as file:
             file.write(json.dumps({"step": step, "samples": samples, **asdict(measured)}) + "\n")

@@ -7,7 +7,7 @@ order).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from svd_ds.data.cursor import Cursor
@@ -27,6 +27,10 @@ class Progress:
     def advance(self, cursor: Cursor, batch: int, guard: GuardState) -> Progress:
         """After one more step over `batch` clips."""
         return Progress(cursor, self.step + 1, self.samples + batch, guard)
+
+    def gone_back(self, saved: Progress) -> Progress:
+        """At a checkpoint's step again, but behind all clips that were seen since."""
+        return replace(saved, cursor=self.cursor, guard=self.guard.gone_back(saved.guard))
 
     def as_json(self) -> str:
         """What `read` reads."""

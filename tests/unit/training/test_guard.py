@@ -50,25 +50,35 @@ def test_no_level_no_bound() -> None:
     assert (unbounded.skipped, unbounded.norms[-1]) == (0, 500.0)
 
 
-def test_too_many_in_a_row_end_the_run() -> None:
-    state = GuardState()
+def test_after_too_many_in_a_row_the_run_goes_back_so_often_and_ends() -> None:
+    config = GuardConfig(loss_factor=3.0, window=2, max_skips=1, max_returns=1)
+    guard, saved = Guard(config), GuardState((0.5, 0.5), (1.0, 1.0), skipped=7, in_a_row=1)
+    progress = Progress(Cursor(16, "f"), step=2, samples=16, guard=saved)
+    state = GuardState(saved.losses, saved.norms, skipped=7)
+    for expected in (False, True):
+        _, state = guard.judge(state, math.nan, 1.0)
+        assert guard.must_go_back(state) is expected
+    left = Progress(Cursor(80, "f"), step=10, samples=80, guard=state)
+    again = left.gone_back(progress)
+    assert (again.step, again.samples, again.cursor.position) == (2, 16, 80), "new clips at the old step"
+    assert again.guard == GuardState(saved.losses, saved.norms, skipped=9, in_a_row=0, returns=1)
+    state = again.guard
     for _ in range(2):
-        _, state = GUARD.judge(state, math.nan, 1.0)
-    with pytest.raises(
-        SharedError, match=r"3 steps in a row .* guard\.max_skips=2: in the last one the loss is nan"
-    ):
-        GUARD.judge(state, math.nan, 1.0)
+        _, state = guard.judge(state, math.nan, 1.0)
+    with pytest.raises(SharedError, match=r"2 steps in a row .*max_skips=1, .* 1 of guard\.max_returns=1 "):
+        guard.must_go_back(state)
 
 
 def test_what_it_remembers_survives_a_checkpoint(tmp_path: Path) -> None:
     state = after([(0.1 + 0.2, 1 / 3), (1e-17, 3e8)])
     progress = Progress(Cursor(16, "f")).advance(Cursor(24, "f"), 8, state)
-    progress.write(tmp_path / "state.json")
+    (tmp_path / "state.json").write_text(progress.as_json())
     assert Progress.read(tmp_path / "state.json") == progress
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("loss_factor", 1.0), ("norm_factor", -2.0), ("window", 0), ("max_skips", -1)]
+    ("field", "value"),
+    [("loss_factor", 1.0), ("norm_factor", -2.0), ("window", 0), ("max_skips", -1), ("max_returns", -1)],
 )
 def test_nonsense_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"guard\.{field} "):
