@@ -46,12 +46,12 @@ def main() -> None:
     job = Job.of(options)
     try:
         folder = run_folder(options.arguments)
-        begin(folder, job.id, options.starts)
+        begin(folder, job.id, job.starts)
     except ValueError:
         settle(options.trial)
         raise
     code = 0
-    if not options.no_preflight and (faults := failing_nodes(job, folder.path)):
+    if job.preflight and (faults := failing_nodes(job, folder.path)):
         leave(job, faults)
         return
     if not request.number:
@@ -113,7 +113,7 @@ def reason(outcome: Outcome | None, asked: int, code: int) -> str:
     if asked:
         return f"{signal.Signals(asked).name} asked it to end"
     if outcome is not None:
-        return " ".join(filter(None, (f"rank {outcome.rank} {outcome.kind}", outcome.words)))
+        return ": ".join(filter(None, (f"rank {outcome.rank} {outcome.kind}", outcome.words)))
     return f"srun ended with {code}, and no rank said why"
 
 
@@ -123,8 +123,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     Job.add_options(parser)
-    add("--no-preflight", action="store_true", help="do not try the nodes first")
-    add("--starts", type=int, default=3, metavar="N", help="at most, from one step; default: %(default)s")
     add("--trial", type=Path, metavar="FILE", help="of a sweep: removed once the trial needs no other life")
     add("arguments", nargs="*", metavar="-- ARGUMENT", help="of python -m svd_ds.train")
     return parser.parse_args()

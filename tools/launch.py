@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from svd_ds.door import OF_ANOTHER, run_door
+from svd_ds.door import OF_ANOTHER, print_error, run_door
 
 GRACE_S = 5.0
 """Once a rank has failed, how long the others have to say what they saw."""
@@ -106,6 +106,10 @@ def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         for process in [process for process in running if process.poll() is not None]:
             running.remove(process)
             failures += [process.returncode] if process.returncode else []
+            if process.returncode < 0:
+                # Of its own failures a rank tells by itself.
+                killer = signal.Signals(-process.returncode).name
+                print_error(f"rank {ranks.index(process)} was killed by {killer}")
         if failures and deadline == float("inf"):
             deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:

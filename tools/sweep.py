@@ -75,8 +75,7 @@ def main() -> None:
     os.environ.setdefault("WANDB_AGENT_KILL_DELAY", "600")
     job = Job.of(options)
     unfinished = Path("runs", "sweeps", parts[2], f"unfinished-{job.id}.json")
-    preflight = ["--no-preflight"] if options.no_preflight else []
-    start = [sys.executable, "tools/job.py", *job.options(), *preflight, "--trial", str(unfinished), "--"]
+    start = [sys.executable, "tools/job.py", *job.options(), "--trial", str(unfinished), "--"]
     agent = JobAgent(parts[2], unfinished, start, options.overrides)
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -98,7 +97,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     Job.add_options(parser)
-    add("--no-preflight", action="store_true", help="do not try the nodes before a trial")
     add("sweep", metavar="ENTITY/PROJECT/SWEEP", help="as wandb sweep prints it")
     add("overrides", nargs="*", metavar="key=value", help="for every trial")
     return parser.parse_args()

@@ -29,27 +29,34 @@ class Job:
     """Of a task."""
     gpus: int
     """Of a node."""
+    starts: int
+    """At most, of a run from one of its steps."""
+    preflight: bool
+    """Whether the nodes are tried before a start."""
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The options by which slurm/lib.sh tells of the allocation."""
-        parser.add_argument("--job", required=True, metavar="ID", help="the job's id")
-        parser.add_argument("--nodes", required=True, metavar="NAMES", help="its nodes, with commas between")
-        parser.add_argument(
-            "--cpus", type=int, default=1, metavar="N", help="of a task; default: %(default)s"
-        )
-        parser.add_argument(
-            "--gpus", type=int, default=0, metavar="N", help="of a node; default: %(default)s"
-        )
+        """The options by which slurm/lib.sh tells of the allocation, and a site of its wishes."""
+        add = parser.add_argument
+        add("--job", required=True, metavar="ID", help="the job's id")
+        add("--nodes", required=True, metavar="NAMES", help="its nodes, with commas between")
+        add("--cpus", type=int, default=1, metavar="N", help="of a task; default: %(default)s")
+        add("--gpus", type=int, default=0, metavar="N", help="of a node; default: %(default)s")
+        add("--starts", type=int, default=3, metavar="N", help="at most, from one step; default: %(default)s")
+        add("--no-preflight", action="store_true", help="do not try the nodes before a start")
 
     @staticmethod
     def of(options: Namespace) -> Job:
-        return Job(options.job, tuple(options.nodes.split(",")), options.cpus, options.gpus)
+        nodes = tuple(options.nodes.split(","))
+        numbers = options.cpus, options.gpus, options.starts
+        return Job(options.job, nodes, *numbers, preflight=not options.no_preflight)
 
     def options(self) -> list[str]:
         """Words that `of` reads as this job."""
-        numbers = ("--cpus", str(self.cpus), "--gpus", str(self.gpus))
-        return ["--job", self.id, "--nodes", ",".join(self.nodes), *numbers]
+        numbers = {"--cpus": self.cpus, "--gpus": self.gpus, "--starts": self.starts}
+        words = [word for name, number in numbers.items() for word in (name, str(number))]
+        switches = [] if self.preflight else ["--no-preflight"]
+        return ["--job", self.id, "--nodes", ",".join(self.nodes), *words, *switches]
 
     def step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start `command` as the tasks of a job step, with `variables` in their environment.

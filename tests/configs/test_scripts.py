@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from svd_ds.config import CONF
+from svd_ds.config import CONF, compose
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / ".ci" / "run"]
@@ -21,7 +22,7 @@ def test_script_parses(script: Path) -> None:
     assert parsed.returncode == 0, parsed.stderr
 
 
-def started(script: str, *arguments: str) -> str:
+def started(script: str, *arguments: str, **variables: str) -> str:
     """What slurm/SCRIPT would start, with Slurm's commands and Python in their places."""
     stubs = """
         scontrol() { echo node1; echo node2; }
@@ -31,7 +32,7 @@ def started(script: str, *arguments: str) -> str:
     ended = subprocess.run(
         ["bash", "-c", f'{stubs}\n. slurm/{script} "$@"', script, *arguments],
         cwd=ROOT,
-        env={**os.environ, "SLURM_SUBMIT_DIR": str(ROOT)},
+        env={**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), **variables},
         capture_output=True,
         text=True,
         check=True,
@@ -47,6 +48,9 @@ def trained(script: str, *arguments: str) -> str:
 
 def test_other_scripts_hand_their_arguments_on() -> None:
     assert started("encode.sh", "in", "out", "--size", "8x8") == "echo tools/encode.py in out --size 8x8"
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
+    assert started("curate.sh", "in", "out", **array).endswith("in out --workers 1 --part 2/4")
+    assert started("curate.sh", "in", "out").endswith("in out --workers 1")
     sweep = started("sweep.sh", "me/svd/abc", "optim.lr=1")
     assert sweep.startswith("tools/sweep.py --job 1 --nodes node1,node2 ")
     assert sweep.endswith(" -- me/svd/abc optim.lr=1")
@@ -63,3 +67,17 @@ def test_job_scripts_start_experiments_that_exist() -> None:
     assert "multiview" in named
     for name in named:
         assert (CONF / "experiment" / f"{name}.yaml").exists(), name
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweep_files_make_runs_that_compose(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value of each parameter, as wandb's agent would write it."""
+    sweep = yaml.safe_load(path.read_text())
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "IMAGE_MODEL"):
+        monkeypatch.setenv(name, f"its-{name.lower()}")
+    command = sweep["command"]
+    assert command[:4] == ["${env}", "python", "-m", "svd_ds.train"] and command[-1] == "${args_no_hyphens}"
+    for name, parameter in sweep["parameters"].items():
+        for value in parameter.get("values") or (parameter["min"], parameter["max"]):
+            config = compose([*command[4:-1], f"{name}={value}"])
+            assert config.run.dir == "runs/sweeps/its-wandb_sweep_id/its-wandb_run_id"

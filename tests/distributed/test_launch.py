@@ -89,13 +89,20 @@ def test_rank_0_prints_and_every_rank_complains(
 
 @pytest.mark.parametrize(("mode", "code"), [("exit", 7), ("crash", 128 + signal.SIGKILL)])
 def test_one_failure_ends_all(
-    launcher: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, code: int
+    launcher: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: str,
+    code: int,
 ) -> None:
     monkeypatch.setattr(launcher, "GRACE_S", 0.2)
     started = time.monotonic()
     assert launcher.launch(command(mode, tmp_path), 2) == code
     assert time.monotonic() - started < 30
     assert not alive(tmp_path)
+    told = "error: rank 1 was killed by SIGKILL\n" if mode == "crash" else ""
+    assert capsys.readouterr().err == told, "of its own failure a rank tells by itself"
 
 
 def test_the_code_is_that_of_the_rank_that_failed_by_itself(launcher: ModuleType, tmp_path: Path) -> None:
