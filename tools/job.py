@@ -34,6 +34,12 @@ class Request:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._receive)
 
+    def hand_to(self, step: subprocess.Popen[bytes]) -> None:
+        self.step = step
+        if self.number:
+            # It came while srun was being started.
+            step.send_signal(signal.SIGUSR1)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if self.step is not None:
@@ -55,8 +61,9 @@ def main() -> None:
         leave(job, faults)
         return
     if not request.number:
-        request.step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments])
-        code = request.step.wait()
+        step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments])
+        request.hand_to(step)
+        code = step.wait()
     outcome = Outcome.read(folder)
     settled = settled_code(outcome, code)
     # Cancelled, out of time, or taken away: Slurm queues it again where it means to.

@@ -92,6 +92,7 @@ def _try_together(job: Job, groups: Sequence[Sequence[str]], folder: Path) -> di
             f"--ntasks={len(group)}",
             "--ntasks-per-node=1",
             f"--nodelist={','.join(group)}",
+            f"--error={folder}/logs/preflight.log",
             MASTER_ADDR=group[0],
         )
         for group in groups

@@ -96,10 +96,17 @@ class Cluster:
         return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
 
     def lose_a_node(self, job: str) -> None:
-        """Switch off the last node of a running job; on again once Slurm has missed it."""
+        """Switch off the last node of a running job; on again once the job has gone on without it. Slurm
+        kills what it finds of the job on a node that comes back."""
         node = self.nodes(job)[-1]
+        restarts = self.job(job)["Restarts"]
         self.control("kill", node)
-        wait_until(lambda: self.job(job)["JobState"] != "RUNNING", "Slurm to miss the node", 90)
+
+        def goes_on() -> bool:
+            now = self.job(job)
+            return now["JobState"] == "RUNNING" and now["Restarts"] != restarts
+
+        wait_until(goes_on, "the job to go on elsewhere", 120)
         self.control("start", node)
 
     def on(self, node: str, *command: str) -> None:
