@@ -51,7 +51,9 @@ class JobAgent(Agent):
 
     def _command_run(self, command: dict[str, Any]) -> None:
         self.unfinished.parent.mkdir(parents=True, exist_ok=True)
-        self.unfinished.write_text(json.dumps(command))
+        temporary = self.unfinished.with_suffix(".tmp")
+        temporary.write_text(json.dumps(command))
+        os.replace(temporary, self.unfinished)
         super()._command_run(command)
 
     def _heartbeat_commands(self, agent_id: str, run_status: dict[str, bool]) -> list[dict[str, Any]]:

@@ -11,10 +11,13 @@ import os
 import re
 import signal
 import subprocess
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out")
+AWAY_WAITS_S = (5.0, 30.0, 120.0)
 PR_SET_PDEATHSIG = 1
 libc = ctypes.CDLL(None)
 
@@ -97,11 +100,16 @@ class Job:
 
 
 def _scontrol(*arguments: str) -> str:
-    """Raises OSError with scontrol's own words."""
-    ended = subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
-    if ended.returncode:
-        raise OSError(f"scontrol {' '.join(arguments)}: {ended.stderr.strip() or ended.stdout.strip()}")
-    return ended.stdout
+    """Raises OSError with scontrol's own words; waits for a controller that is being restarted."""
+    for wait_s in (*AWAY_WAITS_S, None):
+        ended = subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
+        if ended.returncode == 0:
+            return ended.stdout
+        told = ended.stderr.strip() or ended.stdout.strip()
+        if wait_s is None or not any(words in told for words in CONTROLLER_AWAY):
+            break
+        time.sleep(wait_s)
+    raise OSError(f"scontrol {' '.join(arguments)}: {told}")
 
 
 def _end_with_parent() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -146,3 +148,8 @@ def test_barrier_and_shutdown_of_one_process_ask_for_no_group(monkeypatch: pytes
         monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("there is no group to ask"))
     environment.barrier()
     environment.shutdown()
+
+
+def test_a_host_has_the_name_that_slurm_gave_it() -> None:
+    assert environment.host({"SLURMD_NODENAME": "gpu04"}) == "gpu04"
+    assert environment.host({}) == os.uname().nodename

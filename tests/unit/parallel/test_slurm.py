@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from svd_ds.parallel import slurm
 from svd_ds.parallel.slurm import Job
 
 SCONTROL = """#!/bin/sh
@@ -60,6 +61,19 @@ def test_a_site_that_forbids_requeues_is_quoted(tmp_path: Path, monkeypatch: pyt
     scontrol(tmp_path, monkeypatch, allowed="no")
     with pytest.raises(OSError, match="scontrol requeue 7: requests are disabled"):
         JOB.requeue()
+
+
+def test_a_controller_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "AWAY_WAITS_S", (0.0, 0.0))
+    program = tmp_path / "scontrol"
+    program.write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/log\n[ $(wc -l < {tmp_path}/log) -gt 2 ] && exit 0\n"
+        "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    JOB.requeue()
+    assert (tmp_path / "log").read_text() == "x\n" * 3
 
 
 def test_a_step_is_an_srun_with_its_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
