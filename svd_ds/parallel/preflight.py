@@ -1,9 +1,9 @@
 """Is every node of a job fit to train on? Each tries its GPUs, its disks, and the way to the others.
 
-    srun --ntasks-per-node=1 python -m svd_ds.parallel.preflight RUN_FOLDER NOTES --gpus 8
+    srun --ntasks-per-node=1 python -m svd_ds.parallel.preflight alone RUN_FOLDER NOTES --gpus 8
 
-is what each node runs; `failing_nodes` starts it from the batch host and finds who is to blame. A node tells
-by a file of its name in the folder NOTES: what is wrong with it, or how far it came.
+is what each node runs, and the same with `together`; `failing_nodes` starts it from the batch host and finds who
+is to blame. A node tells by a file of its name in the folder NOTES: that it is fit, or what is wrong.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ import torch.distributed as dist
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.env import Env
 
-ALONE = "fit alone"
-TOGETHER = "fit"
-"""What a node notes that has nothing wrong with itself, and then met the others."""
+FIT = "fit"
 LIMIT_S = 300.0
 """For all nodes to answer, Python's start from a shared disk included."""
 MEET_S = 90.0
@@ -48,11 +46,13 @@ class Job(Protocol):
 
 def failing_nodes(job: Job, folder: Path) -> dict[str, str]:
     """The nodes of a job that should not be trained on, and why. `folder` is the run's."""
-    notes = _try_together(job, [job.nodes], folder)
-    faults = {node: note for node, note in notes.items() if note not in (ALONE, TOGETHER)}
-    if faults or all(note == TOGETHER for note in notes.values()):
+    # A node that fails must not end the step for those that are slower to answer.
+    notes = _try(job, "alone", [job.nodes], folder, "--kill-on-bad-exit=0")
+    faults = {node: note for node, note in notes.items() if note != FIT}
+    if faults or len(job.nodes) == 1:
         return faults
-    return _out_of_reach(job, folder)
+    notes = _try(job, "together", [job.nodes], folder)
+    return {} if all(note == FIT for note in notes.values()) else _out_of_reach(job, folder)
 
 
 def _out_of_reach(job: Job, folder: Path) -> dict[str, str]:
@@ -66,25 +66,20 @@ def _out_of_reach(job: Job, folder: Path) -> dict[str, str]:
     # No node is in two pairs of a round; in a ring of an odd length the last pair has a round of its own.
     rounds = [ring[0 : len(ring) - 1 : 2], ring[1::2], ring[len(ring) - 1 :: 2] if len(ring) % 2 else []]
     for pairs in filter(None, rounds):
-        notes = _try_together(job, pairs, folder)
-        met |= {node for node, note in notes.items() if note == TOGETHER}
+        notes = _try(job, "together", pairs, folder)
+        met |= {node for node, note in notes.items() if note == FIT}
     return {node: "reaches none of its neighbours" for node in nodes if node not in met}
 
 
-def _try_together(job: Job, groups: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
-    """Let each group of nodes meet, all groups at the same time; what each node notes."""
+def _try(
+    job: Job, check: str, groups: Sequence[Sequence[str]], folder: Path, *options: str
+) -> dict[str, str]:
+    """Start a check on each group of nodes, all groups at the same time; what each node notes."""
     notes = folder / "logs" / "preflight"
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
-    command = [
-        sys.executable,
-        "-m",
-        "svd_ds.parallel.preflight",
-        str(folder),
-        str(notes),
-        "--gpus",
-        str(job.gpus),
-    ]
+    command = [sys.executable, "-m", "svd_ds.parallel.preflight", check, str(folder), str(notes)]
+    command += ["--gpus", str(job.gpus)]
     steps = [
         job.step(
             command,
@@ -93,6 +88,7 @@ def _try_together(job: Job, groups: Sequence[Sequence[str]], folder: Path) -> di
             "--ntasks-per-node=1",
             f"--nodelist={','.join(group)}",
             f"--error={folder}/logs/preflight.log",
+            *options,
             MASTER_ADDR=group[0],
         )
         for group in groups
@@ -140,19 +136,21 @@ def check_together(env: Env) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("check", choices=("alone", "together"))
     parser.add_argument("folder", type=Path, help="of the run")
     parser.add_argument("notes", type=Path, help="where each node tells what it found")
     parser.add_argument("--gpus", type=int, default=0, help="that this node should have")
     options = parser.parse_args()
-    note = options.notes / environment.host()
+    fault = None
     try:
-        check_alone(options.folder, options.gpus)
+        if options.check == "alone":
+            check_alone(options.folder, options.gpus)
+        else:
+            check_together(Env.read())
     except (OSError, RuntimeError) as error:
-        note.write_text(" ".join(str(error).split()))
-        sys.exit(1)
-    note.write_text(ALONE)
-    check_together(Env.read())
-    note.write_text(TOGETHER)
+        fault = " ".join(str(error).split())
+    (options.notes / environment.host()).write_text(fault or FIT)
+    sys.exit(1 if fault else 0)
 
 
 if __name__ == "__main__":

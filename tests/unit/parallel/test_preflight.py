@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.parallel.preflight import ALONE, TOGETHER, check_alone, failing_nodes
+from svd_ds.parallel.preflight import FIT, check_alone, failing_nodes
 
 
 @dataclass
@@ -27,10 +27,12 @@ class FakeJob:
         group = next(option for option in options if "nodelist" in option).partition("=")[2].split(",")
         assert variables["MASTER_ADDR"] == group[0]
         self.groups.append(group)
-        met = not set(group) & {*self.ill, *self.silent, *self.apart}
+        check, notes = command[3], Path(command[5])
+        assert ("--kill-on-bad-exit=0" in options) == (check == "alone")
+        meets = not set(group) & set(self.apart)
         for node in set(group) - set(self.silent):
-            note = "has no disk" if node in self.ill else TOGETHER if met else ALONE
-            Path(command[4], node).write_text(note)
+            well = node not in self.ill if check == "alone" else meets
+            (notes / node).write_text(FIT if well else "has no disk")
         return subprocess.Popen(["true"])
 
 
@@ -41,7 +43,7 @@ def nodes(count: int) -> tuple[str, ...]:
 def test_fit_nodes_have_no_fault(tmp_path: Path) -> None:
     job = FakeJob(nodes(4))
     assert failing_nodes(job, tmp_path) == {}
-    assert job.groups == [["n0", "n1", "n2", "n3"]]
+    assert job.groups == [["n0", "n1", "n2", "n3"]] * 2, "alone, and together"
 
 
 def test_a_node_that_is_ill_or_silent_is_named_with_its_fault(tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_a_node_that_reaches_nobody_is_named(
 ) -> None:
     job = FakeJob(nodes(count), apart=apart)
     assert set(failing_nodes(job, tmp_path)) == blamed
-    assert all(len(group) == 2 for group in job.groups[1:])
+    assert all(len(group) == 2 for group in job.groups[2:])
 
 
 def test_a_fit_machine_passes_and_a_missing_gpu_or_disk_is_told(tmp_path: Path) -> None:
