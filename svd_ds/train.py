@@ -18,8 +18,8 @@ import hydra
 from svd_ds import config
 from svd_ds.door import USER_ERRORS, print_error, wants_traceback
 from svd_ds.parallel.env import Env
+from svd_ds.training.attempt import Attempt
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.life import Life
 
 HYDRA_SWITCH = "HYDRA_FULL_ERROR"
 
@@ -80,12 +80,12 @@ def _hydra_raises() -> Iterator[None]:
 
 def _run(node: Any, env: Env, debug: bool) -> None:
     settings = config.to_config(node)
-    with Life(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as life:
+    with Attempt(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as attempt:
         # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
         from svd_ds.run import run
 
-        progress = run(settings, env, life.watchdog.beat)
-        life.ended(finished=progress.step == settings.run.steps)
+        progress = run(settings, env, attempt.watchdog.beat)
+        attempt.ended(finished=progress.step == settings.run.steps)
 
 
 if __name__ == "__main__":

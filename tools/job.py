@@ -14,8 +14,8 @@ from svd_ds import config
 from svd_ds.door import run_door
 from svd_ds.parallel.preflight import failing_nodes
 from svd_ds.parallel.slurm import Job
+from svd_ds.training.attempt import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.life import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
 
 EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slurm/lib.sh):
   tools/job.py --job 42 --nodes node1,node2 -- +experiment=stage2 debug=tiny

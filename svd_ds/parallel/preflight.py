@@ -2,8 +2,8 @@
 
     srun --ntasks-per-node=1 python -m svd_ds.parallel.preflight alone RUN_FOLDER NOTES --gpus 8
 
-is what each node runs, and the same with `together`; `failing_nodes` starts it from the batch host and finds who
-is to blame. A node tells by a file of its name in the folder NOTES: that it is fit, or what is wrong.
+is what each node runs, and the same with `together`; `failing_nodes` starts it from the batch host and finds
+who is to blame. A node tells by a file of its name in the folder NOTES: that it is fit, or what is wrong.
 """
 
 from __future__ import annotations

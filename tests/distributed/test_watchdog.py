@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from svd_ds.parallel.env import Env, init
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.life import Life
+from svd_ds.training.attempt import Attempt
 from svd_ds.training.watchdog import WatchdogConfig
 
 def wait_for_a_file_system():
@@ -26,12 +26,12 @@ def wait_for_a_file_system():
 
 env = Env.read()
 init(env)
-with Life(RunFolder(Path(sys.argv[1])), env, WatchdogConfig(minutes=0.02, first_minutes=0.1)) as life:
+with Attempt(RunFolder(Path(sys.argv[1])), env, WatchdogConfig(minutes=0.02, first_minutes=0.1)) as attempt:
     for step in range(1000):
         if step == 2 and env.rank == 1:
             wait_for_a_file_system()
         dist.all_reduce(torch.ones(1))
-        life.watchdog.beat()
+        attempt.watchdog.beat()
 """
 
 

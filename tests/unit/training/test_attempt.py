@@ -1,4 +1,4 @@
-"""How a life of a run ends, as a launcher reads it; and when a job has had lives enough."""
+"""How an attempt at a run ends, as a launcher reads it; and when a job has made attempts enough."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
+from svd_ds.training.attempt import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Attempt, Outcome, begin
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.life import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Life, Outcome, begin
 from svd_ds.training.watchdog import WatchdogConfig
 
 OFF = WatchdogConfig(minutes=0)
@@ -23,12 +23,12 @@ def env(rank: int, world: int = 2) -> Env:
     return Env(rank, world, 0, 1, "127.0.0.1", 0, torch.device("cpu"), "gloo")
 
 
-def live(folder: Path, rank: int, error: BaseException | None = None, finished: bool = True) -> int:
-    """One rank's life; its exit code."""
-    with pytest.raises(SystemExit) as ended, Life(RunFolder(folder), env(rank), OFF) as life:
+def attempted(folder: Path, rank: int, error: BaseException | None = None, finished: bool = True) -> int:
+    """One rank's attempt; its exit code."""
+    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(folder), env(rank), OFF) as attempt:
         if error is not None:
             raise error
-        life.ended(finished)
+        attempt.ended(finished)
         sys.exit(0)
     return ended.value.code
 
@@ -38,9 +38,9 @@ def outcome(folder: Path) -> Outcome | None:
 
 
 @pytest.mark.parametrize(("finished", "kind"), [(True, FINISHED), (False, PREEMPTED)])
-def test_rank_0_says_how_a_life_ended_well(tmp_path: Path, finished: bool, kind: str) -> None:
-    assert live(tmp_path, 0, finished=finished) == 0
-    assert live(tmp_path, 1, finished=finished) == 0
+def test_rank_0_says_how_an_attempt_ended_well(tmp_path: Path, finished: bool, kind: str) -> None:
+    assert attempted(tmp_path, 0, finished=finished) == 0
+    assert attempted(tmp_path, 1, finished=finished) == 0
     assert outcome(tmp_path) == Outcome(kind, 0, "")
 
 
@@ -57,7 +57,7 @@ def test_rank_0_says_how_a_life_ended_well(tmp_path: Path, finished: bool, kind:
 def test_an_error_becomes_an_outcome_a_code_and_one_line(
     tmp_path: Path, error: BaseException, code: int, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert live(tmp_path, 0, error) == code
+    assert attempted(tmp_path, 0, error) == code
     told = outcome(tmp_path)
     assert told is not None and told.kind == kind
     assert len(capsys.readouterr().err.splitlines()) == (0 if kind == INTERRUPTED else 1)
@@ -67,9 +67,9 @@ def test_an_error_becomes_an_outcome_a_code_and_one_line(
 def test_the_first_rank_to_fail_tells_it_and_names_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert live(tmp_path, 3, KeyError("first")) == 1
-    assert live(tmp_path, 2, KeyError("second")) == 1
-    assert live(tmp_path, 1, RuntimeError("[gloo/transport/pair.cc] Connection closed by peer")) == 1
+    assert attempted(tmp_path, 3, KeyError("first")) == 1
+    assert attempted(tmp_path, 2, KeyError("second")) == 1
+    assert attempted(tmp_path, 1, RuntimeError("[gloo/transport/pair.cc] Connection closed by peer")) == 1
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1, told
     assert "rank 3: KeyError: 'first'" in told[0] and "rank-00003.log" in told[0]
@@ -77,11 +77,11 @@ def test_the_first_rank_to_fail_tells_it_and_names_its_log(
     assert "closed by peer" in (tmp_path / "logs/rank-00001.log").read_text()
 
 
-def test_what_libraries_write_to_stderr_is_in_the_log_of_every_life(
+def test_what_libraries_write_to_stderr_is_in_the_log_of_every_attempt(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for word in ("one", "two"):
-        with Life(RunFolder(tmp_path), env(0), OFF):
+        with Attempt(RunFolder(tmp_path), env(0), OFF):
             os.write(2, f"{word} from C\n".encode())
     os.write(2, b"behind it\n")
     log = (tmp_path / "logs/rank-00000.log").read_text()
@@ -101,13 +101,13 @@ def test_a_job_that_gets_no_further_is_not_started_again(tmp_path: Path) -> None
         if marker:
             (folder.checkpoints / name / "COMPLETE").touch()
     begin(folder, "7", limit=3)
-    lives = [json.loads(line) for line in (tmp_path / "logs/lives.jsonl").read_text().splitlines()]
-    assert [life["step"] for life in lives] == [0, 0, 0, 0, 20], (
+    attempts = [json.loads(line) for line in (tmp_path / "logs/attempts.jsonl").read_text().splitlines()]
+    assert [attempt["step"] for attempt in attempts] == [0, 0, 0, 0, 20], (
         "a checkpoint without its marker does not count"
     )
 
 
-def test_a_new_life_forgets_how_the_last_ended(tmp_path: Path) -> None:
-    live(tmp_path, 0)
+def test_a_new_attempt_forgets_how_the_last_ended(tmp_path: Path) -> None:
+    attempted(tmp_path, 0)
     begin(RunFolder(tmp_path), "7", limit=3)
     assert outcome(tmp_path) is None

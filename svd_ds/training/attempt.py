@@ -1,10 +1,10 @@
-"""One life of a run: a start of all its ranks, its log a rank, and how it ended.
+"""One attempt at a run: a start of all its ranks, a log of each, and how it ended.
 
-    logs/rank-00003.log   what rank 3 wrote to stderr, life after life: warnings, tracebacks, a hang's stacks
-    logs/outcome.json     how the newest life ended; missing where it was killed
-    logs/lives.jsonl      the lives that a job gave the run, each with the step that it went on from
+    logs/rank-00003.log   what rank 3 wrote to stderr, in all attempts: warnings, tracebacks, a hang's stacks
+    logs/outcome.json     how the newest attempt ended; missing where it was killed
+    logs/attempts.jsonl   the attempts that jobs made, each with the step behind which it began
 
-The launcher reads the outcome, to know whether another life is worth starting.
+The launcher reads the outcome, to know whether another attempt is worth making.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from svd_ds.door import OF_ANOTHER, USER_ERRORS, print_error
-from svd_ds.model.slices import COMPLETE
+from svd_ds.model.lives import complete_checkpoints
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env, host
 from svd_ds.training.folder import RunFolder
@@ -30,7 +30,7 @@ FINISHED = "finished"
 PREEMPTED = "preempted"
 """Asked to stop, it left a checkpoint."""
 REFUSED = "refused"
-"""A user's mistake: another life would end the same."""
+"""A user's mistake: another attempt would end the same."""
 INTERRUPTED = "interrupted"
 """By a person at the terminal, or with W&B's stop button."""
 FAILED = "failed"
@@ -48,7 +48,7 @@ class Outcome:
         return Outcome(**json.loads(path.read_text())) if path.exists() else None
 
 
-class Life:
+class Attempt:
     """A context around everything that a rank does: its stderr goes to the rank's log, and an error becomes
     an outcome, one line on the console, and an exit code.
 
@@ -63,7 +63,7 @@ class Life:
         self.log_path = folder.logs / f"rank-{env.rank:05d}.log"
         self.watchdog = Watchdog(watchdog, self.told_hang)
 
-    def __enter__(self) -> Life:
+    def __enter__(self) -> Attempt:
         self.folder.logs.mkdir(parents=True, exist_ok=True)
         if self.env.rank == 0:
             _outcome(self.folder).unlink(missing_ok=True)
@@ -121,7 +121,7 @@ class Life:
         return 2 if user else 1
 
     def _claim(self, kind: str, words: str) -> bool:
-        """Whether this rank is the first to say how the life ended."""
+        """Whether this rank is the first to say how it ended."""
         outcome = Outcome(kind, self.env.rank, words)
         try:
             with _outcome(self.folder).open("x") as file:
@@ -132,16 +132,16 @@ class Life:
 
 
 def begin(folder: RunFolder, job: str, limit: int) -> None:
-    """Note that `job` starts the run once more.
+    """Note that `job` attempts the run once more.
 
-    Raises ValueError where its last `limit` starts all went on from the step where it would go on now.
+    Raises ValueError where its last `limit` attempts all began where this one would.
     """
     folder.logs.mkdir(parents=True, exist_ok=True)
-    path = folder.logs / "lives.jsonl"
-    lives = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    step = newest_step(folder)
-    recent = [life for life in lives if life["job"] == job][-limit:]
-    if len(recent) == limit and all(life["step"] == step for life in recent):
+    path = folder.logs / "attempts.jsonl"
+    attempts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    step = max(complete_checkpoints(folder.checkpoints), default=0)
+    recent = [attempt for attempt in attempts if attempt["job"] == job][-limit:]
+    if len(recent) == limit and all(attempt["step"] == step for attempt in recent):
         raise ValueError(
             f"job {job} has started {folder.path} {limit} times from step {step} and never reached another "
             f"checkpoint; {folder.logs} says why"
@@ -149,12 +149,6 @@ def begin(folder: RunFolder, job: str, limit: int) -> None:
     with path.open("a") as file:
         file.write(json.dumps({"job": job, "step": step, "time": time.time()}) + "\n")
     _outcome(folder).unlink(missing_ok=True)
-
-
-def newest_step(folder: RunFolder) -> int:
-    """Of the complete checkpoints; 0 without one."""
-    markers = folder.checkpoints.glob(f"step-*/{COMPLETE}")
-    return max((int(marker.parent.name.removeprefix("step-")) for marker in markers), default=0)
 
 
 def _outcome(folder: RunFolder) -> Path:
