@@ -21,6 +21,7 @@ from svd_ds.curate.select import write_clips
 from svd_ds.curate.stages import Runner
 from svd_ds.curate.sweep import write_subsets
 from svd_ds.curate.text import TextSettings
+from svd_ds.data.filters import Condition
 from svd_ds.door import run_door
 from svd_ds.evaluation.data_card import write_card
 
@@ -84,7 +85,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         text=None if a.text_model == "none" else TextSettings(a.text_model or ""),
         clip_model=ClipModelSettings(a.clip, a.head, a.device) if a.clip else None,
         duplicates=None if a.keep_duplicates else DuplicateSettings(),
-        where=tuple(a.where),
+        where=tuple(Condition.parse(text, "--where") for text in a.where),
         shards=ShardSettings(a.clips_per_shard, a.hold_out),
         **models,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,7 +16,6 @@ from svd_ds.curate.media import ClipEncoder, copy_frames, encode_still
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
-from svd_ds.data.writer import replace_file
 
 COLUMNS = {
     "id": pa.string(),
@@ -103,7 +103,10 @@ def _write(
     name = f"{file.key}-{window.begin:06d}"
     media = f"{name}.{'jpg' if window.end - window.begin == 1 else 'mp4'}"
     place.here.mkdir(parents=True, exist_ok=True)
-    replace_file(place.here / media, content)
+    # A part may run twice at once: each writes under a name of its own, and both write the same.
+    partial = place.here / f"{media}.{uuid.uuid4().hex}.part"
+    partial.write_bytes(content)
+    partial.replace(place.here / media)
     return {
         "id": name,
         "start_frame": window.begin,

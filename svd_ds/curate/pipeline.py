@@ -27,6 +27,7 @@ from svd_ds.curate.pack import ShardSettings, write_shards
 from svd_ds.curate.select import CAPTION, Clip, choose, join
 from svd_ds.curate.stages import Runner, Stage
 from svd_ds.curate.text import TextSettings
+from svd_ds.data.filters import Condition
 from svd_ds.data.writer import replace_file
 
 
@@ -43,7 +44,7 @@ class Settings:
     llm: CaptionSettings | None = None
     """Joins the two others' captions: needs both."""
     duplicates: DuplicateSettings | None = None
-    where: tuple[str, ...] = ()
+    where: tuple[Condition, ...] = ()
     """Conditions on the clips that are kept."""
     shards: ShardSettings = field(default_factory=ShardSettings)
 

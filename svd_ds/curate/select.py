@@ -121,32 +121,29 @@ def join(files: Sequence[RawFile], found: Mapping[str, Found]) -> list[Clip]:
     return clips
 
 
-def choose(clips: Sequence[Clip], conditions: Sequence[str]) -> None:
+def choose(clips: Sequence[Clip], conditions: Sequence[Condition]) -> None:
     """Write into each clip why it is not kept, if so: the first reason, near-duplicates before conditions.
 
-    A reason begins with what removed the clip, and a colon.
-
-    Raises ValueError for a condition that is none, or asks for a number that no clip has.
-    """
+    A reason begins with what removed the clip, and a colon. Raises ValueError for a condition on a number
+    that no clip has."""
     for clip in clips:
         if clip.motion is None:
             clip.reason = UNREADABLE + " its motion could not be measured"
         elif clip.duplicate_of:
             clip.reason = f"{DUPLICATE} of {clip.duplicate_of}"
-    for text in conditions:
-        condition = Condition.parse(text)
+    for condition in conditions:
         numbers = [number for clip in clips if (number := clip.number(condition.name)) is not None]
         if not numbers:
-            raise ValueError(f"the condition {text!r} asks for {condition.name}, which no clip has")
+            raise ValueError(f"the condition {condition} asks for {condition.name}, which no clip has")
         limit = (
             float(np.quantile(numbers, condition.value / 100)) if condition.is_quantile else condition.value
         )
         for clip in (clip for clip in clips if clip.reason is None):
             number = clip.number(condition.name)
             if number is None:
-                clip.reason = f"{text}: it has none"
+                clip.reason = f"{condition}: it has none"
             elif not COMPARISONS[condition.comparison](number, limit):
-                clip.reason = f"{text}: {number:.4g} against {limit:.4g}"
+                clip.reason = f"{condition}: {number:.4g} against {limit:.4g}"
 
 
 def write_clips(clips: Sequence[Clip], path: Path) -> None:

@@ -50,6 +50,6 @@ def write_parquet(rows: Sequence[Row], columns: Mapping[str, pa.DataType], path:
     """Write rows, what they lack empty, so that the file's name never stands for half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {name: [row.get(name) for row in rows] for name in columns}
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     pq.write_table(pa.table(content, schema=pa.schema(list(columns.items()))), partial)
     partial.replace(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -32,6 +33,10 @@ class TextSettings:
     """Shortest side to which a smaller frame is enlarged, in pixels."""
     min_score: float = 0.7
     """Of a box. Drawn text has 0.8 to 0.9 here; faces and windows that pass for it have up to 0.66."""
+
+    def __post_init__(self) -> None:
+        if self.model and not Path(self.model).is_file():
+            raise FileNotFoundError(f"there is no text detector {self.model}")
 
 
 def measure_text(settings: TextSettings, file: RawFile, known: Known, place: Place) -> Iterator[Row]:

@@ -39,17 +39,20 @@ class Condition:
     is_quantile: bool
     """`value` is a percentage of the data set's samples."""
 
+    def __str__(self) -> str:
+        return f"{self.name}{self.comparison}{'q' if self.is_quantile else ''}{self.value:g}"
+
     @staticmethod
-    def parse(text: str) -> Condition:
-        """Read NAME>=NUMBER or NAME>=qPERCENT (or <=, >, <); ValueError for anything else."""
+    def parse(text: str, where: str = "data.where") -> Condition:
+        """Read NAME>=NUMBER or NAME>=qPERCENT (or <=, >, <); ValueError, with `where`, for anything else."""
         match = GRAMMAR.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"data.where has {text!r}, which is no condition like motion>=q25 or text_area<=0.07"
+                f"{where} has {text!r}, which is no condition like motion>=q25 or text_area<=0.07"
             )
         name, comparison, quantile, number = match.groups()
         if quantile and not 0 <= float(number) <= 100:
-            raise ValueError(f"data.where has {text!r}, but a quantile lies between q0 and q100")
+            raise ValueError(f"{where} has {text!r}, but a quantile lies between q0 and q100")
         return Condition(name, comparison, float(number), bool(quantile))
 
 

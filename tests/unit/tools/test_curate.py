@@ -327,7 +327,7 @@ def test_subsets_are_configs_that_training_takes(
         ((".", "out", "--size", "-1"), "--size -1 is less than 0"),
         ((".", "out", "--aesthetic", "head.pth"), "give --clip FOLDER too"),
         ((".", "out", "--llm", "folder"), "llm joins the captions of coca and video_blip"),
-        (("graded", "out", "--where", "motion=1"), "'motion=1', which is no condition"),
+        (("graded", "out", "--where", "motion=1"), "--where has 'motion=1', which is no condition"),
         (("graded", "out", "--where", "aesthetic>=q25"), "asks for aesthetic, which no clip has"),
         (("graded", "out", "--where", "motion>=9"), "none of the 1 clips is kept"),
         (("graded", "out", "--clip", "nowhere"), "nowhere holds no model: it has no config.json"),

@@ -1,0 +1,133 @@
+"""Stages over files: done once, kept through mistakes, and not ended by a file that ends its process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from svd_ds.curate.pipeline import progress_bar, refused
+from svd_ds.curate.raw import RawFile, find_raw
+from svd_ds.curate.stages import Place, Runner, Stage, sound
+from svd_ds.curate.table import Known, Row, Table
+
+COLUMNS = {"size": pa.int64()}
+
+
+@dataclass(frozen=True)
+class Factor:
+    factor: int = 1
+
+
+def measure(settings: Factor, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
+    """The file's size; a file may say what it does to who reads it."""
+    content = file.path.read_text()
+    yield {"size": len(content) * settings.factor}
+    if content == "exit":
+        os._exit(9)
+    if content == "refuse":
+        raise ValueError("it is\nno good")
+    if content == "mistake":
+        raise KeyError("ours")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, content in {"a": "one", "b": "refuse", "c": "three"}.items():
+        (tmp_path / "raw" / f"{name}.mp4").parent.mkdir(exist_ok=True)
+        (tmp_path / "raw" / f"{name}.mp4").write_text(content)
+    return tmp_path
+
+
+def run(folder: Path, stage: Stage, num_workers: int = 1) -> Runner:
+    out = folder / "out"
+    with (
+        progress_bar() as progress,
+        Runner(find_raw(folder / "raw", out), out, num_workers, progress) as runner,
+    ):
+        for earlier in (*stage.after, stage):
+            runner.run(earlier)
+    return runner
+
+
+def fragments(folder: Path) -> list[Path]:
+    return sorted((folder / "out").rglob("*.parquet"))
+
+
+def test_rows_before_a_refusal_count_and_files_without_rows_go_no_further(folder: Path) -> None:
+    first = Stage("first", measure, COLUMNS, Factor())
+    runner = run(folder, Stage("second", count, COLUMNS, None, (first,)))
+    assert {name: [row["size"] for row in sound(rows)] for name, rows in runner.found["first"].items()} == {
+        "a.mp4": [3],
+        "b.mp4": [6],
+        "c.mp4": [5],
+    }
+    assert refused(runner) == [("b.mp4", "it is no good")]
+    assert {name: rows[0]["size"] for name, rows in runner.found["second"].items()} == {
+        "a.mp4": 1,
+        "b.mp4": 1,
+        "c.mp4": 1,
+    }
+
+
+def count(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
+    yield {"size": len(known["first"])}
+
+
+def test_a_stage_does_what_is_not_done_under_its_settings(folder: Path) -> None:
+    run(folder, Stage("first", measure, COLUMNS, Factor()))
+    done = fragments(folder)
+    run(folder, Stage("first", measure, COLUMNS, Factor()))
+    assert fragments(folder) == done
+    other = run(folder, Stage("first", measure, COLUMNS, Factor(2)))
+    assert other.found["first"]["a.mp4"][0]["size"] == 6 and len(fragments(folder)) == 2
+    run(folder, Stage("first", measure, COLUMNS, Factor(2), version=2))
+    assert len(fragments(folder)) == 3
+    back = run(folder, Stage("first", measure, COLUMNS, Factor()))
+    assert back.found["first"]["a.mp4"][0]["size"] == 3 and len(fragments(folder)) == 3
+
+
+def test_our_own_mistake_ends_the_run_and_keeps_what_was_found(folder: Path) -> None:
+    (folder / "raw" / "d.mp4").write_text("mistake")
+    stage = Stage("first", measure, COLUMNS, Factor())
+    with pytest.raises(KeyError):
+        run(folder, stage)
+    assert set(Table(stage.folder(folder / "out"), COLUMNS).read()) == {"a.mp4", "b.mp4", "c.mp4"}
+
+
+def test_a_model_that_cannot_be_loaded_refuses_no_file(folder: Path) -> None:
+    def load(settings: Factor) -> None:
+        raise ValueError("no such model")
+
+    with pytest.raises(ValueError, match="no such model"):
+        run(folder, Stage("first", measure, COLUMNS, Factor(), prepare=load))
+    assert fragments(folder) == []
+
+
+def test_what_two_machines_did_twice_counts_once(tmp_path: Path) -> None:
+    table = Table(tmp_path, COLUMNS)
+    for _ in range(2):
+        table.add([{"video": "a", "stamp": 1, "size": 3}, {"video": "a", "stamp": 1, "size": 4}])
+    table.add([{"video": "b", "stamp": 1, "size": 5}])
+    assert {name: [row["size"] for row in rows] for name, rows in table.read().items()} == {
+        "a": [3, 4],
+        "b": [5],
+    }
+    table.add([])
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_a_file_that_ends_its_process_is_refused_and_the_others_go_on(folder: Path) -> None:
+    (folder / "raw" / "bad.mp4").write_text("exit")
+    runner = run(folder, Stage("first", measure, COLUMNS, Factor()), num_workers=2)
+    assert refused(runner) == [("b.mp4", "it is no good"), ("bad.mp4", "reading it ends the process")]
+    assert {name for name, rows in runner.found["first"].items() if sound(rows)} == {
+        "a.mp4",
+        "b.mp4",
+        "c.mp4",
+    }
