@@ -23,6 +23,8 @@ class Life:
     token: str
     start: int
     """The step behind which it began."""
+    started: float
+    """When, in seconds since the epoch."""
 
 
 def lives_of(folder: Path) -> list[Life]:

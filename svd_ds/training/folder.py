@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +65,6 @@ class RunFolder:
         return self.logs / "skipped.jsonl"
 
     @property
-    def starts(self) -> Path:
-        return self.logs / "starts.jsonl"
-
-    @property
     def quarantine(self) -> Path:
         return self.logs / "quarantine.jsonl"
 
@@ -110,8 +105,6 @@ class RunFolder:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         _write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
-        with self.starts.open("a") as file:
-            file.write(json.dumps({"started": time.time(), "step": step}) + "\n")
         self.drop_after(step, self.metrics, self.evaluation, self.skipped, self.quarantine)
 
     def drop_after(self, step: int, *paths: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def take_over(folder: Path, step: int) -> str:
 
     From here on a former life that still writes, on a node that was cut off, saves nothing that counts.
     """
-    life = Life(secrets.token_hex(4), step)
+    life = Life(secrets.token_hex(4), step, time.time())
     lives = [*lives_of(folder), life]
     replace_text(folder / LIVES, "".join(json.dumps(asdict(each)) + "\n" for each in lives))
     # Of former lives. A later one's are not here yet: it would first have taken over from this one.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from svd_ds.model.lives import lives_of
 from svd_ds.model.unet import PIXELS_PER_LATENT, UNet, UNetConfig
 from svd_ds.training.folder import RunFolder
 
@@ -52,9 +53,9 @@ class Goodput:
 
     @staticmethod
     def of(folder: RunFolder) -> Goodput:
-        """As far as the folder's files tell. Its starts file has a line at least."""
-        with folder.starts.open() as file:
-            goodput = Goodput(json.loads(file.readline())["started"], 0.0, dict.fromkeys(WAITS, 0.0))
+        """As far as the folder's files tell; of a run without a life until now, it starts now."""
+        started = next((life.started for life in lives_of(folder.checkpoints)), time.time())
+        goodput = Goodput(started, 0.0, dict.fromkeys(WAITS, 0.0))
         if folder.metrics.exists():
             with folder.metrics.open() as file:
                 for step in map(json.loads, file):

@@ -34,6 +34,8 @@ def test_what_a_later_life_has_left_behind_does_not_count(
         mark(folder, step, token)
     (folder / "step-0000009").mkdir()
     (folder / "step-0000010.b.tmp").mkdir()
-    (folder / LIVES).write_text("".join(json.dumps({"token": t, "start": s}) + "\n" for t, s in lives))
+    (folder / LIVES).write_text(
+        "".join(json.dumps({"token": t, "start": s, "started": 0.0}) + "\n" for t, s in lives)
+    )
     assert list(complete_checkpoints(folder)) == counted
     assert newest_checkpoint(tmp_path) == folder / f"step-{counted[-1]:07d}"
