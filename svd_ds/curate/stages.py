@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.table import Known, Row, Table
+from svd_ds.data.workers import end_with_parent
 
 FLUSH_SECONDS = 10.0
 """A killed run has lost at most what it found in so long."""
@@ -183,10 +184,11 @@ def _drain(
 
 def _pool(num_workers: int) -> ProcessPoolExecutor:
     # Spawned: a fork of a process with threads of torch or OpenCV may hang.
-    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_one_thread)
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_begin)
 
 
-def _one_thread() -> None:
+def _begin() -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 

@@ -46,7 +46,7 @@ def start(dataset: IterableDataset[Any], num_workers: int, prefetch: int, module
             num_workers=num_workers,
             prefetch_factor=prefetch,
             multiprocessing_context=server,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=end_with_parent,
         )
         items = iter(loader)
     # Python ends its children by SIGTERM and waits for them; this runs before that.
@@ -64,8 +64,9 @@ def _run_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent(_: int) -> None:
-    """In a worker: torch watches the process that forked it, and that is the server, not the run."""
+def end_with_parent(_: int = 0) -> None:
+    """In a worker, which is forked by a server or waits at a queue: nothing else ends it when the run is
+    killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -15,6 +15,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -282,8 +283,11 @@ def test_killed_and_started_again_it_goes_on(graded: Path, tmp_path: Path) -> No
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not list((tmp_path / "out").glob("stages/cuts-*/*.parquet")):
         pass
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert process.poll() is None and len(workers) >= 2
     process.kill()
     process.wait()
+    assert psutil.wait_procs(workers, timeout=60)[1] == [], "workers end with the run"
     assert not (tmp_path / "out" / "clips.parquet").exists()
     fragments = {path: path.read_bytes() for path in (tmp_path / "out").glob("stages/*/*.parquet")}
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
