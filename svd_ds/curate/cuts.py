@@ -74,7 +74,8 @@ class Cut:
 def find_shots(settings: CutSettings, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
     """The shots of a video in order, and what ended each: a kind of cut, or "end".
 
-    Raises ValueError, after the shots before it, where the video cannot be decoded from some frame on.
+    Raises ValueError, after the shots before it, where the video cannot be decoded from some frame on, or
+    where there are none.
     """
     (about,) = known["probe"]
     if about["kind"] == "image":
@@ -88,15 +89,15 @@ def find_shots(settings: CutSettings, file: RawFile, known: Known, place: Place)
             cascade.see(number, frame.reformat(*VIEW, format="bgr24", threads=1).to_ndarray())
     except ValueError as error:
         broken = error
-    begin = 0
-    for cut in cascade.cuts():
-        if cut.begin > begin:
-            yield {"begin": begin, "end": cut.begin, "ended_by": cut.kind}
-        begin = cut.end
-    if begin < cascade.num_frames:
-        yield {"begin": begin, "end": cascade.num_frames, "ended_by": "end"}
+    cuts = [*cascade.cuts(), Cut(cascade.num_frames, cascade.num_frames, "end")]
+    begins = [0, *(cut.end for cut in cuts)]
+    shots = [(begin, cut) for begin, cut in zip(begins, cuts, strict=False) if begin < cut.begin]
+    for begin, cut in shots:
+        yield {"begin": begin, "end": cut.begin, "ended_by": cut.kind}
     if broken is not None:
         raise broken
+    if not shots:
+        raise ValueError("it is black or fading throughout")
 
 
 class Cascade:

@@ -68,6 +68,7 @@ class Stage:
 
     def fingerprint(self) -> str:
         settings = asdict(self.settings) if self.settings else {}
+        settings.pop("device", None)  # where a model runs decides nothing
         content = [self.name, self.version, settings, [stage.fingerprint() for stage in self.after]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

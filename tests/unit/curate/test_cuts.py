@@ -80,6 +80,12 @@ def test_a_flash_and_a_video_that_begins_and_ends_black() -> None:
     ]
 
 
+def test_a_video_without_shots_is_refused(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", np.zeros((30, 48, 64, 3), np.uint8), fps=25)
+    known, _ = known_of(path, ClipSettings("1s", "20s"), tmp_path / "out")
+    assert known["cuts"] == [{"error": "it is black or fading throughout"}]
+
+
 def test_shots_of_a_file_and_what_ended_them(tmp_path: Path) -> None:
     shots = real_shots()
     frames = np.concatenate([cross_fade(shots["rabbit"][:60], shots["man"][:60]), shots["street3"]])
