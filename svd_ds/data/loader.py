@@ -24,8 +24,8 @@ from pathlib import Path
 import fsspec
 import webdataset
 import webdataset.cache
-import webdataset.gopen
 from torch.utils.data import get_worker_info
+from webdataset.gopen import gopen_schemes
 
 from svd_ds.batch import Batch, Clip
 from svd_ds.data import workers
@@ -273,7 +273,7 @@ class RemoteFolder(Folder):
 def _told(url: str) -> Iterator[None]:
     """Inside, webdataset opens schemes that it does not know (s3, memory, ...) by fsspec. Raises OSError,
     naming `url`, for whatever goes wrong with it."""
-    webdataset.gopen.gopen_schemes["__default__"] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
+    gopen_schemes["__default__"] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
     try:
         yield
     except (OSError, ValueError, ImportError) as error:

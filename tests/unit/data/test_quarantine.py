@@ -1,0 +1,91 @@
+"""What cannot be read is counted once, listed, and in the end too much; what hangs is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from svd_ds.data.config import DataConfig
+from svd_ds.data.loader import Loader
+from svd_ds.data.quarantine import Fault, Quarantine
+from tests.unit.data.test_fuzz import write
+
+FAULTS = [Fault(f"s{number}", "a.tar", "it is junk") for number in range(5)]
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def test_each_sample_is_listed_once_and_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(0.02, 100, path)
+    assert quarantine.add(FAULTS[:1], step=3, write=True) == 1
+    assert quarantine.add(FAULTS[:2], step=9, write=True) == 2
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 3, "id": "s0", "shard": "a.tar", "cause": "it is junk"},
+        {"step": 9, "id": "s1", "shard": "a.tar", "cause": "it is junk"},
+    ]
+    later = Quarantine(0.02, 100, path)
+    assert later.add(FAULTS[:2]) == 2, "a run that goes on knows them"
+    told = (
+        r"^sample s2 of a\.tar cannot be read: it is junk; that makes 3 of 100 samples, where "
+        r"data\.max_quarantined=0\.02 allows 2; .*quarantine\.jsonl lists them$"
+    )
+    with pytest.raises(ValueError, match=told):
+        later.add(FAULTS[2:3])
+
+
+def test_a_small_set_may_lose_one_unless_none_may(tmp_path: Path) -> None:
+    assert (Quarantine(0.01, 5).allowed, Quarantine(0.0, 5).allowed, Quarantine(0.5, 5).allowed) == (1, 0, 3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_replaces_tells_and_stops(tmp_path: Path, num_workers: int) -> None:
+    write(tmp_path, [6, 6], {3: "junk", 7: "cut"})
+    config = DataConfig(
+        str(tmp_path), 1, 8, 8, crop="center", max_quarantined=0.1, num_workers=num_workers, prefetch=1
+    )
+    loader = Loader(config, 0, 0, 1, 4, 4)
+    ids = [name for batch, _ in islice(loader, 6) for name in batch.ids]
+    assert "s3" not in ids and "s7" not in ids
+    faults = loader.take_faults()
+    assert {(fault.id, Path(fault.shard).name) for fault in faults} == {
+        ("s3", "shard-00000.tar"),
+        ("s7", "shard-00001.tar"),
+    }
+    assert all("cannot be decoded" in fault.cause for fault in faults) and not loader.take_faults()
+    write(tmp_path / "worse", [6, 6], dict.fromkeys((1, 3, 7), "junk"))
+    config = DataConfig(str(tmp_path / "worse"), 1, 8, 8, max_quarantined=0.1, num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"that makes 3 of 12 samples, where .* allows 2$"):
+        list(islice(Loader(config, 0, 0, 1, 4, 4), 9))
+
+
+def test_a_set_of_nothing_readable_ends_the_run(tmp_path: Path) -> None:
+    write(tmp_path, [3], dict.fromkeys(range(3), "junk"))
+    config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=1.0, num_workers=0)
+    with pytest.raises(ValueError, match=r"^no sample in .* can be read: the file cannot be decoded"):
+        next(iter(Loader(config, 0, 0, 1, 2, 2)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_read_that_hangs_ends_the_run_with_its_shard(tmp_path: Path, num_workers: int) -> None:
+    write(tmp_path, [3], {})
+    config = DataConfig(str(tmp_path), 1, 8, 8, stall_seconds=0.3, num_workers=num_workers)
+    loader = Loader(config, 0, 0, 1, 2, 2)
+    # Opening a pipe that nobody writes to waits for ever, as a file of a dead server does.
+    (tmp_path / "shard-00000.tar").unlink()
+    os.mkfifo(tmp_path / "shard-00000.tar")
+    with pytest.raises(ValueError, match=r"^a read of .*shard-00000\.tar has hung for data\.stall.*=0\.3$"):
+        next(iter(loader))
+
+
+def test_a_shard_that_is_gone_is_a_cause_too(tmp_path: Path) -> None:
+    write(tmp_path, [3, 30], {})
+    config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=0.1, num_workers=0)
+    loader = Loader(config, 0, 0, 1, 11, 11)
+    (tmp_path / "shard-00000.tar").unlink()
+    ids = [name for batch, _ in islice(loader, 3) for name in batch.ids]
+    assert set(ids) == {f"s{number}" for number in range(3, 33)}
+    assert {fault.id for fault in loader.take_faults()} == {"s0", "s1", "s2"}
