@@ -28,6 +28,8 @@ from svd_ds.data.sources import Source
 from svd_ds.data.tensors import TensorFile
 
 Result = TypeVar("Result")
+CAPTION_KEYS = ("caption", "text", "prompt")
+"""What foreign shards call theirs."""
 NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
@@ -144,14 +146,25 @@ class _Take:
 
 
 def captions_of(read: ReadMember, sample: Sample) -> dict[str, str]:
-    """Captioner -> caption. Raises ValueError where the sample has none."""
-    if "json" not in sample.members:
-        return {"text": read("txt").decode().strip()}
-    about: Any = json.loads(read("json"))
-    captions = about.get("captions") if isinstance(about, dict) else None
-    if not isinstance(captions, dict):
-        raise ValueError("its json has no captions")
-    return captions
+    """Captioner -> caption; of a foreign sample with neither json nor txt one that is empty.
+
+    Raises ValueError where its json has none.
+    """
+    if "json" in sample.members:
+        captions = caption_in(json.loads(read("json")))
+        if not captions:
+            raise ValueError("its json has no captions")
+        return captions
+    return {"text": read("txt").decode().strip() if "txt" in sample.members else ""}
+
+
+def caption_in(about: Any) -> dict[str, str]:
+    """Captioner -> caption, of a sample's json: ours has "captions", foreign ones one by another name."""
+    if not isinstance(about, dict):
+        return {}
+    if isinstance(captions := about.get("captions"), dict):
+        return captions
+    return next(({"text": about[name]} for name in CAPTION_KEYS if isinstance(about.get(name), str)), {})
 
 
 def _in_time(action: Callable[[], Result], seconds: float, sentence: str) -> Result:

@@ -26,6 +26,10 @@ MEDIA = ("mp4", "jpg", "mov", "mkv", "webm", "avi", "m4v", "jpeg", "png", "webp"
 foreign shards may have the others."""
 
 
+STILLS = ("jpg", "jpeg", "png", "webp")
+"""Those of them that are images."""
+
+
 class ReadMember(Protocol):
     """Reads a member of a sample, or a part of it: see `Index.open`."""
 
@@ -147,7 +151,7 @@ class Index:
         with open(self.folder.file(INDEX_NAME), "rb") as file:
             for offset in self.line_offsets:
                 file.seek(int(offset))
-                yield _parse_sample(file.readline())
+                yield parse_sample(json.loads(file.readline()))
 
     def sample(self, number: int) -> Sample:
         """Sample `number`, counted through the shards in turn."""
@@ -224,10 +228,10 @@ def _parse_header(path: str, content: bytes) -> dict[str, Any]:
     return header
 
 
-def _parse_sample(line: bytes) -> Sample:
-    fields = json.loads(line)
-    fields["members"] = {name: tuple(span) for name, span in fields["members"].items()}
-    return Sample(**fields)
+def parse_sample(fields: dict[str, Any]) -> Sample:
+    """A sample from its line in the index, as json reads it."""
+    members = {name: tuple(span) for name, span in fields["members"].items()}
+    return Sample(**{**fields, "members": members})
 
 
 def _check_shard(path: Path, num_bytes: int) -> None:

@@ -59,10 +59,10 @@ def read(config: DataConfig, world: int, micro: int, steps: int, start: Cursor |
             clips = zip(batch.ids, batch.frames_BTCHW, strict=True)
             seen = [(name, tuple(clip.shape), int(clip[0, 0, 0, 0])) for name, clip in clips]
             found.update(zip(batch.ordinals, seen, strict=True))
-            taken += len(batch)
+            taken, end = taken + len(batch), cursor
             if taken == steps * BATCH // world:
                 break
-        cursors.add(cursor)
+        cursors.add(end)
     assert len(cursors) == 1, "every rank stands at the same place"
     return found, cursors.pop()
 

@@ -1,0 +1,116 @@
+"""Measure loading: clips a second from the latent cache, by decoding, and by a bare PyAV loop."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count, islice
+from pathlib import Path
+
+import av
+import torch
+
+from svd_ds.data.clips import ClipDraws, Timing
+from svd_ds.data.config import DataConfig
+from svd_ds.data.latents import MEMBER
+from svd_ds.data.loader import Loader
+from svd_ds.data.schedule import Schedule
+from svd_ds.data.shards import Index
+from svd_ds.door import run_door
+
+EXAMPLE = """example:
+  python tools/encode.py data/mine data/mine-latents --size 320x576
+  python tools/bench_data.py data/mine-latents --shape 14x320x576 --fps 6
+
+Each way is timed in turn, A B C A B C ..., in one process and thread, and its median is told. The bare loop
+opens the same files, seeks to the same frames and decodes them to RGB: no crop, no resize, no caption."""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    num_frames, height, width = map(int, arguments.shape.split("x"))
+    decoded = DataConfig(
+        str(arguments.shards), num_frames, height, width, fps=arguments.fps, crop="center", num_workers=0
+    )
+    ways: dict[str, Iterator[object]] = {
+        "decoding": clips_of(decoded),
+        "bare PyAV": bare(decoded),
+    }
+    if MEMBER in Index.load(arguments.shards).sample(0).members:
+        ways = {"latent cache": clips_of(replace(decoded, latents=True)), **ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for clips in ways.values():
+        next(clips)
+    for _ in range(arguments.rounds):
+        for way, clips in ways.items():
+            seconds[way].append(timed(lambda clips=clips: list(islice(clips, arguments.clips))))
+    rate = {way: arguments.clips / statistics.median(times) for way, times in seconds.items()}
+    for way, clips_per_s in rate.items():
+        print(f"{way:>14}: {clips_per_s:8.2f} clips/s   {1000 / clips_per_s:8.2f} ms a clip")
+    print(f"decoding reaches {rate['decoding'] / rate['bare PyAV']:.0%} of the bare loop")
+    if "latent cache" in rate:
+        print(f"the latent cache gives {rate['latent cache'] / rate['decoding']:.1f} times decoding")
+
+
+def clips_of(config: DataConfig) -> Iterator[object]:
+    """What training would read, a clip at a time."""
+    return iter(Loader(config, seed=0, rank=0, world=1, global_batch=1, micro_batch=1))
+
+
+def bare(config: DataConfig) -> Iterator[object]:
+    """The frames of the same clips, as a script would decode them."""
+    loader = Loader(config, seed=0, rank=0, world=1, global_batch=1, micro_batch=1)
+    (index,) = loader.sources[0].buckets
+    order = Schedule([[index.shard_sizes]], [1.0], [1], seed=0, global_batch=1)
+    for ordinal in count():
+        _, _, number = next(order.samples(ordinal))
+        sample = index.sample(number)
+        draw = ClipDraws.of(0, ordinal).start
+        timing = Timing.of(sample.num_frames, sample.fps, config.num_frames, config.fps, draw)
+        wanted = timing.frames(config.num_frames)
+        frames = []
+        with av.open(io.BytesIO(index.read(sample, sample.media))) as container:
+            stream = container.streams.video[0]
+            stream.thread_count = 1
+            container.seek(int(wanted[0] / (stream.average_rate * stream.time_base)), stream=stream)
+            for frame in container.decode(stream):
+                number = round(frame.pts * stream.time_base * stream.average_rate)
+                if number in wanted:
+                    frames.append(frame.to_ndarray(format="rgb24"))
+                if number >= wanted[-1]:
+                    break
+        yield frames
+
+
+def timed(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "shards",
+        type=Path,
+        metavar="SHARDS",
+        help="a folder that tools/encode.py wrote, or one without latents",
+    )
+    add("--shape", default="14x320x576", metavar="TxHxW", help="of the clips; default: %(default)s")
+    add("--fps", type=float, default=6.0, help="wanted frames a second; default: %(default)s")
+    add("--clips", type=int, default=20, metavar="N", help="clips a round; default: %(default)s")
+    add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_door(main)
