@@ -66,6 +66,15 @@ def host(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
+def attempt(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Of a Slurm job, its number and how often it was queued again: a later start of a run has a higher one.
+    Other launchers have none, (0, 0)."""
+    return (
+        _number(environ, "SLURM_JOB_ID", default=0),
+        _number(environ, "SLURM_RESTART_COUNT", default=0),
+    )
+
+
 def init(env: Env, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank."""
     # For DeepSpeed, which reads the environment itself: LOCAL_RANK is its device's index, and without

@@ -22,7 +22,7 @@ from types import TracebackType
 from svd_ds.door import OF_ANOTHER, USER_ERRORS, print_error
 from svd_ds.model.lives import complete_checkpoints
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
-from svd_ds.parallel.env import Env, host
+from svd_ds.parallel.env import Env, attempt, host
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.watchdog import Watchdog, WatchdogConfig
 
@@ -41,11 +41,14 @@ class Outcome:
     kind: str
     rank: int
     words: str
+    attempt: tuple[int, int]
+    """svd_ds.parallel.env.attempt: ranks of an earlier one, on a node that was cut off, may still speak."""
 
     @staticmethod
     def read(folder: RunFolder) -> Outcome | None:
-        path = _outcome(folder)
-        return Outcome(**json.loads(path.read_text())) if path.exists() else None
+        """Of this attempt, in which the caller takes part; None where nobody has said it yet."""
+        told = _told(folder)
+        return told if told is not None and told.attempt == attempt() else None
 
 
 class Attempt:
@@ -122,12 +125,21 @@ class Attempt:
 
     def _claim(self, kind: str, words: str) -> bool:
         """Whether this rank is the first to say how it ended."""
-        outcome = Outcome(kind, self.env.rank, words)
+        outcome = Outcome(kind, self.env.rank, words, attempt())
+        path = _outcome(self.folder)
+        draft = path.with_name(f"{path.name}.{self.env.rank}.tmp")
+        draft.write_text(json.dumps(asdict(outcome)) + "\n")
         try:
-            with _outcome(self.folder).open("x") as file:
-                file.write(json.dumps(asdict(outcome)) + "\n")
+            # Unlike a rename, a link fails where there is a file.
+            os.link(draft, path)
         except FileExistsError:
-            return False
+            told = _told(self.folder)
+            if told is None or told.attempt >= outcome.attempt:
+                return False
+            os.replace(draft, path)
+            return True
+        finally:
+            draft.unlink(missing_ok=True)
         return True
 
 
@@ -140,8 +152,8 @@ def begin(folder: RunFolder, job: str, limit: int) -> None:
     path = folder.logs / "attempts.jsonl"
     attempts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     step = max(complete_checkpoints(folder.checkpoints), default=0)
-    recent = [attempt for attempt in attempts if attempt["job"] == job][-limit:]
-    if len(recent) == limit and all(attempt["step"] == step for attempt in recent):
+    recent = [each["step"] for each in attempts if each["job"] == job][-limit:]
+    if recent == [step] * limit:
         raise ValueError(
             f"job {job} has started {folder.path} {limit} times from step {step} and never reached another "
             f"checkpoint; {folder.logs} says why"
@@ -149,6 +161,15 @@ def begin(folder: RunFolder, job: str, limit: int) -> None:
     with path.open("a") as file:
         file.write(json.dumps({"job": job, "step": step, "time": time.time()}) + "\n")
     _outcome(folder).unlink(missing_ok=True)
+
+
+def _told(folder: RunFolder) -> Outcome | None:
+    """By whichever attempt spoke last."""
+    path = _outcome(folder)
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text())
+    return Outcome(**values | {"attempt": tuple(values["attempt"])})
 
 
 def _outcome(folder: RunFolder) -> Path:

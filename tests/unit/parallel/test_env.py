@@ -153,3 +153,9 @@ def test_barrier_and_shutdown_of_one_process_ask_for_no_group(monkeypatch: pytes
 def test_a_host_has_the_name_that_slurm_gave_it() -> None:
     assert environment.host({"SLURMD_NODENAME": "gpu04"}) == "gpu04"
     assert environment.host({}) == os.uname().nodename
+
+
+def test_a_later_start_is_a_higher_attempt() -> None:
+    first, again = ({"SLURM_JOB_ID": "7"} | more for more in ({}, {"SLURM_RESTART_COUNT": "1"}))
+    assert environment.attempt({}) < environment.attempt(first) < environment.attempt(again)
+    assert environment.attempt(again) < environment.attempt({"SLURM_JOB_ID": "12"})

@@ -19,7 +19,8 @@ if [ -n '{asked}' ]; then
   kill -{asked} $PPID
   while [ -z "$asked" ]; do sleep 0.1; done
 fi
-[ -z '{kind}' ] || echo '{{"kind": "{kind}", "rank": 1, "words": "its words"}}' > {run}/logs/outcome.json
+[ -z '{kind}' ] ||
+  echo '{{"kind": "{kind}", "rank": 1, "words": "its words", "attempt": [7, 0]}}' > {run}/logs/outcome.json
 exit {code}
 """
 SCONTROL = """#!/bin/sh
@@ -56,6 +57,7 @@ def ended(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
         options = ["--job", "7", "--nodes", "node1", "--no-preflight", "--trial", str(trial), "--"]
         monkeypatch.setattr(sys, "argv", ["job.py", *options, "debug=tiny", f"run.dir={run}", *arguments])
         number = 0

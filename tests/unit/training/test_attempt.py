@@ -41,7 +41,7 @@ def outcome(folder: Path) -> Outcome | None:
 def test_rank_0_says_how_an_attempt_ended_well(tmp_path: Path, finished: bool, kind: str) -> None:
     assert attempted(tmp_path, 0, finished=finished) == 0
     assert attempted(tmp_path, 1, finished=finished) == 0
-    assert outcome(tmp_path) == Outcome(kind, 0, "")
+    assert outcome(tmp_path) == Outcome(kind, 0, "", (0, 0))
 
 
 @pytest.mark.parametrize(
@@ -111,3 +111,25 @@ def test_a_new_attempt_forgets_how_the_last_ended(tmp_path: Path) -> None:
     attempted(tmp_path, 0)
     begin(RunFolder(tmp_path), "7", limit=3)
     assert outcome(tmp_path) is None
+
+
+def test_a_rank_of_an_earlier_attempt_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on, on a node that was cut off, until it finds that another has taken the run over."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    fenced = SharedError("another start of this run has taken over")
+    for restarts, error, kind in (("1", None, FINISHED), ("0", fenced, FINISHED), ("2", fenced, REFUSED)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        # Rank 0 of an attempt forgets what was told before it: these are others.
+        with (
+            pytest.raises(SystemExit),
+            Attempt(RunFolder(tmp_path), env(0 if error is None else 1), OFF) as it,
+        ):
+            if error is not None:
+                raise ValueError(str(error))
+            it.ended(finished=True)
+            sys.exit(0)
+        told = json.loads((tmp_path / "logs/outcome.json").read_text())
+        assert told["kind"] == kind
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert outcome(tmp_path) is None, "this attempt has not ended"
+    assert [path.name for path in (tmp_path / "logs").glob("*.tmp")] == []
