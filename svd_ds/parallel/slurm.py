@@ -84,9 +84,9 @@ class Job:
     def requeue(self, without: Sequence[str] = ()) -> None:
         """End this life and queue the job again, not on the nodes `without`. Slurm then ends this process."""
         if without:
+            excluded = ",".join([*self._excluded(), *without])
             # Only a pending job's nodes can be chosen, and a held one does not start in between.
             _scontrol("requeuehold", self.id)
-            excluded = ",".join([*self._excluded(), *without])
             _scontrol("update", f"JobId={self.id}", f"ExcNodeList={excluded}")
             _scontrol("release", self.id)
         else:
@@ -102,7 +102,9 @@ class Job:
 def _scontrol(*arguments: str) -> str:
     """Raises OSError with scontrol's own words; waits for a controller that is being restarted."""
     for wait_s in (*AWAY_WAITS_S, None):
-        ended = subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
+        ended = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, preexec_fn=_outlive_the_end
+        )
         if ended.returncode == 0:
             return ended.stdout
         told = ended.stderr.strip() or ended.stdout.strip()
@@ -110,6 +112,11 @@ def _scontrol(*arguments: str) -> str:
             break
         time.sleep(wait_s)
     raise OSError(f"scontrol {' '.join(arguments)}: {told}")
+
+
+def _outlive_the_end() -> None:
+    # Slurm sends it to all processes of a job that is queued again, and there may be words left to say.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_with_parent() -> None:

@@ -11,6 +11,7 @@ from svd_ds.parallel import slurm
 from svd_ds.parallel.slurm import Job
 
 SCONTROL = """#!/bin/sh
+kill -TERM $$  # as Slurm does, once the job is queued again
 echo "$@" >> {log}
 case "$*" in
 "show job"*) echo "JobId=7 JobState={state} ExcNodeList=node[8-9] Requeue=1" ;;
