@@ -32,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert follow(quickstart, folder).returncode == 0
     Image.fromarray(moving_square(1, height=64, width=64)[0]).save(folder / "frame.png")
     write_video(folder / "my_videos" / "square.mp4", moving_square(48, height=160, width=160))
+    write_video(folder / "footage" / "square.mp4", moving_square(96, height=160, width=160))
     return folder
 
 
@@ -50,6 +51,7 @@ def shrunk(words: list[str]) -> list[str]:
     return [*words, "--steps", "2"] if "tools/sample.py" in words else words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_in_order(folder: Path, command: str) -> None:
     ended = follow(shrunk(shlex.split(command)), folder)
@@ -57,11 +59,14 @@ def test_readme_commands_in_order(folder: Path, command: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_the_commands_left_what_they_promise(folder: Path) -> None:
     assert (folder / "samples").is_dir(), "tools/sample.py"
     assert (folder / "report.html").stat().st_size > 10_000, "tools/report.py"
     assert (folder / "data" / "mine" / "index.jsonl").exists(), "tools/make_shards.py"
     assert (folder / "data" / "mine-latents" / "index.jsonl").exists(), "tools/encode.py"
+    assert (folder / "data" / "footage" / "shards" / "index.jsonl").exists(), "tools/curate.py"
+    assert (folder / "pipeline" / "model_index.json").exists(), "tools/convert.py"
     assert (folder / "runs" / "mine" / "checkpoints" / "step-0000002" / "COMPLETE").exists(), (
         "tools/launch.py"
     )
