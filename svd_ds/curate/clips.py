@@ -70,11 +70,16 @@ def cut_clips(settings: ClipSettings, file: RawFile, known: Known, place: Place)
         longest = max(end - begin for begin, end in shots)
         needed = count_frames(settings.shortest, rate)
         raise ValueError(f"its longest shot has {longest} frames, and a clip needs {needed}")
+    left = []
     for window in windows:
+        content = None
         if window.copied:
-            content = copy_frames(file.path, rate, window.begin, window.end)
+            content = copy_frames(file.path, rate, about["first"], window.begin, window.end)
+        if content is None:
+            left.append(Window(window.begin, window.end))
+        else:
             yield _write(file, place, window, rate, content, (about["height"], about["width"]))
-    yield from _encode(file, place, [w for w in windows if not w.copied], about, settings.size)
+    yield from _encode(file, place, left, about, settings.size)
 
 
 def _encode(file: RawFile, place: Place, windows: Sequence[Window], about: Row, size: int) -> Iterator[Row]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -35,7 +37,7 @@ def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple
     number, held = -1, None
     try:
         with av.open(str(path), mode="r") as container:
-            stream = container.streams.video[0]
+            stream = video_stream(container)
             stream.thread_type = "AUTO"
             first: Fraction | None = None
             decoded = 0
@@ -63,6 +65,14 @@ def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple
         raise ValueError(f"it cannot be decoded from frame {number + 1} on ({error.strerror})") from error
     if decoded < promised:
         raise ValueError(f"it ends after {decoded} of the {promised} frames that it says it has")
+
+
+def video_stream(container: Any) -> Any:
+    """The first video stream that is no cover picture of a song. Raises ValueError if there is none."""
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    raise ValueError("it has no video stream")
 
 
 def read_still(path: Path) -> np.ndarray:

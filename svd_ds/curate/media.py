@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from svd_ds.curate.probe import video_stream
+from svd_ds.curate.frames import video_stream
 from svd_ds.data.clips import HD_HEIGHT
 
 KEYFRAME_EVERY = 12
@@ -55,21 +55,22 @@ def encode_still(pixels_HWC: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def copy_frames(path: Path, rate: Fraction, begin: int, end: int) -> bytes:
+def copy_frames(path: Path, rate: Fraction, first: int, begin: int, end: int) -> bytes | None:
     """Frames `begin` to `end`, exclusive, of a video as an mp4 with the very bytes of the video.
 
-    Both must be closed keyframes (`probe.closed_keyframes`), or `end` the video's; `rate` its even clock.
+    Both must be closed keyframes (`probe.closed_keyframes`), or `end` the video's; `rate` and `first` are
+    its even clock (`probe.Packets`). None where the video does not give all of them.
     """
     buffer = io.BytesIO()
     with av.open(str(path), mode="r") as source, av.open(buffer, mode="w", format="mp4") as target:
         stream = video_stream(source)
         assert stream.time_base is not None, "a stream with packets has a time base"
         copied = target.add_stream_from_template(stream)
-        first = stream.start_time or 0
+        num_copied = 0
         start = first + round(begin / (rate * stream.time_base))
         source.seek(start, stream=stream)
         for packet in source.demux(stream):
-            if packet.pts is None or packet.dts is None:
+            if packet.pts is None or packet.dts is None or packet.is_discard:
                 continue
             number = round((packet.pts - first) * stream.time_base * rate)
             if number >= end and packet.is_keyframe:
@@ -78,4 +79,5 @@ def copy_frames(path: Path, rate: Fraction, begin: int, end: int) -> bytes:
                 packet.pts, packet.dts = packet.pts - start, packet.dts - start
                 packet.stream = copied
                 target.mux(packet)
-    return buffer.getvalue()
+                num_copied += 1
+    return buffer.getvalue() if num_copied == end - begin else None

@@ -14,9 +14,8 @@ from typing import Any
 
 import av
 import pyarrow as pa
-from av.stream import Disposition
 
-from svd_ds.curate.frames import read_still
+from svd_ds.curate.frames import read_still, video_stream
 from svd_ds.curate.raw import IMAGES, VIDEOS, RawFile, told_of
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
@@ -34,8 +33,11 @@ COLUMNS = {
     "promised": pa.int64(),
     "num_frames": pa.int64(),
     "keyframes": pa.list_(pa.int64()),
+    "first": pa.int64(),
     "told": pa.string(),
 }
+INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+"""Containers in which a seek finds the very keyframe: in a transport stream it may land behind it."""
 EVEN = 0.3
 """Share of a frame by which times may miss an even clock: containers round them to milliseconds."""
 MAX_RATE = 240
@@ -52,6 +54,8 @@ class Packets:
     num_frames: int
     keyframes: list[int]
     """Frames at which decoding can start and before which it can end: closed groups of pictures only."""
+    first: int
+    """When frame 0 is shown, in the stream's ticks."""
 
 
 def probe(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
@@ -99,23 +103,17 @@ def probe_video(path: Path) -> Row:
                 "even": packets.even,
                 "promised": stream.frames,
                 "num_frames": packets.num_frames,
-                "keyframes": packets.keyframes,
+                "keyframes": packets.keyframes if container.format.name in INDEXED else [],
+                "first": packets.first,
             }
     except av.FFmpegError as error:
         raise ValueError(f"it cannot be decoded ({error.strerror})") from error
 
 
-def video_stream(container: Any) -> Any:
-    """The first video stream that is no cover picture of a song. Raises ValueError if there is none."""
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            return stream
-    raise ValueError("it has no video stream")
-
-
 def read_packets(container: Any, stream: Any) -> Packets:
     """Raises ValueError for a video without a frame rate or with fewer than two frames."""
-    found = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+    packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+    found = [(packet.pts, packet.is_keyframe) for packet in packets]
     if len(found) < 2:
         raise ValueError(f"it has {len(found)} frame, and a video needs 2")
     known = [pts for pts, _ in found if pts is not None]
@@ -123,14 +121,14 @@ def read_packets(container: Any, stream: Any) -> Packets:
         # AVI tells no times: its frames are even by construction, but which is which is not known here.
         if not stream.average_rate:
             raise ValueError("it has no frame rate")
-        return Packets(stream.average_rate, True, len(found), [])
+        return Packets(stream.average_rate, True, len(found), [], 0)
     first = min(known)
     rate, even = clock_of(
         sorted(float((pts - first) * stream.time_base) for pts in known), stream.average_rate
     )
     numbers = [round((pts - first) * stream.time_base * rate) for pts in known]
     keyframes = closed_keyframes(numbers, [is_key for _, is_key in found]) if even else []
-    return Packets(rate, even, max(numbers) + 1, keyframes)
+    return Packets(rate, even, max(numbers) + 1, keyframes, first)
 
 
 def clock_of(times: Sequence[float], told: Fraction | None) -> tuple[Fraction, bool]:

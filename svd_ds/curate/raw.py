@@ -34,8 +34,10 @@ class RawFile:
     def stamp(self) -> int:
         """Another number when the file is another, or is called otherwise: what is known of it is then
         stale."""
-        about = self.path.stat()
-        return zlib.crc32(f"{self.key} {about.st_size} {about.st_mtime_ns}".encode())
+        beside = [path for suffix in SIDECARS if (path := self.path.with_suffix(suffix)).is_file()]
+        about = [path.stat() for path in (self.path, *beside)]
+        state = [(each.st_size, each.st_mtime_ns) for each in about]
+        return zlib.crc32(f"{self.key} {state}".encode())
 
 
 def find_raw(raw: Path, out: Path) -> list[RawFile]:

@@ -6,11 +6,13 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from svd_ds.curate.clips import ClipSettings, Window, count_frames, plan
+from svd_ds.curate.media import copy_frames
 from svd_ds.data.clips import decode, read_frames, to_rgb
 from tests.curation import known_of
 from tests.videos import counting, encode, moving_square, write_video
@@ -160,3 +162,20 @@ def test_a_copied_clip_has_the_very_frames_of_the_video(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="ends after"):
             read_frames(content, range(25), (48, 64))
     assert len(content) < len(path.read_bytes()) / 2
+
+
+def test_a_container_without_an_index_is_encoded(tmp_path: Path) -> None:
+    """A seek in a transport stream lands behind the first frames."""
+    path = tmp_path / "a.ts"
+    path.write_bytes(encode(moving_square(48, speed=2), suffix="mpegts"))
+    _, (row,) = known_of(path, ClipSettings("1s", "20s"), tmp_path / "out")
+    assert (row["method"], row["start_frame"], row["end_frame"]) == ("encoded", 0, 48)
+    assert len(read_frames((tmp_path / "out" / row["media"]).read_bytes(), range(48), (48, 64))) == 48
+
+
+def test_a_copy_that_lacks_frames_is_none(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving_square(24))
+    with av.open(str(path)) as container:
+        first = container.streams.video[0].start_time or 0
+    assert copy_frames(path, Fraction(24), first, 0, 24) is not None
+    assert copy_frames(path, Fraction(24), first, 0, 25) is None

@@ -77,4 +77,6 @@ def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
     before = file.stamp()
     assert file.stamp() == before
     path.write_text("more")
-    assert file.stamp() != before
+    changed = file.stamp()
+    path.with_suffix(".txt").write_text("a caption")
+    assert len({before, changed, file.stamp()}) == 3
