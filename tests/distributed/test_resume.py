@@ -36,7 +36,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     writer.close()
     # Lives differ in run.steps, on which no rate may depend.
     plain = ("precision=fp32", "optim.schedule=constant")
-    quiet = ("evaluation.every=0", "sampling.every=1000000", "sampling.num_steps=1")
+    quiet = ("data.num_frames=3", "evaluation.every=0", "sampling.every=1000000", "sampling.num_steps=1")
     return ("debug=tiny", f"data.path={folder}", *plain, *quiet)
 
 
@@ -51,6 +51,7 @@ def clips_of_steps(record: Path) -> list[list[list[Any]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_goes_on_with_any_number_of_ranks(
     settings: tuple[str, ...], run_ranks: RunRanks, tmp_path: Path
 ) -> None:
@@ -103,7 +104,7 @@ def start(tmp_path: Path, settings: tuple[str, ...]) -> Iterator[Callable[..., A
     lives = []
 
     def begin(run: Path, *overrides: str) -> Any:
-        small = ("model.widths=[32]", "model.attention_levels=[true]", "batch.size=1", "data.num_frames=2")
+        small = ("model.widths=[32]", "model.attention_levels=[true]", "batch.size=1")
         told = (*settings, *small, f"run.dir={run}", "checkpoint.every=1", *overrides)
         life = server.Process(target=one_life, args=(str(tmp_path / "log"), told))
         life.start()
@@ -116,7 +117,7 @@ def start(tmp_path: Path, settings: tuple[str, ...]) -> Iterator[Callable[..., A
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_run_that_is_killed_again_and_again_loses_nothing(
     start: Callable[..., Any], tmp_path: Path
 ) -> None:
