@@ -21,16 +21,18 @@ from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import destroy_groups
 from svd_ds.run import build_engine
 from svd_ds.tasks import Task, read_task
-from svd_ds.training.checkpoint import CheckpointConfig, Checkpoints
+from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import ShardEMA
+from svd_ds.training.keeping import CheckpointConfig
 from svd_ds.training.optim import group_rates
 
 EXAMPLE = """example:
   python tools/launch.py -n 2 --script tools/bench_checkpoint.py -- --steps 8 --rounds 5
 
-The config's own data, network and optimiser. A round is a block of steps of each kind, in turn; a block ends
-when its last checkpoint is there. A share is (with - without) / without, the averages' the time in them over
-that of steps without checkpoints: of the rounds the median, with the smallest and the largest."""
+The config's own data, network and optimiser. A round is a block of steps of each kind, in turn, after one
+that is not timed: so each that is has the checkpoint of the one before behind it. A share is (with - without)
+/ without, the averages' the time in them over that of steps without checkpoints: of the rounds the median,
+with the smallest and the largest."""
 KINDS = {"none": None, "behind": True, "waited for": False}
 """Name -> checkpoint.asynchronous, or None for no checkpoint at all."""
 
@@ -76,17 +78,19 @@ class Training:
 
     def block(self, kind: str, steps: int) -> tuple[float, float]:
         """Seconds of some steps with checkpoints of a kind, and of them in the averages."""
-        store, self.ema_s = self.stores.get(kind), 0.0
-        environment.barrier()
-        started = time.perf_counter()
-        for _ in range(steps):
+        store = self.stores.get(kind)
+        for done in range(steps + 1):
+            if done == 1:
+                environment.barrier()
+                started, self.ema_s = time.perf_counter(), 0.0
             self.step()
             if store is not None:
                 store.save(self.progress, self.engine, self.ema, self.task.objective, self.task.settings)
+        environment.barrier()
+        seconds = time.perf_counter() - started
         if store is not None:
             store.finish()
-        environment.barrier()
-        return time.perf_counter() - started, self.ema_s
+        return seconds, self.ema_s
 
 
 def main() -> None:
