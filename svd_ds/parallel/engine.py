@@ -176,10 +176,7 @@ class Engine:
         }
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """exp_avg and exp_avg_sq, AdamW's moments, each as `local_shards` has the weights.
-
-        Views, which may be written to.
-        """
+        """AdamW's exp_avg and exp_avg_sq, each as `local_shards` has the weights: views, for writing too."""
         return {moment: dict(shards) for moment, shards in self._moments.items()}
 
     @property
