@@ -197,7 +197,8 @@ class Index:
         It raises ValueError where the sample has no such member, or not so many bytes of it.
         """
         shard = self.shards[sample.shard]
-        with open(self.folder.file(shard.name, shard.num_bytes), "rb") as file:
+        # Unbuffered: what is read lies scattered, and each part is wanted whole.
+        with open(self.folder.file(shard.name, shard.num_bytes), "rb", buffering=0) as file:
 
             def read(member: str, begin: int = 0, number: int | None = None) -> bytes:
                 if member not in sample.members:
@@ -206,6 +207,8 @@ class Index:
                 number = size - begin if number is None else number
                 file.seek(offset + begin)
                 content = file.read(min(number, size - begin))
+                while len(content) < number and (more := file.read(min(number, size - begin) - len(content))):
+                    content += more
                 if len(content) != number:
                     path = self.folder.name(shard.name)
                     raise ValueError(

@@ -67,8 +67,8 @@ class TensorFile:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         together = len(rows) == rows[-1] - rows[0] + 1
         spans = [(rows[0], len(rows))] if together else [(row, 1) for row in rows]
-        content = b"".join(self._bytes(begin + row * size, count * size) for row, count in spans)
-        return torch.from_numpy(np.frombuffer(bytearray(content), dtype).reshape(len(rows), *shape))
+        content = bytearray().join(self._bytes(begin + row * size, count * size) for row, count in spans)
+        return torch.from_numpy(np.frombuffer(content, dtype).reshape(len(rows), *shape))
 
     def whole(self, name: str) -> Tensor:
         """All of a tensor. Raises ValueError where the file has none of that name, or is damaged."""
