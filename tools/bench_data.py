@@ -41,7 +41,7 @@ def main() -> None:
         "decoding": clips_of(decoded),
         "bare PyAV": bare(decoded),
     }
-    if MEMBER in Index.load(arguments.shards).sample(0).members:
+    if any(MEMBER in sample.members for sample in Index.load(arguments.shards).samples()):
         ways = {"latent cache": clips_of(replace(decoded, latents=True)), **ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for clips in ways.values():
@@ -81,7 +81,7 @@ def bare(config: DataConfig) -> Iterator[object]:
             for frame in container.decode(stream):
                 number = round(frame.pts * stream.time_base * stream.average_rate)
                 if number in wanted:
-                    frames.append(frame.to_ndarray(format="rgb24"))
+                    frames.append(frame.reformat(format="rgb24", threads=1).to_ndarray())
                 if number >= wanted[-1]:
                     break
         yield frames

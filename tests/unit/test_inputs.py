@@ -217,3 +217,36 @@ def test_conditions_that_do_not_fit_are_refused(inputs: Inputs, overrides: list[
     conditioner = Conditioner(config.conditioning, inputs.conditioner.encoder)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         check_fit(config, replace(inputs, conditioner=conditioner))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["data.buckets={6x64x64:5}"],
+            r"data\.buckets\.6x64x64 5 does not divide the 12 clips .*; choose 4 or 6",
+        ),
+        (
+            ["data.buckets={6x64x64:1,2x64x64:1}", "conditioning=interpolation", "model=svd_interpolation"],
+            r"data\.buckets\.2x64x64 is 2, but a clip whose ends condition it has at least 3",
+        ),
+        (
+            ["data.buckets={6x64x64:1,6x64x40:1}"],
+            r"data\.buckets\.6x64x40 has a width of 40: this network takes multiples of 16 pixels",
+        ),
+        (
+            ["data.buckets={6x64x64:1,6x32x32:1}", "noise=simple_shifted"],
+            r"noise\.kind is shifted_cosine, which depends on the size of the clips, and data\.buckets has 2",
+        ),
+        (["data.buckets={6x64x64:1,9x64x64:1}"], r"none of the \d+ samples in .* fits bucket 9x64x64"),
+    ],
+)
+def test_buckets_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    writer = ShardWriter(tmp_path / "data")
+    for number, (frames, height, width) in enumerate([(6, 64, 64), (2, 64, 64), (6, 64, 40), (6, 32, 32)]):
+        pixels = moving_square(frames, height, width)
+        writer.add(f"s{number}", "mp4", encode(pixels), about(pixels))
+    writer.close()
+    data = [f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match=sentence):
+        read_inputs(compose(["debug=tiny", *data, *overrides]), CPU, None)
