@@ -19,6 +19,7 @@ CHECKS = (
     "bf16_has_exact_master_weights_and_resumes_bitwise",
     "weights_loaded_in_the_middle_are_used",
     "frozen_parts_stay_and_the_rest_learns_right",
+    "steps_may_differ_in_their_micro_batches",
     "wrong_weights_are_refused",
     "a_save_that_fails_on_one_rank_ends_it_on_all",
     "a_gradient_that_is_not_finite_changes_nothing",

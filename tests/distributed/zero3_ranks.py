@@ -474,6 +474,27 @@ def check_forgotten_gradients_leave_no_trace(ranks: Ranks, **zero: bool) -> None
     assert history + ranks.train(engine, range(1, 2)) == wanted
 
 
+def check_steps_may_differ_in_their_micro_batches(ranks: Ranks) -> None:
+    """As buckets do: the gradient is the mean over those that the step has, and the step is taken."""
+    engine, world = ranks.shared_engine(), ranks.env.world
+    for step, number in ((20, 1), (30, 3)):
+        batches = [
+            [batch for s in (step, step + 1) for batch in micro_batches(s, world)[rank]][:number]
+            for rank in range(world)
+        ]
+        before = gathered(engine)
+        unet = plain_unet(before)
+        torch.stack([loss_of(unet, batch) for part in batches for batch in part]).mean().backward()
+        squares = [p.grad.square().sum() for p in unet.parameters() if p.grad is not None]
+        plain_norm = torch.stack(squares).sum().sqrt().item()
+        for batch in batches[ranks.env.rank]:
+            engine.backward(loss_of(engine, batch), number)
+        assert abs(engine.gradient_norm() - plain_norm) < 1e-4 * plain_norm
+        engine.step(RATES)
+        after = gathered(engine)
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
 def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> None:
     """Three clips on two ranks: one of them has a clip that does not count."""
     engine, env = ranks.engine(), ranks.env
