@@ -112,7 +112,7 @@ def test_it_becomes_a_pipeline_whose_vae_it_is(
             return int(ended.code or 0)
         return 0
 
-    assert convert(resumed, tmp_path / "out", "--layout", "diffusers", "--which", "raw") == 0
+    assert convert(resumed, tmp_path / "out", "--layout", "diffusers", "--ema", "raw") == 0
     theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(tmp_path / "out", subfolder="vae")
     decoder, latents = load_decoder(resumed, "raw"), torch.randn(1, 2, 4, 4, 4)
     frames = theirs.decode(latents[0], num_frames=2).sample
