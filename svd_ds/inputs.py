@@ -30,7 +30,7 @@ from svd_ds.training.state import Progress
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before it computes: everything here is checked."""
+    """All of it is checked."""
 
     folder: RunFolder
     checkpoints: Checkpoints
@@ -131,16 +131,14 @@ def check_fit(config: RunConfig, inputs: Inputs) -> None:
                 where = f"data.buckets.{shape} has a {name} of" if config.data.buckets else f"data.{name} is"
                 raise ValueError(f"{where} {size}: this network takes multiples of {multiple} pixels")
     _check_cache(config, inputs)
-    sizes = {(shape.height, shape.width) for shape in config.data.shapes}
+    sizes = {shape.height * shape.width for shape in config.data.shapes}
     if len(sizes) > 1 and config.noise.kind in SHIFTED:
-        raise ValueError(
-            f"noise.kind is {config.noise.kind}, which depends on the size of the clips, and data.buckets "
-            f"has {len(sizes)} sizes"
-        )
+        told = f"noise.kind is {config.noise.kind}, which depends on the size of the clips"
+        raise ValueError(f"{told}, and data.buckets has {len(sizes)} sizes")
 
 
 def _check_cache(config: RunConfig, inputs: Inputs) -> None:
-    """Refuse what was cached by other networks than those of frozen.path."""
+    """Refuse what other networks than those of frozen.path have made."""
     for source in inputs.loader.sources:
         origin = source.latents_origin
         if origin is not None and origin.autoencoder != (ours := inputs.autoencoder.fingerprint()):
@@ -151,7 +149,6 @@ def _check_cache(config: RunConfig, inputs: Inputs) -> None:
     if (context := inputs.loader.context) is None:
         return
     part = "text_encoder" if context == "text" else "image_encoder"
-    # A folder may do without the encoder then.
     encoder = fingerprint(frozen_folder(config.frozen.path), part)
     for source in inputs.loader.sources:
         assert source.states_origin is not None, "states are read where all have them"

@@ -19,8 +19,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from svd_ds.data.config import DataConfig
 from svd_ds.data.filters import satisfies
-from svd_ds.data.loader import DataConfig, Loader
+from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from tests.curation import real_shots
 from tests.videos import encode, moving_square, write_video
