@@ -63,6 +63,11 @@ class JobAgent(Agent):
             return []
         return super()._heartbeat_commands(agent_id, run_status)
 
+    def _command_exit(self, command: dict[str, Any]) -> None:
+        # Of a sweep that is cancelled or done: there is nothing to go on with.
+        self.unfinished.unlink(missing_ok=True)
+        super()._command_exit(command)
+
     def processes(self) -> list[subprocess.Popen[bytes]]:
         return [process._popen for process in self._run_processes.values()]
 

@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import secrets
 import sys
 import threading
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def next_trial(sweep: dict[str, Any]) -> dict[str, Any] | None:
 def upsert_sweep(asked: dict[str, Any]) -> dict[str, Any]:
     sweep = next((sweep for sweep in sweeps.values() if sweep["id"] == asked.get("id")), None)
     if sweep is None:
-        name = f"sweep{len(sweeps)}"
+        name = secrets.token_hex(4)
         entity, project_name = asked.get("entityName") or ENTITY, asked.get("projectName") or "uncategorized"
         sweep = sweeps[name] = {
             "id": identity("Sweep", name, project_name, entity),
