@@ -220,7 +220,8 @@ def test_a_clip_that_cannot_be_decoded_ends_every_rank(shards: Path, tmp_path: P
     with open(broken / Index.load(broken).shards[sample.shard].name, "r+b") as shard:
         shard.seek(offset)
         shard.write(bytes(size))
-    ended = train(broken, tmp_path / "run", "run.steps=1000", "checkpoint.every=1000", "sampling.every=1000")
+    never = ("run.steps=1000", "checkpoint.every=1000", "sampling.every=1000")
+    ended = train(broken, tmp_path / "run", "data.max_quarantined=0", *never)
     assert ended.returncode == 2
     told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1, ended.stderr
