@@ -200,7 +200,7 @@ class Checkpoints:
         for name, value in tensors.items():
             if name not in copies:
                 copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            copies[name].copy_(value, non_blocking=True)
+        torch._foreach_copy_([copies[name] for name in tensors], list(tensors.values()), non_blocking=True)
         if self.env.device.type == "cuda":
             torch.cuda.synchronize(self.env.device)
         return {name: copies[name] for name in tensors}
