@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import load_unet, save_unet
 from svd_ds.sample import TINY
 
-TOOL = Path(__file__).parents[3] / "tools" / "convert.py"
 SMALL = UNetConfig(
     widths=(32,), attention_levels=(True,), num_layers=1, head_width=32, context_width=64, scalar_width=32
 )
@@ -30,16 +28,8 @@ Convert = Callable[..., int]
 
 
 @pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch) -> Convert:
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
+def convert(run_tool: Convert) -> Convert:
+    return partial(run_tool, "convert.py")
 
 
 def make_run(folder: Path, config: UNetConfig = SMALL, **conditioning: Any) -> dict[str, UNet]:

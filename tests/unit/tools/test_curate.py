@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,35 +22,19 @@ from svd_ds.data.filters import satisfies
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from tests.curation import real_shots
+from tests.unit.tools.conftest import Ended
 from tests.videos import encode, moving_square, write_video
 
 TOOL = Path(__file__).parents[3] / "tools" / "curate.py"
 
 
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def curate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Run the tool in this process, as its door does."""
+def curate(tool_says: Callable[..., Ended]) -> Callable[..., Ended]:
+    """Run the tool in one process, unless `--workers` says otherwise."""
 
     def run(*arguments: object) -> Ended:
-        words = [str(argument) for argument in arguments]
-        if words[0] != "sweep-thresholds" and "--workers" not in words:
-            words += ["--workers", "1"]
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *words])
-        monkeypatch.setenv("COLUMNS", "300")
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Ended(code, captured.out, captured.err)
+        alone = arguments[0] != "sweep-thresholds" and "--workers" not in arguments
+        return tool_says("curate.py", *arguments, *(("--workers", 1) if alone else ()))
 
     return run
 

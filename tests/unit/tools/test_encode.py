@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +27,6 @@ from svd_ds.training.step import Diffusion
 from tests.videos import about, moving_square
 from tests.videos import encode as encode_video
 
-TOOL = Path(__file__).parents[3] / "tools" / "encode.py"
 SIZE = "32x48"
 SMALL = UNetConfig(
     widths=(32, 64),
@@ -43,21 +40,8 @@ Encode = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def encode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Encode:
-    """Run the tool in this process, as its door does: exit code, output, errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "300")
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def encode(tool_says: Encode) -> Encode:
+    return partial(tool_says, "encode.py")
 
 
 @dataclass

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import runpy
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,34 +15,13 @@ from PIL import Image
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
+from tests.unit.tools.conftest import Ended
 from tests.videos import counting, moving_square, write_video
-
-TOOL = Path(__file__).parents[3] / "tools" / "make_shards.py"
-
-
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
-def make_shards(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Run the tool in this process, as its door does."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "300")
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Ended(code, captured.out, captured.err)
-
-    return run
+def make_shards(tool_says: Callable[..., Ended]) -> Callable[..., Ended]:
+    return partial(tool_says, "make_shards.py")
 
 
 @pytest.fixture(scope="module")
