@@ -9,6 +9,7 @@ again, whose profile is the same sum of their profiles: so another length is the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Profile:
     """sigma_rel, in (0, 0.28]."""
 
 
+@functools.cache
 def power_exponent(length: float) -> float:
     """gamma of the profile with relative standard deviation `length` (arXiv 2312.02696, equation 126).
 
