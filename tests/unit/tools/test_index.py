@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import runpy
-import sys
 import tarfile
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from svd_ds.data.shards import Index
 from tests.unit.data.test_fuzz import picture
 from tests.videos import counting, encode, moving_square
 
-TOOL = Path(__file__).parents[3] / "tools" / "index.py"
-
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,17 +28,13 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             tar.addfile(entry, io.BytesIO(content))
 
 
-def index(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-    try:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture
+def index(run_tool: Callable[..., int]) -> Callable[..., int]:
+    return partial(run_tool, "index.py")
 
 
 def test_foreign_shards_are_read_where_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, index: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     moving, still = encode(moving_square(8, 32, 48)), encode(counting(8, 32, 48), suffix="matroska")
     write_tar(
@@ -58,7 +52,7 @@ def test_foreign_shards_are_read_where_they_are(
     )
     write_tar(tmp_path / "sub" / "b.tar", {"x/000.png": picture(9, 8), "x/000.json": b"{}"})
     (tmp_path / "c.tar").write_bytes(b"no tar at all" * 100)
-    assert index(monkeypatch, tmp_path) == 0, capsys.readouterr().err
+    assert index(tmp_path) == 0, capsys.readouterr().err
     found = Index.load(tmp_path)
     samples = {sample.id: sample for sample in found.samples()}
     assert list(samples) == ["a-000", "a-001", "sub_b-x_000"]
@@ -73,22 +67,22 @@ def test_foreign_shards_are_read_where_they_are(
     data = DataConfig(str(tmp_path), 4, 16, 16, fps=0, num_workers=0)
     batches = [batch for batch, _ in islice(Loader(data, 0, 0, 1, 2, 2), 2)]
     assert {text for batch in batches for text in batch.captions} == {"it moves", "it stands"}
-    assert index(monkeypatch, tmp_path) == 2 and "--overwrite it" in capsys.readouterr().err
-    assert index(monkeypatch, tmp_path, "--overwrite", "--no-motion") == 0
+    assert index(tmp_path) == 2 and "--overwrite it" in capsys.readouterr().err
+    assert index(tmp_path, "--overwrite", "--no-motion") == 0
     assert {sample.motion for sample in Index.load(tmp_path).samples()} == {0}
 
 
-def test_an_interrupted_index_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_index_goes_on(tmp_path: Path, index: Callable[..., int]) -> None:
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", {"0.png": picture(1, 8), "0.txt": name.encode()})
-    assert index(monkeypatch, tmp_path) == 0
+    assert index(tmp_path) == 0
     (tmp_path / "index.jsonl").unlink()
     parts = tmp_path / ".index-parts"
     parts.mkdir()
     (parts / "000000.jsonl").write_text(
         json.dumps([False, {"id": "a-0", "shard": "a.tar", "cause": "seen"}]) + "\n"
     )
-    assert index(monkeypatch, tmp_path) == 0
+    assert index(tmp_path) == 0
     assert [sample.id for sample in Index.load(tmp_path).samples()] == ["b-0"], (
         "the first was not looked at again"
     )

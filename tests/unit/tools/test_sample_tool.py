@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
-import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,26 +18,20 @@ from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import save_unet
 from svd_ds.sample import TINY
 
-TOOL = Path(__file__).parents[3] / "tools" / "sample.py"
 
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-    try:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+@pytest.fixture
+def run(run_tool: Callable[..., int]) -> Callable[..., int]:
+    return partial(run_tool, "sample.py")
 
 
 def test_images_become_videos(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
         Image.new("RGB", (50, 40), colour).save(tmp_path / f"{name}.png")
     images = [tmp_path / "red.png", tmp_path / "blue.png"]
     sizes = ["--frames", 2, "--size", "16x24", "--steps", 1]
-    assert run(monkeypatch, TINY, "--image", *images, "--out", tmp_path / "out", *sizes) == 0
+    assert run(TINY, "--image", *images, "--out", tmp_path / "out", *sizes) == 0
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == ["0-red.mp4", "1-blue.mp4", "contact_sheet.png"]
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 26 - 2, 2 * 18 - 2)
@@ -68,26 +62,26 @@ def write_interpolation_run(folder: Path) -> Path:
 
 
 def test_two_images_are_interpolated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_folder = write_interpolation_run(tmp_path / "run")
     red, blue = tmp_path / "red.png", tmp_path / "blue.png"
     Image.new("RGB", (50, 40), (200, 30, 30)).save(red)
     Image.new("RGB", (50, 40), (30, 30, 200)).save(blue)
     out = ["--out", tmp_path / "out", "--steps", 1]
-    assert run(monkeypatch, run_folder, "--image", red, "--last-image", blue, *out) == 0
+    assert run(run_folder, "--image", red, "--last-image", blue, *out) == 0
     with av.open(str(tmp_path / "out" / "0-red.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 4
     converted = shutil.copytree(run_folder, tmp_path / "converted")
     told = ["--frozen", "tiny", "--size", "16x24", "--frames", 3, *out]
-    assert run(monkeypatch, converted, "--image", red, "--last-image", blue, *told) == 0, "its mask says it"
+    assert run(converted, "--image", red, "--last-image", blue, *told) == 0, "its mask says it"
     for arguments, sentence in (
         (["--image", red], "conditioned on what you give with --image and --last-image"),
         (["--image", red, blue, "--last-image", red], "2 with --image and 1 with --last-image"),
         (["--image", red, "--last-image", blue, "--frames", 2], "a clip of 2 frames has none between"),
         (["--image", red, "--last-image", blue, "--caption", "a boat"], "takes no --caption"),
     ):
-        assert run(monkeypatch, run_folder, *arguments, *out) == 2
+        assert run(run_folder, *arguments, *out) == 2
         assert sentence in capsys.readouterr().err
 
 
@@ -101,11 +95,11 @@ def test_two_images_are_interpolated(
 )
 def test_mistakes_are_told_in_one_sentence(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     sentence: str,
 ) -> None:
-    assert run(monkeypatch, TINY, *arguments, "--out", tmp_path) == 2
+    assert run(TINY, *arguments, "--out", tmp_path) == 2
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error
