@@ -10,18 +10,20 @@ import yaml
 
 from tests.cluster.conftest import ROOT, Cluster, WandbServer, wait_until
 
-NOISES = ["edm", "svd_base", "svd_i2v", "uniform_log"]
+SWEEP = yaml.safe_load((ROOT / "conf/sweep/noise_schedule.yaml").read_text())
+NOISES: list[str] = SWEEP["parameters"]["noise"]["values"]
+"""In the order in which a grid is walked."""
 STEPS = 4
 
 
-def small(name: str, folder: Path, *more: str) -> Path:
-    """A sweep file with its trials minutes-small, in `folder`."""
-    sweep = yaml.safe_load((ROOT / "conf/sweep" / f"{name}.yaml").read_text())
+def small(folder: Path, *more: str, **settings: Any) -> Path:
+    """The sweep of noise schedules with its trials seconds-small, in `folder`."""
+    sweep = {**SWEEP, **settings}
     runs = f"run.dir={folder}/${{oc.env:WANDB_RUN_ID}}"
     words = ["debug=tiny", f"run.steps={STEPS}", "batch.size=4", "data.num_frames=2", "evaluation.every=0"]
     command = [runs if word.startswith("run.dir=") else word for word in sweep["command"]]
     sweep["command"] = [*command[:-1], *words, "sampling.num_steps=1", *more, command[-1]]
-    path = folder / f"{name}.yaml"
+    path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep))
     return path
 
@@ -36,9 +38,14 @@ def check_trial(run: dict[str, Any], folder: Path, noise: str) -> None:
     assert {key: settings["noise"][key] for key in whole} == whole
 
 
+def steps(folder: Path, trial: str) -> int:
+    path = folder / trial / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 @pytest.mark.slow
 def test_an_agent_runs_three_trials(wandb_server: WandbServer, tmp_path: Path) -> None:
-    sweep = wandb_server.sweep(small("noise_schedule", tmp_path))
+    sweep = wandb_server.sweep(small(tmp_path))
     wandb_server.reach("wandb", "agent", "--count", "3", sweep, **wandb_server.environment)
     runs = wandb_server.ask("state")["runs"]
     assert len(runs) == 3
@@ -51,25 +58,40 @@ def test_an_agent_runs_three_trials(wandb_server: WandbServer, tmp_path: Path) -
 def test_trials_own_a_job_and_survive_a_node(
     cluster: Cluster, wandb_server_of_cluster: WandbServer, tmp_path: Path
 ) -> None:
-    """A node is lost in the second trial, and the sweep is cancelled in the fourth."""
+    """A node is lost in the second of three trials."""
     server = wandb_server_of_cluster
-    sweep = server.sweep(small("noise_schedule", tmp_path, "checkpoint.every=2"))
+    sweep = server.sweep(small(tmp_path, "checkpoint.every=2", run_cap=3))
     job = cluster.submit("slurm/sweep.sh", sweep, **server.environment)
-    names = [f"{sweep.rpartition('/')[2]}-{i}" for i in range(4)]
-
-    def steps(trial: int) -> int:
-        path = tmp_path / names[trial] / "metrics.jsonl"
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-    wait_until(lambda: steps(1) >= 2, "the second trial", 200)
+    names = [f"{sweep.rpartition('/')[2]}-{i}" for i in range(3)]
+    wait_until(lambda: steps(tmp_path, names[1]) >= 2, "the second trial", 200)
     cluster.lose_a_node(job)
-    wait_until(lambda: steps(3) >= 1, "the fourth trial", 300)
-    cluster.run("wandb", "sweep", "--cancel", sweep, **server.environment)
-    ended = cluster.wait(job)
+    ended = cluster.wait(job, 300)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
     runs = server.ask("state")["runs"]
     assert list(runs) == names
-    for trial in range(3):
-        check_trial(runs[names[trial]], tmp_path, NOISES[trial])
+    for name, noise in zip(names, NOISES, strict=False):
+        check_trial(runs[name], tmp_path, noise)
     assert runs[names[1]]["starts"] > runs[names[0]]["starts"], "its second life is the same run"
     assert "ranks: 2 x cpu" in cluster.output(job)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_is_stopped_early_and_then_the_sweep(
+    cluster: Cluster, wandb_server_of_cluster: WandbServer, tmp_path: Path
+) -> None:
+    """Both while their ranks would have gone on for long: the job ends, and is not queued again."""
+    server = wandb_server_of_cluster
+    sweep = server.sweep(small(tmp_path, "run.steps=100000", "checkpoint.every=100000"))
+    job = cluster.submit("slurm/sweep.sh", sweep, **server.environment)
+    names = [f"{sweep.rpartition('/')[2]}-{i}" for i in range(2)]
+    wait_until(lambda: steps(tmp_path, names[0]) >= 1, "the first trial", 200)
+    server.ask(f"stop/{names[0]}")
+    wait_until(lambda: steps(tmp_path, names[1]) >= 1, "the second trial", 200)
+    stopped = steps(tmp_path, names[0])
+    checkpoints = [path.name for path in (tmp_path / names[0] / "checkpoints").glob("step-*")]
+    assert checkpoints == [f"step-{stopped:07d}"], "it ended its step, kept it, and did not go on"
+    cluster.run("wandb", "sweep", "--cancel", sweep, **server.environment)
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), cluster.output(job)
+    assert list(server.ask("state")["runs"]) == names
