@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,16 +11,15 @@ from torch import Tensor
 
 from svd_ds.batch import Batch
 from svd_ds.config import RunConfig
-from svd_ds.data.config import DataConfig, Shape
+from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
-from svd_ds.diffusion.noise import SHIFTED
+from svd_ds.fit import check_elevation, check_fit, check_learns, check_scalars
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.conditioner import RELEASED_SCALARS, Conditioner
-from svd_ds.model.frozen import fingerprint
+from svd_ds.model.conditioner import Conditioner
 from svd_ds.model.sources import network_parameters, open_source
 from svd_ds.parallel.env import Env, supports_bf16
-from svd_ds.sample import frozen_folder, run_settings
+from svd_ds.sample import frozen_folder
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.evaluate import SEED, FixedSet
 from svd_ds.training.folder import RunFolder
@@ -99,7 +98,9 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
             conditioner = Conditioner(config.conditioning, cached_width=states[0].shape[-1])
         else:
             conditioner = Conditioner.load(config.conditioning, frozen, env.device, dtype)
-    inputs = Inputs(
+    weights = None if resume else _initial_weights(config)
+    check_fit(config, loader, autoencoder, conditioner)
+    return Inputs(
         folder=folder,
         checkpoints=checkpoints_of(config, env),
         resume=resume,
@@ -110,150 +111,27 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
         autoencoder=autoencoder,
         conditioner=conditioner,
         precision=precision,
-        weights=None if resume else _initial_weights(config),
+        weights=weights,
     )
-    check_fit(config, inputs)
-    return inputs
-
-
-def check_fit(config: RunConfig, inputs: Inputs) -> None:
-    """Refuse a network that does not fit its frozen parts, conditions or data, with both numbers."""
-    multiple = inputs.autoencoder.downsampling
-    if inputs.conditioner is not None:
-        _check_unet(config, inputs.autoencoder, inputs.conditioner)
-        for shape in config.data.shapes:
-            _check_num_frames(config, shape)
-        _check_conditions(config, inputs.loader)
-        multiple *= config.model.size_multiple
-    for shape in config.data.shapes:
-        for name, size in (("height", shape.height), ("width", shape.width)):
-            if size % multiple:
-                where = f"data.buckets.{shape} has a {name} of" if config.data.buckets else f"data.{name} is"
-                raise ValueError(f"{where} {size}: this network takes multiples of {multiple} pixels")
-    _check_cache(config, inputs)
-    sizes = {shape.height * shape.width for shape in config.data.shapes}
-    if len(sizes) > 1 and config.noise.kind in SHIFTED:
-        told = f"noise.kind is {config.noise.kind}, which depends on the size of the clips"
-        raise ValueError(f"{told}, and data.buckets has {len(sizes)} sizes")
-
-
-def _check_cache(config: RunConfig, inputs: Inputs) -> None:
-    """Refuse what other networks than those of frozen.path have made."""
-    for source in inputs.loader.sources:
-        origin = source.latents_origin
-        if origin is not None and origin.autoencoder != (ours := inputs.autoencoder.fingerprint()):
-            raise ValueError(
-                f"the latents in {source.path} are of the autoencoder {origin.autoencoder}, and the one in "
-                f"{config.frozen.path} is {ours}; tools/encode.py --frozen makes others"
-            )
-    if (context := inputs.loader.context) is None:
-        return
-    part = "text_encoder" if context == "text" else "image_encoder"
-    encoder = fingerprint(frozen_folder(config.frozen.path), part)
-    for source in inputs.loader.sources:
-        assert source.states_origin is not None, "states are read where all have them"
-        if encoder is not None and encoder != (theirs := source.states_origin.encoder(context)):
-            raise ValueError(
-                f"the CLIP states in {source.path} are of the {part} {theirs}, and the one in "
-                f"{config.frozen.path} is {encoder}; tools/encode.py --frozen makes others"
-            )
-
-
-def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
-    latent, concat = autoencoder.latent_channels, conditioner.concat_channels(autoencoder)
-    if config.model.in_channels != latent + concat:
-        raise ValueError(
-            f"model.in_channels is {config.model.in_channels}, but {latent} latent channels and "
-            f"conditioning.concat={config.conditioning.concat} make {latent + concat}"
-        )
-    if config.model.context_width != conditioner.context_width:
-        raise ValueError(
-            f"model.context_width is {config.model.context_width}, but the encoder in {config.frozen.path} "
-            f"gives tokens of width {conditioner.context_width}"
-        )
-    if config.model.num_scalars != conditioner.num_scalars:
-        raise ValueError(
-            f"model.num_scalars is {config.model.num_scalars}, but conditioning.scalars names "
-            f"{conditioner.num_scalars}: {', '.join(config.conditioning.scalars)}"
-        )
-
-
-def _check_num_frames(config: RunConfig, shape: Shape) -> None:
-    """Refuse clips of a length that the network or its conditions cannot have."""
-    named = f"data.buckets.{shape}" if shape != config.data.shape else "data.num_frames"
-    main = config.data.num_frames
-    if (main == 1) != (config.model.temporal == "none") or (main == 1 < shape.num_frames):
-        raise ValueError(
-            f"{named} is {shape.num_frames} and model.temporal {config.model.temporal}: "
-            "images, clips of one frame, go with temporal=none, and videos with layers of time"
-        )
-    if config.conditioning.takes_last and shape.num_frames < 3:
-        raise ValueError(f"{named} is {shape.num_frames}, but a clip whose ends condition it has at least 3")
-
-
-def _check_conditions(config: RunConfig, loader: Loader) -> None:
-    """Refuse signals that the network has no place for, or that the data do not hold."""
-    told, data = config.conditioning, config.data
-    if config.model.masked != (told.concat == "ends"):
-        raise ValueError(
-            f"model.masked is {str(config.model.masked).lower()} and conditioning.concat {told.concat}: a "
-            "mask comes with ends, and with nothing else"
-        )
-    if told.takes_last and data.latents:
-        raise ValueError(
-            "data.latents=true decodes the first frame of a clip alone, and conditioning on its ends needs "
-            "the last one too"
-        )
-    _check_elevation(config, loader)
-
-
-def _check_elevation(config: RunConfig, loader: Loader) -> None:
-    if "elevation" in config.conditioning.scalars:
-        for sample in loader.samples():
-            if sample.elevation is None:
-                raise ValueError(
-                    f"conditioning.scalars names elevation, which sample {sample.id} in "
-                    f'{loader.config.set_names} does not have: its json needs the key "elevation", in degrees'
-                )
 
 
 def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
     """Those that the stage before hands over. ValueError in words where this one cannot go on from it."""
     if config.init.source is None:
         if config.task == "unet":
-            _check_learns(config, dict.fromkeys(TAGS, "begin at random, for init.from is null"))
+            check_learns(config, dict.fromkeys(TAGS, "begin at random, for init.from is null"))
         return None
     path = Path(config.init.source)
     source = open_source(path, config.init.which)
     new = source.check(config.model)
-    _check_scalars(config, path)
+    check_scalars(config, path)
     network = network_parameters(config.model, source.lora)
     begins = f"begin at random, for {path} lacks {len(new)} tensors"
-    _check_learns(config, {network[name].tag: begins for name in new})
+    check_learns(config, {network[name].tag: begins for name in new})
     if (theirs := source.config.in_channels) < (ours := config.model.in_channels):
         zero = f"ignore what is new, for {path} has {theirs} input channels and model.in_channels is {ours}"
-        _check_learns(config, {"spatial": zero})
+        check_learns(config, {"spatial": zero})
     return source.tensors(config.model, merge=True)
-
-
-def _check_learns(config: RunConfig, layers: Mapping[str, str]) -> None:
-    """Refuse to freeze what begins at random or at zero: the tags of such layers, and what they would do."""
-    for tag, would in sorted(layers.items()):
-        if config.lora.rank or config.optim.rate(tag) == 0:
-            frozen = "lora.rank freezes" if config.lora.rank else f"optim.{tag}_rate=0 freezes"
-            raise ValueError(f"{frozen} {tag} layers that would {would}")
-
-
-def _check_scalars(config: RunConfig, path: Path) -> None:
-    """Scalars are told apart by their place alone: those of the stage before come first, in its order."""
-    settings = run_settings(path)
-    theirs = tuple(settings["conditioning"]["scalars"]) if settings else RELEASED_SCALARS
-    ours = config.conditioning.scalars
-    if any(before != now for before, now in zip(theirs, ours, strict=False)):
-        raise ValueError(
-            f"{path} takes the scalars {', '.join(theirs)}, and conditioning.scalars is {', '.join(ours)}: "
-            "new ones come after those of the stage before, in its order"
-        )
 
 
 def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
@@ -294,7 +172,7 @@ def _fixed_set(config: RunConfig, env: Env, like: Loader) -> FixedSet | None:
         data = replace(data, path=config.evaluation.path, mixture={})
     per_rank = -(-config.evaluation.clips // env.world)
     loader = _fixed_loader(data, like, SEED, per_rank * env.world, env.rank, env.world)
-    _check_elevation(config, loader)
+    check_elevation(config, loader)
     clips, _ = next(iter(loader))
     read = (data.num_frames, data.height, data.width, data.fps, data.caption_weights)
     return FixedSet(f"{loader.fingerprint} {read}", clips)

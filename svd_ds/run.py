@@ -148,9 +148,9 @@ def _open_metrics(
 
 
 def _speed(config: RunConfig, env: Env) -> Speed | None:
-    """None where the device's peak is not known, and for a decoder."""
+    """None where the device's peak is not known, for a decoder, and where clips differ in shape."""
     peak = peak_of(env.device)
-    if peak is None or config.task != "unet":
+    if peak is None or config.task != "unet" or config.data.buckets:
         return None
     data = config.data
     forward = forward_flops(

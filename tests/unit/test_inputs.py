@@ -14,7 +14,8 @@ import yaml
 from svd_ds.config import RunConfig, compose
 from svd_ds.data.latents import MEMBER, Origin, pack
 from svd_ds.data.writer import ShardWriter
-from svd_ds.inputs import Inputs, check_fit, read_inputs
+from svd_ds.fit import check_fit
+from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.model.unet import UNet
@@ -216,7 +217,7 @@ def test_conditions_that_do_not_fit_are_refused(inputs: Inputs, overrides: list[
     assert inputs.conditioner is not None
     conditioner = Conditioner(config.conditioning, inputs.conditioner.encoder)
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        check_fit(config, replace(inputs, conditioner=conditioner))
+        check_fit(config, inputs.loader, inputs.autoencoder, conditioner)
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,11 @@ FLOORS = {
     "training": 3,
     "evaluation": 3,
     "config": 4,
-    "inputs": 5,
-    "tasks": 6,
-    "run": 7,
-    "train": 8,
+    "fit": 5,
+    "inputs": 6,
+    "tasks": 7,
+    "run": 8,
+    "train": 9,
 }
 ONLY_HOME = {
     "deepspeed": "parallel/engine.py",
