@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Cluster, wait_until
+from tests.runs import metrics
 
 STEPS = 5
 SMALL = (
@@ -30,8 +30,7 @@ def submit(cluster: Cluster, run: Path, *overrides: str, **environment: str) -> 
 
 
 def steps(run: Path) -> list[int]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    return [row["step"] for row in metrics(run)]
 
 
 def rank_process(job: str, rank: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.cluster.conftest import ROOT, Cluster, WandbServer, wait_until
+from tests.runs import metrics
 
 SWEEP = yaml.safe_load((ROOT / "conf/sweep/noise_schedule.yaml").read_text())
 NOISES: list[str] = SWEEP["parameters"]["noise"]["values"]
@@ -38,11 +39,6 @@ def check_trial(run: dict[str, Any], folder: Path, noise: str) -> None:
     assert {key: settings["noise"][key] for key in whole} == whole
 
 
-def steps(folder: Path, trial: str) -> int:
-    path = folder / trial / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 @pytest.mark.slow
 def test_an_agent_runs_three_trials(wandb_server: WandbServer, tmp_path: Path) -> None:
     sweep = wandb_server.sweep(small(tmp_path))
@@ -63,7 +59,7 @@ def test_trials_own_a_job_and_survive_a_node(
     sweep = server.sweep(small(tmp_path, "checkpoint.every=2", run_cap=3))
     job = cluster.submit("slurm/sweep.sh", sweep, **server.environment)
     names = [f"{sweep.rpartition('/')[2]}-{i}" for i in range(3)]
-    wait_until(lambda: steps(tmp_path, names[1]) >= 2, "the second trial", 200)
+    wait_until(lambda: len(metrics(tmp_path / names[1])) >= 2, "the second trial", 200)
     cluster.lose_a_node(job)
     ended = cluster.wait(job, 300)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
@@ -85,10 +81,10 @@ def test_a_trial_is_stopped_early_and_then_the_sweep(
     sweep = server.sweep(small(tmp_path, "run.steps=100000", "checkpoint.every=100000"))
     job = cluster.submit("slurm/sweep.sh", sweep, **server.environment)
     names = [f"{sweep.rpartition('/')[2]}-{i}" for i in range(2)]
-    wait_until(lambda: steps(tmp_path, names[0]) >= 1, "the first trial", 200)
+    wait_until(lambda: len(metrics(tmp_path / names[0])) >= 1, "the first trial", 200)
     server.ask(f"stop/{names[0]}")
-    wait_until(lambda: steps(tmp_path, names[1]) >= 1, "the second trial", 200)
-    stopped = steps(tmp_path, names[0])
+    wait_until(lambda: len(metrics(tmp_path / names[1])) >= 1, "the second trial", 200)
+    stopped = len(metrics(tmp_path / names[0]))
     checkpoints = [path.name for path in (tmp_path / names[0] / "checkpoints").glob("step-*")]
     assert checkpoints == [f"step-{stopped:07d}"], "it ended its step, kept it, and did not go on"
     cluster.run("wandb", "sweep", "--cancel", sweep, **server.environment)

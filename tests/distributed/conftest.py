@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from svd_ds.data.writer import ShardWriter
+from tests.videos import about, encode, moving_square
+
 ROOT = Path(__file__).parents[2]
+NUM_CLIPS = 13
+"""In the shards: neither the ranks of a test nor its batch divide them."""
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -39,3 +44,15 @@ def run_ranks() -> RunRanks:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of few short clips, in shards of unequal sizes."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    writer = ShardWriter(folder, samples_per_shard=5)
+    for i in range(NUM_CLIPS):
+        frames = moving_square(8, height=64, width=80, seed=i)
+        writer.add(f"clip{i:02d}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)))
+    writer.close()
+    return folder

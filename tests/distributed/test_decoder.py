@@ -22,6 +22,7 @@ from svd_ds.model.weights import load_unet
 from svd_ds.sample import TINY
 from svd_ds.train import main as train_door
 from svd_ds.training.preempt import SIGNALS
+from tests.runs import metrics
 from tests.videos import about, encode, moving_square
 
 ROOT = Path(__file__).parents[2]
@@ -71,16 +72,12 @@ def resumed(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_resumed_run_is_one_that_was_not_stopped(train: Train, resumed: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "whole", "run.steps=2") == 0
     told = ("loss", "grad_norm", "reconstruction", "adversarial", "discriminator")
-    first, second = rows(resumed)
+    first, second = metrics(resumed)
     assert "discriminator" not in first and "discriminator" in second
-    assert {key: second[key] for key in told} == {key: rows(tmp_path / "whole")[1][key] for key in told}
+    assert {key: second[key] for key in told} == {key: metrics(tmp_path / "whole")[1][key] for key in told}
     whole, ours = load_decoder(tmp_path / "whole"), load_decoder(resumed)
     assert all(a.equal(b) for a, b in zip(whole.parameters(), ours.parameters(), strict=True))
 

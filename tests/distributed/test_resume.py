@@ -15,33 +15,22 @@ from typing import Any
 
 import pytest
 
-from svd_ds.data.writer import ShardWriter
 from svd_ds.model.lives import LIVES, complete_checkpoints, lives_of
 from svd_ds.model.slices import SliceFiles
 from svd_ds.model.weights import load_unet
 from svd_ds.training.state import Progress
-from tests.videos import about, encode, moving_square
+from tests.runs import metrics
 
 BATCH = 12
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    writer = ShardWriter(folder, samples_per_shard=5)
-    for i in range(13):
-        frames = moving_square(8, height=64, width=80, seed=i)
-        writer.add(f"clip{i:02d}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)))
-    writer.close()
+def settings(shards: Path) -> tuple[str, ...]:
     # Lives differ in run.steps, on which no rate may depend.
     plain = ("precision=fp32", "optim.schedule=constant")
     quiet = ("data.num_frames=3", "evaluation.every=0", "sampling.every=1000000", "sampling.num_steps=1")
-    return ("debug=tiny", f"data.path={folder}", *plain, *quiet)
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return ("debug=tiny", f"data.path={shards}", *plain, *quiet)
 
 
 def clips_of_steps(record: Path) -> list[list[list[Any]]]:

@@ -17,24 +17,12 @@ import pytest
 from PIL import Image
 
 from svd_ds.data.shards import Index
-from svd_ds.data.writer import ShardWriter
 from svd_ds.model.weights import load_unet
 from svd_ds.train import main as train_door
-from tests.videos import about, encode, moving_square
+from tests.runs import metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    writer = ShardWriter(folder, samples_per_shard=5)
-    for i in range(13):
-        frames = moving_square(8, height=64, width=80, seed=i)
-        writer.add(f"clip{i:02d}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)))
-    writer.close()
-    return folder
 
 
 def command(shards: Path, run: Path, *overrides: str, ranks: int = 2) -> list[str]:
@@ -58,10 +46,6 @@ def train(shards: Path, run: Path, *overrides: str, ranks: int = 2) -> subproces
         command(shards, run, *overrides, ranks=ranks),
         env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.runs import metrics
 
 
 @pytest.mark.parametrize("settings", [(), ("ema.on_host=true",)], ids=["", "averages on the host"])
@@ -15,6 +16,5 @@ def test_a_run_trains_and_goes_on(settings: tuple[str, ...], tmp_path: Path) -> 
     for steps in (2, 4):
         command = [sys.executable, "-m", "svd_ds.train", "debug=tiny", f"run.dir={tmp_path}", *settings]
         subprocess.run([*command, f"run.steps={steps}", "checkpoint.every=2"], check=True)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4]
     assert (tmp_path / "checkpoints" / "step-0000004" / "COMPLETE").exists()

@@ -10,23 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.model.weights import load_unet, save_unet
+from tests.networks import SMALL
 
-SMALL = UNetConfig(
-    in_channels=4,
-    widths=(32, 64),
-    attention_levels=(True, False),
-    num_layers=1,
-    head_width=32,
-    context_width=48,
-    num_scalars=0,
-    temporal="none",
-)
+IMAGE = replace(SMALL, in_channels=4, num_scalars=0, temporal="none")
 
 
 def test_a_video_network_gives_images_what_it_gives(randomize: Callable[[nn.Module], UNet]) -> None:
-    image, video = randomize(UNet(SMALL)), UNet(replace(SMALL, temporal="svd"))
+    image, video = randomize(UNet(IMAGE)), UNet(replace(IMAGE, temporal="svd"))
     missing, unexpected = video.load_state_dict(image.state_dict(), strict=False)
     assert not unexpected and {parameter_tags(video)[name] for name in missing} == {"temporal"}
     inputs = torch.randn(2, 3, 4, 8, 8), torch.randn(2), torch.randn(2, 5, 48), torch.zeros(2, 0)
@@ -35,16 +27,16 @@ def test_a_video_network_gives_images_what_it_gives(randomize: Callable[[nn.Modu
 
 
 def test_frames_do_not_know_of_each_other(randomize: Callable[[nn.Module], UNet]) -> None:
-    unet = randomize(UNet(SMALL))
+    unet = randomize(UNet(IMAGE))
     x, *others = torch.randn(1, 3, 4, 8, 8), torch.randn(1), torch.randn(1, 5, 48), torch.zeros(1, 0)
     torch.testing.assert_close(unet(x, *others)[:, 1:2], unet(x[:, 1:2], *others))
 
 
 def test_has_the_original_layout_alone(randomize: Callable[[nn.Module], UNet], tmp_path: Path) -> None:
-    unet = randomize(UNet(SMALL))
+    unet = randomize(UNet(IMAGE))
     save_unet(unet, tmp_path / "image.safetensors", "original")
     found = load_unet(tmp_path / "image.safetensors")
-    assert found.config == SMALL
+    assert found.config == IMAGE
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), unet.parameters(), strict=True))
     with pytest.raises(ValueError, match="has layers of time, and this network none"):
-        save_unet(UNet(replace(SMALL, num_scalars=1)), tmp_path / "unet")
+        save_unet(UNet(replace(IMAGE, num_scalars=1)), tmp_path / "unet")

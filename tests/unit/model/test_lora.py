@@ -24,16 +24,9 @@ from svd_ds.model.lora import (
     merge_lora,
     save_lora,
 )
-from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.model.unet import UNet
+from tests.networks import SMALL
 
-SMALL = UNetConfig(
-    widths=(32, 64),
-    attention_levels=(True, False),
-    num_layers=1,
-    head_width=32,
-    context_width=48,
-    scalar_width=32,
-)
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 

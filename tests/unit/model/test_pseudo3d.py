@@ -11,17 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.model.weights import load_unet, save_unet
+from tests.networks import SMALL
 
-SVD = UNetConfig(
-    widths=(32, 64),
-    attention_levels=(True, False),
-    num_layers=1,
-    head_width=32,
-    context_width=48,
-    num_scalars=0,
-)
+SVD = replace(SMALL, num_scalars=0)
 CONFIG = replace(SVD, temporal="make_a_video")
 NUM_FRAMES = 3
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,21 +21,15 @@ from svd_ds.data.writer import ShardWriter
 from svd_ds.diffusion.noise import NoiseConfig, build_noise
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
-from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.model.unet import UNet
 from svd_ds.sample import TINY
 from svd_ds.training.step import Diffusion
+from tests.networks import SMALL
 from tests.videos import about, moving_square
 from tests.videos import encode as encode_video
 
 SIZE = "32x48"
-SMALL = UNetConfig(
-    widths=(32, 64),
-    attention_levels=(True, True),
-    num_layers=1,
-    head_width=32,
-    context_width=64,
-    scalar_width=32,
-)
+UNET = replace(SMALL, attention_levels=(True, True), context_width=64)
 Encode = Callable[..., tuple[int, str, str]]
 
 
@@ -112,7 +106,7 @@ def test_the_same_losses_with_and_without_the_cache(
     assert encode(shards, out, "--size", SIZE)[0] == 0
     autoencoder, config = Autoencoder.load(TINY), ConditionerConfig(context=context)
     encoded = Conditioner.load(config, TINY)
-    unet = UNet(SMALL)
+    unet = UNet(UNET)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
 

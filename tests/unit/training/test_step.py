@@ -11,9 +11,10 @@ from svd_ds.batch import Batch, Clip
 from svd_ds.diffusion.noise import NoiseConfig, build_noise
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
-from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.model.unet import UNet
 from svd_ds.sample import TINY
 from svd_ds.training.step import Diffusion
+from tests.networks import SMALL
 from tests.videos import moving_square
 
 
@@ -132,15 +133,7 @@ def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
 
 def test_one_clip_can_be_overfitted(diffusion: Diffusion) -> None:
     """The proof that signal and gradient reach every part: the loss falls by more than ten."""
-    config = UNetConfig(
-        widths=(32, 64),
-        attention_levels=(True, True),
-        num_layers=1,
-        context_width=64,
-        head_width=32,
-        scalar_width=32,
-    )
-    unet = UNet(config)
+    unet = UNet(replace(SMALL, attention_levels=(True, True), context_width=64))
     num_steps, batch_size = 300, 4
     optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-3, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, num_steps, pct_start=0.1)
