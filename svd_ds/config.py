@@ -223,6 +223,8 @@ def explain(error: BaseException) -> str:
     """One sentence from Hydra's several lines: what it could not do, why, and what there is to choose."""
     told, _, choices = str(error).partition("Available options in ")
     sentence = told.strip().splitlines()[0].rstrip(".")
+    if "--multirun" in told:
+        sentence += ": one run takes one value; python -m svd_ds.train -m ... runs all of them"
     if isinstance(error, OverrideParseException):
         sentence = f"{error.override} cannot be read: {sentence}"
     if error.__cause__ is not None:

@@ -129,10 +129,11 @@ def check_learns(config: RunConfig, layers: Mapping[str, str]) -> None:
             raise ValueError(f"{frozen} {tag} layers that would {would}")
 
 
-def check_scalars(config: RunConfig, path: Path) -> None:
-    """Scalars are told apart by their place alone: those of the stage before come first, in its order."""
+def check_scalars(config: RunConfig, path: Path, num_scalars: int) -> None:
+    """Scalars are told apart by their place alone: those of the stage before, `num_scalars` of them, come
+    first, in its order."""
     settings = run_settings(path)
-    theirs = tuple(settings["conditioning"]["scalars"]) if settings else RELEASED_SCALARS
+    theirs = tuple(settings["conditioning"]["scalars"]) if settings else RELEASED_SCALARS[:num_scalars]
     ours = config.conditioning.scalars
     if any(before != now for before, now in zip(theirs, ours, strict=False)):
         raise ValueError(

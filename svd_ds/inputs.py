@@ -89,7 +89,8 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = frozen_folder(config.frozen.path)
     autoencoder = Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk)
-    preview_clips, fixed_set = _preview_clips(config, loader), _fixed_set(config, env, loader)
+    preview_clips = _preview_clips(config, loader)
+    fixed_set = _fixed_set(config, env, loader, autoencoder)
     conditioner = None
     if config.task == "unet":
         seen = [preview_clips] if fixed_set is None else [preview_clips, fixed_set.clips]
@@ -124,7 +125,7 @@ def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
     path = Path(config.init.source)
     source = open_source(path, config.init.which)
     new = source.check(config.model)
-    check_scalars(config, path)
+    check_scalars(config, path, source.config.num_scalars)
     network = network_parameters(config.model, source.lora)
     begins = f"begin at random, for {path} lacks {len(new)} tensors"
     check_learns(config, {network[name].tag: begins for name in new})
@@ -163,16 +164,16 @@ def _preview_clips(config: RunConfig, like: Loader) -> Batch:
     return clips
 
 
-def _fixed_set(config: RunConfig, env: Env, like: Loader) -> FixedSet | None:
-    """Members of an ablation that differ in `data.where` have the same set too."""
+def _fixed_set(config: RunConfig, env: Env, like: Loader, autoencoder: Autoencoder) -> FixedSet | None:
+    """Members of an ablation that differ in `data.where` or in their captioners have the same set too."""
     if config.evaluation.every == 0 or config.task != "unet":
         return None
-    data = replace(config.data, where=())
+    data = replace(config.data, where=(), caption_weights={})
     if config.evaluation.path is not None:
         data = replace(data, path=config.evaluation.path, mixture={})
     per_rank = -(-config.evaluation.clips // env.world)
     loader = _fixed_loader(data, like, SEED, per_rank * env.world, env.rank, env.world)
     check_elevation(config, loader)
     clips, _ = next(iter(loader))
-    read = (data.num_frames, data.height, data.width, data.fps, data.caption_weights)
-    return FixedSet(f"{loader.fingerprint} {read}", clips)
+    read = (data.num_frames, data.height, data.width, data.fps)
+    return FixedSet(f"{loader.fingerprint} {read} {autoencoder.fingerprint()}", clips)

@@ -58,8 +58,8 @@ class SampleConfig:
     guidance_min: float = 1.0
     """Scale at the first frame; a constant guidance has only the maximum."""
     guidance_max: float = 2.5
-    fps: float = 6.0
-    """Told to the network, and the speed of the file."""
+    fps: float = 7.0
+    """Of the video. The network is told fps - 1, as in training: the 6 of simple_video_sample.py."""
     motion_bucket: float = 127.0
     """0 to 255: how much should move."""
     augmentation: float = 0.02

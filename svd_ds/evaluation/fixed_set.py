@@ -50,18 +50,24 @@ class Ranking:
 
 
 def by_sigma(runs: Sequence[Run], palette: Sequence[str]) -> list[Chart]:
-    """Loss and gradient by sigma and loss by frame: each run's newest, or one run's over time."""
-    curves: dict[str, list[Curve]] = {"loss_average": [], "grad_norm": [], "loss_by_frame": []}
-    for label, row, colour in _shown(runs, palette):
-        for key, values in curves.items():
-            x = row["sigma"] if key != "loss_by_frame" else list(range(len(row[key])))
-            values.append(Curve(label, x, row[key], colour))
-    losses, norms, frames = curves.values()
-    return [
+    """Loss and gradient by sigma and by frame: each run's newest, or one run's over time."""
+    shown = _shown(runs, palette)
+
+    def by_level(key: str) -> list[Curve]:
+        return [Curve(label, row["sigma"], row[key], colour) for label, row, colour in shown]
+
+    def by_frame(key: str) -> list[Curve]:
+        return [Curve(label, list(range(len(row[key]))), row[key], colour) for label, row, colour in shown]
+
+    losses, norms = by_level("loss_average"), by_level("grad_norm")
+    frame_losses, frame_norms = by_frame("loss_by_frame"), by_frame("grad_norm_by_frame")
+    charts = [
         Chart("Loss by noise level (averaged weights)", SIGMA, ERROR, losses, log_x=True, marked=True),
         Chart("Gradient norm by noise level", SIGMA, "norm", norms, log_x=True, marked=True),
-        Chart("Loss by frame, mean over noise levels", "frame", ERROR, frames, marked=True),
+        Chart("Loss by frame, mean over noise levels", "frame", ERROR, frame_losses, marked=True),
+        Chart("Gradient norm by frame, over all noise levels", "frame", "norm", frame_norms, marked=True),
     ]
+    return [chart for chart in charts if any(curve.y for curve in chart.curves)]
 
 
 def over_time(runs: Sequence[Run], palette: Sequence[str], x_key: str, x_label: str) -> list[Chart]:
@@ -86,7 +92,8 @@ def over_time(runs: Sequence[Run], palette: Sequence[str], x_key: str, x_label: 
 
 
 def rank(runs: Sequence[Run]) -> Ranking | None:
-    """The runs that were measured on one set, by their newest loss; None where there are no two."""
+    """The runs that were measured on one set, by their newest loss; None where there are no two: see
+    `why_unranked`."""
     newest = {number: run.evaluations[-1] for number, run in enumerate(runs) if run.evaluations}
     sets = [row["set"] for row in newest.values()]
     common = max(sets, key=sets.count, default=None)
@@ -99,6 +106,16 @@ def rank(runs: Sequence[Run]) -> Ranking | None:
         key: min(getattr(place, key) for place in places) for key in ("loss", "low", "middle", "high", "raw")
     }
     return Ranking(places, best, _sentence(runs, places, len(runs) - len(rows)))
+
+
+def why_unranked(runs: Sequence[Run]) -> str | None:
+    """What to tell where `rank` finds no two runs that were measured alike; None where nobody expects it."""
+    if sum(bool(run.evaluations) for run in runs) < 2:
+        return None
+    return (
+        "Each of these runs was measured on a fixed set of its own, so there is no ranking: their evaluation "
+        "clips, the shape of these, or the autoencoder differ."
+    )
 
 
 def _digits(value: float) -> str:
@@ -126,7 +143,7 @@ def _sentence(runs: Sequence[Run], places: Sequence[Place], left_out: int) -> st
     first, second = places[:2]
     told = (
         f"{runs[first.run].name} has the lowest loss on the fixed set, {first.loss:.4f}; "
-        f"{runs[second.run].name} follows {100 * second.above_best:.2g} % above it."
+        f"{runs[second.run].name} follows {_digits(100 * second.above_best)} % above it."
     )
     if len({place.samples for place in places}) > 1:
         told += " The runs have not seen equally many clips: compare with care."

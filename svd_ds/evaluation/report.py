@@ -79,6 +79,7 @@ def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> None:
         facts=facts,
         fact_names=list(dict.fromkeys(name for of_run in facts for name in of_run)),
         ranking=fixed_set.rank(runs),
+        why_unranked=fixed_set.why_unranked(runs),
         low=fixed_set.LOW,
         high=fixed_set.HIGH,
         evaluated=_evaluated(runs),

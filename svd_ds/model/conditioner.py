@@ -20,7 +20,7 @@ D width, S scalars.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -55,6 +55,8 @@ class ConditionerConfig:
     """Share of clips without the caption (arXiv 2311.15127, D.2)."""
     drop_concat: float = 0.1
     """Share of clips without the concatenated frames, apart from the context's (sgm GeneralConditioner)."""
+    drop_scalars: dict[str, float] = field(default_factory=dict)
+    """A scalar's name -> share of clips without it, each apart from the others. The paper names none."""
     augmentation_mean: float = -3.0
     """Mean of ln sigma of the noise put on the conditioning frame (D.4): on its pixels in [-1, 1], or with
     concat "ends" on its latents, as the network sees them scaled to deviation 1."""
@@ -83,6 +85,11 @@ class ConditionerConfig:
         for name in ("drop_context", "drop_text", "drop_concat"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1")
+        for name, rate in self.drop_scalars.items():
+            if name not in self.scalars:
+                raise ValueError(f"drop_scalars names {name}, which is none of the scalars {[*self.scalars]}")
+            if not 0 <= rate <= 1:
+                raise ValueError(f"drop_scalars.{name} is {rate}, but must lie between 0 and 1")
         if self.augmentation_std < 0:
             raise ValueError(f"augmentation_std is {self.augmentation_std}, but must not be negative")
 
@@ -105,6 +112,11 @@ class ConditionerConfig:
     @property
     def concat_drop_rate(self) -> float:
         return 0.0 if self.concat == "none" else self.drop_concat
+
+    @property
+    def scalar_drop_rates(self) -> tuple[float, ...]:
+        """A rate for each of SCALARS, in their order."""
+        return tuple(self.drop_scalars.get(name, 0.0) for name in SCALARS)
 
     def augmentation_sigma(self, normal_B: Tensor) -> Tensor:
         """Standard normal draws -> the noise augmentation's sigma, one a clip, (B,)."""
@@ -190,15 +202,17 @@ class Conditioner:
         context_BLD: Tensor | None = None,
         drop_context_B: Tensor | None = None,
         drop_concat_B: Tensor | None = None,
+        drop_scalars_BS: Tensor | None = None,
     ) -> Conditioning:
         """Condition B clips of `num_frames` frames.
 
         first_frame_BCHW, last_frame_BCHW (B, 3, H, W) in [-1, 1], the last one needed only where a signal is
         "ends"; context_BLD what the encoder would make of them, where that was cached, or None; noise_BKCHW
         standard normal, of `noise_shape`; fps_B, motion_bucket_B, augmentation_sigma_B,
-        elevation_B (B,), those that `scalars` does not name unused; drop_context_B, drop_concat_B bool (B,),
-        or None to drop nothing. A dropped signal is zero; scalars are never dropped. Returns context
-        (B, L, D), scalars (B, S) and concat (B, T, C, h, w) or None.
+        elevation_B (B,), those that `scalars` does not name unused; drop_context_B, drop_concat_B bool (B,)
+        and drop_scalars_BS bool (B, len(SCALARS)), or None to drop nothing. A dropped signal is zero, and a
+        dropped scalar NaN, for which the UNet's embedding is zero. Returns context (B, L, D), scalars (B, S)
+        and concat (B, T, C, h, w) or None.
 
         Raises ValueError for ends without a last frame, or without a frame between them.
         """
@@ -213,6 +227,8 @@ class Conditioner:
         if drop_context_B is not None:
             context_BLD = context_BLD.masked_fill(drop_context_B[:, None, None], 0.0)
         every_scalar_BS = torch.stack([fps_B - 1, motion_bucket_B, augmentation_sigma_B, elevation_B], dim=1)
+        if drop_scalars_BS is not None:
+            every_scalar_BS = every_scalar_BS.masked_fill(drop_scalars_BS, torch.nan)
         given_BKChw = self._given(autoencoder, frames, augmentation_sigma_B, noise_BKCHW)
         if given_BKChw is not None and drop_concat_B is not None:
             given_BKChw = given_BKChw.masked_fill(drop_concat_B[:, None, None, None, None], 0.0)

@@ -137,9 +137,10 @@ class ClipEmbedding(nn.Module):
     def forward(self, c_noise_B: Tensor, scalars_BS: Tensor) -> Tensor:
         embedding_BE = self.time(sinusoid(c_noise_B, self.config.widths[0]))
         if self.config.num_scalars:
-            embedding_BE = embedding_BE + self.scalars(
-                sinusoid(scalars_BS, self.config.scalar_width).flatten(1)
-            )
+            waves_BSW = sinusoid(scalars_BS, self.config.scalar_width)
+            # As sgm drops a signal (GeneralConditioner's ucg_rate).
+            waves_BSW = waves_BSW.masked_fill(scalars_BS.isnan()[..., None], 0.0)
+            embedding_BE = embedding_BE + self.scalars(waves_BSW.flatten(1))
         return embedding_BE
 
 
@@ -217,7 +218,7 @@ class UNet(nn.Module):
             x_BTCHW: noisy latents times c_in, then the conditioning channels, with a mask the last of them.
             c_noise_B: 0.25 ln sigma.
             context_BLD: text states or image tokens, for all frames of the clip.
-            scalars_BS: raw values: fps - 1, motion bucket, augmentation sigma.
+            scalars_BS: raw values: fps - 1, motion bucket, augmentation sigma; NaN withholds one.
             image_only_BT: bool, True where a frame is an image of its own and skips the temporal layers.
 
         Raises:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,6 +44,9 @@ class EvaluationConfig:
     on ten times its clips, and a third more for the averaged weights."""
     clips: int = 16
     """Size of the fixed set. Runs are comparable where it is the same."""
+    frame_gradients: bool = True
+    """Measure the gradient of each frame's loss too: as many further passes over the clips as these have
+    frames."""
     path: str | None = None
     """Folder of shards of its own, which the run does not train on; null takes the training data."""
 
@@ -70,6 +74,9 @@ class Measured:
     """Norm over all trained parameters of the gradient of `loss`."""
     loss_by_frame: list[float]
     """The mean over the bins, a number a frame."""
+    grad_norm_by_frame: list[float]
+    """Norm of the gradient of a frame's loss, a number a frame, each clip in one bin, the next clip in the
+    next. Empty without `frame_gradients`."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,15 @@ class Evaluation:
         ]
         prepared = [(batch.ordinals, self.diffusion.prepare(batch)) for batch in micro_batches]
         errors_BST, grad_norm = self._with_gradients(engine, prepared)
+        num_frames = errors_BST.shape[-1] if self.config.frame_gradients else 0
+        norm_by_frame = [self._frame_gradient(engine, prepared, t) for t in range(num_frames)]
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
             average_BST = torch.stack(
-                [torch.cat([self._errors(engine, *part, s) for part in prepared]) for s in range(NUM_BINS)], 1
+                [
+                    torch.cat([self._errors(engine, *part, [s] * len(part[0])) for part in prepared])
+                    for s in range(NUM_BINS)
+                ],
+                dim=1,
             )
         losses_ST, averages_ST = self._mean_over_clips(errors_BST), self._mean_over_clips(average_BST)
         return Measured(
@@ -118,31 +131,45 @@ class Evaluation:
             loss_average=averages_ST.mean(dim=1).tolist(),
             grad_norm=grad_norm,
             loss_by_frame=losses_ST.mean(dim=0).tolist(),
+            grad_norm_by_frame=norm_by_frame,
         )
 
     def _with_gradients(
         self, engine: Engine, prepared: list[tuple[tuple[int, ...], Known]]
     ) -> tuple[Tensor, list[float]]:
         """Errors of this rank's clips, (B, S, T), and the norm of the whole set's gradient in each bin."""
-        # The engine averages over ranks and micro-batches, and they may hold clips that do not count.
-        share = self.env.world * len(prepared) / self.config.clips
         bins, norms = [], []
         for s in range(NUM_BINS):
             parts = []
             for ordinals, known in prepared:
-                errors_BT = self._errors(engine, ordinals, known, s)
-                counts_B = errors_BT.new_tensor([ordinal < self.config.clips for ordinal in ordinals])
-                engine.backward(share * (counts_B * errors_BT.mean(dim=1)).sum())
+                errors_BT = self._errors(engine, ordinals, known, [s] * len(ordinals))
+                engine.backward(self._share(ordinals, errors_BT.mean(dim=1), len(prepared)))
                 parts.append(errors_BT.detach())
             norms.append(engine.gradient_norm())
             engine.forget()
             bins.append(torch.cat(parts))
         return torch.stack(bins, dim=1), norms
 
-    def _errors(self, engine: Engine, ordinals: tuple[int, ...], known: Known, s: int) -> Tensor:
+    def _frame_gradient(self, engine: Engine, prepared: list[tuple[tuple[int, ...], Known]], t: int) -> float:
+        """The norm of the gradient of the whole set's loss at frame `t`, each clip in one bin."""
+        for ordinals, known in prepared:
+            errors_BT = self._errors(engine, ordinals, known, [ordinal % NUM_BINS for ordinal in ordinals])
+            engine.backward(self._share(ordinals, errors_BT[:, t], len(prepared)))
+        norm = engine.gradient_norm()
+        engine.forget()
+        return norm
+
+    def _share(self, ordinals: tuple[int, ...], errors_B: Tensor, num_micro_batches: int) -> Tensor:
+        """What a micro-batch adds to the mean over the set's clips, once the engine has averaged over ranks
+        and micro-batches. They may hold clips that do not count."""
+        counts_B = errors_B.new_tensor([ordinal < self.config.clips for ordinal in ordinals])
+        return self.env.world * num_micro_batches / self.config.clips * (counts_B * errors_B).sum()
+
+    def _errors(self, engine: Engine, ordinals: tuple[int, ...], known: Known, bins: Sequence[int]) -> Tensor:
+        """By clip and frame, (B, T), a bin a clip."""
         # Each clip stands elsewhere in the bin, so that together they fill it evenly.
         places = [((ordinal % self.config.clips) + 0.5) / self.config.clips for ordinal in ordinals]
-        sigma_B = known.u_B.new_tensor([sigma_at(s, place) for place in places])
+        sigma_B = known.u_B.new_tensor([sigma_at(s, at) for s, at in zip(bins, places, strict=True)])
         return self.diffusion.errors(engine, known, sigma_B)
 
     def _mean_over_clips(self, errors_BST: Tensor) -> Tensor:
@@ -160,7 +187,7 @@ class Evaluation:
 def fixed(diffusion: Diffusion) -> Diffusion:
     """A run's diffusion with the set's noises, and no condition dropped."""
     conditioner = diffusion.conditioner
-    undropped = replace(conditioner.config, drop_context=0.0, drop_text=0.0, drop_concat=0.0)
+    undropped = replace(conditioner.config, drop_context=0.0, drop_text=0.0, drop_concat=0.0, drop_scalars={})
     return replace(diffusion, offset_noise=0.0, seed=SEED, conditioner=conditioner.configured(undropped))
 
 

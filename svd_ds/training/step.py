@@ -22,7 +22,7 @@ from svd_ds.diffusion.draws import Draws, draw
 from svd_ds.diffusion.loss import v_loss
 from svd_ds.diffusion.noise import Noise
 from svd_ds.model.autoencoder import Autoencoder, posterior
-from svd_ds.model.conditioner import Conditioner
+from svd_ds.model.conditioner import SCALARS, Conditioner
 from svd_ds.training.objective import Objective
 from svd_ds.video import from_uint8
 
@@ -91,6 +91,7 @@ class Diffusion(Objective):
 
     def _condition(self, batch: Batch, frames_BTCHW: Tensor, draws: Draws) -> Conditioning:
         config = self.conditioner.config
+        rates_S = draws.drop_BS.new_tensor(config.scalar_drop_rates)
         cond = self.conditioner(
             self.autoencoder,
             first_frame_BCHW=frames_BTCHW[:, 0],
@@ -105,6 +106,7 @@ class Diffusion(Objective):
             context_BLD=batch.context_BLD,
             drop_context_B=draws.drop_BS[:, 0] < config.context_drop_rate,
             drop_concat_B=draws.drop_BS[:, 1] < config.concat_drop_rate,
+            drop_scalars_BS=draws.drop_BS[:, 2 : 2 + len(SCALARS)] < rates_S,
         )
         if batch.still_B is None:
             return cond

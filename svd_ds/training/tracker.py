@@ -41,7 +41,8 @@ class Tracker:
         told = {"loss": fmean(measured.loss), "loss_average": fmean(measured.loss_average)}
         for name in ("loss", "loss_average", "grad_norm"):
             told |= {f"{name}/sigma-{i}": x for i, x in enumerate(getattr(measured, name))}
-        told |= {f"loss/frame-{i}": x for i, x in enumerate(measured.loss_by_frame)}
+        told |= {f"loss/frame-{t}": x for t, x in enumerate(measured.loss_by_frame)}
+        told |= {f"grad_norm/frame-{t}": x for t, x in enumerate(measured.grad_norm_by_frame)}
         self._log_at(step, "evaluation", told)
 
     def log_weights(self, step: int, histograms: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:

@@ -92,6 +92,7 @@ def test_runs_of_members_have_folders_of_their_own() -> None:
         ("model.widths=[32", "model.widths=[32"),
         ("+experiment=stage9", "stage9"),
         ("noise=brown", "brown"),
+        ("noise=edm,svd_base", "python -m svd_ds.train -m"),
         ("run.steps=many", "many"),
         ("optim.schedule=linear", "linear"),
         ("init.source=runs/stage1", "init.source"),

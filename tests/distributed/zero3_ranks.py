@@ -154,6 +154,13 @@ def random_adapters(lora: LoraConfig) -> dict[str, Tensor]:
     return {name: torch.randn(shapes[name], generator=generator) * 0.3 for name in names}
 
 
+def gradient_norm(unet: UNet, loss: Tensor) -> float:
+    unet.zero_grad()
+    loss.backward()
+    gradients = [p.grad.flatten() for p in unet.parameters() if p.grad is not None]
+    return torch.cat(gradients).norm().item()
+
+
 def plain_unet(weights: dict[str, Tensor]) -> UNet:
     unet = UNet(SMALL)
     unet.load_state_dict(weights)
@@ -526,12 +533,14 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
             assert abs(errors_BT.mean().item() - loss) < 1e-5 * loss, (s, loss)
             frame_errors.append(errors_BT.detach().mean(dim=0))
             if scale == 1.0:
-                unet.zero_grad()
-                errors_BT.mean().backward()
-                gradients = [p.grad.flatten() for p in unet.parameters() if p.grad is not None]
-                norm = torch.cat(gradients).norm().item()
+                norm = gradient_norm(unet, errors_BT.mean())
                 assert abs(measured.grad_norm[s] - norm) < 1e-4 * norm, (s, norm)
         if scale == 1.0:
+            assert len(measured.grad_norm_by_frame) == known.x0_BTChw.shape[1]
+            sigma_B = torch.tensor([sigma_at(i, (i + 0.5) / 3) for i in range(3)])
+            for t, found in enumerate(measured.grad_norm_by_frame):
+                norm = gradient_norm(unet, fixed(diffusion).errors(unet, known, sigma_B)[:, t].mean())
+                assert abs(found - norm) < 1e-4 * norm, (t, norm)
             by_frame = torch.stack(frame_errors).mean(dim=0)
             torch.testing.assert_close(by_frame, torch.tensor(measured.loss_by_frame), rtol=1e-5, atol=0)
 

@@ -58,7 +58,9 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
         read_inputs(config, env, None)
 
 
-def test_the_fixed_set_is_the_same_in_every_run_of_the_data(tmp_path: Path) -> None:
+def test_the_fixed_set_is_the_same_in_every_run_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder, seeds in (("data", range(5)), ("held_out", range(9, 12))):
         writer = ShardWriter(tmp_path / folder)
         for seed in seeds:
@@ -81,6 +83,7 @@ def test_the_fixed_set_is_the_same_in_every_run_of_the_data(tmp_path: Path) -> N
         "data.where=['motion>=0.35']",
         "data.image_share=1",
         "data.flip=true",
+        "data.caption_weights={coca: 1.0}",
     )
     parts = [fixed_set(rank, 2, *another) for rank in range(2)]
     assert [part.clips.ordinals for part in parts] == [(0, 2), (1, 3)], "equally many; the fourth is spare"
@@ -91,6 +94,8 @@ def test_the_fixed_set_is_the_same_in_every_run_of_the_data(tmp_path: Path) -> N
     held_out = fixed_set(0, 1, f"evaluation.path={tmp_path / 'held_out'}")
     assert set(held_out.clips.ids) <= {"clip9", "clip10", "clip11"}
     assert held_out.data != whole.data != fixed_set(0, 1, "data.height=32").data
+    monkeypatch.setattr(Autoencoder, "fingerprint", lambda self: "another")
+    assert fixed_set(0, 1).data != whole.data, "errors of other latents"
 
 
 CPU = replace(Env.read({}), device=torch.device("cpu"))
@@ -157,6 +162,14 @@ def test_a_video_stage_starts_from_the_image_stage(tmp_path: Path) -> None:
     taken = {name: tensor.shape for name, tensor in inputs.weights}
     assert taken["conv_in.weight"][-1] == 8, "widened"
     assert not any("temporal" in name or "scalars" in name for name in taken)
+
+
+def test_an_image_network_without_scalars_may_be_given_any(tmp_path: Path) -> None:
+    stage(tmp_path / "before", *IMAGES_ALONE)
+    (tmp_path / "before" / "config.yaml").unlink()
+    start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]
+    told = ["conditioning.scalars=[motion_bucket]", "model.num_scalars=1"]
+    assert read_inputs(compose(["debug=tiny", *start, *told]), CPU, None).weights is not None
 
 
 def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:

@@ -126,6 +126,20 @@ def test_the_conditioner_is_told_the_settings() -> None:
     assert recorder.told["noise_BKCHW"].std() == pytest.approx(1, abs=0.1)
 
 
+def test_by_default_a_network_is_told_what_the_released_one_is() -> None:
+    """Stability-AI/generative-models simple_video_sample.py: fps_id 6, motion_bucket_id 127, cond_aug .02."""
+    conditioner = Conditioner.load(ConditionerConfig(), TINY)
+    scalars = []
+
+    def net(x: Tensor, c_noise: Tensor, context: Tensor, told: Tensor, image_only: object = None) -> Tensor:
+        scalars.append(told)
+        return torch.zeros_like(x[:, :, :4])
+
+    autoencoder = Autoencoder.load(TINY)
+    sample_video(net, autoencoder, conditioner, torch.zeros(1, 3, 64, 64), 2, SampleConfig(num_steps=1))
+    torch.testing.assert_close(scalars[0][0], torch.tensor([6.0, 127.0, 0.02]))
+
+
 def test_the_conditioner_is_given_the_last_frame_too() -> None:
     first, last = first_frames(), first_frames()
     _, recorder = sample(first, SampleConfig(num_steps=1), last_frame_BCHW=last)
@@ -176,7 +190,7 @@ def test_the_public_pipeline_samples_the_same_video() -> None:
 
     image = torch.randint(256, (64, 96, 3), dtype=torch.uint8)
     first = image.permute(2, 0, 1)[None].float() / 127.5 - 1
-    config = SampleConfig(num_steps=4, augmentation=0.0, guidance_max=3.0, fps=7.0)
+    config = SampleConfig(num_steps=4, augmentation=0.0, guidance_max=3.0)
     pipeline = load_pipeline(TINY, torch.device("cpu"), torch.float32)
     assert (pipeline.num_frames, pipeline.height, pipeline.width) == (14, *RELEASED_SIZE)
     ours = sample_video(

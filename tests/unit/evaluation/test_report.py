@@ -33,6 +33,7 @@ def evaluation(step: int, losses: list[float], name: str = "set") -> dict[str, o
         "loss_average": losses,
         "grad_norm": [0.1, 1.0, 0.1],
         "loss_by_frame": [0.5, 0.6],
+        "grad_norm_by_frame": [0.3, 0.2],
     }
 
 
@@ -142,7 +143,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
 def test_one_run_shows_how_the_noise_levels_fell(tmp_path: Path) -> None:
     rows = tuple(evaluation(step, [1.0, 0.5, 0.9 / step]) for step in range(1, 21))
     html, _ = report(tmp_path, fake_run(tmp_path / "small", 1e-4, evaluations=rows))
-    assert html.count("<svg") == 3 + 4 + 1, "by sigma, gradient, by frame, mean over time; small ones"
+    assert html.count("<svg") == 4 + 4 + 1, "loss, gradient by sigma, frame; the mean over time; small"
     shown = [int(step) for step in re.findall(r">step (\d+)<", html)]
     assert max(shown) == 20 and len(set(shown)) == fixed_set.MAX_EVALUATIONS
     assert all(f"≈ {sigma}<" in html for sigma in ("0.01", "1", "100"))
@@ -166,6 +167,15 @@ def test_runs_are_ranked_by_the_loss_of_their_averages(tmp_path: Path) -> None:
     assert "cosine has the lowest loss on the fixed set, 0.4000; edm follows 25 % above it." in html
     assert "1 of the runs was not measured on this set." in html
     assert "<h1>x: 3 runs</h1>" in html
+
+
+def test_runs_of_different_sets_are_not_ranked_and_it_is_said(tmp_path: Path) -> None:
+    runs = [
+        fake_run(tmp_path / name, 1e-4, evaluations=(evaluation(30, [0.5] * 3, name),)) for name in ("a", "b")
+    ]
+    html, _ = report(tmp_path, *runs)
+    assert "Ranking" not in html and "so there is no ranking" in html
+    assert "so there is no ranking" not in report(tmp_path, runs[0])[0]
 
 
 def test_unequal_training_is_said(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import svd_ds
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.clip import clip_pixels, resize_antialiased
-from svd_ds.model.conditioner import Conditioner, ConditionerConfig
+from svd_ds.model.conditioner import SCALARS, Conditioner, ConditionerConfig
 
 TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"
 TEXT = ConditionerConfig(context="text", concat="none", scalars=("fps", "motion_bucket"))
@@ -116,6 +116,16 @@ def test_dropped_signals_are_zero_clip_by_clip_and_independently(conditioner, au
     assert torch.equal(cond.context_BLD[1:], full.context_BLD[1:])
     assert torch.equal(cond.concat_BTCHW[[0, 2]], full.concat_BTCHW[[0, 2]])
     assert torch.equal(cond.scalars_BS, full.scalars_BS)
+
+
+def test_scalars_are_dropped_one_by_one(conditioner, autoencoder):
+    full = conditioner(autoencoder, **inputs())
+    drop_BS = torch.zeros(3, len(SCALARS), dtype=torch.bool)
+    drop_BS[0, SCALARS.index("motion_bucket")] = drop_BS[2, SCALARS.index("fps")] = True
+    cond = conditioner(autoencoder, **inputs(), drop_scalars_BS=drop_BS)
+    assert cond.scalars_BS.isnan().tolist() == [[False, True, False], [False] * 3, [True, False, False]]
+    kept = ~cond.scalars_BS.isnan()
+    assert torch.equal(cond.scalars_BS[kept], full.scalars_BS[kept])
 
 
 def test_what_is_dropped_equals_the_branch_that_guidance_subtracts(conditioner, autoencoder):
@@ -248,6 +258,8 @@ def test_drop_rates_follow_what_the_context_is():
         ({"context_width": 8}, "context_width is 8"),
         ({"drop_context": 1.5}, "drop_context is 1.5"),
         ({"drop_concat": -0.1}, "drop_concat is -0.1"),
+        ({"drop_scalars": {"fps": 2.0}}, r"drop_scalars\.fps is 2.0"),
+        ({"drop_scalars": {"elevation": 0.1}}, "drop_scalars names elevation, which is none of"),
         ({"augmentation_std": -1.0}, "augmentation_std is -1.0"),
     ],
 )

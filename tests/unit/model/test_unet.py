@@ -234,6 +234,19 @@ class TestForward:
         assert torch.equal(unet.encoder[0].residual(x, torch.randn(1, 256)), x)
         assert torch.equal(unet.encoder[0].transformer(x, torch.randn(1, 1, 48)), x)
 
+    def test_a_scalar_that_is_withheld_has_no_embedding(self, randomize: Any) -> None:
+        unet = randomize(UNet(SMALL))
+        width = SMALL.scalar_width
+        inputs = draw_inputs(SMALL, 2, 2, 1, 8, 8)
+        told = unet(*inputs.values())
+        inputs["scalars"][0, 1] = torch.nan
+        withheld = unet(*inputs.values())
+        assert torch.equal(withheld[1], told[1]) and not torch.equal(withheld[0], told[0])
+        with torch.no_grad():
+            unet.embedding.scalars.linear1.weight[:, width : 2 * width] = 0
+        inputs["scalars"][0, 1] = 30.0
+        torch.testing.assert_close(unet(*inputs.values())[0], withheld[0])
+
     def test_the_output_is_contiguous_in_the_dtype_of_the_weights(self) -> None:
         out = UNet(SMALL).bfloat16()(*draw_inputs(SMALL, 1, 2, 1, 8, 8).values())
         assert out.dtype == torch.bfloat16 and out.is_contiguous() and out.shape == (1, 2, 4, 8, 8)

@@ -120,7 +120,7 @@ def test_cached_moments_stand_for_the_frames(diffusion: Diffusion) -> None:
 
 
 def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
-    dropping = ConditionerConfig(drop_context=0.5, drop_concat=0.5)
+    dropping = ConditionerConfig(drop_context=0.5, drop_concat=0.5, drop_scalars={"fps": 0.5})
     conditioner = Conditioner(dropping, diffusion.conditioner.encoder)
     net = Recorder()
     replace(diffusion, conditioner=conditioner).loss(net, Batch.of([clip(i) for i in range(16)]))
@@ -128,7 +128,10 @@ def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
     concat_dropped = (net.x[:, :, 4:] == 0).flatten(1).all(dim=1).tolist()
     assert 2 < sum(context_dropped) < 14
     assert 2 < sum(concat_dropped) < 14
-    assert context_dropped != concat_dropped, "independently of each other"
+    scalars_dropped = net.scalars.isnan()
+    assert 2 < scalars_dropped[:, 0].sum() < 14 and not scalars_dropped[:, 1:].any(), "fps alone"
+    together = (context_dropped, concat_dropped, scalars_dropped[:, 0].tolist())
+    assert len({tuple(signal) for signal in together}) == 3, "independently of each other"
 
 
 def test_one_clip_can_be_overfitted(diffusion: Diffusion) -> None:
