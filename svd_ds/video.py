@@ -27,8 +27,8 @@ def to_uint8(frames: Tensor) -> Tensor:
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """From uint8 to float32 in [-1, 1], where it lies; any shape."""
-    return pixels.float() / 127.5 - 1
+    """From uint8 to float32 in [-1, 1], where it lies, but contiguous; any shape."""
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def read_image(path: Path, height: int, width: int) -> Tensor:

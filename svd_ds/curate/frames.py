@@ -86,18 +86,17 @@ def read_still(path: Path) -> np.ndarray:
 
 def upright(frame: VideoFrame, pixel_aspect: Fraction, size: int) -> np.ndarray:
     """A decoded frame as it is meant to be shown: rotated as the file says, with square pixels."""
-    pixels_CHW = to_rgb(frame)
+    pixels_HWC = to_rgb(frame)
     quarter_turns = round(frame.rotation / 90) % 4
     if quarter_turns % 2:
         pixel_aspect = 1 / pixel_aspect
-    return resized(torch.rot90(pixels_CHW, quarter_turns, (1, 2)), pixel_aspect, size)
+    return resized(torch.rot90(pixels_HWC, quarter_turns), pixel_aspect, size)
 
 
-def resized(frame_CHW: torch.Tensor, pixel_aspect: Fraction, size: int) -> np.ndarray:
+def resized(frame_HWC: torch.Tensor, pixel_aspect: Fraction, size: int) -> np.ndarray:
     """(H, W, 3) with square pixels, its shortest side reduced to `size`, both sides even."""
-    height, width = frame_CHW.shape[1:]
+    height, width = frame_HWC.shape[:2]
     shown = (float(height), float(width * pixel_aspect))
     scale = min(1.0, size / min(shown)) if size else 1.0
     new_height, new_width = (max(2, 2 * round(side * scale / 2)) for side in shown)
-    resized = fit(frame_CHW, Box(0, 0, height, width), new_height, new_width)
-    return resized.permute(1, 2, 0).contiguous().numpy()
+    return fit(frame_HWC, Box(0, 0, height, width), new_height, new_width).contiguous().numpy()

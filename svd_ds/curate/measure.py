@@ -57,4 +57,4 @@ def three_frames(clip: Row, place: Place) -> list[np.ndarray]:
 
 def read_pictures(path: Path, numbers: Sequence[int]) -> list[np.ndarray]:
     """Some frames of a clip, as the loader will see them: uint8 RGB, (H, W, 3). ValueError if it cannot."""
-    return [to_rgb(frame).permute(1, 2, 0).numpy() for frame in decode(path.read_bytes(), numbers)]
+    return [to_rgb(frame).numpy() for frame in decode(path.read_bytes(), numbers)]

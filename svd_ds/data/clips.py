@@ -27,6 +27,8 @@ HD_HEIGHT = 720
 """Untagged video is BT.709 from so many lines on and BT.601 below, as players take it."""
 UNTAGGED = 2
 """AVCOL_SPC_UNSPECIFIED."""
+MP4_BRAND = b"ftyp"
+"""The name of an mp4's first box, behind its four bytes of size."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,11 @@ def decode(content: bytes, wanted: Sequence[int]) -> Iterator[VideoFrame]:
     Raises ValueError if the file cannot be decoded or ends too early.
     """
     found = 0
+    # libav decodes a file's first keyframe to open it, a twelfth of a clip's time. An mp4's header tells all
+    # that this is for, also how far frames stand from their decoding order; other containers' do not.
+    probing = {"skip_frame": "all"} if content[4:8] == MP4_BRAND else {}
     try:
-        with av.open(io.BytesIO(content), mode="r") as container:
+        with av.open(io.BytesIO(content), mode="r", options=probing) as container:
             if not container.streams.video:
                 raise ValueError("the file has no video stream")
             stream = container.streams.video[0]
@@ -130,18 +135,21 @@ def decode(content: bytes, wanted: Sequence[int]) -> Iterator[VideoFrame]:
 
 
 def to_rgb(frame: VideoFrame) -> Tensor:
-    """A decoded frame as uint8 RGB, (3, H, W), channels last in memory."""
+    """A decoded frame as uint8 RGB, (H, W, 3)."""
     untagged = Colorspace.ITU709 if frame.height >= HD_HEIGHT else Colorspace.ITU601
     matrix = untagged if frame.colorspace == UNTAGGED else None
-    pixels = frame.reformat(format="rgb24", src_colorspace=matrix, threads=1).to_ndarray()
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(frame.reformat(format="rgb24", src_colorspace=matrix, threads=1).to_ndarray())
 
 
-def fit(frame_CHW: Tensor, box: Box, height: int, width: int, flip: bool = False) -> Tensor:
-    """The pixels of `box`, resized with antialiasing to (3, height, width); uint8 in and out."""
-    window = frame_CHW[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
-    resized = F.interpolate(window, size=(height, width), mode="bicubic", antialias=True)[0]
-    return resized.flip(-1) if flip else resized
+def fit(frame_HWC: Tensor, box: Box, height: int, width: int, flip: bool = False) -> Tensor:
+    """The pixels of `box`, resized with antialiasing to (height, width, 3); uint8 in and out."""
+    window = frame_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
+    # So permuted torch sees that channels are last, and resizes without a copy in another format.
+    resized = F.interpolate(
+        window[None].permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=True
+    )
+    resized_HWC = resized.permute(0, 2, 3, 1)[0]
+    return resized_HWC.flip(1) if flip else resized_HWC
 
 
 def fills(frame: tuple[int, int], wanted: tuple[int, int]) -> bool:
@@ -158,15 +166,16 @@ def read_frames(
     left: float = 0.5,
     flip: bool = False,
 ) -> Tensor:
-    """Some frames of a file held in memory, uint8 (T, 3, H, W): see `decode`, `Box.largest` and `fit`.
+    """Some frames of a file held in memory, uint8 (T, 3, H, W), channels last in memory.
 
+    See `decode`, `Box.largest` and `fit`.
     Raises ValueError if the file cannot be decoded or ends too early.
     """
     frames = []
     for frame in decode(content, wanted):
         box = Box.largest((frame.height, frame.width), size, top, left)
         frames.append(fit(to_rgb(frame), box, *size, flip))
-    return torch.stack(frames)
+    return torch.stack(frames).permute(0, 3, 1, 2)
 
 
 def choose_captioner(captions: Mapping[str, str], weights: Mapping[str, float], draw: float) -> str:

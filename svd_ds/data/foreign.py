@@ -81,7 +81,7 @@ def _probe(
     score = 0.0
     if motion is not None and num_frames > 1:
         frames = decode(content, range(num_frames))
-        score = motion([to_rgb(frame).permute(1, 2, 0).numpy() for frame in frames], fps)
+        score = motion([to_rgb(frame).numpy() for frame in frames], fps)
     annotations = about.get("annotations", {})
     return Sample(
         id=sample_id,

@@ -26,7 +26,7 @@ def test_colours_survive() -> None:
     frames = np.zeros((4, 64, 96, 3), dtype=np.uint8)
     frames[:, :, :32], frames[:, :, 32:64], frames[:, :, 64:] = (200, 30, 30), (30, 180, 40), (30, 40, 200)
     for frame in decode(encoded(frames), range(4)):
-        pixels = to_rgb(frame).permute(1, 2, 0).numpy().astype(int)
+        pixels = to_rgb(frame).numpy().astype(int)
         for column in (16, 48, 80):
             assert np.abs(pixels[32, column] - frames[0, 32, column]).max() <= 6
 
