@@ -81,8 +81,7 @@ class Batch:
         return Batch(
             ids=tuple(clip.id for clip in clips),
             ordinals=tuple(clip.ordinal for clip in clips),
-            # Unlike stack, cat leaves channels last in memory, as clips are decoded.
-            frames_BTCHW=torch.cat([clip.frames_TCHW for clip in clips]).unflatten(0, (len(clips), -1)),
+            frames_BTCHW=torch.stack([clip.frames_TCHW for clip in clips]),
             captions=tuple(clip.caption for clip in clips),
             fps_B=torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
             motion_bucket_B=torch.tensor([clip.motion_bucket for clip in clips], dtype=torch.float32),

@@ -33,10 +33,16 @@ def counting(num_frames: int, height: int = 32, width: int = 64) -> np.ndarray:
     return np.broadcast_to(levels[:, None, None, None], (num_frames, height, width, 3)).copy()
 
 
-def encode(frames_THWC: np.ndarray, fps: int = 24, keyframe_every: int = 8, suffix: str = "mp4") -> bytes:
+def encode(
+    frames_THWC: np.ndarray,
+    fps: int = 24,
+    keyframe_every: int = 8,
+    suffix: str = "mp4",
+    muxing: dict[str, str] | None = None,
+) -> bytes:
     """The frames as a video file with B-frames, as encoders make them by default."""
     buffer = io.BytesIO()
-    with av.open(buffer, mode="w", format=suffix) as container:
+    with av.open(buffer, mode="w", format=suffix, options=muxing or {}) as container:
         stream = container.add_stream(
             "libx264", rate=fps, options={"crf": "12", "g": str(keyframe_every), "mbtree": "0"}
         )

@@ -60,8 +60,7 @@ def cut_clips(settings: ClipSettings, file: RawFile, known: Known, place: Place)
     (about,) = known["probe"]
     rate = Fraction(about["rate"])
     if about["kind"] == "image":
-        pixels_CHW = torch.from_numpy(read_still(file.path)).permute(2, 0, 1)
-        still = resized(pixels_CHW, Fraction(1), settings.size)
+        still = resized(torch.from_numpy(read_still(file.path)), Fraction(1), settings.size)
         yield _write(file, place, Window(0, 1), rate, encode_still(still), still.shape[:2])
         return
     shots = [(shot["begin"], shot["end"]) for shot in known["cuts"]]

@@ -27,8 +27,6 @@ HD_HEIGHT = 720
 """Untagged video is BT.709 from so many lines on and BT.601 below, as players take it."""
 UNTAGGED = 2
 """AVCOL_SPC_UNSPECIFIED."""
-MP4_BRAND = b"ftyp"
-"""The name of an mp4's first box, behind its four bytes of size."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,11 @@ def decode(content: bytes, wanted: Sequence[int]) -> Iterator[VideoFrame]:
     Raises ValueError if the file cannot be decoded or ends too early.
     """
     found = 0
-    # libav decodes a file's first keyframe to open it, a twelfth of a clip's time. An mp4's header tells all
-    # that this is for, also how far frames stand from their decoding order; other containers' do not.
-    probing = {"skip_frame": "all"} if content[4:8] == MP4_BRAND else {}
+    # libav opens a file by decoding its first keyframe, a twelfth of a clip's time, to learn how far frames
+    # stand from their decoding order. An mp4's header tells it, unless the file is in fragments.
+    told = content[4:8] == b"ftyp" and b"moof" not in content
     try:
-        with av.open(io.BytesIO(content), mode="r", options=probing) as container:
+        with av.open(io.BytesIO(content), options={"skip_frame": "all"} if told else {}) as container:
             if not container.streams.video:
                 raise ValueError("the file has no video stream")
             stream = container.streams.video[0]
@@ -143,12 +141,11 @@ def to_rgb(frame: VideoFrame) -> Tensor:
 
 def fit(frame_HWC: Tensor, box: Box, height: int, width: int, flip: bool = False) -> Tensor:
     """The pixels of `box`, resized with antialiasing to (height, width, 3); uint8 in and out."""
-    window = frame_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
-    # So permuted torch sees that channels are last, and resizes without a copy in another format.
-    resized = F.interpolate(
-        window[None].permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=True
-    )
-    resized_HWC = resized.permute(0, 2, 3, 1)[0]
+    window_HWC = frame_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
+    # The strides of this axis of one tell torch that channels are last: it resizes without copies.
+    window_1CHW = window_HWC[None].permute(0, 3, 1, 2)
+    resized_1CHW = F.interpolate(window_1CHW, size=(height, width), mode="bicubic", antialias=True)
+    resized_HWC = resized_1CHW[0].permute(1, 2, 0)
     return resized_HWC.flip(1) if flip else resized_HWC
 
 
@@ -166,9 +163,9 @@ def read_frames(
     left: float = 0.5,
     flip: bool = False,
 ) -> Tensor:
-    """Some frames of a file held in memory, uint8 (T, 3, H, W), channels last in memory.
+    """Some frames of a file held in memory, uint8 (T, 3, H, W): see `decode`, `Box.largest` and `fit`.
 
-    See `decode`, `Box.largest` and `fit`.
+    Channels are last in memory, as decoders and resizers have them; a batch and its device keep them so.
     Raises ValueError if the file cannot be decoded or ends too early.
     """
     frames = []

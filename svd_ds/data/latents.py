@@ -80,10 +80,10 @@ def read_frames(file: TensorFile, frames: Sequence[int]) -> Tensor:
         jpeg = file.rows("frames", range(ends[frame], ends[frame + 1])).numpy().tobytes()
         try:
             with Image.open(io.BytesIO(jpeg)) as image:
-                pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+                pixels.append(torch.from_numpy(np.array(image)))
         except OSError as error:
             raise ValueError(f"its {MEMBER} is damaged ({error})") from error
-    return torch.stack(pixels)
+    return torch.stack(pixels).permute(0, 3, 1, 2)
 
 
 def _to_jpeg(frame_CHW: Tensor) -> bytes:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -172,20 +175,29 @@ def _in_time(action: Callable[[], Result], seconds: float, sentence: str) -> Res
 
     A read from a file system that hangs cannot be interrupted: its thread is left behind.
     """
-    results: list[Result] = []
-    errors: list[Exception] = []
+    result: Future[Result] = Future()
+    _reading(os.getpid()).put((action, result))
+    if not wait([result], seconds).done:
+        _reading.cache_clear()
+        raise StalledError(sentence)
+    return result.result()
+
+
+@cache
+def _reading(process: int) -> SimpleQueue[tuple[Callable[[], Any], Future[Any]]]:
+    """What is put here, a thread does: one for all reads, as its start costs as much as a read.
+
+    A forked process needs one of its own.
+    """
+    tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
 
     def work() -> None:
-        try:
-            results.append(action())
-        except Exception as error:
-            errors.append(error)
+        while True:
+            action, result = tasks.get()
+            try:
+                result.set_result(action())
+            except Exception as error:
+                result.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise StalledError(sentence)
-    return results[0]
+    threading.Thread(target=work, daemon=True).start()
+    return tasks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from svd_ds.data.clips import Box, ClipDraws, Timing, choose_captioner, decode, fit, to_rgb
+from svd_ds.data.clips import Box, ClipDraws, Timing, choose_captioner, decode, fit, read_frames, to_rgb
 from tests.videos import counting, encode, moving_square
 
 
@@ -47,6 +48,25 @@ def test_decode_finds_the_frames_with_these_numbers(suffix: str, wanted: range) 
     content = encode(counting(40), suffix=suffix)
     levels = [float(to_rgb(frame).float().mean()) for frame in decode(content, wanted)]
     assert levels == pytest.approx([4 * number + 8 for number in wanted], abs=1.5)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "muxing", "options"),
+    [
+        ("mp4", {}, {"skip_frame": "all"}),
+        # Neither header says how far frames stand from their decoding order: one would be lost.
+        ("mp4", {"movflags": "frag_keyframe"}, {}),
+        ("matroska", {}, {}),
+    ],
+)
+def test_only_a_file_whose_header_tells_all_is_opened_blindly(
+    suffix: str, muxing: dict[str, str], options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encode(counting(24), suffix=suffix, muxing=muxing)
+    opened, really_open = [], av.open
+    monkeypatch.setattr(av, "open", lambda file, options: opened.append(options) or really_open(file))
+    levels = [float(to_rgb(frame).float().mean()) for frame in decode(content, range(24))]
+    assert opened == [options] and levels == pytest.approx([4 * number + 8 for number in range(24)], abs=1.5)
 
 
 def test_decode_seeks_rather_than_reads_from_the_start() -> None:
@@ -107,6 +127,21 @@ def test_fit_is_antialiased_like_pillow() -> None:
     theirs = Image.fromarray(pixels[10:74, 20:116]).resize((24, 16), Image.Resampling.BICUBIC)
     assert np.abs(ours.numpy().astype(int) - np.asarray(theirs).astype(int)).max() <= 1
     assert torch.equal(fit(frame, Box(10, 20, 64, 96), 16, 24, flip=True), ours.flip(1))
+
+
+def test_frames_are_those_of_a_plain_loop_cropped_and_resized() -> None:
+    content = encode(moving_square(24, height=96, width=160))
+    with av.open(io.BytesIO(content)) as container:
+        plain = [frame.to_image() for frame in container.decode(video=0)]
+    wanted = range(5, 23, 4)
+    frames_TCHW = read_frames(content, wanted, (32, 40), top=0.5, left=0.99)
+    for number, frame_CHW in zip(wanted, frames_TCHW, strict=True):
+        theirs = np.asarray(plain[number].crop((40, 0, 160, 96)).resize((40, 32), Image.Resampling.BICUBIC))
+        assert np.abs(frame_CHW.permute(1, 2, 0).numpy().astype(int) - theirs.astype(int)).max() <= 1
+    mirrored = read_frames(content, wanted, (32, 40), top=0.5, left=0.99, flip=True)
+    assert mirrored.equal(frames_TCHW.flip(-1))
+    for frames in (frames_TCHW, mirrored, torch.stack([frames_TCHW, mirrored])[1]):
+        assert frames.is_contiguous(memory_format=torch.channels_last), "no copy in another format"
 
 
 def test_captions_follow_their_weights() -> None:
