@@ -109,9 +109,10 @@ def decode(content: bytes, wanted: Sequence[int]) -> Iterator[VideoFrame]:
     found = 0
     # libav opens a file by decoding its first keyframe, a twelfth of a clip's time, to learn how far frames
     # stand from their decoding order. An mp4's header tells it, unless the file is in fragments.
-    told = content[4:8] == b"ftyp" and b"moof" not in content
+    blindly = content[4:8] == b"ftyp" and b"moof" not in content
+    options = {"skip_frame": "all"} if blindly else {}
     try:
-        with av.open(io.BytesIO(content), options={"skip_frame": "all"} if told else {}) as container:
+        with av.open(io.BytesIO(content), mode="r", options=options) as container:
             if not container.streams.video:
                 raise ValueError("the file has no video stream")
             stream = container.streams.video[0]

@@ -64,7 +64,7 @@ def test_only_a_file_whose_header_tells_all_is_opened_blindly(
 ) -> None:
     content = encode(counting(24), suffix=suffix, muxing=muxing)
     opened, really_open = [], av.open
-    monkeypatch.setattr(av, "open", lambda file, options: opened.append(options) or really_open(file))
+    monkeypatch.setattr(av, "open", lambda file, mode, options: opened.append(options) or really_open(file))
     levels = [float(to_rgb(frame).float().mean()) for frame in decode(content, range(24))]
     assert opened == [options] and levels == pytest.approx([4 * number + 8 for number in range(24)], abs=1.5)
 

@@ -24,6 +24,8 @@ def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """run_tool("name.py", argument, ...) -> the exit code."""
 
     def run(name: str, *arguments: object) -> int:
+        # As for any script, modules beside it are found.
+        monkeypatch.syspath_prepend(str(TOOLS))
         monkeypatch.setattr(sys, "argv", [str(TOOLS / name), *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "300")
         try:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-TOOLS = Path(__file__).parents[3] / "tools"
+from tests.unit.tools.conftest import TOOLS
+
 Bench = Callable[..., int]
 
 
@@ -22,17 +21,9 @@ def _beside_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        try:
-            runpy.run_path(str(TOOLS / "bench.py"), run_name="__main__")
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
+def bench(run_tool: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return partial(run_tool, "bench.py")
 
 
 @pytest.fixture

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import re
-import runpy
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.unit.data.test_latents import content_of, numbered, write
+from tests.unit.tools.conftest import Ended
 
-TOOL = Path(__file__).parents[3] / "tools" / "bench_data.py"
 
-
-def test_it_tells_both_ratios(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_tells_both_ratios(tmp_path: Path, tool_says: Callable[..., Ended]) -> None:
     write(tmp_path, {"a": content_of(numbered()), "b": content_of(numbered())})
-    arguments = [str(TOOL), str(tmp_path), "--shape", "3x16x24", "--clips", "2", "--rounds", "1"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(TOOL), run_name="__main__")
-    told = capsys.readouterr().out
-    assert re.search(r"decoding reaches \d+% of the bare loop", told)
-    assert re.search(r"the latent cache gives \d+\.\d times decoding", told)
+    ended = tool_says("bench_data.py", tmp_path, "--shape", "3x16x24", "--clips", 2, "--rounds", 3)
+    assert ended.code == 0, ended.err
+    assert re.search(r"decoding reaches \d+% \(\d+% to \d+%\) of the bare loop", ended.out)
+    assert re.search(r"the latent cache gives \d+\.\d \(\d+\.\d to \d+\.\d\) times decoding", ended.out)

@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from svd_ds.parallel.recompute import POLICIES
+from tests.unit.tools.conftest import Ended
 
-TOOLS = Path(__file__).parents[3] / "tools"
 pytestmark = pytest.mark.slow
 TINY = ("--size", "16x16", "--frames", "2", "--widths", "64")
 
 
-def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    runpy.run_path(str(TOOLS / name), run_name="__main__")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process's memory")
-def test_every_policy_has_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run("bench_recompute.py", monkeypatch, *TINY, "--turns", "1")
-    *_, head, _, none, _, _, _ = lines = capsys.readouterr().out.splitlines()
+def test_every_policy_has_a_row(tool_says: Callable[..., Ended]) -> None:
+    *_, head, _, none, _, _, _ = lines = tool_says("bench_recompute.py", *TINY, "--turns", 1).out.splitlines()
     assert head.split(" | ")[1:] == ["ms", "ratio to none", "peak MiB |"]
     assert [line.split()[1] for line in lines[-len(POLICIES) :]] == list(POLICIES)
     assert none.split()[5] == "1.00"
 
 
 def test_one_rank_of_zero_is_timed(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run_tool: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
-    run("bench_zero.py", monkeypatch, *TINY, "--pairs", "1")
+    assert run_tool("bench_zero.py", *TINY, "--pairs", 1) == 0
     *_, row = capfd.readouterr().out.splitlines()
     assert row.startswith("| 1 x cpu | 64 | 2 x 16x16 | fp32 |")
 
 
 @pytest.mark.parametrize("tool", ["bench_recompute.py", "bench_zero.py"])
-def test_a_mistake_is_one_sentence(
-    tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        run(tool, monkeypatch, "--size", "128")
-    assert end.value.code == 2
-    assert "--size is '128': give HEIGHTxWIDTH, multiples of 64 pixels here" in capsys.readouterr().err
+def test_a_mistake_is_one_sentence(tool: str, tool_says: Callable[..., Ended]) -> None:
+    ended = tool_says(tool, "--size", "128")
+    assert ended.code == 2
+    assert "--size is '128': give HEIGHTxWIDTH, multiples of 64 pixels here" in ended.err
