@@ -153,7 +153,7 @@ class MaskEmbedding(_StartAtZero):
     network to one size; where a pixel lies, the convolutions around it tell already.
     """
 
-    tag = "embedding"
+    tag = "condition"
 
     def __init__(self, channels: int) -> None:
         super().__init__()

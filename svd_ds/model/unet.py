@@ -121,6 +121,12 @@ class UNetConfig:
         return 2 ** (len(self.widths) - 1)
 
 
+class ScalarEmbedding(EmbeddingMLP):
+    """The numbers that describe a clip as a vector. No image model has it."""
+
+    tag = "condition"
+
+
 class ClipEmbedding(nn.Module):
     """The noise level and the scalars of a clip as one vector that every residual block receives."""
 
@@ -132,7 +138,7 @@ class ClipEmbedding(nn.Module):
         width = config.embedding_width
         self.time = EmbeddingMLP(config.widths[0], width, width)
         if config.num_scalars:
-            self.scalars = EmbeddingMLP(config.num_scalars * config.scalar_width, width, width)
+            self.scalars = ScalarEmbedding(config.num_scalars * config.scalar_width, width, width)
 
     def forward(self, c_noise_B: Tensor, scalars_BS: Tensor) -> Tensor:
         embedding_BE = self.time(sinusoid(c_noise_B, self.config.widths[0]))
@@ -289,8 +295,8 @@ def parameter_tags(unet: nn.Module) -> dict[str, str]:
     """Each parameter's tag by name: the `tag` of the innermost module around it that has one.
 
     Returns:
-        name -> "spatial" (the image model), "temporal" (what the video model adds) or "embedding" (noise
-        level, scalars, mask).
+        name -> "spatial" (the image model), "embedding" (its embedding of the noise level), "temporal" (the
+        layers that video adds) or "condition" (the embeddings that it adds: scalars, mask).
     """
     tags: dict[str, str] = {}
     modules = dict(unet.named_modules())

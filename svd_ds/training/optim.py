@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-TAGS = ("spatial", "temporal", "embedding")
+TAGS = ("spatial", "temporal", "embedding", "condition")
+"""As the networks have them on their parameters (svd_ds/model/unet.py, `parameter_tags`)."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class OptimConfig:
     temporal_rate: float = 1.0
     """Multiplier for the layers that video adds; 0 freezes them."""
     embedding_rate: float = 1.0
-    """Multiplier for the embeddings of noise level, scalars and mask; 0 freezes them."""
+    """Multiplier for the embedding of the noise level, which an image model has as well; 0 freezes it."""
+    condition_rate: float = 1.0
+    """Multiplier for the embeddings of scalars and mask, which video adds; 0 freezes them."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -43,16 +46,11 @@ class OptimConfig:
         if self.gradient_clip <= 0:
             raise ValueError(f"optim.gradient_clip is {self.gradient_clip}: it must be above 0")
         if not any(self.rate(tag) > 0 for tag in TAGS):
-            raise ValueError(
-                "optim freezes everything: spatial_rate, temporal_rate and embedding_rate are all 0"
-            )
+            raise ValueError(f"optim freezes everything: {'_rate, '.join(TAGS)}_rate are all 0")
 
     def rate(self, tag: str) -> float:
-        return {
-            "spatial": self.spatial_rate,
-            "temporal": self.temporal_rate,
-            "embedding": self.embedding_rate,
-        }[tag]
+        """The multiplier for parameters of `tag`, one of TAGS."""
+        return getattr(self, f"{tag}_rate")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """Sort parameters into groups by tag and by whether they decay; frozen ones are in no group.
 
-    tags: parameter name -> spatial | temporal | embedding. shapes: parameter name -> full shape.
+    tags: parameter name -> one of TAGS. shapes: parameter name -> full shape.
     """
     members: dict[tuple[str, bool], list[str]] = {}
     for name, tag in tags.items():

@@ -86,13 +86,15 @@ def train(orbits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 def test_images_then_text_to_video_then_image_to_video(train: Callable[..., Path], image_model: Path) -> None:
     """Where the network of the chain grows: by layers of time and scalars; by inputs and a scalar."""
     image = train("stage1", f"init.from={image_model}")
-    text = train("stage2", f"init.from={image}", "init.which=raw", "optim.spatial_rate=0")
+    text = train("stage2", f"init.from={image}", "init.which=raw", "temporal=videoldm", "checkpoint.every=1")
     before, after = load_unet(image, "raw"), load_unet(text, "raw")
     tags, found = parameter_tags(after), dict(after.named_parameters())
-    spatial = {name: p for name, p in before.named_parameters() if tags[name] == "spatial"}
-    assert all(torch.equal(p, found[name]) for name, p in spatial.items()), "handed over, and frozen here"
-    new = found.keys() - {name for name, _ in before.named_parameters()}
-    assert {tags[name] for name in new} == {"temporal", "embedding"}
+    handed_over = dict(before.named_parameters())
+    assert all(torch.equal(p, found[name]) for name, p in handed_over.items()), "all of it, and frozen here"
+    earlier = dict(load_unet(text / "checkpoints/step-0000001", "raw").named_parameters())
+    assert {tags[name] for name in found.keys() - handed_over.keys()} == {"temporal", "condition"}
+    moved = {tags[name] for name, p in found.items() if not torch.equal(p, earlier[name])}
+    assert moved == {"temporal", "condition"}, "VideoLDM's layers alone learn"
 
     video = load_unet(train("stage3_i2v_base", f"init.from={text}", "optim.lr=0"))
     for (name, p), old in zip(video.named_parameters(), load_unet(text).parameters(), strict=True):

@@ -134,7 +134,7 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
         ),
         (("model.context_width=32",), (), "has context_width 32, and the network .* 64: it must stay"),
         (IMAGES_ALONE, ("optim.temporal_rate=0",), "optim.temporal_rate=0 freezes temporal layers"),
-        (IMAGES_ALONE, ("optim.embedding_rate=0",), "optim.embedding_rate=0 freezes embedding layers"),
+        (IMAGES_ALONE, ("optim.condition_rate=0",), "optim.condition_rate=0 freezes condition layers"),
         (IMAGES_ALONE, ("lora.rank=4",), "lora.rank freezes .* layers that would begin at random"),
         (
             ("model=svd_t2v", "conditioning=text_to_video"),
@@ -178,7 +178,7 @@ def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:
 
 
 def test_nothing_is_frozen_at_random(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"optim.spatial_rate=0 freezes .* init.from is null"):
+    with pytest.raises(ValueError, match=r"optim.embedding_rate=0 freezes .* init.from is null"):
         read_inputs(compose(["debug=tiny", "temporal=videoldm", f"run.dir={tmp_path}"]), CPU, None)
 
 

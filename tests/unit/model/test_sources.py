@@ -118,7 +118,7 @@ class TestHandOver:
         assert {tags[name] for name, _ in image.named_parameters()} == {"spatial", "embedding"}
         for name, parameter in image.named_parameters():
             assert torch.equal(found.pop(name), parameter), name
-        assert {tags[name] for name in found if "scalars" not in name} == {"temporal"}
+        assert {tags[name] for name in found} == {"temporal", "condition"}
         assert found["middle.0.residual.alpha.mix_factor"] == 0.5
 
 

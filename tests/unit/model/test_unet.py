@@ -221,9 +221,9 @@ class TestMask:
         unet(*self.inputs([1, 1, 1]).values()).square().sum().backward()
         assert not unet.mask_embedding.weight.grad.any()
 
-    def test_starts_at_zero_and_is_tagged_as_an_embedding(self) -> None:
+    def test_starts_at_zero_and_is_tagged_as_a_condition(self) -> None:
         assert not UNet(self.CONFIG).mask_embedding.weight.any()
-        assert parameter_tags(meta(self.CONFIG))["mask_embedding.weight"] == "embedding"
+        assert parameter_tags(meta(self.CONFIG))["mask_embedding.weight"] == "condition"
 
 
 class TestForward:
@@ -303,4 +303,5 @@ def test_tags_survive_no_matter_where_parameters_lie() -> None:
     assert tags["encoder.0.residual.temporal.time_projection.weight"] == "temporal"
     assert tags["encoder.0.transformer.alpha.mix_factor"] == "temporal"
     assert tags["encoder.0.transformer.positions.mlp.linear1.weight"] == "temporal"
-    assert tags["embedding.scalars.linear2.bias"] == "embedding"
+    assert tags["embedding.time.linear2.bias"] == "embedding", "the image model's own"
+    assert tags["embedding.scalars.linear2.bias"] == "condition"

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from svd_ds.training.optim import OptimConfig, group_rates, learning_rate, parameter_groups
+from svd_ds.training.optim import TAGS, OptimConfig, group_rates, learning_rate, parameter_groups
 
-TAGS = {"a.weight": "spatial", "a.bias": "spatial", "t.weight": "temporal", "e.weight": "embedding"}
+PARAMETERS = {"a.weight": "spatial", "a.bias": "spatial", "t.weight": "temporal", "e.weight": "embedding"}
 SHAPES = {"a.weight": (4, 4), "a.bias": (4,), "t.weight": (4, 4), "e.weight": (4, 4)}
 
 
 def test_groups_split_by_tag_and_decay() -> None:
-    groups = {g.name: g for g in parameter_groups(TAGS, SHAPES, OptimConfig(weight_decay=0.1))}
+    groups = {g.name: g for g in parameter_groups(PARAMETERS, SHAPES, OptimConfig(weight_decay=0.1))}
     assert groups["spatial"].members == ("a.weight",)
     assert groups["spatial"].weight_decay == 0.1
     assert groups["spatial-no-decay"].members == ("a.bias",)
@@ -19,15 +19,15 @@ def test_groups_split_by_tag_and_decay() -> None:
 def test_every_group_has_its_multiple_of_the_peak_rate() -> None:
     config = OptimConfig(temporal_rate=2.0, embedding_rate=0.0)
     rates = group_rates(config, 1e-3)
-    for group in parameter_groups(TAGS, SHAPES, config):
+    for group in parameter_groups(PARAMETERS, SHAPES, config):
         assert rates[group.name] == (2e-3 if group.name == "temporal" else 1e-3)
 
 
 def test_rate_zero_freezes() -> None:
-    groups = parameter_groups(TAGS, SHAPES, OptimConfig(spatial_rate=0, temporal_rate=0))
+    groups = parameter_groups(PARAMETERS, SHAPES, OptimConfig(spatial_rate=0, temporal_rate=0))
     assert [g.members for g in groups] == [("e.weight",)]
     with pytest.raises(ValueError, match="freezes everything"):
-        OptimConfig(spatial_rate=0, temporal_rate=0, embedding_rate=0)
+        OptimConfig(**{f"{tag}_rate": 0.0 for tag in TAGS})
 
 
 def test_warmup_rises_to_the_peak_and_moves_at_once() -> None:
