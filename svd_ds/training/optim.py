@@ -13,6 +13,8 @@ from dataclasses import dataclass
 TAGS = ("spatial", "temporal", "embedding", "condition")
 """As the networks have them on their parameters (svd_ds/model/unet.py, `parameter_tags`)."""
 
+SCHEDULES = ("constant", "cosine", "zero")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -34,15 +36,15 @@ class OptimConfig:
     gradient_clip: float = 1.0
     """Largest global gradient norm."""
     schedule: str = "constant"
-    """constant | cosine, after the warm-up."""
+    """constant | cosine, after the warm-up | zero (no weight moves: a run that only evaluates and samples)."""
     warmup_samples: int = 0
     """The rate rises linearly over this many clips."""
     final_rate: float = 0.0
     """Where cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"optim.schedule is {self.schedule!r}: choose constant or cosine")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule is {self.schedule!r}: choose {' or '.join(SCHEDULES)}")
         if self.gradient_clip <= 0:
             raise ValueError(f"optim.gradient_clip is {self.gradient_clip}: it must be above 0")
         if not any(self.rate(tag) > 0 for tag in TAGS):
@@ -100,6 +102,8 @@ def learning_rate(config: OptimConfig, samples: int, total_samples: int) -> floa
     A step asks with the count that it will have reached at its end, so that the first step of a warm-up
     moves.
     """
+    if config.schedule == "zero":
+        return 0.0
     if samples < config.warmup_samples:
         return config.lr * samples / config.warmup_samples
     if config.schedule == "constant":

@@ -13,7 +13,7 @@ import torch
 from svd_ds.config import CONF, RunConfig, compose
 from svd_ds.model.lora import LoraConfig, add_lora
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
-from svd_ds.training.optim import parameter_groups
+from svd_ds.training.optim import learning_rate, parameter_groups
 from svd_ds.training.usage import forward_flops
 
 SITE = ["data.path=data/quickstart", "frozen.path=tiny", "init.from=runs/before"]
@@ -146,7 +146,13 @@ def test_ablations_have_the_papers_numbers() -> None:
     assert experiment("captions").data.caption_weights == {"coca": 0.5, "video_blip": 0.25, "llm": 0.25}
     kept = ("motion>=q25", "aesthetic>=q25", "clip_similarity>=q50", "text_area<=q75")
     assert experiment("curation").data.where == kept
-    assert experiment("guidance").optim.lr == 0, "all members sample the same weights"
+
+
+@pytest.mark.parametrize("debug", [[], ["debug=tiny"]], ids=["full", "tiny"])
+def test_members_of_guidance_sample_the_same_weights(debug: list[str]) -> None:
+    config = experiment("guidance", *debug)
+    clips = config.run.steps * config.batch.size
+    assert {learning_rate(config.optim, seen, clips) for seen in range(1, clips + 1)} == {0.0}
 
 
 @pytest.mark.parametrize(
