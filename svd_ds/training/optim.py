@@ -36,7 +36,7 @@ class OptimConfig:
     gradient_clip: float = 1.0
     """Largest global gradient norm."""
     schedule: str = "constant"
-    """constant | cosine, after the warm-up | zero (no weight moves: a run that only evaluates and samples)."""
+    """constant | cosine, after the warm-up | zero (no weight moves: a run only evaluates and samples)."""
     warmup_samples: int = 0
     """The rate rises linearly over this many clips."""
     final_rate: float = 0.0
