@@ -47,7 +47,7 @@ check: setup    ## test, lint, formatting and types
 	@$(MAKE) --no-print-directory test
 
 lock:           ## write requirements.lock from what .venv holds
-	@$(PY) -m pip freeze --all --exclude-editable | grep -v ^pip== | sed -E 's/^torch==([0-9.]+).*/torch==\1/' > requirements.lock
+	@$(PY) -m pip freeze --all --exclude-editable | grep -vE '^(pip|triton)==' | sed -E 's/^torch==([0-9.]+).*/torch==\1/' > requirements.lock
 
 clean:          ## remove .venv, shards and caches; runs/ stays
 	@rm -rf $(VENV) data .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,7 @@ from svd_ds.diffusion.noise import build_noise
 from svd_ds.inputs import Inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.decoder import Decoder, DecoderConfig, decoder_of
+from svd_ds.model.fused import check_kernels
 from svd_ds.model.lora import add_lora, is_adapter
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import UNet
@@ -53,12 +54,13 @@ class Task:
 
 def read_task(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     """The task of `config`. Raises ValueError or OSError with one sentence for files that it needs."""
-    return _unet(config, inputs) if config.task == "unet" else _decoder(config, env, inputs)
+    return _unet(config, env, inputs) if config.task == "unet" else _decoder(config, env, inputs)
 
 
-def _unet(config: RunConfig, inputs: Inputs) -> Task:
+def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     """Diffusion (arXiv 2311.15127 section D): the UNet, or adapters on it."""
     assert inputs.conditioner is not None, "a UNet is conditioned"
+    check_kernels(config.model.kernels, env.device)
 
     def build() -> UNet:
         unet = UNet(config.model)

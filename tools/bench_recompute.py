@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import statistics
-from pathlib import Path
 
 import torch
-from bench_cases import DTYPES, Case, Inputs, add_case_options, read_cases
-from bench_parts import Contestant
+from bench_cases import add_case_options, read_cases
+from bench_ways import compare
 
 from svd_ds.door import run_door
 from svd_ds.model.unet import UNet
@@ -22,58 +18,17 @@ EXAMPLE = """example:
 A step is forward, backward and AdamW of one clip. The policies take steps in turn; a ratio is the median of a
 policy's time over that of none, turn by turn. Memory is the step's peak beyond what stays between steps: on a
 GPU what torch allocates, on a CPU what the process holds (Linux)."""
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5)
 
 
 def main() -> None:
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for case in read_cases(arguments, ("turns",)):
-        compare(case, arguments.turns, device)
+        compare(case, POLICIES, prepare, arguments.turns, device)
 
 
-def compare(case: Case, turns: int, device: torch.device) -> None:
-    """Print the table of one case."""
-    inputs = case.inputs(device)
-    contestants = {policy: contestant(case, policy, device) for policy in POLICIES}
-    peaks = {policy: peak_of_step(contestants[policy], inputs) for policy in POLICIES}
-    steps = [[contestants[policy].step(inputs) for policy in POLICIES] for _ in range(turns)]
-    widths = ", ".join(map(str, case.widths))
-    print(f"\n{case.clip}, widths {widths}, {case.num_tokens} tokens, {case.dtype}, {device.type}\n")
-    print("| policy | ms | ratio to none | peak MiB |\n| --- | --- | --- | --- |")
-    for policy, seconds in zip(POLICIES, zip(*steps, strict=True), strict=True):
-        ratio = statistics.median(own / step[0] for own, step in zip(seconds, steps, strict=True))
-        milliseconds = 1e3 * statistics.median(seconds)
-        print(f"| {policy} | {milliseconds:.0f} | {ratio:.2f} | {peaks[policy] / 2**20:.0f} |", flush=True)
-
-
-def contestant(case: Case, policy: str, device: torch.device) -> Contestant:
-    torch.manual_seed(0)
-    unet = UNet(case.config).to(device, DTYPES[case.dtype])
+def prepare(unet: UNet, policy: str) -> None:
     apply_recompute(unet, unet.blocks(), policy)
-    return Contestant(unet)
-
-
-def peak_of_step(contestant: Contestant, inputs: Inputs) -> int:
-    """Bytes of a second step, when the optimiser's averages are there."""
-    contestant.step(inputs)
-    gc.collect()
-    if inputs[0].is_cuda:
-        before = torch.cuda.memory_allocated()
-        contestant.step(inputs)
-        return contestant.peak_bytes - before
-    # What the allocator keeps of freed memory would count as held.
-    ctypes.CDLL(None).malloc_trim(0)
-    before = held_bytes("VmRSS")
-    CLEAR_REFS.write_text(RESET_PEAK)
-    contestant.step(inputs)
-    return held_bytes("VmHWM") - before
-
-
-def held_bytes(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 def parse_arguments() -> argparse.Namespace:

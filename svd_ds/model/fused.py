@@ -12,12 +12,17 @@ by one (errors near 1e-5 for a large frame). Here each pass over the activations
 fused multiply-add, in their dtype with float32 inside, and all else is arithmetic on (N, C). Where a CPU
 spends more on starting those operations than on the numbers, it copies, too.
 
+On a GPU with Triton, group norm and GEGLU are those of fused_triton.py, which take fewer passes; what is here
+is their twin, which runs anywhere and which they are tested against.
+
 Shapes: N units (frames or clips), S positions, C channels; a group is C / groups channels; I, O channels in
 and out.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -27,6 +32,35 @@ from torch import Tensor
 FEW = 2**16
 """Up to so many elements a CPU copies for torch's own group norm in less time than our passes take to
 start."""
+KERNELS = ("auto", "triton", "torch")
+"""What group norm and GEGLU run on; auto: Triton's kernels on a GPU where Triton is installed, else torch.
+float64 is torch's in any case."""
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+"""What Triton's kernels take."""
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """Raises ValueError, in words, where Triton's kernels are asked for by name and cannot run."""
+    if kernels != "triton":
+        return
+    if not triton_installed():
+        raise ValueError("model.kernels is triton, which is not installed: choose auto or torch")
+    from svd_ds.model.kernels import INTERPRETED
+
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError("model.kernels is triton, which runs on a GPU, and this is a CPU: choose auto")
+
+
+def _on_triton(kernels: str, x: Tensor) -> bool:
+    check_kernels(kernels, x.device)
+    if kernels == "auto":
+        kernels = "triton" if x.is_cuda and triton_installed() else "torch"
+    return kernels == "triton" and x.dtype in PRECISIONS and not x.is_meta
 
 
 def conv(
@@ -76,17 +110,37 @@ def _channels_last(x_NCHW: Tensor) -> Tensor:
 
 
 def group_norm_silu(
-    x_NSC: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool
+    x_NSC: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    kernels: str = "auto",
 ) -> Tensor:
-    """silu(group_norm(x)), or group_norm(x) alone, in x's dtype; statistics are float32 or better."""
+    """silu(group_norm(x)), or group_norm(x) alone, in x's dtype; statistics are float32 or better.
+
+    kernels: one of KERNELS. Raises ValueError as `check_kernels` does.
+    """
+    if _on_triton(kernels, x_NSC):
+        from svd_ds.model.fused_triton import GroupNormSiLU
+
+        return GroupNormSiLU.apply(x_NSC, weight_C, bias_C, groups, eps, silu)
     if x_NSC.is_cpu and x_NSC.numel() <= FEW:
         y_NCS = F.group_norm(x_NSC.transpose(1, 2).contiguous(), groups, weight_C, bias_C, eps)
         return (F.silu(y_NCS) if silu else y_NCS).transpose(1, 2).contiguous()
     return _GroupNormSiLU.apply(x_NSC, weight_C, bias_C, groups, eps, silu)
 
 
-def geglu(proj: Tensor) -> Tensor:
-    """a gelu(b) for proj = [a, b] along the last dimension (arXiv 2002.05202)."""
+def geglu(proj: Tensor, kernels: str = "auto") -> Tensor:
+    """a gelu(b) for proj = [a, b] along the last dimension (arXiv 2002.05202).
+
+    kernels: one of KERNELS. Raises ValueError as `check_kernels` does.
+    """
+    if _on_triton(kernels, proj):
+        from svd_ds.model.fused_triton import GEGLU
+
+        return GEGLU.apply(proj)
     return _GEGLU.apply(proj)
 
 

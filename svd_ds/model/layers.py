@@ -100,29 +100,31 @@ class ZeroLinear(_StartAtZero, Linear):
     """A linear layer that starts at zero."""
 
 
-class FrameNorm(nn.GroupNorm):
-    """Group norm with the statistics of each frame, over H x W, then SiLU."""
+class _Norm(nn.GroupNorm):
+    """Group norm over all but the first dimension, channels last, then SiLU."""
+
+    kernels = "auto"
 
     def __init__(self, channels: int, eps: float, silu: bool = True) -> None:
         super().__init__(NORM_GROUPS, channels, eps)
         self.silu = silu
 
+    def forward(self, x: Tensor) -> Tensor:
+        y_NSC = group_norm_silu(
+            x.flatten(1, -2), self.weight, self.bias, self.num_groups, self.eps, self.silu, self.kernels
+        )
+        return y_NSC.view(x.shape)
+
+
+class FrameNorm(_Norm):
+    """Group norm with the statistics of each frame, over H x W, then SiLU."""
+
     def forward(self, x_BTHWC: Tensor) -> Tensor:
-        frames_NSC = x_BTHWC.flatten(0, 1).flatten(1, 2)
-        y_NSC = group_norm_silu(frames_NSC, self.weight, self.bias, self.num_groups, self.eps, self.silu)
-        return y_NSC.view(x_BTHWC.shape)
+        return super().forward(x_BTHWC.flatten(0, 1)).view(x_BTHWC.shape)
 
 
-class ClipNorm(nn.GroupNorm):
+class ClipNorm(_Norm):
     """Group norm with the statistics of each clip, over T x H x W, then SiLU."""
-
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__(NORM_GROUPS, channels, eps)
-
-    def forward(self, x_BTHWC: Tensor) -> Tensor:
-        clips_NSC = x_BTHWC.flatten(1, 3)
-        y_NSC = group_norm_silu(clips_NSC, self.weight, self.bias, self.num_groups, self.eps, silu=True)
-        return y_NSC.view(x_BTHWC.shape)
 
 
 def sinusoid(values: Tensor, width: int) -> Tensor:
@@ -194,6 +196,8 @@ class Alpha(nn.Module):
 class FeedForward(nn.Module):
     """Norm, then the gated GEGLU unit (arXiv 2002.05202) four times as wide as the block."""
 
+    kernels = "auto"
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -201,7 +205,14 @@ class FeedForward(nn.Module):
         self.proj_out = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(geglu(self.proj_in(self.norm(x))))
+        return self.proj_out(geglu(self.proj_in(self.norm(x)), self.kernels))
+
+
+def choose_kernels(network: nn.Module, kernels: str) -> None:
+    """Have the network's norms and feed-forwards run on `kernels`, one of fused.KERNELS."""
+    for module in network.modules():
+        if isinstance(module, (_Norm, FeedForward)):
+            module.kernels = kernels
 
 
 class CrossAttention(nn.Module):

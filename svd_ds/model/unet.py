@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from svd_ds.model.attention import BACKENDS
 from svd_ds.model.blocks import Downsample, Layer, Residual, Transformer, Upsample
+from svd_ds.model.fused import KERNELS
 from svd_ds.model.image import ImageResidual, ImageTransformer, TransformerSizes
 from svd_ds.model.layers import (
     NORM_GROUPS,
@@ -24,6 +25,7 @@ from svd_ds.model.layers import (
     FrameNorm,
     MaskEmbedding,
     ZeroFrameConv,
+    choose_kernels,
     sinusoid,
 )
 from svd_ds.model.pseudo3d import PseudoResidual, PseudoTransformer
@@ -70,6 +72,8 @@ class UNetConfig:
     """auto, flash_attn, sdpa or reference: for attention among a frame's pixels, and to the context."""
     temporal_attention: str = "auto"
     """The same for attention along time."""
+    kernels: str = "auto"
+    """auto, triton or torch: for group norm with SiLU, and GEGLU."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
@@ -85,14 +89,8 @@ class UNetConfig:
                     f"each of widths must be a multiple of {NORM_GROUPS} (group norm) and of the head_width "
                     f"{self.head_width}, which {width} is not"
                 )
-        for name in (
-            "in_channels",
-            "out_channels",
-            "num_layers",
-            "transformer_depth",
-            "context_width",
-            "num_frames",
-        ):
+        counts = ("in_channels", "out_channels", "num_layers", "transformer_depth", "context_width")
+        for name in (*counts, "num_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.masked and self.in_channels < (least := self.out_channels + 2):
@@ -105,11 +103,11 @@ class UNetConfig:
                 f"num_scalars must be 0 or more, and scalar_width even; they are {self.num_scalars} and "
                 f"{self.scalar_width}"
             )
-        if self.temporal not in BLOCKS:
-            raise ValueError(f"temporal must be one of {', '.join(BLOCKS)}, not {self.temporal!r}")
-        for name in ("spatial_attention", "temporal_attention"):
-            if getattr(self, name) not in BACKENDS:
-                raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, not {getattr(self, name)!r}")
+        choices = {"temporal": BLOCKS, "kernels": KERNELS}
+        choices |= dict.fromkeys(("spatial_attention", "temporal_attention"), BACKENDS)
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     @property
     def embedding_width(self) -> int:
@@ -209,6 +207,7 @@ class UNet(nn.Module):
 
         self.norm_out = FrameNorm(width, eps=1e-5)
         self.conv_out = ZeroFrameConv(width, config.out_channels)
+        choose_kernels(self, config.kernels)
 
     def forward(
         self,

@@ -26,6 +26,7 @@ FREE_KEYS = (
     "guard",
     "watchdog",
     "logger",
+    "model.kernels",
     "parallel",
     "recompute",
     "ema.on_host",

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from svd_ds.model.attention import KERNELS, MAX_BATCH, attention, flash_attn_installed
-from svd_ds.model.fused import conv, geglu, group_norm_silu
+from svd_ds.model.fused import conv, geglu, group_norm_silu, triton_installed
+from svd_ds.model.layers import choose_kernels
 from svd_ds.model.unet import UNet, UNetConfig
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Norm of the difference over norm; float32 with TF32 off, as torch has it by default for products."""
+"""Norm of the difference over norm."""
 SHAPES = {
     "pixels of a frame": ((4, 1536, 5, 64), 1536),
     "text": ((2, 21504, 5, 64), 77),
@@ -21,6 +22,21 @@ SHAPES = {
     "two frames": ((1, 96, 2, 2, 32), 2),
     "a batch past the limit": ((MAX_BATCH + 9, 8, 1, 64), 8),
 }
+NORMS = {
+    "frames at 320x576": (14, 40 * 72, 320),
+    "a clip at 576x1024": (1, 14 * 72 * 128, 320),
+    "joined with a skip": (14, 20 * 36, 1920),
+    "the lowest level": (28, 5 * 9, 2560),
+    "a clip at the lowest level": (2, 14 * 5 * 9, 1280),
+}
+"""Of the released network: frames or clips, positions, channels."""
+
+
+@pytest.fixture(params=["triton", "torch"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton" and not triton_installed():
+        pytest.skip("Triton is not installed")
+    return request.param
 
 
 def assert_agrees(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> None:
@@ -57,22 +73,91 @@ def test_attention(backend: str, shape: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_layers_with_a_backward_pass_of_their_own(dtype: torch.dtype) -> None:
-    norm_inputs = [torch.randn(3, 1536, 64), torch.randn(64), torch.randn(64)]
-    assert_agrees(lambda x, w, b: group_norm_silu(x, w, b, 32, 1e-5, True), norm_inputs, dtype)
-    assert_agrees(geglu, [torch.randn(2, 64, 512)], dtype)
-    conv_inputs = [torch.randn(3, 32, 48, 64), torch.randn(96, 3, 3, 64), torch.randn(96)]
-    assert_agrees(lambda x, w, b: conv(x, w, b, 1, (1, 1)), conv_inputs, dtype)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape", NORMS)
+def test_group_norm(kernels: str, shape: str, silu: bool, dtype: torch.dtype) -> None:
+    channels = NORMS[shape][2]
+    inputs = [torch.randn(NORMS[shape]) + 1, torch.randn(channels), torch.randn(channels)]
+    assert_agrees(lambda x, w, b: group_norm_silu(x, w, b, 32, 1e-5, silu, kernels), inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_the_network(dtype: torch.dtype) -> None:
-    unet = UNet(UNetConfig(widths=(64, 128), attention_levels=(True, True), num_layers=1, context_width=64))
+@pytest.mark.parametrize("width", [1280, 5120])
+def test_geglu(kernels: str, width: int, dtype: torch.dtype) -> None:
+    assert_agrees(lambda proj: geglu(proj, kernels), [torch.randn(14, 720, 2 * width)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_convolution(dtype: torch.dtype) -> None:
+    inputs = [torch.randn(3, 32, 48, 64), torch.randn(96, 3, 3, 64), torch.randn(96)]
+    assert_agrees(lambda x, w, b: conv(x, w, b, 1, (1, 1)), inputs, dtype)
+
+
+def test_the_same_input_gives_the_same_bits(kernels: str) -> None:
+    inputs = [torch.randn(1, 14 * 40 * 72, 320), torch.randn(320), torch.randn(320)]
+    inputs = [tensor.bfloat16().cuda().requires_grad_() for tensor in inputs]
+    gradient = torch.randn_like(inputs[0])
+    results = []
+    for _ in range(2):
+        y = group_norm_silu(*inputs, 32, 1e-5, True, kernels)
+        results.append([y, *torch.autograd.grad(y, inputs, gradient)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("layer", ["norm", "geglu"])
+def test_more_elements_than_32_bits_count(layer: str) -> None:
+    """The last unit, which lies behind them, is as it is alone."""
+    if not triton_installed() or torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs Triton and 40 GiB of GPU memory")
+    weight, bias = torch.randn(2, 256, dtype=torch.bfloat16, device="cuda")
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        y = (
+            geglu(x, "triton")
+            if layer == "geglu"
+            else group_norm_silu(x, weight, bias, 32, 1e-5, True, "triton")
+        )
+        return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+    whole = torch.randn(3, 2**22 + 9, 256, dtype=torch.bfloat16, device="cuda")
+    assert whole.numel() > 2**31
+    for found, alone in zip(run(whole), run(whole[2:].clone()), strict=True):
+        assert torch.equal(found[2:], alone)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_network(kernels: str, dtype: torch.dtype) -> None:
+    config = UNetConfig(widths=(64, 128), attention_levels=(True, True), num_layers=1, context_width=64)
+    unet = UNet(config)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     inputs = (torch.randn(2, 6, 8, 16, 24), torch.randn(2), torch.randn(2, 7, 64), torch.rand(2, 3) * 10)
     with torch.no_grad():
         exact = unet.double()(*(tensor.double() for tensor in inputs))
+        choose_kernels(unet, kernels)
         found = unet.to("cuda", dtype)(*(tensor.cuda() for tensor in inputs))
     error = ((found.cpu().double() - exact).norm() / exact.norm()).item()
     assert error < 5 * TOLERANCE[dtype], error
+
+
+def test_the_released_network_is_the_same_on_triton_and_torch() -> None:
+    if not triton_installed():
+        pytest.skip("Triton is not installed")
+    with torch.device("cuda"):
+        unet = UNet(UNetConfig())
+        inputs = (torch.randn(1, 4, 8, 16, 24), torch.randn(1), torch.randn(1, 1, 1024), torch.rand(1, 3))
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    results = []
+    for kernels in ("triton", "torch"):
+        choose_kernels(unet, kernels)
+        y = unet(*inputs)
+        y.square().sum().backward()
+        # Queries to one token have no gradient.
+        grads = [parameter.grad for parameter in unet.parameters() if parameter.grad is not None]
+        results.append([y.detach(), torch.cat([grad.flatten() for grad in grads])])
+        unet.zero_grad()
+    for tritons, torchs in zip(*results, strict=True):
+        assert 0 < ((tritons - torchs).norm() / torchs.norm()).item() < 1e-4

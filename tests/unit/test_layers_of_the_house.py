@@ -35,6 +35,7 @@ FLOORS = {
 ONLY_HOME = {
     "deepspeed": "parallel/engine.py",
     "flash_attn": "model/attention.py",
+    "triton": "model/kernels.py",
     "wandb": "training/tracker.py",
     "webdataset": "data/loader.py",
     "omegaconf": "config.py",

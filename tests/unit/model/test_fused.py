@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svd_ds.model import fused
-from svd_ds.model.fused import conv, geglu, group_norm_silu
+from svd_ds.model.fused import check_kernels, conv, geglu, group_norm_silu
 
 
 def expected(x_NSC: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
@@ -124,3 +126,55 @@ def test_nothing_but_the_input_is_kept_for_the_backward_pass(layer: Callable[[Te
         layer(x)
     large = [tensor for tensor in kept if tensor.numel() >= x.numel() / 2]
     assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device", "dtype", "installed", "runs_on"),
+    [
+        ("auto", "cuda", torch.bfloat16, True, "triton"),
+        ("auto", "cuda", torch.float64, True, "torch"),
+        ("auto", "cuda", torch.bfloat16, False, "torch"),
+        ("auto", "cpu", torch.float32, True, "torch"),
+        ("torch", "cuda", torch.bfloat16, True, "torch"),
+        ("triton", "cuda", torch.float16, True, "triton"),
+        ("triton", "meta", torch.float32, True, "torch"),
+    ],
+)
+def test_what_group_norm_and_geglu_run_on(
+    kernels: str,
+    device: str,
+    dtype: torch.dtype,
+    installed: bool,
+    runs_on: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = ModuleType("svd_ds.model.fused_triton")
+    module.GEGLU = module.GroupNormSiLU = SimpleNamespace(apply=lambda *inputs: "triton")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "svd_ds.model.kernels", SimpleNamespace(INTERPRETED=False))
+    monkeypatch.setattr(fused, "triton_installed", lambda: installed)
+    for torchs in ("_GEGLU", "_GroupNormSiLU"):
+        monkeypatch.setattr(fused, torchs, SimpleNamespace(apply=lambda *inputs: "torch"))
+    x = SimpleNamespace(
+        device=torch.device(device),
+        is_cuda=device == "cuda",
+        is_meta=device == "meta",
+        is_cpu=False,
+        dtype=dtype,
+    )
+    assert geglu(x, kernels) == runs_on
+    assert group_norm_silu(x, None, None, 4, 1e-5, True, kernels) == runs_on
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(fused, "triton_installed", lambda: False)
+    for device in (cpu, gpu):
+        check_kernels("auto", device)
+        with pytest.raises(ValueError, match=r"model.kernels is triton, which is not installed"):
+            check_kernels("triton", device)
+    monkeypatch.setattr(fused, "triton_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "svd_ds.model.kernels", SimpleNamespace(INTERPRETED=False))
+    check_kernels("triton", gpu)
+    with pytest.raises(ValueError, match=r"model.kernels is triton, which runs on a GPU"):
+        geglu(torch.randn(2, 4), kernels="triton")

@@ -289,6 +289,7 @@ class TestForward:
         ({"masked": True, "in_channels": 5}, "masked needs at least 6 in_channels, .* there are 5"),
         ({"scalar_width": 5}, "scalar_width even; they are 3 and 5"),
         ({"temporal_attention": "xformers"}, "temporal_attention must be one of auto, .* not 'xformers'"),
+        ({"kernels": "cuda"}, "kernels must be one of auto, triton, torch, not 'cuda'"),
     ],
 )
 def test_config_refuses_what_cannot_be(changes: dict[str, Any], words: str) -> None:

@@ -1,4 +1,4 @@
-"""tools/bench_recompute.py and tools/bench_zero.py from the command line, at a tiny size."""
+"""tools/bench_recompute.py, bench_zero.py and bench_kernels.py from the command line, at a tiny size."""
 
 from __future__ import annotations
 
@@ -43,3 +43,9 @@ def test_a_mistake_is_one_sentence(tool: str, tool_says: Callable[..., Ended]) -
     ended = tool_says(tool, "--size", "128")
     assert ended.code == 2
     assert "--size is '128': give HEIGHTxWIDTH, multiples of 64 pixels here" in ended.err
+
+
+def test_triton_is_timed_on_a_gpu(tool_says: Callable[..., Ended]) -> None:
+    ended = tool_says("bench_kernels.py", *TINY)
+    assert ended.code == 2
+    assert "with Triton installed, and torch sees none" in ended.err

@@ -1,0 +1,75 @@
+"""Compiles every kernel of the UNet for GPUs that need not be here, and prints what came of each.
+
+    python compiled_kernels.py ARCHITECTURE ...     80: A100, 90: H100
+
+A line of json a kernel: its name, the GPU, how wide it reads, and the bytes of registers that it spills.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from svd_ds.model.fused_triton import GEGLU, GroupNormSiLU
+
+
+def main() -> None:
+    JITFunction.__getitem__ = compile_only
+    for architecture in map(int, sys.argv[1:]):
+        pretend(architecture)
+        for dtype in (torch.bfloat16, torch.float32):
+            for channels in (320, 2560):
+                x = torch.empty(2, 64, channels, dtype=dtype, requires_grad=True)
+                weight, bias = torch.empty(2, channels, dtype=dtype)
+                GroupNormSiLU.apply(x, weight, bias, 32, 1e-5, True).sum().backward()
+            GEGLU.apply(torch.empty(64, 2560, dtype=dtype, requires_grad=True)).sum().backward()
+
+
+def pretend(architecture: int) -> None:
+    """Have Triton see a GPU of this architecture; its number is that of the architecture, too."""
+    driver = SimpleNamespace(
+        get_current_device=lambda: architecture,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+    )
+    triton.runtime.driver.set_active(driver)
+
+
+def compile_only(kernel: JITFunction, grid: Any) -> Callable[..., None]:
+    """In place of starting `kernel` on the GPU."""
+
+    def compile_for(*arguments: Any, **options: Any) -> None:
+        compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+        report = {
+            "name": kernel.fn.__name__,
+            "architecture": compiled.metadata.target.arch,
+            "wide_reads": compiled.asm["ptx"].count("ld.global.v4"),
+            "spilled": spilled(compiled.asm["cubin"]),
+        }
+        print(json.dumps(report))
+
+    return compile_for
+
+
+def spilled(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True)
+    return max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+
+
+if __name__ == "__main__":
+    main()

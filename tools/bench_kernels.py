@@ -1,0 +1,52 @@
+"""Time a training step with Triton's kernels against the same step with torch's, and the memory they take."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from bench_cases import add_case_options, read_cases
+from bench_ways import compare
+
+from svd_ds.door import run_door
+from svd_ds.model.fused import triton_installed
+from svd_ds.model.layers import choose_kernels
+from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.parallel.recompute import apply_recompute
+
+EXAMPLE = """example:
+  python tools/bench_kernels.py --size 256x384,320x576 --dtype bf16,fp32
+
+A step is forward, backward and AdamW of one clip, each block recomputed. Group norm and GEGLU are Triton's or
+torch's; all else is the same. The two take steps in turn; the ratio is the median of Triton's time over
+torch's, turn by turn. Memory is the step's peak beyond what stays between steps."""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if not torch.cuda.is_available() or not triton_installed():
+        lacks = "Triton is not installed" if torch.cuda.is_available() else "torch sees none"
+        raise ValueError(f"Triton's kernels are timed on a GPU, with Triton installed, and {lacks}")
+    for case in read_cases(arguments, ("turns",)):
+        compare(case, ("torch", "triton"), prepare, arguments.turns, torch.device("cuda"))
+
+
+def prepare(unet: UNet, kernels: str) -> None:
+    choose_kernels(unet, kernels)
+    apply_recompute(unet, unet.blocks(), "blocks")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_case_options(parser, size="320x576", frames=14, tokens="1", dtype="bf16")
+    parser.set_defaults(widths=",".join(map(str, UNetConfig.widths)))
+    add = parser.add_argument
+    add("--turns", type=int, default=9, help="of timed steps; default 9")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_door(main)
