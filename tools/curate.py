@@ -18,7 +18,7 @@ from svd_ds.curate.pack import ShardSettings
 from svd_ds.curate.pipeline import Settings, annotate, finish, progress_bar, refused, write_refused
 from svd_ds.curate.raw import find_raw
 from svd_ds.curate.select import write_clips
-from svd_ds.curate.stages import Runner
+from svd_ds.curate.stages import TIMEOUT, Runner
 from svd_ds.curate.sweep import write_subsets
 from svd_ds.curate.text import TextSettings
 from svd_ds.data.filters import Condition
@@ -52,7 +52,7 @@ def main() -> None:
     number, num_parts = arguments.part or (0, 1)
     with (
         progress_bar(console) as progress,
-        Runner(files[number::num_parts], out, arguments.workers, progress) as runner,
+        Runner(files[number::num_parts], out, arguments.workers, progress, arguments.timeout) as runner,
     ):
         annotate(runner, settings)
         if arguments.part:
@@ -119,13 +119,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--clips-per-shard", type=int, default=16, help="default: %(default)s")
     add("--hold-out", type=float, default=0.0, help="share of the kept clips that goes to shards/held_out")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: %(default)s")
+    add(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="S",
+        help="seconds a stage gives a file: %(default)g",
+    )
     add("--device", default="cpu", help="of CLIP and captioners; default: %(default)s")
     add("--part", type=part, metavar="I/N", help="only the I-th of N parts, I from 0; writes no shards")
     add("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     if not 0 <= arguments.hold_out < 1:
         raise ValueError(f"--hold-out {arguments.hold_out} is no share from 0 to below 1")
-    for name, least in (("size", 0), ("workers", 1), ("clips_per_shard", 1)):
+    for name, least in (("size", 0), ("workers", 0), ("timeout", 0.1), ("clips_per_shard", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is less than {least}")
     for duration in filter(None, (arguments.shortest, arguments.longest, arguments.stride)):

@@ -50,7 +50,7 @@ def main() -> None:
     console, work = Console(stderr=True), out / ".curate"
     with progress_bar(console) as progress, TemporaryDirectory() as scratch:
         raw = quickstart_folder(Path(scratch)) if arguments.quickstart else arguments.folder
-        runner = Runner(find_raw(raw, out), work, 1, progress)
+        runner = Runner(find_raw(raw, out), work, 0, progress)
         annotate(runner, settings)
         write_refused(runner, out / "refused.csv")
         finish(runner, settings, out)

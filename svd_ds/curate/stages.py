@@ -8,6 +8,7 @@ and works on the rest.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
@@ -31,6 +33,8 @@ from svd_ds.data.workers import end_with_parent
 
 FLUSH_SECONDS = 10.0
 """A killed run has lost at most what it found in so long."""
+TIMEOUT = 3600.0
+"""Seconds that a stage gives a file: long enough to encode a long film."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,10 @@ class Runner:
     files: Sequence[RawFile]
     out: Path
     num_workers: int
-    """Processes; 1 works in this one."""
+    """Processes; 0 works in this one, where no file can be ended that takes too long."""
     progress: Progress
+    timeout: float = TIMEOUT
+    """Seconds after which a stage gives a file up. One that another run gave up sooner is tried again."""
     found: dict[str, Found] = field(default_factory=dict)
     """By stage, what was found."""
     _pool: ProcessPoolExecutor | None = None
@@ -100,7 +106,9 @@ class Runner:
         table = Table(stage.folder(self.out), stage.columns)
         stamps = {file.name: file.stamp() for file in self.files}
         found = {
-            name: rows for name, rows in table.read().items() if rows and rows[0]["stamp"] == stamps.get(name)
+            name: rows
+            for name, rows in table.read().items()
+            if rows and rows[0]["stamp"] == stamps.get(name) and not self._has_longer(rows[-1])
         }
         jobs = []
         for file in self.files:
@@ -125,27 +133,37 @@ class Runner:
             table.add(fresh)
         self.found[stage.name] = found
 
+    def _has_longer(self, row: Row) -> bool:
+        """Whether a file was given up by a run that had less time for it."""
+        seconds = row.get("given_up_after")
+        return seconds is not None and seconds < self.timeout
+
     def _results(
         self, work: Callable[[Job], list[Row]], jobs: Sequence[Job], alone: bool
     ) -> Iterator[tuple[str, list[Row]]]:
-        if alone or self.num_workers == 1:
+        if alone or not self.num_workers:
             for job in jobs:
                 yield job[0].name, work(job)
             return
         waiting = list(reversed(jobs))
-        while waiting:
-            suspects: list[Job] = []
-            self._pool = self._pool or _pool(self.num_workers)
-            yield from _drain(self._pool, work, waiting, suspects, most=2 * self.num_workers)
-            for job in suspects:
-                # One of these ended its process, as a decoder may on a hostile file: each gets its own.
+        with TemporaryDirectory() as folder:
+            timed = _Timed(work, self.timeout, Path(folder))
+            while waiting:
+                suspects: list[Job] = []
+                self._pool = self._pool or _pool(self.num_workers)
+                yield from _drain(self._pool, timed, waiting, suspects, most=2 * self.num_workers)
+                if not suspects:
+                    continue
                 self.close()
-                with _pool(1) as pool:
-                    try:
-                        rows = pool.submit(work, job).result()
-                    except BrokenProcessPool:
-                        rows = [{"error": "reading it ends the process"}]
-                yield job[0].name, rows
+                late = [timed.was_late(job) for job in suspects]
+                for job, was_late in zip(suspects, late, strict=True):
+                    if was_late:
+                        yield job[0].name, timed.refusal
+                    elif any(late):
+                        waiting.append(job)
+                    else:
+                        # One of these ended its process, as a decoder may on a hostile file.
+                        yield job[0].name, _result_alone(timed, job)
 
     def close(self) -> None:
         """End the processes; jobs that have not begun are dropped."""
@@ -181,6 +199,46 @@ def _drain(
         if suspects:
             suspects += running.values()
             return
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Work that ends its process when it takes too long."""
+
+    work: Callable[[Job], list[Row]]
+    seconds: float
+    folder: Path
+    """Of a file for each job under way."""
+
+    def __call__(self, job: Job) -> list[Row]:
+        with self._log(job).open("w") as log:
+            # The one timer of Python's that a decoder cannot hold up: it needs no interpreter.
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=log)
+            try:
+                return self.work(job)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+                self._log(job).unlink()
+
+    def was_late(self, job: Job) -> bool:
+        """Whether it ended its process: then it has told where it was."""
+        return self._log(job).is_file() and self._log(job).stat().st_size > 0
+
+    @property
+    def refusal(self) -> list[Row]:
+        return [{"error": f"reading it takes more than {self.seconds:g} s", "given_up_after": self.seconds}]
+
+    def _log(self, job: Job) -> Path:
+        return self.folder / job[0].key
+
+
+def _result_alone(timed: _Timed, job: Job) -> list[Row]:
+    """A job's rows, or why it has none, from a process of its own."""
+    with _pool(1) as pool:
+        try:
+            return pool.submit(timed, job).result()
+        except BrokenProcessPool:
+            return timed.refusal if timed.was_late(job) else [{"error": "reading it ends the process"}]
 
 
 def _pool(num_workers: int) -> ProcessPoolExecutor:

@@ -20,7 +20,13 @@ Row = dict[str, Any]
 Known = Mapping[str, Sequence[Row]]
 """Rows of one raw file, by the stage that found them."""
 
-COMMON = {"video": pa.string(), "stamp": pa.int64(), "error": pa.string()}
+COMMON = {
+    "video": pa.string(),
+    "stamp": pa.int64(),
+    "error": pa.string(),
+    "given_up_after": pa.float64(),
+}
+"""The last: seconds in which the file was not read, where that is the error."""
 
 
 @dataclass(frozen=True)

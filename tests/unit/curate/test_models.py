@@ -150,7 +150,7 @@ def annotated(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     )
     with (
         progress_bar() as progress,
-        Runner(find_raw(root / "raw", root / "out"), root / "out", 1, progress) as runner,
+        Runner(find_raw(root / "raw", root / "out"), root / "out", 0, progress) as runner,
     ):
         annotate(runner, settings)
         assert refused(runner) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ def measure(settings: Factor, file: RawFile, known: Known, place: Place) -> Iter
     yield {"size": len(content) * settings.factor}
     if content == "exit":
         os._exit(9)
+    if content == "hang":
+        # As a decoder may: it never comes back to the interpreter, whose lock it holds.
+        ctypes.PyDLL(None).sleep(600)
     if content == "refuse":
         raise ValueError("it is\nno good")
     if content == "mistake":
@@ -44,11 +48,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, stage: Stage, num_workers: int = 1) -> Runner:
+def run(folder: Path, stage: Stage, num_workers: int = 0, timeout: float = 60.0) -> Runner:
     out = folder / "out"
     with (
         progress_bar() as progress,
-        Runner(find_raw(folder / "raw", out), out, num_workers, progress) as runner,
+        Runner(find_raw(folder / "raw", out), out, num_workers, progress, timeout) as runner,
     ):
         for earlier in (*stage.after, stage):
             runner.run(earlier)
@@ -132,3 +136,22 @@ def test_a_file_that_ends_its_process_is_refused_and_the_others_go_on(folder: Pa
         "b.mp4",
         "c.mp4",
     }
+
+
+@pytest.mark.slow
+def test_a_file_that_hangs_is_refused_and_tried_again_where_there_is_longer(folder: Path) -> None:
+    hanging = folder / "raw" / "bad.mp4"
+    hanging.write_text("hang")
+    stage = Stage("first", measure, COLUMNS, Factor())
+    runner = run(folder, stage, num_workers=2, timeout=1.0)
+    assert refused(runner) == [("b.mp4", "it is no good"), ("bad.mp4", "reading it takes more than 1 s")]
+    assert {name for name, rows in runner.found["first"].items() if sound(rows)} == {
+        "a.mp4",
+        "b.mp4",
+        "c.mp4",
+    }
+    done = fragments(folder)
+    assert refused(run(folder, stage, num_workers=2, timeout=0.5)) == refused(runner)
+    assert fragments(folder) == done, "it is not tried again in less time"
+    told = [("b.mp4", "it is no good"), ("bad.mp4", "reading it takes more than 1.5 s")]
+    assert refused(run(folder, stage, num_workers=2, timeout=1.5)) == told

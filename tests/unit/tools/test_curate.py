@@ -30,11 +30,11 @@ TOOL = Path(__file__).parents[3] / "tools" / "curate.py"
 
 @pytest.fixture
 def curate(tool_says: Callable[..., Ended]) -> Callable[..., Ended]:
-    """Run the tool in one process, unless `--workers` says otherwise."""
+    """Run the tool in this process, unless `--workers` says otherwise."""
 
     def run(*arguments: object) -> Ended:
         alone = arguments[0] != "sweep-thresholds" and "--workers" not in arguments
-        return tool_says("curate.py", *arguments, *(("--workers", 1) if alone else ()))
+        return tool_says("curate.py", *arguments, *(("--workers", 0) if alone else ()))
 
     return run
 
@@ -100,7 +100,7 @@ def junk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_junk_is_refused_with_reasons_and_the_good_ones_are_there(
     curate: Callable[..., Ended], junk: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -312,6 +312,7 @@ def test_subsets_are_configs_that_training_takes(
         (("nowhere", "out"), "there is no folder or manifest (.txt) nowhere"),
         ((".", "out", "--shortest", "2m"), "'2m' is neither a number of frames (48) nor of seconds (2s)"),
         ((".", "out", "--size", "-1"), "--size -1 is less than 0"),
+        ((".", "out", "--timeout", "0"), "--timeout 0.0 is less than 0.1"),
         ((".", "out", "--aesthetic", "head.pth"), "give --clip FOLDER too"),
         ((".", "out", "--llm", "folder"), "llm joins the captions of coca and video_blip"),
         (("graded", "out", "--where", "motion=1"), "--where has 'motion=1', which is no condition"),

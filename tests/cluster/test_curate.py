@@ -1,0 +1,42 @@
+"""slurm/curate.sh on a real Slurm: an array's parts, what needs all of them, and all of it once more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from svd_ds.data.shards import Index
+from tests.cluster.conftest import Cluster
+from tests.curation import real_shots
+from tests.videos import write_video
+
+
+def curate(cluster: Cluster, raw: Path, out: Path) -> list[str]:
+    """Submit two parts and what finishes behind them, as the script's header says; what each part says."""
+    arguments = (str(raw), str(out), "--shortest", "1s", "--text-model", "none")
+    logs = raw.parent / "%A-%a.out"
+    one = ("--nodes=1",)
+    parts = cluster.submit("slurm/curate.sh", *arguments, options=(*one, "--array=4-5", f"--output={logs}"))
+    last = cluster.submit("slurm/curate.sh", *arguments, options=(*one, f"--dependency=afterok:{parts}"))
+    ended = cluster.wait(last)
+    told = [(raw.parent / f"{parts}-{task}.out").read_text() for task in (4, 5)]
+    assert ended["JobState"] == "COMPLETED", (*told, cluster.output(last))
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_array_shares_out_the_files_and_twice_is_as_once(cluster: Cluster, tmp_path: Path) -> None:
+    raw, out, shots = tmp_path / "raw", tmp_path / "out", real_shots()
+    for name in ("man", "rabbit", "street1"):
+        write_video(raw / f"{name}.mp4", shots[name][:30, :96, :128], fps=25)
+    (raw / "text.mp4").write_text("no video")
+    told = curate(cluster, raw, out)
+    assert [f"part {part}/2 is done, 2 of 4 files" in text for part, text in enumerate(told)] == [True, True]
+    assert len(Index.load(out / "shards")) == 3
+    assert "text.mp4" in (out / "refused.csv").read_text()
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert any(path.suffix == ".parquet" for path in files)
+    curate(cluster, raw, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
