@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from svd_ds.curate.clips import COLUMNS as CUT
 from svd_ds.curate.raw import FILE_NAME, RawFile
 from svd_ds.curate.stages import Found, sound
 from svd_ds.curate.table import Row, write_parquet
@@ -25,17 +26,8 @@ UNREADABLE, DUPLICATE = "unreadable:", "near-duplicate:"
 """How reasons begin that are no condition's."""
 CAPTION = "caption_"
 """Captioners' stages are called this and their own name."""
-COLUMNS = {
-    "id": pa.string(),
-    "video": pa.string(),
-    "start_frame": pa.int64(),
-    "end_frame": pa.int64(),
-    "fps": pa.float64(),
-    "height": pa.int32(),
-    "width": pa.int32(),
-    "method": pa.string(),
-}
-"""What the clips stage says of a clip, and clips.parquet begins with."""
+COLUMNS = {"id": pa.string(), "video": pa.string(), **CUT}
+"""What the clips stage says of a clip; clips.parquet begins with all of it but for `media`."""
 
 
 @dataclass
@@ -109,7 +101,7 @@ def join(files: Sequence[RawFile], found: Mapping[str, Found]) -> list[Clip]:
                 annotations[name] = value if annotations.get(name) is None else annotations[name]
             clips.append(
                 Clip(
-                    **{name: row[name] for name in (*COLUMNS, "media")},
+                    **{name: row[name] for name in COLUMNS},
                     motion=known.get("motion"),
                     annotations=annotations,
                     captions=captions | written,
@@ -149,8 +141,9 @@ def choose(clips: Sequence[Clip], conditions: Sequence[Condition]) -> None:
 def write_clips(clips: Sequence[Clip], path: Path) -> None:
     """clips.parquet: a row a clip, kept or not."""
     names = list(dict.fromkeys(name for clip in clips for name in clip.annotations))
+    cut = {name: kind for name, kind in COLUMNS.items() if name != "media"}
     columns = {
-        **COLUMNS,
+        **cut,
         **dict.fromkeys(("motion", *names), pa.float64()),
         "captions": pa.string(),
         "duplicate_of": pa.string(),
@@ -159,7 +152,7 @@ def write_clips(clips: Sequence[Clip], path: Path) -> None:
     }
     rows = [
         {
-            **{name: getattr(clip, name) for name in (*COLUMNS, "motion", "duplicate_of", "reason")},
+            **{name: getattr(clip, name) for name in (*cut, "motion", "duplicate_of", "reason")},
             **clip.annotations,
             "captions": json.dumps(clip.captions, ensure_ascii=False),
             "kept": clip.reason is None,
