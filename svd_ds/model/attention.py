@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svd_ds.model.fused import triton_installed
+
 MAX_BATCH = 65_535
 """CUDA kernels put the batch on a grid dimension of 16 bits."""
 SHORT = 64
-"""Up to so many keys, such as a clip's frames, a CPU's fused kernel mostly pads (docs/benchmarks.md)."""
+"""Up to so many keys, such as a clip's frames, fused kernels mostly pad (docs/benchmarks.md)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
@@ -30,14 +32,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     batch, heads, width), which is what attention over time has to hand back.
 
     Args:
-        backend: `flash_attn`, `sdpa` (torch), `short` (two batched products, all scores in memory),
-            `reference` (written out), or `auto`: flash_attn where it is installed and the tensors are half
-            precision on a GPU, short for few keys on a CPU, else sdpa.
+        backend: `flash_attn`, `triton` (a kernel of ours for few tokens), `sdpa` (torch), `short` (two
+            batched products, all scores in memory), `reference` (written out), or `auto`. That is, for few
+            tokens, triton on a GPU where it is installed, and short on a CPU; for more, flash_attn where it
+            is installed and the tensors are half precision on a GPU; else sdpa.
 
     Raises:
-        ValueError: flash_attn is asked for by name and is not installed.
+        ValueError: a backend is asked for by name that is not installed, or cannot have such tensors.
     """
-    kernel = _kernel(backend, q, k)
+    backend = _choose(backend, q, k)
+    if backend == "triton":
+        from svd_ds.model.attention_triton import attention_among_few
+
+        return attention_among_few(q, k, v)
+    kernel = KERNELS[backend]
     if q.dim() == 4:
         return _in_chunks(kernel, q, k, v)
     if q.shape[0] == 1:
@@ -87,7 +95,7 @@ KERNELS: dict[str, Kernel] = {
     "short": _short,
     "reference": _reference,
 }
-BACKENDS = ("auto", *KERNELS)
+BACKENDS = ("auto", "triton", *KERNELS)
 
 
 @functools.cache
@@ -95,13 +103,27 @@ def flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _kernel(backend: str, q: Tensor, k: Tensor) -> Kernel:
+def _choose(backend: str, q: Tensor, k: Tensor) -> str:
     if backend == "auto":
         half = q.dtype in (torch.float16, torch.bfloat16)
-        if q.is_cuda:
-            backend = "flash_attn" if half and flash_attn_installed() else "sdpa"
-        else:
-            backend = "short" if k.shape[-3] <= SHORT else "sdpa"
+        if not q.is_cuda:
+            return "short" if k.shape[-3] <= SHORT else "sdpa"
+        if _triton_takes(q, k):
+            return "triton"
+        return "flash_attn" if half and flash_attn_installed() else "sdpa"
     if backend == "flash_attn" and not flash_attn_installed():
         raise ValueError("attention is to run on flash_attn, which is not installed: choose auto or sdpa")
-    return KERNELS[backend]
+    if backend == "triton" and not _triton_takes(q, k):
+        raise ValueError(
+            f"attention is to run on triton, which is not installed or cannot have {k.shape[-3]} keys for "
+            f"{q.shape[-3]} queries in {q.dtype} on {q.device}: choose auto or sdpa"
+        )
+    return backend
+
+
+def _triton_takes(q: Tensor, k: Tensor) -> bool:
+    if not triton_installed():
+        return False
+    from svd_ds.model.attention_triton import takes
+
+    return takes(q, k)

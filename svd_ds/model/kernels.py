@@ -1,4 +1,5 @@
-"""Group norm with SiLU, and GEGLU, as Triton kernels. The only import of triton; fused_triton.py starts them.
+"""Group norm with SiLU, GEGLU, and attention among few tokens, as Triton kernels. The only import of triton;
+fused_triton.py and attention_triton.py start them.
 
 A program of the group norm takes a stretch of one unit's positions and COLUMNS channels, whatever the groups:
 it reads whole cache lines, tile by tile, and what it sums is each channel's. A small kernel then joins
@@ -7,8 +8,8 @@ added in an order that could change (no atomics). Statistics are centred (Welfor
 formula to join). All arithmetic is float32, and results are rounded once.
 
 Shapes: N units (frames or clips), S positions, C channels, G groups; P stretches, of all units, each of up to
-`length` positions; R rows, H channels of half a projection. Offsets are 64-bit up to a program's first row,
-32-bit from there.
+`length` positions; R rows, H channels of half a projection; T tokens. Offsets are 64-bit up to a program's
+first row, 32-bit from there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import triton.language as tl
 # Else each number of positions that 16 divides, and each place of a parameter in ZeRO-3's flat buffer, would
 # have a kernel compiled for it.
 _kernel = triton.jit(
-    do_not_specialize=("S", "groups", "length", "R"), do_not_specialize_on_alignment=("weight", "bias")
+    do_not_specialize=("S", "groups", "length", "R", "T", "units"),
+    do_not_specialize_on_alignment=("weight", "bias"),
 )
 
 
@@ -224,6 +226,71 @@ def gate_halves(proj, dy, out, R, H, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
         tl.store(out + rows * (2 * H) + H + columns, grad * hidden * slope, here)
     else:
         tl.store(out + first * H + rows * H + columns, hidden * gate * share, here)
+
+
+@triton.jit
+def _tokens_of(
+    clip_stride, unit_stride, token_stride, head_stride, units, heads, T,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Where this program's clip, unit and head begin; offsets of its tokens, and which of them there are."""
+    unit = (tl.program_id(0) // heads).to(tl.int64)
+    start = unit // units * clip_stride + unit % units * unit_stride + tl.program_id(0) % heads * head_stride
+    tokens = tl.arange(0, TOKENS)[:, None]
+    return start, tokens * token_stride + tl.arange(0, WIDTH)[None, :], tokens < T
+
+
+@triton.jit
+def _attention_weights(queries, keys, scale, T, TOKENS: tl.constexpr):
+    """softmax(q k^T scale) among the tokens that there are."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(tl.arange(0, TOKENS)[None, :] < T, scores, float("-inf"))
+    raised = tl.exp(scores - tl.max(scores, axis=1, keep_dims=True))
+    return raised / tl.sum(raised, axis=1, keep_dims=True)
+
+
+@_kernel
+def attend(
+    q, k, v, out, clip_stride, unit_stride, token_stride, head_stride, out_clip_stride, out_unit_stride,
+    out_token_stride, out_head_stride, units, heads, T, scale, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A program has all tokens of one unit and head."""
+    start, offsets, here = _tokens_of(
+        clip_stride, unit_stride, token_stride, head_stride, units, heads, T, TOKENS, WIDTH
+    )
+    queries, keys = tl.load(q + start + offsets, here, 0.0), tl.load(k + start + offsets, here, 0.0)
+    values = tl.load(v + start + offsets, here, 0.0)
+    weights = _attention_weights(queries, keys, scale, T, TOKENS).to(values.dtype)
+    start, offsets, here = _tokens_of(
+        out_clip_stride, out_unit_stride, out_token_stride, out_head_stride, units, heads, T, TOKENS, WIDTH
+    )
+    tl.store(out + start + offsets, tl.dot(weights, values, input_precision="ieee"), here)
+
+
+@_kernel
+def attend_backward(
+    q, k, v, dout, dq, dk, dv, clip_stride, unit_stride, token_stride, head_stride, out_clip_stride,
+    out_unit_stride, out_token_stride, out_head_stride, units, heads, T, scale,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients in the layout of `dout`: the weights are computed again."""
+    start, offsets, here = _tokens_of(
+        clip_stride, unit_stride, token_stride, head_stride, units, heads, T, TOKENS, WIDTH
+    )
+    queries, keys = tl.load(q + start + offsets, here, 0.0), tl.load(k + start + offsets, here, 0.0)
+    values = tl.load(v + start + offsets, here, 0.0)
+    start, offsets, here = _tokens_of(
+        out_clip_stride, out_unit_stride, out_token_stride, out_head_stride, units, heads, T, TOKENS, WIDTH
+    )
+    grad = tl.load(dout + start + offsets, here, 0.0)
+    weights = _attention_weights(queries, keys, scale, T, TOKENS)
+    dvalues = tl.dot(tl.trans(weights.to(values.dtype)), grad, input_precision="ieee")
+    dweights = tl.dot(grad, tl.trans(values), input_precision="ieee")
+    dscores = weights * (dweights - tl.sum(weights * dweights, axis=1, keep_dims=True)) * scale
+    dscores = dscores.to(values.dtype)
+    tl.store(dv + start + offsets, dvalues, here)
+    tl.store(dq + start + offsets, tl.dot(dscores, keys, input_precision="ieee"), here)
+    tl.store(dk + start + offsets, tl.dot(tl.trans(dscores), queries, input_precision="ieee"), here)
 
 
 INTERPRETED = not isinstance(gate_halves, triton.JITFunction)

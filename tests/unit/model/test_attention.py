@@ -9,6 +9,7 @@ import torch
 
 from svd_ds.model import attention as module
 from svd_ds.model.attention import attention
+from svd_ds.model.fused import triton_installed
 
 
 def draw(*shape: int, keys: int | None = None) -> list[torch.Tensor]:
@@ -93,9 +94,17 @@ def test_auto_takes_what_suits_processor_and_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "flash_attn_installed", lambda: installed)
+    monkeypatch.setattr(module, "triton_installed", lambda: False)
     q = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-    k = torch.empty(1, num_keys, 1, 8)
-    assert module._kernel("auto", q, k) is module.KERNELS[expected]  # type: ignore[arg-type]
+    assert module._choose("auto", q, torch.empty(1, num_keys, 1, 8)) == expected  # type: ignore[arg-type]
+
+
+def test_triton_by_name_must_be_able_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = draw(1, 3, 1, 16, keys=5)
+    for installed in {False, triton_installed()}:
+        monkeypatch.setattr(module, "triton_installed", lambda installed=installed: installed)
+        with pytest.raises(ValueError, match=r"triton, .* 5 keys for 3 queries in torch\.float32 on cpu"):
+            attention(q, k, v, "triton")
 
 
 def test_short_keeps_scores_in_single_precision() -> None:

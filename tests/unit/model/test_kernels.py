@@ -14,7 +14,7 @@ from svd_ds.model.fused import triton_installed
 
 KERNELS = {
     "statistics", "join_statistics", "normalise", "gradient_sums", "join_gradient_sums", "through_norm",
-    "gate_halves",
+    "gate_halves", "attend", "attend_backward",
 }  # fmt: skip
 ARCHITECTURES = {80, 90}
 """A100 and H100."""

@@ -1,0 +1,75 @@
+"""Attention among few tokens, such as a pixel's frames, by a Triton kernel.
+
+Flash attention works through tiles of 64 or 128 queries, most of which 14 frames would leave empty. Here a
+program takes all tokens of one unit (a pixel) and head at once, so that there is nothing to keep between
+forward and backward pass but the inputs, and both are one pass over memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svd_ds.model.kernels import INTERPRETED, attend, attend_backward
+
+MOST_TOKENS = 64
+"""Of a program: all its scores are in registers."""
+HEAD_WIDTHS = (16, 32, 64, 128)
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_TILE = 16
+"""Of the GPU's matrix units: fewer tokens are padded."""
+
+
+def takes(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel can have these queries and keys."""
+    runs = (q.is_cuda or INTERPRETED) and q.dtype in PRECISIONS
+    return runs and q.shape == k.shape and q.shape[-3] <= MOST_TOKENS and q.shape[-1] in HEAD_WIDTHS
+
+
+def attention_among_few(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attention.attention, where `takes` says yes."""
+    if q.dim() == 4:
+        return _Attention.apply(q[:, None], k[:, None], v[:, None])[:, 0]
+    return _Attention.apply(q, k, v)
+
+
+class _Attention(torch.autograd.Function):
+    """Of (clips, units, tokens, heads, width). Results lie in memory with tokens before units."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        ctx.save_for_backward(q, k, v)
+        clips, units, tokens, heads, width = q.shape
+        out = q.new_empty(clips, tokens, units, heads, width).transpose(1, 2)
+        # Triton starts kernels on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(q):
+            attend[(clips * units * heads,)](q, k, v, out, *_layout(q, out), **_tile(q))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        dout = grads[0].transpose(1, 2).contiguous().transpose(1, 2)
+        dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
+        clips, units, _, heads, _ = q.shape
+        with torch.cuda.device_of(q):
+            attend_backward[(clips * units * heads,)](
+                q, k, v, dout, dq, dk, dv, *_layout(q, dout), **_tile(q)
+            )
+        return dq, dk, dv
+
+
+def _layout(inputs: Tensor, results: Tensor) -> tuple[int | float, ...]:
+    _, units, tokens, heads, width = inputs.shape
+    return (*inputs.stride()[:-1], *results.stride()[:-1], units, heads, tokens, width**-0.5)
+
+
+def _tile(q: Tensor) -> dict[str, Any]:
+    tokens = max(SMALLEST_TILE, 1 << (q.shape[2] - 1).bit_length())
+    # So many that the registers hold all of it.
+    warps = tokens // SMALLEST_TILE * q.element_size() // 2
+    return {"TOKENS": tokens, "WIDTH": q.shape[-1], "num_warps": warps, "enable_fp_fusion": True}
