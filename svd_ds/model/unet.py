@@ -69,7 +69,7 @@ class UNetConfig:
     temporal: str = "svd"
     """The layers of time: svd (VideoLDM's too), make_a_video (pseudo3d.py) or none (image.py)."""
     spatial_attention: str = "auto"
-    """auto, flash_attn, triton, sdpa, short or reference: for attention among a frame's pixels, and to the context."""
+    """For attention among a frame's pixels, and to the context: attention.BACKENDS."""
     temporal_attention: str = "auto"
     """The same for attention along time."""
     kernels: str = "auto"
