@@ -215,6 +215,23 @@ def choose_kernels(network: nn.Module, kernels: str) -> None:
             module.kernels = kernels
 
 
+class SelfAttention(nn.Module):
+    """What attention among a frame's pixels and among a pixel's frames have in common."""
+
+    def __init__(self, width: int, head_width: int, backend: str) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.backend = backend
+        self.norm = nn.LayerNorm(width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.out = Linear(width, width)
+
+    def mix(self, qkv: Tensor) -> Tensor:
+        """Attention among tokens, (..., tokens, 3 C) -> (..., tokens, heads, head width)."""
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head_width)).unbind(-3)
+        return attention(q, k, v, self.backend)
+
+
 class CrossAttention(nn.Module):
     """Norm, then attention of every position of a clip to the clip's context tokens.
 

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from svd_ds.model.attention import attention
-from svd_ds.model.layers import CrossAttention, FeedForward, FrameConv, FrameNorm, Linear, ZeroFrameConv
+from svd_ds.model.layers import (
+    CrossAttention,
+    FeedForward,
+    FrameConv,
+    FrameNorm,
+    Linear,
+    SelfAttention,
+    ZeroFrameConv,
+)
 
 
 class SpatialResidual(nn.Module):
@@ -34,22 +41,12 @@ class SpatialResidual(nn.Module):
         return self.shortcut(x_BTHWC) + h
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(SelfAttention):
     """Norm, then self-attention among the pixels of each frame."""
-
-    def __init__(self, width: int, head_width: int, backend: str) -> None:
-        super().__init__()
-        self.head_width = head_width
-        self.backend = backend
-        self.norm = nn.LayerNorm(width)
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.out = Linear(width, width)
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
         qkv_NSC = self.qkv(self.norm(x_BTHWC)).flatten(0, 1).flatten(1, 2)
-        q, k, v = qkv_NSC.unflatten(-1, (3, -1, self.head_width)).unbind(-3)
-        mixed = attention(q, k, v, self.backend)
-        return self.out(mixed.reshape(*x_BTHWC.shape[:-1], -1))
+        return self.out(self.mix(qkv_NSC).reshape(x_BTHWC.shape))
 
 
 class SpatialTransformerBlock(nn.Module):

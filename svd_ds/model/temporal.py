@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from svd_ds.model.attention import attention
 from svd_ds.model.layers import (
     ClipNorm,
     CrossAttention,
     EmbeddingMLP,
     FeedForward,
     Linear,
+    SelfAttention,
     TemporalConv,
     ZeroTemporalConv,
     sinusoid,
@@ -61,22 +61,12 @@ class FramePositions(nn.Module):
         return self.mlp(sinusoid(torch.arange(num_frames, device=device), self.width))[:, None, None, :]
 
 
-class TemporalAttention(nn.Module):
+class TemporalAttention(SelfAttention):
     """Norm, then self-attention of each pixel among its frames."""
-
-    def __init__(self, width: int, head_width: int, backend: str) -> None:
-        super().__init__()
-        self.head_width = head_width
-        self.backend = backend
-        self.norm = nn.LayerNorm(width)
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.out = Linear(width, width)
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
         qkv_BSTC = self.qkv(self.norm(x_BTHWC)).flatten(2, 3).transpose(1, 2)
-        q, k, v = qkv_BSTC.unflatten(-1, (3, -1, self.head_width)).unbind(-3)
-        mixed = attention(q, k, v, self.backend)
-        return self.out(mixed.transpose(1, 2).reshape(*x_BTHWC.shape[:-1], -1))
+        return self.out(self.mix(qkv_BSTC).transpose(1, 2).reshape(x_BTHWC.shape))
 
 
 class TemporalTransformerBlock(nn.Module):
