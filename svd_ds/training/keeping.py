@@ -12,7 +12,7 @@ from pathlib import Path
 
 from svd_ds.model.lives import COMPLETE, LIVES, Life, complete_checkpoints, lives_of
 from svd_ds.model.slices import KEPT_AVERAGES
-from svd_ds.training.durable import replace_text, sync, write_text
+from svd_ds.training.durable import replace_text, sync
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def take_over(folder: Path, step: int) -> str:
     # Of former lives. A later one's are not here yet: it would first have taken over from this one.
     for draft in folder.glob("*.tmp"):
         shutil.rmtree(draft, ignore_errors=True)
+    for kept in (folder.parent / KEPT_AVERAGES).glob("step-*"):
+        _strip(kept)
     return life.token
 
 
@@ -67,40 +69,68 @@ def check_still_ours(folder: Path, life: str) -> None:
 def publish(draft: Path, life: str, config: CheckpointConfig) -> None:
     """Make a checkpoint of a draft whose files are all on disk, and remove what is old.
 
-    Raises ValueError as `check_still_ours` does.
+    Raises ValueError as `check_still_ours` does, and OSError.
     """
     folder = draft.parent
     check_still_ours(folder, life)
     # What is told of these steps must not be lost when the run can go on behind them.
     for told in (*folder.parent.glob("*.jsonl"), *folder.parent.glob("logs/*.jsonl")):
         sync(told)
-    write_text(draft / COMPLETE, life)
-    for written in (draft, *(path for path in draft.iterdir() if path.is_dir())):
+    # Not `write_text`, which makes folders: who has taken over has cleared this draft away.
+    (draft / COMPLETE).write_text(life)
+    for written in (draft / COMPLETE, draft, *(path for path in draft.iterdir() if path.is_dir())):
         sync(written)
-    final = folder / draft.name.partition(".")[0]
-    if final.exists():
-        # It does not count: an earlier life left it.
-        shutil.rmtree(final)
-    os.replace(draft, final)
+    _put_in_place(draft, folder / draft.name.partition(".")[0], life)
     sync(folder)
-    _prune(folder, config)
+    _prune(folder, life, config)
 
 
-def _prune(folder: Path, config: CheckpointConfig) -> None:
+def _put_in_place(draft: Path, final: Path, life: str) -> None:
+    """Rename the draft to what it is from now on. An earlier life may have left one there, which does not
+    count."""
+    check_still_ours(final.parent, life)
+    aside = final.with_name(draft_name(f"{final.name}.old", life))
+    if final.exists():
+        os.replace(final, aside)
+        try:
+            # A process may be held up for hours between two lines. If it is ours still, so was what has been
+            # moved; and what another life puts here from now on, the renaming fails at.
+            check_still_ours(final.parent, life)
+        except ValueError:
+            os.replace(aside, final)
+            raise
+    os.replace(draft, final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _prune(folder: Path, life: str, config: CheckpointConfig) -> None:
+    """Each goes by one renaming, so that a prune that is cut short leaves nothing that looks whole, and loses
+    no averages."""
     complete = complete_checkpoints(folder)
     for step, path in list(complete.items())[: -config.keep_last]:
-        if not (config.keep_every and step % config.keep_every == 0):
-            # The marker goes first: a prune that is cut short leaves nothing that looks whole.
-            (path / COMPLETE).unlink()
-            if config.keep_averages and step % config.keep_averages == 0:
-                _keep_averages(path, folder.parent / KEPT_AVERAGES / path.name)
-            shutil.rmtree(path)
+        if config.keep_every and step % config.keep_every == 0:
+            continue
+        if config.keep_averages and step % config.keep_averages == 0:
+            _keep_averages(path, folder.parent / KEPT_AVERAGES / path.name)
+        else:
+            old = path.with_name(draft_name(f"{path.name}.old", life))
+            os.replace(path, old)
+            shutil.rmtree(old)
 
 
 def _keep_averages(checkpoint: Path, kept: Path) -> None:
-    """Move the power-function averages, of which others can be made; state.json last, as their marker."""
+    """Move a checkpoint to where state.json and the power-function averages stay of it, of which others can
+    be made."""
     # One may be there since before the run went on from an earlier step.
     shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir(parents=True)
-    for name in (*(folder.name for folder in checkpoint.glob("ema-power-*")), "state.json"):
-        os.replace(checkpoint / name, kept / name)
+    kept.parent.mkdir(exist_ok=True)
+    os.replace(checkpoint, kept)
+    _strip(kept)
+
+
+def _strip(kept: Path) -> None:
+    for path in kept.iterdir():
+        if path.is_dir() and not path.name.startswith("ema-power-"):
+            shutil.rmtree(path)
+        elif path.is_file() and path.name != "state.json":
+            path.unlink()

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
-from svd_ds.model.lives import complete_checkpoints, lives_of
+from svd_ds.model.lives import LIVES, complete_checkpoints, lives_of
 from svd_ds.model.slices import KEPT_AVERAGES, open_checkpoint
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
@@ -273,6 +275,32 @@ def test_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
     assert len(pieces["a"][0].parameters) == 3
 
 
+@pytest.mark.parametrize("removed", range(5))
+def test_a_prune_that_is_cut_short_loses_no_averages(
+    removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it removed so many folders."""
+    store = checkpoints(tmp_path / "checkpoints", keep_last=1, keep_averages=2)
+    for step in (1, 2):
+        save(store, step)
+    left, remove = iter(range(removed)), shutil.rmtree
+
+    def cut(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            next(left)  # raises when there are no more
+            remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", cut)
+    with suppress(StopIteration):
+        save(store, 3)
+    monkeypatch.undo()
+    checkpoints(tmp_path / "checkpoints", begin=3)
+    assert list(complete_checkpoints(tmp_path / "checkpoints")) == [3]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [LIVES, "step-0000003"]
+    kept = tmp_path / KEPT_AVERAGES / "step-0000002"
+    assert sorted(path.name for path in kept.iterdir()) == ["ema-power-0.100", "state.json"]
+
+
 def test_a_life_that_was_cut_off_saves_nothing_that_counts(tmp_path: Path) -> None:
     old = checkpoints(tmp_path)
     save(old, 4)
@@ -305,6 +333,40 @@ def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
     save(new, 6)
     assert new.latest() == tmp_path / "step-0000006", "the new life's own takes its place"
     assert checkpoints(tmp_path, begin=6).latest() == tmp_path / "step-0000006"
+
+
+@pytest.mark.parametrize("cleared", [True, False], ids=["cleared", "not cleared"])
+@pytest.mark.parametrize("look", [1, 2, 3])
+def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
+    look: int, cleared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node was cut off behind its `look`-th look at the lives, and comes back when the next has saved the
+    same step. A draft that its own node holds open may not be cleared."""
+    first = checkpoints(tmp_path)
+    save(first, 4)
+    save(first, 6)
+    old = checkpoints(tmp_path, begin=4)
+    begin_save(old, 6)
+    old._thread.shutdown()
+    looks, lives = [], []
+
+    def freeze(folder: Path, life: str) -> None:
+        check(folder, life)
+        looks.extend([life] if life == old._life else [])
+        if len(looks) == look and not lives:
+            lives.append(checkpoints(tmp_path, begin=4))
+            save(lives[0], 6)
+
+    check = keeping.check_still_ours
+    monkeypatch.setattr(keeping, "check_still_ours", freeze)
+    if not cleared:
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises((ValueError, OSError)):
+        publish(tmp_path / draft_name("step-0000006", old._life), old._life, old.config)
+    (new,) = lives
+    assert new.latest() == tmp_path / "step-0000006"
+    assert (tmp_path / "step-0000006/COMPLETE").read_text() == new._life != old._life
+    assert (tmp_path / "step-0000006/unet/rank-00000-of-00001.safetensors").exists()
 
 
 def test_a_run_sent_back_to_an_earlier_step_leaves_its_later_ones_behind(tmp_path: Path) -> None:
