@@ -39,6 +39,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def main() -> None:
     env = Env.read()
+    env.check_gpus()
     arguments = parse_arguments(env)
     out = arguments.out
     source = Index.load(arguments.shards)

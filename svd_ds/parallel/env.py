@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+WAIT = timedelta(minutes=30)
+"""For another rank, where nothing else is asked for."""
 _runs = itertools.count()
 """Runs that this process has joined, as with a multirun: every rank counts alike."""
 
@@ -43,12 +45,11 @@ class Env:
 
     @staticmethod
     def read(environ: Mapping[str, str] = os.environ) -> Env:
-        """Read the launcher's variables. ValueError where they are incomplete or the GPUs do not suffice."""
+        """Read the launcher's variables. ValueError where they are incomplete."""
         place = _torchrun(environ) or _srun(environ) or _Place(0, 1, 0, 1, "127.0.0.1", 0)
         if not 0 <= place.rank < place.world:
             raise ValueError(f"rank {place.rank} is not among the {place.world} ranks of the run")
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = _device(place.local_rank, place.local_world, gpus)
+        device = _device(place.local_rank, _num_gpus())
         return Env(
             rank=place.rank,
             world=place.world,
@@ -59,6 +60,11 @@ class Env:
             device=device,
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         )
+
+    def check_gpus(self) -> None:
+        """ValueError where this machine has too few for its ranks."""
+        if 1 < (gpus := _num_gpus()) < self.local_world:
+            raise ValueError(f"{self.local_world} ranks on this machine need a GPU each, and it has {gpus}")
 
 
 def host(environ: Mapping[str, str] = os.environ) -> str:
@@ -75,8 +81,10 @@ def attempt(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     )
 
 
-def init(env: Env, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank."""
+def init(env: Env, timeout: timedelta = WAIT) -> None:
+    """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank. Raises as
+    `Env.check_gpus` does."""
+    env.check_gpus()
     # For DeepSpeed, which reads the environment itself: LOCAL_RANK is its device's index, and without
     # LOCAL_SIZE it starts a process to count the processor's NUMA nodes at every reduction of gradients.
     local_rank = env.local_rank if env.device.index is None else env.device.index
@@ -192,12 +200,12 @@ def _expand_counts(counts: str) -> list[int]:
     return expanded
 
 
-def _device(local_rank: int, local_world: int, gpus: int) -> torch.device:
+def _num_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _device(local_rank: int, gpus: int) -> torch.device:
     if gpus == 0:
         return torch.device("cpu")
-    if gpus >= local_world:
-        return torch.device("cuda", local_rank)
-    if gpus == 1:
-        # Slurm's GPU binding shows each task its own GPU as the only one.
-        return torch.device("cuda", 0)
-    raise ValueError(f"{local_world} ranks on this machine need a GPU each, and it has {gpus}")
+    # Slurm's GPU binding shows each task its own GPU as the only one.
+    return torch.device("cuda", local_rank if gpus > 1 else 0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from svd_ds.parallel.env import WAIT
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,18 @@ class ModelParallelUnit:
         return dist.get_world_size(self._model)
 
 
-def create_groups(dims: ParallelDims) -> ModelParallelUnit:
-    """Create the process groups of `dims`. All ranks call it, once, after torch.distributed is up."""
+def create_groups(dims: ParallelDims, timeout: timedelta = WAIT) -> ModelParallelUnit:
+    """Create the process groups of `dims`. All ranks call it, once, after torch.distributed is up. `timeout`
+    bounds every wait for another rank, to the minute."""
     assert dims.world == dist.get_world_size(), f"{dims.world} ranks planned, {dist.get_world_size()} present"
     with warnings.catch_warnings():
         # It tells us four times that Transformer Engine and Apex are absent: neither is used here.
         warnings.simplefilter("ignore", UserWarning)
         from megatron.core import parallel_state
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
+    )
     return ModelParallelUnit(
         data=parallel_state.get_data_parallel_group(), model=parallel_state.get_model_parallel_group()
     )

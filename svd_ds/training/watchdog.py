@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TextIO
 
 GRACE_S = 5.0
 """Between the word that a rank hangs and its end: each rank has time to notice by itself."""
+MARGIN = timedelta(minutes=10)
+"""Of a wait for another rank over the watchdog, which tells more about a hang."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class WatchdogConfig:
                 f"watchdog.minutes is {self.minutes} and watchdog.first_minutes {self.first_minutes}: the "
                 "first must not be negative, nor the second shorter"
             )
+
+    @property
+    def patience(self) -> timedelta:
+        """How long a rank may wait for another; where nobody watches, so long that it is no slow one."""
+        return timedelta(minutes=self.first_minutes) + MARGIN if self.minutes else timedelta(days=1)
 
 
 class Watchdog:

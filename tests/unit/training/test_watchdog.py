@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from svd_ds.training.watchdog import WatchdogConfig
@@ -11,3 +13,8 @@ from svd_ds.training.watchdog import WatchdogConfig
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"watchdog\.minutes is"):
         WatchdogConfig(**wrong)
+
+
+def test_the_watchdog_speaks_before_a_wait_for_another_rank_ends() -> None:
+    assert WatchdogConfig(minutes=45.0, first_minutes=60.0).patience > timedelta(minutes=60)
+    assert WatchdogConfig(minutes=0.0).patience == timedelta(days=1), "nobody asked for an end"
