@@ -168,6 +168,7 @@ class Metrics:
         self.jsonl.close()
         self.folder.drop_after(step, self.folder.metrics, self.folder.evaluation)
         self.jsonl = self.folder.metrics.open("a", buffering=1)
+        self.goodput = Goodput.of(self.folder)
         self.say(f"step {left}  going back to the checkpoint of step {step}, and on with new clips")
 
     def log_evaluation(self, step: int, samples: int, measured: Measured) -> None:

@@ -46,6 +46,18 @@ def test_every_step_is_a_line_of_json_and_some_are_told(
     assert (run.logs / "train.log").read_text().splitlines() == told
 
 
+def test_steps_that_a_run_goes_back_behind_are_no_goodput(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics:
+        for number in (1, 2, 3):
+            metrics.log(step(number))
+        metrics.go_back(1, left=3)
+        assert metrics.goodput.compute_s == pytest.approx(1.9)
+        assert metrics.goodput.waits_s["preview"] == pytest.approx(0.5)
+        metrics.log(step(2))
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+
+
 def measured(loss: float) -> Measured:
     return Measured("set", 4, [0.1, 1.0], [loss, loss], [loss + 1, loss + 1], [2.0, 3.0], [loss] * 4)
 
