@@ -13,6 +13,19 @@ OF_ANOTHER = 1
 """Code of a rank that ends because another did. The lowest: srun reports the highest of all ranks."""
 USER_ERRORS = (ValueError, OSError)
 """What our own checks raise: a user's mistake, or the outside world's. Anything else is a bug of ours."""
+WRONG_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+"""Of the errors of files, those of what was named."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same command may fare better later: a disk that is full or away, as against a wrong value
+    or name."""
+    return isinstance(error, OSError) and not isinstance(error, WRONG_NAMES)
+
+
+def of_its_kind(error: BaseException, sentence: str) -> ValueError | OSError:
+    """`sentence` in the place of `error`, by a kind that `may_pass` judges the same."""
+    return OSError(sentence) if may_pass(error) else ValueError(sentence)
 
 
 def wants_traceback() -> bool:

@@ -33,10 +33,11 @@ from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault, Quarantine
-from svd_ds.data.reader import Reader, StalledError, UnreadableError
+from svd_ds.data.reader import Reader, UnreadableError
 from svd_ds.data.schedule import MicroBatch, Schedule
 from svd_ds.data.shards import INDEX_NAME, Folder, Sample, Shard
 from svd_ds.data.sources import open_source
+from svd_ds.door import USER_ERRORS, of_its_kind
 
 URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -113,12 +114,12 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
         """Raises ValueError, naming shard and sample, where more cannot be read than data.max_quarantined
-        allows, or a read hangs."""
+        allows; OSError where that may pass, or a read hangs."""
         faults: list[Fault] = []
         end = self.cursor.position
         for item in self._items():
-            if isinstance(item, str):
-                raise ValueError(item)
+            if not isinstance(item, _Item):
+                raise item
             if item.end != end:
                 # Behind the step: a run's ranks count together there, and stop together where it is too much.
                 self.quarantine.add(faults)
@@ -127,7 +128,8 @@ class Loader:
             self._faults += item.faults
             if item.batch is None:
                 self.quarantine.add(faults)
-                raise ValueError(f"no sample in {self.config.set_names} can be read: {faults[-1].cause}")
+                last = faults[-1]
+                raise last.error(f"no sample in {self.config.set_names} can be read: {last.cause}")
             yield item.batch, Cursor(end, self.fingerprint)
 
     def take_faults(self) -> list[Fault]:
@@ -135,7 +137,7 @@ class Loader:
         taken, self._faults = self._faults, []
         return taken
 
-    def _items(self) -> Iterator[_Item | str]:
+    def _items(self) -> Iterator[_Item | ValueError | OSError]:
         pipeline = webdataset.DataPipeline(self._micro_batches, webdataset.map(self._read), _stops_as_values)
         if self.config.num_workers == 0:
             return iter(pipeline)
@@ -200,12 +202,13 @@ class _Item:
     faults: list[Fault]
 
 
-def _stops_as_values(items: Iterable[_Item]) -> Iterator[_Item | str]:
-    """A sentence in place of what ends the run: torch would wrap the exception in the text of a traceback."""
+def _stops_as_values(items: Iterable[_Item]) -> Iterator[_Item | ValueError | OSError]:
+    """What ends the run as the last item: torch would wrap what is raised in the text of a traceback."""
     try:
         yield from items
-    except (StalledError, ValueError, OSError) as error:
-        yield str(error)
+    except USER_ERRORS as error:
+        # Of a plain kind, which any process can unpack.
+        yield of_its_kind(error, str(error))
 
 
 def open_folder(path: str, cache: str | None = None, cache_gb: float = 0.0) -> Folder:
@@ -272,9 +275,9 @@ class RemoteFolder(Folder):
 @contextmanager
 def _told(url: str) -> Iterator[None]:
     """Inside, webdataset opens schemes that it does not know (s3, memory, ...) by fsspec. Raises OSError,
-    naming `url`, for whatever goes wrong with it."""
+    naming `url`, for what goes wrong with it, and ValueError where that will not pass."""
     gopen_schemes["__default__"] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        raise OSError(f"{url} cannot be fetched: {error}") from error
+        raise of_its_kind(error, f"{url} cannot be fetched: {error}") from error

@@ -17,6 +17,12 @@ class Fault:
     shard: str
     """Its path or URL."""
     cause: str
+    may_pass: bool = False
+    """Whether it may be read another time: its file system has failed, not the sample."""
+
+    def error(self, sentence: str) -> ValueError | OSError:
+        """For where it is one too many: of a kind that svd_ds.door.may_pass judges as this."""
+        return OSError(sentence) if self.may_pass else ValueError(sentence)
 
 
 class Quarantine:
@@ -42,7 +48,7 @@ class Quarantine:
     def add(self, faults: Iterable[Fault], step: int = 0, write: bool = False) -> int:
         """Count what was met, and `write` it to the list: how many there are now.
 
-        Raises ValueError where that is more than allowed.
+        Raises ValueError where that is more than allowed, and OSError where the last of them may pass.
         """
         new = {(fault.shard, fault.id): fault for fault in faults}
         for name in self._known & new.keys():
@@ -55,7 +61,7 @@ class Quarantine:
         if new and len(self) > self.allowed:
             last = list(new.values())[-1]
             where = f"; {self.path} lists them" if self.path is not None else ""
-            raise ValueError(
+            raise last.error(
                 f"sample {last.id} of {last.shard} cannot be read: {last.cause}; that makes {len(self)} of "
                 f"{self.num_samples} samples, where {self.key}={self.share:g} allows "
                 f"{self.allowed}{where}"

@@ -29,6 +29,7 @@ from svd_ds.data.quarantine import Fault
 from svd_ds.data.shards import Index, ReadMember, Sample
 from svd_ds.data.sources import Source
 from svd_ds.data.tensors import TensorFile
+from svd_ds.door import may_pass
 
 Result = TypeVar("Result")
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -36,7 +37,7 @@ CAPTION_KEYS = ("caption", "text", "prompt")
 NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
-class StalledError(Exception):
+class StalledError(OSError):
     """A read that took too long: no fault of the sample."""
 
 
@@ -84,7 +85,8 @@ class Reader:
             with self.index.open(sample) as read:
                 return self._take_from(read, sample, ordinal)
         except (ValueError, OSError) as error:
-            raise UnreadableError(Fault(sample.id, self.index.shard_of(number), str(error))) from error
+            fault = Fault(sample.id, self.index.shard_of(number), str(error), may_pass(error))
+            raise UnreadableError(fault) from error
 
     def _take_from(self, read: ReadMember, sample: Sample, ordinal: int) -> _Take:
         config, draws = self.config, ClipDraws.of(self.seed, ordinal)

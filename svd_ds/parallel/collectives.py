@@ -9,11 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from svd_ds.door import USER_ERRORS, may_pass
+
 Result = TypeVar("Result")
 
 
 class SharedError(ValueError):
     """A user's mistake that every rank knows of, so that one of them can tell it for all."""
+
+
+class PassingSharedError(SharedError, OSError):
+    """No mistake, but the outside world's fault: svd_ds.door.may_pass."""
 
 
 def lost_a_rank(error: BaseException) -> bool:
@@ -73,16 +79,17 @@ def agreed(action: Callable[[], Result]) -> Result:
     for one.
 
     Raises SharedError on every rank, with the sentence of the first rank that failed, so that none waits for
-    it.
+    it; PassingSharedError where that rank's error may pass.
     """
-    sentence, result = None, None
+    failure, result = None, None
     try:
         result = action()
-    except (ValueError, OSError) as error:
-        sentence = str(error)
-    sentences: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, sentence)
-    for told in sentences:
+    except USER_ERRORS as error:
+        failure = PassingSharedError if may_pass(error) else SharedError, str(error)
+    failures: list[tuple[type[SharedError], str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for told in failures:
         if told is not None:
-            raise SharedError(told)
+            kind, sentence = told
+            raise kind(sentence)
     return cast(Result, result)

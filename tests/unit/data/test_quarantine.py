@@ -12,6 +12,7 @@ import pytest
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
 from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.data.shards import Index
 from tests.unit.data.test_fuzz import write
 
 FAULTS = [Fault(f"s{number}", "a.tar", "it is junk") for number in range(5)]
@@ -24,8 +25,8 @@ def test_each_sample_is_listed_once_and_remembered(tmp_path: Path) -> None:
     assert quarantine.add(FAULTS[:1], step=3, write=True) == 1
     assert quarantine.add(FAULTS[:2], step=9, write=True) == 2
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 3, "id": "s0", "shard": "a.tar", "cause": "it is junk"},
-        {"step": 9, "id": "s1", "shard": "a.tar", "cause": "it is junk"},
+        {"step": 3, "id": "s0", "shard": "a.tar", "cause": "it is junk", "may_pass": False},
+        {"step": 9, "id": "s1", "shard": "a.tar", "cause": "it is junk", "may_pass": False},
     ]
     later = Quarantine(0.02, 100, path)
     assert later.add(FAULTS[:2]) == 2, "a run that goes on knows them"
@@ -77,8 +78,29 @@ def test_a_read_that_hangs_ends_the_run_with_its_shard(tmp_path: Path, num_worke
     # Opening a pipe that nobody writes to waits for ever, as a file of a dead server does.
     (tmp_path / "shard-00000.tar").unlink()
     os.mkfifo(tmp_path / "shard-00000.tar")
-    with pytest.raises(ValueError, match=r"^a read of .*shard-00000\.tar has hung for data\.stall.*=0\.3$"):
+    with pytest.raises(OSError, match=r"^a read of .*shard-00000\.tar has hung for data\.stall.*=0\.3$"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(OSError(116, "stale"), OSError), (ValueError("no"), ValueError)]
+)
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_too_many_that_may_pass_are_no_mistake(
+    error: Exception, kind: type[Exception], share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that is away leaves nothing to read for a while."""
+    write(tmp_path, [3], {})
+    config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=share, num_workers=0)
+    loader = Loader(config, 0, 0, 1, 2, 2)
+
+    def away(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Index, "open", away)
+    with pytest.raises(Exception, match=r"(cannot|can) be read: ") as ended:
+        next(iter(loader))
+    assert ended.type is kind
 
 
 def test_a_shard_that_is_gone_is_a_cause_too(tmp_path: Path) -> None:

@@ -82,5 +82,5 @@ def test_what_goes_wrong_is_told(shards: Path, tmp_path: Path) -> None:
         ids("s3://a/b", None)
     with pytest.raises(OSError, match=r"^pipe:cat nowhere/index\.jsonl cannot be fetched: "):
         ids("pipe:cat nowhere", tmp_path / "cache")
-    with pytest.raises(OSError, match=r"^nothing://a/index\.jsonl cannot be fetched: Protocol not known"):
+    with pytest.raises(ValueError, match=r"^nothing://a/index\.jsonl cannot be fetched: Protocol not known"):
         ids("nothing://a", tmp_path / "cache")

@@ -1,0 +1,40 @@
+"""Errors that all ranks learn of, as one rank sees them; on several, tests/distributed."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from svd_ds.door import may_pass
+from svd_ds.parallel.collectives import SharedError, agreed, told_by_first
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("share", [agreed, told_by_first])
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ENOSPC, "no space left"), True),
+        (OSError(errno.ESTALE, "stale file handle"), True),
+        (FileNotFoundError("nowhere"), False),
+        (PermissionError("not yours"), False),
+        (ValueError("it must be at least 1"), False),
+    ],
+)
+def test_what_may_pass_on_one_rank_may_pass_on_all(share: object, error: Exception, passes: bool) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SharedError) as shared:
+        share(fail)  # type: ignore[operator]
+    assert str(shared.value) == str(error)
+    assert may_pass(shared.value) is passes
