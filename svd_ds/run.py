@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,6 +28,8 @@ from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
 from svd_ds.tasks import Task, read_task
+from svd_ds.training.attempt import Attempt
+from svd_ds.training.code import code_version
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation, fixed
 from svd_ds.training.folder import RunFolder
@@ -44,22 +45,22 @@ from svd_ds.training.step import Diffusion
 from svd_ds.training.usage import Clock, Speed, forward_flops, peak_of
 
 
-def run(config: RunConfig, env: Env, beat: Callable[[], None] = lambda: None) -> Progress:
+def run(config: RunConfig, env: Env, attempt: Attempt | None = None) -> Progress:
     """Train as the config says, on this process's rank, and tell where it ended. All ranks call it, with the
-    same config; `beat` is called after every step."""
-    environment.init(env)
+    same config; `attempt`: told of every step and of the end."""
+    environment.init(env, config.watchdog.patience)
     try:
         resume = told_by_first(lambda: find_resume(config, env))
         inputs = agreed(lambda: read_inputs(config, env, resume))
         task = agreed(lambda: read_task(config, env, inputs))
-        progress = _train(config, env, inputs, task, beat)
+        progress = _train(config, env, inputs, task, attempt)
         destroy_groups()
     finally:
         environment.shutdown()
     return progress
 
 
-def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callable[[], None]) -> Progress:
+def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Attempt | None) -> Progress:
     inputs.checkpoints.begin(inputs.progress.step)
     engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(task.weights) if task.weights is not None else []
@@ -67,12 +68,12 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callab
     if inputs.resume is not None:
         inputs.checkpoints.load(inputs.resume, engine, ema, task.objective)
 
-    if env.rank == 0:
-        inputs.folder.open(config.as_dict(), inputs.progress.step)
-    environment.barrier()
+    told_by_first(lambda: inputs.folder.open(_settings(config), inputs.progress.step))
     quarantine = Quarantine(config.data.max_quarantined, len(inputs.loader), inputs.folder.quarantine)
     started = time.perf_counter()
-    with _open_metrics(config, env, inputs, engine) as metrics, inputs.checkpoints:
+    # W&B is left last, which may take long: by then it is told how the run ended.
+    outcome = attempt.outcome() if attempt is not None else nullcontext()
+    with agreed(lambda: _open_metrics(config, env, inputs, engine)) as metrics, outcome, inputs.checkpoints:
         if metrics is not None:
             metrics.say("\n".join([_opening(config, env, inputs, engine), *task.notes]))
             if new:
@@ -95,7 +96,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callab
             ),
             stop=StopRequest(),
             clock=Clock(),
-            beat=beat,
+            beat=attempt.watchdog.beat if attempt is not None else lambda: None,
             metrics=metrics,
             device=env.device,
         )
@@ -104,7 +105,14 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, beat: Callab
             write_report([inputs.folder.path], inputs.folder.report)
             metrics.say(_closing(config, inputs.folder, progress, time.perf_counter() - started))
             metrics.say(f"  {metrics.wall_time()}")
+        if attempt is not None:
+            attempt.ended(finished=progress.step == config.run.steps)
     return progress
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """As config.yaml and W&B show them."""
+    return config.as_dict() | {"code": code_version()}
 
 
 def _plan(config: RunConfig, env: Env) -> Plan:
@@ -139,7 +147,7 @@ def _open_metrics(
     return Metrics(
         inputs.folder,
         config.logger,
-        config.as_dict(),
+        _settings(config),
         config.run.steps,
         inputs.progress.step,
         _speed(config, env),
@@ -166,7 +174,7 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
     recomputation before the engine, whose hooks must lie outside it;
     leaf blocks inside the engine, so that a block's parameters travel as one.
     """
-    mpu = create_groups(ParallelDims(env.world))
+    mpu = create_groups(ParallelDims(env.world), config.watchdog.patience)
     zero = deepspeed_config(
         config.parallel,
         precision=precision,

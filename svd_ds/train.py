@@ -84,8 +84,7 @@ def _run(node: Any, env: Env, debug: bool) -> None:
         # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
         from svd_ds.run import run
 
-        progress = run(settings, env, attempt.watchdog.beat)
-        attempt.ended(finished=progress.step == settings.run.steps)
+        run(settings, env, attempt)
 
 
 if __name__ == "__main__":

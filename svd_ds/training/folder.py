@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-# May differ between two starts of one run: how long it goes on, what it shows, where it runs; and the guard's
-# bounds, so that a run that it ended can go on.
+# May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
+# is; and the guard's bounds, so that a run that it ended can go on.
 FREE_KEYS = (
+    "code",
     "run.dir",
     "run.steps",
     "run.resume",
@@ -111,12 +112,13 @@ class RunFolder:
     def drop_after(self, step: int, *paths: Path) -> None:
         """Leave out the lines of steps behind `step`."""
         for path in paths:
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
             if kept or path.exists():
                 _write_atomically(path, "".join(kept))
 
 
-def _whole_lines(path: Path) -> list[str]:
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file with a JSON object on each, their ends included."""
     if not path.exists():
         return []
     # A killed writer may leave half a line at the end.

@@ -10,7 +10,7 @@ import netrc
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 from urllib.parse import urlparse
@@ -22,20 +22,24 @@ from svd_ds.training.folder import RunFolder
 from svd_ds.training.preview import Preview
 
 MODES = ("auto", "online", "offline", "disabled")
+START_S, FINISH_S = 30, 60
+"""For W&B's client to start a run, and to send what is left at its end. Slurm gives a job 300 s to leave in
+(slurm/stage2.sh), a checkpoint among it."""
 
 
 class Tracker:
-    """An open W&B run."""
+    """An open W&B run. Its client is a process of its own, which may die: training goes on without it."""
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
+    def __init__(self, run: Any, say: Callable[[str], None]) -> None:
+        self.run, self.say, self.lost = run, say, False
         # A resumed run repeats W&B's own step: ours is the axis.
-        self.run.define_metric("train/step")
-        self.run.define_metric("*", step_metric="train/step")
+        self._tell(lambda: self.run.define_metric("train/step"))
+        self._tell(lambda: self.run.define_metric("*", step_metric="train/step"))
 
     def log(self, numbers: Mapping[str, float]) -> None:
         """What is known of a step, its number among it."""
-        self.run.log({f"train/{name}": value for name, value in numbers.items()})
+        told = {f"train/{name}": value for name, value in numbers.items()}
+        self._tell(lambda: self.run.log(told))
 
     def log_evaluation(self, step: int, measured: Measured) -> None:
         told = {"loss": fmean(measured.loss), "loss_average": fmean(measured.loss_average)}
@@ -61,10 +65,28 @@ class Tracker:
         self._log_at(step, "samples", told)
 
     def finish(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+        """Send what is left, for at most FINISH_S."""
+        self._tell(lambda: self.run.finish(exit_code=int(failed)))
+        if self.lost:
+            # Or it tries once more as the interpreter ends, and puts a traceback on the console.
+            _end_client()
 
     def _log_at(self, step: int, room: str, told: Mapping[str, Any]) -> None:
-        self.run.log({f"{room}/{name}": value for name, value in told.items()} | {"train/step": step})
+        row = {f"{room}/{name}": value for name, value in told.items()} | {"train/step": step}
+        self._tell(lambda: self.run.log(row))
+
+    def _tell(self, message: Callable[[], object]) -> None:
+        """Give the client a message; from the first that fails on, none."""
+        if self.lost:
+            return
+        try:
+            message()
+        except Exception as error:  # its kinds have no common base, and none is worth a run
+            self.lost = True
+            self.say(
+                f"warning: W&B is lost ({_words(error)}); this run goes on without it, and what was not sent "
+                "is in its folder wandb/, for `wandb sync`"
+            )
 
 
 def open_tracker(
@@ -75,10 +97,11 @@ def open_tracker(
     settings: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Tracker | None:
-    """Start or take up the folder's W&B run; None when disabled. An unreachable server means offline, said
-    once.
+    """Start or take up the folder's W&B run; None when disabled. Where it cannot be online it is offline, and
+    where not even that, None; either is said once.
 
-    mode: one of MODES; settings: what the run's config is to show.
+    mode: one of MODES; settings: what the run's config is to show. Raises ValueError for a WANDB_MODE that is
+    none.
     """
     resolved = _resolve(mode)
     if resolved == "disabled":
@@ -94,25 +117,48 @@ def open_tracker(
         "id": id_file.read_text(),
         "name": folder.path.name,
         "dir": str(folder.path),
-        "config": {**settings, "version": version("svd_ds")},
+        "config": dict(settings),
         "resume": "allow",
-        "settings": wandb.Settings(console="off", silent=True, init_timeout=30),
+        "settings": wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=START_S,
+            finish_timeout=FINISH_S,
+            finish_timeout_raises=True,
+        ),
     }
-    try:
-        run = wandb.init(mode=resolved, **options)
-    except wandb.errors.CommError as error:
-        say(
-            f"warning: W&B cannot be reached ({error}); this run is logged offline in {folder.path / 'wandb'}"
-        )
-        run = wandb.init(mode="offline", **options)
-    return Tracker(run)
+    for way in dict.fromkeys((resolved, "offline")):
+        try:
+            return Tracker(wandb.init(mode=way, **options), say)
+        except Exception as error:  # as in Tracker
+            instead = "logged offline in its folder wandb/" if way == "online" else "not logged there"
+            say(f"warning: W&B cannot be used {way} ({_words(error)}); this run is {instead}")
+            # It holds the run's id for used.
+            _end_client()
+    return None
+
+
+def _end_client() -> None:
+    import wandb
+
+    # What it has failed at is told.
+    with suppress(Exception):
+        wandb.teardown()
+
+
+def _words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _resolve(mode: str) -> Any:
     """auto is what WANDB_MODE says, or online where a key is at hand."""
+    told = os.environ.get("WANDB_MODE")
+    if told and told not in MODES[1:]:
+        # Whatever the mode: the client reads it too.
+        raise ValueError(f"WANDB_MODE is {told!r}: choose {', '.join(MODES[1:])}")
     if mode != "auto":
         return mode
-    if told := os.environ.get("WANDB_MODE"):
+    if told:
         return told
     if os.environ.get("WANDB_API_KEY"):
         return "online"

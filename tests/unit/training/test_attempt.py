@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from svd_ds.parallel.collectives import SharedError
+from svd_ds.parallel.collectives import PassingSharedError, SharedError
 from svd_ds.parallel.env import Env
 from svd_ds.training.attempt import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Attempt, Outcome, begin
 from svd_ds.training.folder import RunFolder
@@ -50,6 +51,8 @@ def test_rank_0_says_how_an_attempt_ended_well(tmp_path: Path, finished: bool, k
         (SharedError("data.path is nowhere"), 2, REFUSED),
         (ValueError("clip 7 cannot be read"), 2, REFUSED),
         (OSError("no space left"), 2, FAILED),
+        (PassingSharedError("no space left"), 2, FAILED),
+        (FileNotFoundError("data.path is nowhere"), 2, REFUSED),
         (KeyError("bug"), 1, FAILED),
         (KeyboardInterrupt(), 130, INTERRUPTED),
     ],
@@ -62,6 +65,23 @@ def test_an_error_becomes_an_outcome_a_code_and_one_line(
     assert told is not None and told.kind == kind
     assert len(capsys.readouterr().err.splitlines()) == (0 if kind == INTERRUPTED else 1)
     assert "Traceback" in (tmp_path / "logs/rank-00000.log").read_text()
+
+
+def test_an_outcome_does_not_wait_for_what_is_left_behind_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """W&B may take a minute to leave; by then Slurm may have ended a rank of which another has gone."""
+    with (
+        pytest.raises(SystemExit),
+        Attempt(RunFolder(tmp_path), env(0), OFF) as attempt,
+        ExitStack() as stack,
+    ):
+        stack.callback(lambda: left.append(outcome(tmp_path)))
+        left: list[Outcome | None] = []
+        with attempt.outcome():
+            raise SharedError("data.path is nowhere")
+    assert left == [Outcome(REFUSED, 0, "data.path is nowhere", (0, 0))]
+    assert capsys.readouterr().err.splitlines() == ["error: data.path is nowhere"]
 
 
 def test_the_first_rank_to_fail_tells_it_and_names_its_log(
@@ -107,10 +127,52 @@ def test_a_job_that_gets_no_further_is_not_started_again(tmp_path: Path) -> None
     )
 
 
+def test_a_line_that_was_cut_short_costs_no_more_than_itself(tmp_path: Path) -> None:
+    folder, path = RunFolder(tmp_path), tmp_path / "logs/attempts.jsonl"
+    begin(folder, "7", limit=3)
+    path.write_text(path.read_text() + '{"job": "7", "st')
+    begin(folder, "7", limit=3)
+    assert [json.loads(line)["job"] for line in path.read_text().splitlines()] == ["7", "7"]
+
+
+def test_nccl_writes_to_a_file_of_its_rank_unless_told_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_DEBUG_FILE", "")  # so that it is put back
+    monkeypatch.delenv("NCCL_DEBUG_FILE")
+    for folder in ("first", "second"):
+        attempted(tmp_path / folder, 3)
+        assert os.environ["NCCL_DEBUG_FILE"] == f"{tmp_path}/first/logs/nccl-00003.%h.%p.log"
+
+
 def test_a_new_attempt_forgets_how_the_last_ended(tmp_path: Path) -> None:
     attempted(tmp_path, 0)
     begin(RunFolder(tmp_path), "7", limit=3)
     assert outcome(tmp_path) is None
+
+
+def test_rank_0_does_not_forget_who_failed_before_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where one node of several has too few GPUs."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    begin(RunFolder(tmp_path), "7", limit=3)
+    for rank in (3, 0):
+        assert attempted(tmp_path, rank, ValueError("4 ranks need a GPU each, and it has 2")) == 2
+    told = outcome(tmp_path)
+    assert told is not None and (told.kind, told.rank) == (REFUSED, 3)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_error_that_all_ranks_know_is_told_by_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """srun ends all as soon as one has ended: none can rely on another to say it."""
+    for rank in (1, 2):
+        assert attempted(tmp_path, rank, SharedError("data.path is nowhere")) == 2
+    told = outcome(tmp_path)
+    assert told is not None and (told.kind, told.rank) == (REFUSED, 1)
+    assert capsys.readouterr().err.splitlines() == ["error: data.path is nowhere"]
 
 
 def test_a_rank_of_an_earlier_attempt_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

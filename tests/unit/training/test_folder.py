@@ -19,6 +19,8 @@ def test_another_config_is_refused_by_the_key_that_differs(tmp_path: Path) -> No
     folder = RunFolder(tmp_path)
     folder.open({"model": {"widths": [32, 64]}, "run": {"steps": 10}}, step=0)
     folder.check_belongs({"model": {"widths": [32, 64]}, "run": {"steps": 20}})
+    folder.open({"model": {"widths": [32, 64]}, "code": {"commit": "1a2b"}}, step=0)
+    folder.check_belongs({"model": {"widths": [32, 64]}})
     with pytest.raises(ValueError, match=r"model.widths is \[32, 64\] there and \[64, 64\] here"):
         folder.check_belongs({"model": {"widths": [64, 64]}, "run": {"steps": 10}})
 
