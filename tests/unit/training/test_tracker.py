@@ -52,7 +52,7 @@ def test_every_row_is_told_at_our_step(recorder: Recorder, tmp_path: Path) -> No
     tags = {"a": "spatial", "b": "temporal"}
     with Metrics(folder, LoggerConfig(), {}, 5, 0, Speed(1e12, 1e13), tags) as metrics:
         metrics.log(numbers)
-        metrics.log_evaluation(3, 24, Measured("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7]))
+        metrics.log_evaluation(3, 24, Measured("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7], [2.0, 3.0]))
         metrics.log_weights(3, {"a": torch.arange(100.0), "b": torch.ones(3), "x.lora.b": torch.ones(2)})
     assert recorder.axes == {"train/step": None, "*": "train/step"}
     step, evaluation, weights, end = recorder.rows
@@ -143,7 +143,7 @@ def test_a_client_that_dies_is_told_once_and_training_goes_on(client: RunFolder)
     while not told:
         assert time.monotonic() < deadline
         tracker.log({"step": 1})
-    tracker.log_evaluation(3, Measured("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7]))
+    tracker.log_evaluation(3, Measured("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7], [2.0, 3.0]))
     tracker.finish(failed=False)
     assert len(told) == 1 and "warning: W&B is lost (ConnectionResetError: " in told[0], told
 
