@@ -26,7 +26,8 @@ class Clip:
     ordinal: int
     """Position in the run's global order. It seeds everything random about the clip."""
     frames_TCHW: Tensor
-    """uint8 RGB, (T, 3, H, W); the first frame alone, (1, 3, H, W), beside `moments_TMhw`."""
+    """uint8 RGB, (T, 3, H, W); beside `moments_TMhw` only those that the network is given, the first or both
+    ends, (1 or 2, 3, H, W)."""
     caption: str
     fps: float
     """Frames a second of the clip, after striding."""
@@ -49,7 +50,7 @@ class Batch:
     ids: tuple[str, ...]
     ordinals: tuple[int, ...]
     frames_BTCHW: Tensor
-    """uint8 RGB, (B, T, 3, H, W); the first frames alone, (B, 1, 3, H, W), beside `moments_BTMhw`."""
+    """uint8 RGB, (B, T, 3, H, W); beside `moments_BTMhw` the given ones, (B, 1 or 2, 3, H, W)."""
     captions: tuple[str, ...]
     fps_B: Tensor
     """float32, (B,)."""

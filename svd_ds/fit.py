@@ -97,16 +97,11 @@ def _check_num_frames(config: RunConfig, shape: Shape) -> None:
 
 def _check_conditions(config: RunConfig, loader: Loader) -> None:
     """Refuse signals that the network has no place for, or that the data do not hold."""
-    told, data = config.conditioning, config.data
+    told = config.conditioning
     if config.model.masked != (told.concat == "ends"):
         raise ValueError(
             f"model.masked is {str(config.model.masked).lower()} and conditioning.concat {told.concat}: a "
             "mask comes with ends, and with nothing else"
-        )
-    if told.takes_last and data.latents:
-        raise ValueError(
-            "data.latents=true decodes the first frame of a clip alone, and conditioning on its ends needs "
-            "the last one too"
         )
     check_elevation(config, loader)
 

@@ -47,7 +47,7 @@ class DataConfig:
     crop: str = "random"
     """Where the window of the wanted aspect lies: "random" or "center"."""
     flip: bool = False
-    """Mirror half of the clips. Leave off where captions name left and right."""
+    """Mirror half of the clips, but for those whose caption names left or right (in English)."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Folder or URL -> its share of the clips, in any unit; empty: `path` alone, else in place of it."""
     buckets: dict[str, int] = field(default_factory=dict)

@@ -55,6 +55,7 @@ class Loader:
         micro_batch: int,
         cursor: Cursor | None = None,
         context: str | None = None,
+        ends: bool = False,
     ) -> None:
         """
         Args:
@@ -62,6 +63,7 @@ class Loader:
             micro_batch: where there are no buckets, which have their own.
             cursor: where an earlier run stopped; None begins.
             context: which CLIP states are read, where all samples have them: image, ends or text.
+            ends: whether, beside latents, the pixels of a clip's last frame come with its first's.
 
         Raises ValueError or OSError for batches that do not divide, shards that are missing or truncated,
         data without a clip that is long and large enough, latents that are missing or of another size, a
@@ -99,7 +101,7 @@ class Loader:
         self._schedule = Schedule(sizes, weights, self.micro_batches, seed, global_batch)
         motion_map = MotionMap.mixture([source.motion_map for source in self.sources], weights)
         self._readers = [
-            [Reader(config, shape, source, index, motion_map, seed, self.context)
+            [Reader(config, shape, source, index, motion_map, seed, self.context, ends)
              for source, index in zip(self.sources, indices, strict=True)]
             for shape, indices in zip(config.shapes, buckets, strict=True)
         ]  # fmt: skip

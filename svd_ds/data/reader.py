@@ -1,6 +1,6 @@
 """From a sample of one data set to a clip of one shape: what it needs is read, in time, then decoded.
 
-From a latent cache (latents.py) come the clip's moments and the pixels of its first frame, and from cached
+From a latent cache (latents.py) come the clip's moments and the pixels of its given frames, and from cached
 CLIP states (states.py) what the cross-attention sees. What is random is the same with and without them.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -34,6 +35,8 @@ from svd_ds.door import may_pass
 Result = TypeVar("Result")
 CAPTION_KEYS = ("caption", "text", "prompt")
 """What foreign shards call theirs."""
+SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
+"""What a caption says that a mirror would make untrue."""
 NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
@@ -63,6 +66,8 @@ class Reader:
     seed: int
     context: str | None
     """Which cached states are read: image, ends or text; None: none."""
+    ends: bool
+    """Whether the last frame's pixels come with the first's, beside latents."""
 
     def read(self, number: int, ordinal: int) -> Clip:
         """Sample `number` as the run's `ordinal`-th clip.
@@ -106,7 +111,8 @@ class Reader:
             file = TensorFile(partial(read, latents.MEMBER), latents.MEMBER)
             if (other := latents.read_origin(file)) != (ours := self.source.latents_origin):
                 raise ValueError(f"its latents are {other}, and the first sample's {ours}")
-            moments, frames = latents.read_moments(file, wanted), latents.read_frames(file, wanted[:1])
+            given = [wanted[0], wanted[-1]] if self.ends else [wanted[0]]
+            moments, frames = latents.read_moments(file, wanted), latents.read_frames(file, given)
         clip = Clip(
             id=sample.id,
             ordinal=ordinal,
@@ -133,7 +139,7 @@ class Reader:
     def _decode(self, take: _Take, media: bytes) -> Clip:
         config, draws = self.config, take.draws
         top, left = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
-        mirrored = config.flip and draws.flip < 0.5
+        mirrored = config.flip and draws.flip < 0.5 and not SIDES.search(take.clip.caption)
         size = (self.shape.height, self.shape.width)
         frames_TCHW = read_frames(media, take.wanted, size, top, left, mirrored)
         return replace(take.clip, frames_TCHW=frames_TCHW.expand(self.shape.num_frames, -1, -1, -1))

@@ -207,15 +207,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
             "data.num_frames is 2, but a clip whose ends condition it has at least 3",
         ),
         (
-            [
-                "conditioning=interpolation",
-                "model=svd_interpolation",
-                "data.latents=true",
-                "data.crop=center",
-            ],
-            "data.latents=true decodes the first frame of a clip alone",
-        ),
-        (
             ["conditioning=multiview"],
             "model.num_scalars is 3, but conditioning.scalars names 4: fps, motion_bucket, augm",
         ),
