@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from svd_ds.parallel.slurm import ENDING, Job, hold_signals, release_signals
+
+if __name__ == "__main__":
+    # The other imports take seconds, in which a signal would end this process.
+    hold_signals()
+
 from svd_ds import config
 from svd_ds.door import run_door
 from svd_ds.parallel.preflight import failing_nodes
-from svd_ds.parallel.slurm import Job
 from svd_ds.training.attempt import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
 from svd_ds.training.folder import RunFolder
 
@@ -31,8 +36,9 @@ class Request:
     def __init__(self) -> None:
         self.number = 0
         self.step: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in ENDING:
             signal.signal(number, self._receive)
+        release_signals()
 
     def hand_to(self, step: subprocess.Popen[bytes]) -> None:
         self.step = step
@@ -57,10 +63,12 @@ def main() -> None:
         settle(options.trial)
         raise
     code = 0
-    if job.preflight and (faults := failing_nodes(job, folder.path)):
+    faults = failing_nodes(job, folder.path) if job.preflight and not request.number else {}
+    # Checks that were ended with the job tell nothing of its nodes.
+    if faults and not request.number and job.is_running():
         leave(job, faults)
         return
-    if not request.number:
+    if not faults and not request.number:
         step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments])
         request.hand_to(step)
         code = step.wait()
@@ -86,10 +94,13 @@ def settle(trial: Path | None) -> None:
 
 
 def leave(job: Job, faults: dict[str, str]) -> None:
-    """Queue the job again without these nodes. Raises OSError where no other is left: then it is not they."""
+    """Queue the job again without these nodes; where all of several fail, it is hardly they."""
+    if len(faults) == len(job.nodes) > 1:
+        node, fault = next(iter(faults.items()))
+        print(f"job {job.id} is queued again: all its nodes fail the checks, {node} {fault}", flush=True)
+        job.requeue()
+        return
     told = "; ".join(f"{node} {fault}" for node, fault in faults.items())
-    if len(faults) == len(job.nodes):
-        raise OSError(f"every node of job {job.id} fails before the start: {told}")
     print(f"job {job.id} is queued again without {', '.join(faults)}: {told}", flush=True)
     job.requeue(without=list(faults))
 

@@ -7,17 +7,21 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from svd_ds.parallel.slurm import Job, hold_signals, release_signals
+
+if __name__ == "__main__":
+    # The other imports take seconds, in which a signal would end this process.
+    hold_signals()
+
 import wandb
-from wandb.wandb_agent import Agent
+from wandb.wandb_agent import Agent, AgentProcess
 
 from svd_ds.door import run_door
-from svd_ds.parallel.slurm import Job
 
 EXAMPLE = """slurm/sweep.sh calls it with the allocation's own values:
   wandb sweep conf/sweep/lr.yaml
@@ -32,12 +36,31 @@ class JobAgent(Agent):
     again when the trial's ranks die, and a life of the job begins with the trial that the one before left.
     """
 
-    def __init__(self, sweep: str, unfinished: Path, start: list[str], overrides: list[str]) -> None:
-        super().__init__(wandb.Api(), multiprocessing.Queue(), sweep_id=sweep)
-        self.unfinished = unfinished
+    def __init__(self, sweep: str, job: Job, overrides: list[str]) -> None:
+        self.job = job
+        self.unfinished = Path("runs", "sweeps", sweep, f"unfinished-{job.id}.json")
         """Holds the running trial. The trial removes it when it needs no other life."""
-        self.start = start
+        self.start = [sys.executable, "tools/job.py", *job.options(), "--trial", str(self.unfinished), "--"]
         self.overrides = overrides
+        self.trial: AgentProcess | None = None
+        """The newest."""
+        self.asked = False
+        """To end: the time is almost up, or the job is preempted."""
+        self.over = False
+        """Whether the sweep itself is: done, or cancelled."""
+        signal.signal(signal.SIGUSR1, self._ask)
+        # Slurm sends it to every process of a job that it ends, and the trial answers.
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        release_signals()
+        super().__init__(wandb.Api(), multiprocessing.Queue(), sweep_id=sweep)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self.trial is not None and self.trial.poll() is None:
+            self.trial._popen.send_signal(number)
+        elif self.job.is_running():
+            # At once: the agent may be waiting for the server.
+            self.job.requeue()
 
     def _run_loop(self, agent_id: str) -> None:
         command = self._sweep_command
@@ -45,7 +68,7 @@ class JobAgent(Agent):
             raise ValueError(f"the sweep's command is {command}: it must name {TRAINER} (conf/sweep/)")
         arguments = command[command.index(TRAINER) + 1 :]
         self._sweep_command = [*self.start, *arguments, *self.overrides]
-        if self.unfinished.exists():
+        if self.unfinished.exists() and not self.asked:
             self._command_run(json.loads(self.unfinished.read_text()))
         super()._run_loop(agent_id)
 
@@ -54,22 +77,38 @@ class JobAgent(Agent):
         temporary = self.unfinished.with_suffix(".tmp")
         temporary.write_text(json.dumps(command))
         os.replace(temporary, self.unfinished)
-        super()._command_run(command)
+        # What comes now is for the trial, and waits until it can answer.
+        hold_signals()
+        try:
+            super()._command_run(command)
+            self.trial = self._run_processes[command["run_id"]]
+        finally:
+            release_signals()
 
     def _heartbeat_commands(self, agent_id: str, run_status: dict[str, bool]) -> list[dict[str, Any]]:
-        if self.unfinished.exists() and not run_status:
-            # Its life is over, and so is the job's: the next begins with it.
+        if not run_status and (self.asked or self.unfinished.exists()):
+            # The trial's life is over, and so is the job's: the next begins with it.
             self._running = False
             return []
         return super()._heartbeat_commands(agent_id, run_status)
 
     def _command_exit(self, command: dict[str, Any]) -> None:
-        # Of a sweep that is cancelled or done: there is nothing to go on with.
+        # There is nothing to go on with.
         self.unfinished.unlink(missing_ok=True)
+        self.over = True
         super()._command_exit(command)
 
-    def processes(self) -> list[subprocess.Popen[bytes]]:
-        return [process._popen for process in self._run_processes.values()]
+    def end(self) -> None:
+        """End the job, or queue it again, now that the agent has ended. A trial may have done so for it."""
+        if self.over or not self.job.is_running():
+            return
+        code = self.trial.poll() if self.trial is not None else None
+        killed = code is not None and code < 0
+        if not self.asked and not killed:
+            sys.exit(code or 1)
+        why = "SIGUSR1 asked it to end" if self.asked else f"signal {-code} ended the trial's own process"
+        print(f"job {self.job.id} is queued again: {why}", flush=True)
+        self.job.requeue()
 
 
 def main() -> None:
@@ -80,22 +119,9 @@ def main() -> None:
     os.environ.update(zip(("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID"), parts, strict=True))
     # A trial that is stopped early first ends its step; wandb would kill it after 30 s.
     os.environ.setdefault("WANDB_AGENT_KILL_DELAY", "600")
-    job = Job.of(options)
-    unfinished = Path("runs", "sweeps", parts[2], f"unfinished-{job.id}.json")
-    start = [sys.executable, "tools/job.py", *job.options(), "--trial", str(unfinished), "--"]
-    agent = JobAgent(parts[2], unfinished, start, options.overrides)
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        running = agent.processes()
-        for process in running:
-            process.send_signal(number)
-        if not running:
-            job.requeue()
-
-    signal.signal(signal.SIGUSR1, hand_on)
-    # Slurm sends it to every process of a job that it ends, and the trial answers.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    agent = JobAgent(parts[2], Job.of(options), options.overrides)
     agent.run()
+    agent.end()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """What a job asks of Slurm from its batch host: steps, and to be started again. By scontrol and srun alone.
 
 A job that still runs may ask for another life; one that was cancelled, or that Slurm itself takes away, is
-Slurm's to end.
+Slurm's to end. It is asked to end by signals, which must not be lost while a process is being started.
 """
 
 from __future__ import annotations
@@ -19,7 +19,20 @@ from dataclasses import dataclass
 CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out")
 AWAY_WAITS_S = (5.0, 30.0, 120.0)
 PR_SET_PDEATHSIG = 1
+ENDING = (signal.SIGUSR1, signal.SIGTERM)
+"""The signals by which a job is asked to end."""
 libc = ctypes.CDLL(None)
+
+
+def hold_signals() -> None:
+    """Let the ending signals wait, here and in processes that are started meanwhile, until each is ready to
+    answer them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+
+def release_signals() -> None:
+    """Answer the ending signals, those first that have been waiting."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +27,9 @@ fi
 exit {code}
 """
 SCONTROL = """#!/bin/sh
-case "$1" in show) echo "JobState={state}" ;; *) echo "$@" >> {log} ;; esac
+case "$1" in show) echo "JobState={state} ExcNodeList=(null)" ;; *) echo "$@" >> {log} ;; esac
 """
+WITHOUT_NODE1 = ["requeuehold 7", "update JobId=7 ExcNodeList=node1", "release 7"]
 Ended = Callable[..., tuple[int, list[str], bool]]
 
 
@@ -45,7 +49,13 @@ def ended(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
 
     def end(
-        kind: str, code: int, *arguments: str, state: str = "RUNNING", asked: str = ""
+        kind: str,
+        code: int,
+        *arguments: str,
+        state: str = "RUNNING",
+        asked: str = "",
+        nodes: str = "node1",
+        check: Callable[..., dict[str, str]] = lambda *_: {},
     ) -> tuple[int, list[str], bool]:
         log.write_text("")
         trial.touch()
@@ -58,7 +68,8 @@ def ended(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             (tmp_path / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         monkeypatch.setenv("SLURM_JOB_ID", "7")
-        options = ["--job", "7", "--nodes", "node1", "--no-preflight", "--trial", str(trial), "--"]
+        monkeypatch.setattr(tool, "failing_nodes", check)
+        options = ["--job", "7", "--nodes", nodes, "--trial", str(trial), "--"]
         monkeypatch.setattr(sys, "argv", ["job.py", *options, "debug=tiny", f"run.dir={run}", *arguments])
         number = 0
         try:
@@ -114,3 +125,49 @@ def test_lives_that_come_no_further_are_not_repeated(ended: Ended) -> None:
         assert ended("failed", 143)[1] == ["requeue 7"]
     with pytest.raises(ValueError, match="3 times from step 0"):
         ended("failed", 143)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "faults", "asked"),
+    [
+        ("node1,node2", ["node1"], WITHOUT_NODE1),
+        ("node1", ["node1"], WITHOUT_NODE1),
+        ("node1,node2", ["node1", "node2"], ["requeue 7"]),  # it is hardly they
+    ],
+)
+def test_a_job_leaves_a_node_that_fails(
+    ended: Ended, nodes: str, faults: list[str], asked: list[str]
+) -> None:
+    for _ in range(3):
+        found = ended("", 0, nodes=nodes, check=lambda *_: dict.fromkeys(faults, "is ill"))
+        assert found == (0, asked, True)
+    with pytest.raises(ValueError, match="3 times from step 0"):
+        ended("", 0, nodes=nodes, check=lambda *_: dict.fromkeys(faults, "is ill"))
+
+
+def test_checks_that_end_with_the_job_blame_no_node(ended: Ended) -> None:
+    silent = {"node1": "does not answer"}
+
+    def killed(*_: object) -> dict[str, str]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return silent
+
+    assert ended("", 0, check=lambda *_: silent, state="CANCELLED") == (0, [], True)
+    assert ended("", 0, check=lambda *_: silent, state="PENDING") == (0, [], True), "queued from outside"
+    assert ended("", 0, check=killed) == (0, ["requeue 7"], True)
+
+
+def test_a_signal_during_the_imports_is_answered(ended: Ended, tmp_path: Path) -> None:
+    ended("finished", 0)  # for its srun and scontrol
+    options = ["--job", "7", "--nodes", "node1", "--no-preflight", "--", f"run.dir={tmp_path}/other"]
+    tool = subprocess.Popen([sys.executable, str(TOOL), *options], stdout=subprocess.PIPE, text=True)
+    held = 0
+    while not held >> signal.SIGUSR1 - 1 & 1:
+        assert tool.poll() is None
+        time.sleep(0.01)
+        status = Path(f"/proc/{tool.pid}/status").read_text()
+        held = int(status.partition("SigBlk:")[2].split()[0], 16)
+    tool.send_signal(signal.SIGUSR1)
+    out, _ = tool.communicate()
+    assert (tool.returncode, out) == (0, "job 7 is queued again: SIGUSR1 asked it to end\n")
+    assert (tmp_path / "log").read_text() == "requeue 7\n"

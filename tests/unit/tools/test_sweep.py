@@ -1,0 +1,131 @@
+"""tools/sweep.py: wandb's own agent with a server and trials of the test; how its job ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+from wandb.apis.public import sweeps
+
+from svd_ds.parallel.slurm import Job
+
+TOOL = Path(__file__).parents[3] / "tools" / "sweep.py"
+SCONTROL = """#!/bin/sh
+[ "$1" = show ] && exec cat {folder}/state
+echo "$@" >> {folder}/log
+echo JobState=PENDING > {folder}/state
+"""
+SETTLE = "import os; os.remove(unfinished)\n"
+ASK = "import os, signal; os.kill(os.getppid(), signal.SIGUSR1)\n"
+ANSWER = """
+import signal, sys, time
+asked = []
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+while not asked:
+    time.sleep(0.01)
+"""
+TELL = "open('told', 'a').write(sys.argv[1])\n"
+
+
+class Life(NamedTuple):
+    code: int
+    asked: list[str]
+    """Of scontrol."""
+    commands: int
+    """That the agent was given: two trials, and the word that the sweep is done."""
+
+
+@pytest.fixture
+def lived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Life]]:
+    """lived(trial): how a life of the job ended whose trials are the Python program `trial`; the sweep has
+    two."""
+    spec = importlib.util.spec_from_file_location("sweep", TOOL)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    (tmp_path / "scontrol").write_text(SCONTROL.format(folder=tmp_path))
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+
+    def live(trial: str, at_start: Callable[[], None] = lambda: None) -> Life:
+        agent = _agent(tool, trial)
+        given = []
+
+        def heartbeat(*_: object) -> list[dict[str, Any]]:
+            if agent._run_processes:
+                return []
+            given.append({"type": "run" if len(given) < 2 else "exit", "run_id": f"r{len(given)}"})
+            return [given[-1] | {"program": "", "args": {"optim.lr": {"value": 1}}}]
+
+        def register(*_: object, **__: object) -> dict[str, str]:
+            at_start()
+            return {"id": "agent"}
+
+        config = "command: [python, -m, svd_ds.train, '${args_no_hyphens}']"
+        monkeypatch.setattr(sweeps, "_sweep_with_runs", lambda *_: {"config": config})
+        monkeypatch.setattr(sweeps, "_register_agent", register)
+        monkeypatch.setattr(sweeps, "_agent_heartbeat", heartbeat)
+        (tmp_path / "state").write_text("JobState=RUNNING")
+        (tmp_path / "log").write_text("")
+        code = 0
+        try:
+            agent.run()
+            agent.end()
+        except SystemExit as exit:
+            code = exit.code
+        return Life(code, (tmp_path / "log").read_text().splitlines(), len(given))
+
+    def _agent(tool: ModuleType, trial: str) -> Any:
+        monkeypatch.setattr(tool.wandb, "Api", lambda: None)
+        agent = tool.JobAgent("sweep", Job("7", ("node1",), 1, 0, 3, preflight=False), ["run.steps=2"])
+        agent.POLL_INTERVAL = 0.02
+        agent.start = [sys.executable, "-c", f"unfinished = {str(agent.unfinished)!r}\n{trial}"]
+        return agent
+
+    yield live
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_sweep_that_is_done_ends_the_job(lived: Callable[..., Life]) -> None:
+    assert lived("import sys\n" + TELL + SETTLE) == (0, [], 3)
+    assert Path("told").read_text() == "optim.lr=1" * 2
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_trial_that_cannot_go_on_fails_the_job(lived: Callable[..., Life], code: int) -> None:
+    """As where scontrol fails: the next life, of whoever starts it, begins with that trial."""
+    assert lived(f"raise SystemExit({code})") == (code, [], 1)
+
+
+def test_a_trial_whose_process_is_killed_gets_another_life(
+    lived: Callable[..., Life], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lived("import os; os.kill(os.getpid(), 9)") == (0, ["requeue 7"], 1)
+    assert "job 7 is queued again: signal 9 ended the trial's own process\n" in capfd.readouterr().out
+    assert lived("import sys\n" + TELL + SETTLE) == (0, [], 3)
+    assert Path("told").read_text() == "optim.lr=1" * 3, "it comes first"
+
+
+def test_a_trial_that_queued_the_job_again_has_said_it_all(lived: Callable[..., Life]) -> None:
+    assert lived("import os; os.system('scontrol requeue 7')") == (0, ["requeue 7"], 1)
+
+
+def test_usr1_reaches_the_trial_however_early(lived: Callable[..., Life]) -> None:
+    """Python's own start included; and no other trial begins, however this one ends."""
+    assert lived(ASK + ANSWER + TELL + SETTLE) == (0, ["requeue 7"], 1)
+    assert Path("told").exists(), "it answered, and was not killed"
+
+
+def test_usr1_between_trials_queues_the_job_again(lived: Callable[..., Life]) -> None:
+    assert lived(SETTLE, at_start=lambda: os.kill(os.getpid(), signal.SIGUSR1)) == (0, ["requeue 7"], 0)
