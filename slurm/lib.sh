@@ -3,14 +3,21 @@
 set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?run this with sbatch from the root of the repository}"
-# shellcheck disable=SC1091
-[ ! -f slurm/site.env ] || . slurm/site.env
+# The time is almost up, or the job is preempted (--signal=B:USR1@...).
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+if [ -f slurm/site.env ]; then
+  set +u # modules and conda read variables that nobody has set
+  # shellcheck disable=SC1091
+  . slurm/site.env
+  set -u
+fi
 PYTHON=${SVD_DS_PYTHON:-.venv/bin/python}
 CPUS=${SLURM_CPUS_PER_TASK:-1}
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
 MASTER_ADDR=${NODES%%,*}
-# A port of the job's own, so that two jobs can share a node.
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# A port of this life's own, below those that the system hands out: jobs can share a node, and what an earlier life
+# left on one is not met.
+MASTER_PORT=$((15000 + (7 * SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 15000))
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS NCCL_DEBUG
@@ -18,13 +25,16 @@ export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS NCCL_DEBUG
 # What tools/job.py and tools/sweep.py are told of the job; SVD_DS_JOB_OPTIONS: the site's own, as --no-preflight.
 JOB=(--job "$SLURM_JOB_ID" --nodes "$NODES" --cpus "$CPUS" --gpus "${SLURM_GPUS_ON_NODE:-0}" ${SVD_DS_JOB_OPTIONS:-})
 
-# exec, here and in sweep.sh: Slurm signals this process (--signal=B:...), and what it becomes answers.
+become() {  # become SCRIPT ARGUMENT...: Slurm signals this process, and what it becomes answers
+  trap '' USR1 # while Python starts it would be the end
+  exec "$PYTHON" "$@"
+}
+
 train() {  # train ARGUMENT...: one srun task a rank, all ranks with the same arguments; lives on after a death
-  exec "$PYTHON" tools/job.py "${JOB[@]}" -- "$@"
+  become tools/job.py "${JOB[@]}" -- "$@"
 }
 
 tasks() {  # tasks SCRIPT ARGUMENT...: one srun task a rank of a script that goes on by itself when started again
-  trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
   srun --kill-on-bad-exit=1 --cpus-per-task="$CPUS" "$PYTHON" "$@" &
   wait $!
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Video pretraining at 14 x 256x384, then at 14 x 320x576: the paper's 48 x 8 A100.
-#   sbatch slurm/stage2.sh data.path=/shared/shards frozen.path=/shared/sd21 init.from=runs/stage1 [key=value ...]
+#   sbatch slurm/stage2.sh data.path=/shared/shards frozen.path=/shared/sd21 init.from=runs/stage1
 #   sbatch slurm/stage2.sh stage2_highres data.path=/shared/shards frozen.path=/shared/sd21 init.from=runs/stage2
-#   sbatch --nodes=2 --account=me slurm/stage2.sh debug=tiny      any #SBATCH line can be overridden
+#   sbatch --nodes=2 --account=me slurm/stage2.sh debug=tiny batch.size=16      any #SBATCH line can be overridden
 #SBATCH --job-name=svd-stage2
 #SBATCH --nodes=48
 #SBATCH --ntasks-per-node=8

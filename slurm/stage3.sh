@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # The finetunes at 576x1024, and what builds on them: stage3_t2v, stage3_i2v_base, stage3_i2v, stage3_i2v_xt,
-# interpolation, camera_lora, multiview. Each names the stage that it starts from in conf/experiment/.
+# interpolation, camera_lora, multiview. Each names the stage that it starts from in conf/experiment/; the last three have
+# smaller batches, for fewer nodes.
 #   sbatch slurm/stage3.sh stage3_i2v data.path=/shared/best frozen.path=/shared/svd init.from=runs/stage3_i2v_base
-#   sbatch --nodes=1 slurm/stage3.sh multiview data.path=/shared/orbits frozen.path=/shared/svd init.from=RUN
+#   sbatch --nodes=8 slurm/stage3.sh interpolation data.path=/shared/best frozen.path=/shared/svd init.from=runs/stage3_t2v
+#   sbatch --nodes=2 slurm/stage3.sh camera_lora data.path=/shared/zooming frozen.path=/shared/svd init.from=runs/stage3_i2v
+#   sbatch --nodes=1 slurm/stage3.sh multiview data.path=/shared/orbits frozen.path=/shared/svd init.from=runs/stage3_i2v_xt
 #SBATCH --job-name=svd-stage3
 #SBATCH --nodes=48
 #SBATCH --ntasks-per-node=8

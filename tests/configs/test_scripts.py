@@ -22,22 +22,27 @@ def test_script_parses(script: Path) -> None:
     assert parsed.returncode == 0, parsed.stderr
 
 
-def started(script: str, *arguments: str, **variables: str) -> str:
-    """What slurm/SCRIPT would start, with Slurm's commands and Python in their places."""
+def shell(commands: str, *arguments: str, **variables: str) -> str:
+    """What bash prints of `commands`, with Slurm's commands and Python in their places."""
     stubs = """
-        scontrol() { echo node1; echo node2; }
+        scontrol() { if [ "$1" = show ]; then echo node1; echo node2; else echo "scontrol $*"; fi; }
         srun() { shift 2; echo "$*"; }
-        export SLURM_JOB_ID=1 SLURM_JOB_NODELIST=node[1-2] SVD_DS_PYTHON=echo
+        export SLURM_JOB_NODELIST=node[1-2] SVD_DS_PYTHON=echo
     """
     ended = subprocess.run(
-        ["bash", "-c", f'{stubs}\n. slurm/{script} "$@"', script, *arguments],
+        ["bash", "-c", f"{stubs}\n{commands}", "bash", *arguments],
         cwd=ROOT,
-        env={**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), **variables},
+        env={**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1", **variables},
         capture_output=True,
         text=True,
         check=True,
     )
     return ended.stdout.strip()
+
+
+def started(script: str, *arguments: str, **variables: str) -> str:
+    """What slurm/SCRIPT would start."""
+    return shell(f'. slurm/{script} "$@"', *arguments, **variables)
 
 
 def trained(script: str, *arguments: str) -> str:
@@ -48,12 +53,41 @@ def trained(script: str, *arguments: str) -> str:
 
 def test_other_scripts_hand_their_arguments_on() -> None:
     assert started("encode.sh", "in", "out", "--size", "8x8") == "echo tools/encode.py in out --size 8x8"
-    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
-    assert started("curate.sh", "in", "out", **array).endswith("in out --workers 1 --part 2/4")
     assert started("curate.sh", "in", "out").endswith("in out --workers 1")
     sweep = started("sweep.sh", "me/svd/abc", "optim.lr=1")
     assert sweep.startswith("tools/sweep.py --job 1 --nodes node1,node2 ")
     assert sweep.endswith(" -- me/svd/abc optim.lr=1")
+
+
+def test_a_part_that_is_submitted_again_is_the_same_part() -> None:
+    words = ("a b", "out", "--part", "%a/4")
+    for array in ({"SLURM_ARRAY_TASK_COUNT": "4"}, {"SLURM_ARRAY_TASK_COUNT": "1"}):
+        told = started("curate.sh", *words, SLURM_ARRAY_TASK_ID="3", **array)
+        assert told.endswith("a b out --part 3/4 --workers 1")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        started("curate.sh", "in", "out", SLURM_ARRAY_TASK_ID="3")
+    assert "needs --part %a/N" in refused.value.stderr
+
+
+def test_a_life_has_a_port_of_its_own_below_those_of_the_system() -> None:
+    lives = ({"SLURM_RESTART_COUNT": "0"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "99999999"})
+    ports = [int(shell(". slurm/lib.sh; echo $MASTER_PORT", **life)) for life in lives]
+    assert len(set(ports)) == 3
+    assert all(15000 <= port < 30000 for port in ports)
+
+
+def test_a_sites_settings_may_read_what_nobody_has_set(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "site.env").write_text("module() { SITE=$CONDA_SHLVL$1; }\nmodule load cuda\n")
+    command = ". slurm/lib.sh; echo $SITE; echo $NOTHING"
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        shell(command, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert ended.value.stdout == "load\n", "our own words are still checked"
+
+
+def test_usr1_queues_a_job_again_that_has_not_begun() -> None:
+    told = shell(". slurm/lib.sh; kill -USR1 $$; train x")
+    assert told.startswith("scontrol requeue 1\ntools/job.py ")
 
 
 def test_job_scripts_start_experiments_that_exist() -> None:
@@ -62,11 +96,35 @@ def test_job_scripts_start_experiments_that_exist() -> None:
         assert (CONF / "experiment" / f"{name}.yaml").exists(), f"{script}: {name}"
     assert trained("stage2.sh", "debug=tiny", "x=a b") == "+experiment=stage2 debug=tiny x=a b"
     assert trained("stage3.sh", "multiview", "run.steps=2") == "+experiment=multiview run.steps=2"
-    documented = [*SCRIPTS, *(CONF / "experiment").glob("*.yaml")]
-    named = {name for path in documented for name in re.findall(r"stage\d\.sh (\w+) ", path.read_text())}
-    assert "multiview" in named
-    for name in named:
-        assert (CONF / "experiment" / f"{name}.yaml").exists(), name
+
+
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *SCRIPTS, *CONF.rglob("*.yaml")]
+JOBS = re.findall(
+    r"sbatch (.*)slurm/(stage\d|sweep)\.sh( .*?)?(?:   .*|`.*)?$",
+    "\n".join(path.read_text() for path in DOCUMENTS),
+    flags=re.M,
+)
+
+
+@pytest.mark.parametrize(("options", "script", "words"), sorted(set(JOBS)))
+def test_documented_jobs_have_settings_and_ranks_that_fit(options: str, script: str, words: str) -> None:
+    text = (ROOT / "slurm" / f"{script}.sh").read_text()
+    shape = dict(re.findall(r"--(nodes|ntasks-per-node)=(\d+)", f"{text}\n{options}"))
+    if script == "sweep":
+        name, *overrides = words.split()
+        assert name == "ENTITY/PROJECT/SWEEP"
+        overrides.insert(0, "+experiment=noise_schedule")
+    else:
+        overrides = trained(f"{script}.sh", *words.split()).split()
+    settings = compose(overrides)
+    for value in (settings.data.path, settings.frozen.path, settings.init.source or ""):
+        assert not value.startswith("?"), f"{value} must be given"
+    settings.batch.accumulation(int(shape["nodes"]) * int(shape["ntasks-per-node"]))
+
+
+def test_jobs_are_documented() -> None:
+    named = {(script, word) for _, script, words in JOBS for word in words.split()[:1]}
+    assert {("stage3", "multiview"), ("stage1", "stage1_time_embed"), ("stage2", "debug=tiny")} <= named
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
