@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,8 @@ LIMIT_S = 300.0
 """For all nodes to answer, Python's start from a shared disk included."""
 MEET_S = 90.0
 """For the nodes to find each other."""
+END_S = 10.0
+"""For steps to end that did not answer in time."""
 
 
 class Job(Protocol):
@@ -45,14 +48,19 @@ class Job(Protocol):
 
 
 def failing_nodes(job: Job, folder: Path) -> dict[str, str]:
-    """The nodes of a job that should not be trained on, and why. `folder` is the run's."""
+    """The nodes of a job that should not be trained on, and why: all of them where none is to blame.
+    `folder` is the run's."""
     # A node that fails must not end the step for those that are slower to answer.
     notes = _try(job, "alone", [job.nodes], folder, "--kill-on-bad-exit=0")
     faults = {node: note for node, note in notes.items() if note != FIT}
     if faults or len(job.nodes) == 1:
         return faults
     notes = _try(job, "together", [job.nodes], folder)
-    return {} if all(note == FIT for note in notes.values()) else _out_of_reach(job, folder)
+    if all(note == FIT for note in notes.values()):
+        return {}
+    return _out_of_reach(job, folder) or dict.fromkeys(
+        job.nodes, "reaches a neighbour, and not all nodes together"
+    )
 
 
 def _out_of_reach(job: Job, folder: Path) -> dict[str, str]:
@@ -93,18 +101,26 @@ def _try(
         )
         for group in groups
     ]
-    for step in steps:
-        try:
-            step.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            step.terminate()
-            step.wait()
+    _wait(steps)
     silence = f"does not answer, or cannot write to {notes}"
     return {
         node: (notes / node).read_text() if (notes / node).exists() else silence
         for group in groups
         for node in group
     }
+
+
+def _wait(steps: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, by themselves or because their time is over."""
+    for limit_s, end in ((LIMIT_S, subprocess.Popen.terminate), (END_S, subprocess.Popen.kill)):
+        deadline = time.monotonic() + limit_s
+        for step in steps:
+            try:
+                step.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                end(step)
+    for step in steps:
+        step.wait()
 
 
 def check_alone(folder: Path, gpus: int) -> None:

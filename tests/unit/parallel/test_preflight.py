@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from svd_ds.parallel import preflight
 from svd_ds.parallel.preflight import FIT, check_alone, failing_nodes
 
 
 @dataclass
 class FakeJob:
-    """Nodes of which some are ill, some silent, and some do not reach the others."""
+    """Nodes of which some are ill, some silent, and some do not reach the others; or more than two do not
+    meet at once."""
 
     nodes: tuple[str, ...]
     ill: Sequence[str] = ()
     silent: Sequence[str] = ()
     apart: Sequence[str] = ()
+    crowded: bool = False
+    command: Sequence[str] = ("true",)
+    """Of a step."""
     gpus: int = 0
     groups: list[list[str]] = field(default_factory=list)
 
@@ -29,11 +35,11 @@ class FakeJob:
         self.groups.append(group)
         check, notes = command[3], Path(command[5])
         assert ("--kill-on-bad-exit=0" in options) == (check == "alone")
-        meets = not set(group) & set(self.apart)
+        meets = not set(group) & set(self.apart) and not (self.crowded and len(group) > 2)
         for node in set(group) - set(self.silent):
             well = node not in self.ill if check == "alone" else meets
             (notes / node).write_text(FIT if well else "has no disk")
-        return subprocess.Popen(["true"])
+        return subprocess.Popen(self.command)
 
 
 def nodes(count: int) -> tuple[str, ...]:
@@ -69,6 +75,24 @@ def test_a_node_that_reaches_nobody_is_named(
     job = FakeJob(nodes(count), apart=apart)
     assert set(failing_nodes(job, tmp_path)) == blamed
     assert all(len(group) == 2 for group in job.groups[2:])
+
+
+def test_nodes_that_meet_only_in_pairs_are_not_trained_on(tmp_path: Path) -> None:
+    faults = failing_nodes(FakeJob(nodes(5), crowded=True), tmp_path)
+    assert list(faults) == list(nodes(5)), "none is to blame"
+
+
+def test_steps_that_hang_are_ended_at_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "LIMIT_S", 0.5)
+    monkeypatch.setattr(preflight, "END_S", 0.5)
+    job = FakeJob(
+        nodes(9), silent=nodes(9), command=["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"]
+    )
+    started = time.monotonic()
+    pairs = [[f"n{i}", f"n{i + 1}"] for i in range(0, 8, 2)]
+    notes = preflight._try(job, "together", pairs, tmp_path)
+    assert time.monotonic() - started < 2.5, "one limit and one grace for all of them"
+    assert all("does not answer" in note for note in notes.values())
 
 
 def test_a_fit_machine_passes_and_a_missing_gpu_or_disk_is_told(tmp_path: Path) -> None:
