@@ -12,15 +12,19 @@ from tests.curation import real_shots
 from tests.videos import write_video
 
 
-def curate(cluster: Cluster, raw: Path, out: Path) -> list[str]:
-    """Submit two parts and what finishes behind them, as the script's header says; what each part says."""
+def curate(cluster: Cluster, raw: Path, out: Path, *numbers: int) -> list[str]:
+    """Submit these of two parts and what finishes behind them, as the script's header says; what each part
+    says."""
     arguments = (str(raw), str(out), "--shortest", "1s", "--text-model", "none")
     logs = raw.parent / "%A-%a.out"
     one = ("--nodes=1",)
-    parts = cluster.submit("slurm/curate.sh", *arguments, options=(*one, "--array=4-5", f"--output={logs}"))
+    array = f"--array={','.join(map(str, numbers))}"
+    parts = cluster.submit(
+        "slurm/curate.sh", *arguments, "--part", "%a/2", options=(*one, array, f"--output={logs}")
+    )
     last = cluster.submit("slurm/curate.sh", *arguments, options=(*one, f"--dependency=afterok:{parts}"))
     ended = cluster.wait(last)
-    told = [(raw.parent / f"{parts}-{task}.out").read_text() for task in (4, 5)]
+    told = [(raw.parent / f"{parts}-{task}.out").read_text() for task in numbers]
     assert ended["JobState"] == "COMPLETED", (*told, cluster.output(last))
     return told
 
@@ -32,11 +36,11 @@ def test_an_array_shares_out_the_files_and_twice_is_as_once(cluster: Cluster, tm
     for name in ("man", "rabbit", "street1"):
         write_video(raw / f"{name}.mp4", shots[name][:30], fps=25)
     (raw / "text.mp4").write_text("no video")
-    told = curate(cluster, raw, out)
+    told = curate(cluster, raw, out, 0, 1)
     assert [f"part {part}/2 is done, 2 of 4 files" in text for part, text in enumerate(told)] == [True, True]
     assert len(Index.load(out / "shards")) == 3
     assert "text.mp4" in (out / "refused.csv").read_text()
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert any(path.suffix == ".parquet" for path in files)
-    curate(cluster, raw, out)
+    assert "part 1/2 is done, 2 of 4 files" in curate(cluster, raw, out, 1)[0]
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files

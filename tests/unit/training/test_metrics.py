@@ -59,7 +59,9 @@ def test_steps_that_a_run_goes_back_behind_are_no_goodput(tmp_path: Path) -> Non
 
 
 def measured(loss: float) -> Measured:
-    return Measured("set", 4, [0.1, 1.0], [loss, loss], [loss + 1, loss + 1], [2.0, 3.0], [loss] * 4, [2.0] * 4)
+    return Measured(
+        "set", 4, [0.1, 1.0], [loss, loss], [loss + 1, loss + 1], [2.0, 3.0], [loss] * 4, [2.0] * 4
+    )
 
 
 def test_evaluations_and_skipped_steps_are_lines_and_a_resumed_run_drops_the_later(
