@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
         default=0.25,
         help="share that a clip may lose to be copied, not encoded; -1: never",
     )
-    add("--text-model", metavar="FILE", help="text detector in ONNX, or none; default: rapidocr's")
+    add("--text-model", metavar="FILE", help="of text: ONNX, CRAFT's .pth, or none; default: rapidocr's")
     add("--clip", default="", metavar="FOLDER", help="CLIP: embeddings, and how well captions fit")
     add("--aesthetic", dest="head", default="", metavar="FILE", help="linear head on CLIP's embeddings")
     add("--coca", default="none", metavar="FOLDER", help="captions the middle frame; default: %(default)s")
