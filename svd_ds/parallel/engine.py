@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from svd_ds.parallel.groups import ModelParallelUnit
+from svd_ds.parallel.leaves import ensure_input_gradient, largest_leaf
 
 # Said aloud, or DeepSpeed warns on every rank that it had to look for itself.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -63,13 +64,14 @@ class Engine:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
+        leaves = list(leaves)
         trained = {id(parameter) for group in groups for parameter in group["params"]}
         for parameter in module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         for leaf in leaves:
             set_z3_leaf_module(leaf, True)
             if any(parameter.requires_grad for parameter in leaf.parameters()):
-                leaf.register_forward_pre_hook(_ensure_input_gradient)
+                leaf.register_forward_pre_hook(ensure_input_gradient)
         # The rate is given anew at every step.
         self._fused = "offload_optimizer" not in config["zero_optimization"]
         if self._fused:
@@ -82,8 +84,10 @@ class Engine:
                 )
             self._adam = DeepSpeedCPUAdam(list(groups), lr=0.0, betas=betas, eps=eps)
         _start_communication()
+        live = {"stage3_max_live_parameters": 2 * largest_leaf(leaves)}
+        config = {**config, "zero_optimization": live | config["zero_optimization"]}
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=module, optimizer=self._adam, config=dict(config), mpu=mpu
+            model=module, optimizer=self._adam, config=config, mpu=mpu
         )
         self.module = module
         self.group = mpu.get_data_parallel_group()
@@ -94,9 +98,11 @@ class Engine:
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         self.shapes: dict[str, torch.Size] = {name: p.ds_shape for name, p in self._parameters.items()}
         self._masters: dict[str, Tensor] = {}
+        self._frozen: dict[str, Tensor] = {}
         self._moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
         self._find_optimizer_state()
         self._clear_padding()
+        self._keep_frozen()
 
     @staticmethod
     def sharded_init(config: Mapping[str, Any], mpu: ModelParallelUnit) -> AbstractContextManager[None]:
@@ -111,7 +117,11 @@ class Engine:
 
     def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
         """Run the module. All ranks call it together, under torch.no_grad too."""
-        return self._engine(*inputs, **named_inputs)
+        output = self._engine(*inputs, **named_inputs)
+        if not torch.is_grad_enabled():
+            # The last blocks are kept for a backward pass, which does not come.
+            self._zero.empty_partition_cache()
+        return output
 
     def backward(self, loss: Tensor, micro_batches: int | None = None) -> None:
         """Add the gradient of a micro-batch's mean loss. A step averages over its micro-batches and ranks.
@@ -165,15 +175,11 @@ class Engine:
         return dict(self._masters)
 
     def frozen_shards(self) -> dict[str, Tensor]:
-        """Name -> this rank's shard of every parameter that is not trained, flat, as float32.
+        """Name -> this rank's shard of every parameter that is not trained, flat, as it was loaded: float32.
 
-        Their values are those of the compute precision: what has no optimiser has no float32 master.
+        They lie in host memory. To compute with them a rank has its shards in the compute precision.
         """
-        return {
-            name: parameter.ds_tensor.detach().float()
-            for name, parameter in self._parameters.items()
-            if name not in self._masters
-        }
+        return dict(self._frozen)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's exp_avg and exp_avg_sq, each as `local_shards` has the weights: views, for writing too."""
@@ -211,8 +217,8 @@ class Engine:
         missing = dict.fromkeys(self.shapes)
         with self._released():
             for name, shard in shards:
-                if name in self._masters:
-                    self._masters[name].copy_(shard)
+                exact = self._masters if name in self._masters else self._frozen
+                exact[name].copy_(shard)
                 self._parameters[name].ds_tensor.copy_(shard)
                 missing.pop(name, None)
         return list(missing)
@@ -244,6 +250,12 @@ class Engine:
                 self._masters[name] = buffers[index].detach().narrow(0, start, numel)
                 for moment, shards in self._moments.items():
                     shards[name] = self._adam.state[buffers[index]][moment].narrow(0, start, numel)
+
+    def _keep_frozen(self) -> None:
+        """DeepSpeed keeps float32 of what is trained alone: the rest would be rounded for good."""
+        for name, parameter in self._parameters.items():
+            if name not in self._masters:
+                self._frozen[name] = parameter.ds_tensor.detach().to("cpu", torch.float32)
 
     @torch.no_grad()
     def _clear_padding(self) -> None:
@@ -285,15 +297,3 @@ def _start_communication() -> None:
     # Names that DeepSpeed uses and that newer versions of torch would like to see replaced, at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     deepspeed.init_distributed()
-
-
-def _ensure_input_gradient(leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give a leaf an input that wants a gradient, where everything before the leaf is frozen.
-
-    DeepSpeed reduces a leaf's gradients and releases its parameters once the gradients of its inputs are
-    there: with none to wait for, it would do so before the leaf has run backward.
-    """
-    if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return None
-    first = next(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point())
-    return (*inputs[:first], inputs[first].detach().requires_grad_(), *inputs[first + 1 :])

@@ -17,10 +17,13 @@ class ZeroConfig:
     with their block, whereas each that stays costs a message of its own after every step."""
     prefetch_bucket: int = 50_000_000
     """How far ahead of their use parameters are gathered."""
-    max_live: int = 1_000_000_000
-    """Gathered parameters are freed at the latest when there are this many."""
-    max_reuse_distance: int = 1_000_000_000
-    """A gathered parameter stays if it is used again within this many."""
+    max_live: int | None = None
+    """While this many are gathered, none are gathered ahead. None: twice the largest block, so that one
+    computes while the next arrives. Of SVD's 1,525 million parameters a rank then holds 201 million at once,
+    and of a network of any width a small part; DeepSpeed's own 1,000 million are most of SVD."""
+    max_reuse_distance: int = 0
+    """A gathered parameter stays if it is used again within this many. With 0 a block is gathered for its
+    forward pass, and again for its backward pass."""
     reduce_bucket: int = 50_000_000
     """Gradients are reduced when this many wait. The buffer is allocated in full at the start."""
     reduce_dtype: str = "fp32"
@@ -40,7 +43,7 @@ class ZeroConfig:
 def deepspeed_config(
     zero: ZeroConfig, *, precision: str, micro_batch: int, accumulation: int, gradient_clip: float
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration (deepspeed.ai/docs/config-json).
+    """DeepSpeed's configuration (deepspeed.ai/docs/config-json). Engine adds max_live where it is None.
 
     precision: bf16 (compute in bfloat16, master weights and moments in float32) or fp32.
     micro_batch: clips a rank computes at once. accumulation: micro-batches in a step.
@@ -52,7 +55,6 @@ def deepspeed_config(
         "stage": 3,
         "stage3_param_persistence_threshold": zero.persistence_threshold,
         "stage3_prefetch_bucket_size": zero.prefetch_bucket,
-        "stage3_max_live_parameters": zero.max_live,
         "stage3_max_reuse_distance": zero.max_reuse_distance,
         "reduce_bucket_size": zero.reduce_bucket,
         "overlap_comm": zero.overlap_comm,
@@ -60,6 +62,8 @@ def deepspeed_config(
         # It would put its own version in place of torch.nn.functional.linear, for the whole process.
         "memory_efficient_linear": False,
     }
+    if zero.max_live is not None:
+        sharding["stage3_max_live_parameters"] = zero.max_live
     if zero.offload_optimizer:
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {

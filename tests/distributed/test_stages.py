@@ -86,7 +86,9 @@ def train(orbits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 def test_images_then_text_to_video_then_image_to_video(train: Callable[..., Path], image_model: Path) -> None:
     """Where the network of the chain grows: by layers of time and scalars; by inputs and a scalar."""
     image = train("stage1", f"init.from={image_model}")
-    text = train("stage2", f"init.from={image}", "init.which=raw", "temporal=videoldm", "checkpoint.every=1")
+    # What computes in bfloat16 hands over and saves what it does not train in float32.
+    settings = ("temporal=videoldm", "checkpoint.every=1", "precision=bf16")
+    text = train("stage2", f"init.from={image}", "init.which=raw", *settings)
     before, after = load_unet(image, "raw"), load_unet(text, "raw")
     tags, found = parameter_tags(after), dict(after.named_parameters())
     handed_over = dict(before.named_parameters())
@@ -96,11 +98,16 @@ def test_images_then_text_to_video_then_image_to_video(train: Callable[..., Path
     moved = {tags[name] for name, p in found.items() if not torch.equal(p, earlier[name])}
     assert moved == {"temporal", "condition"}, "VideoLDM's layers alone learn"
 
-    video = load_unet(train("stage3_i2v_base", f"init.from={text}", "optim.lr=0"))
+    run = train("stage3_i2v_base", f"init.from={text}", "optim.lr=0")
+    video = load_unet(run)
     for (name, p), old in zip(video.named_parameters(), load_unet(text).parameters(), strict=True):
         inputs = old.shape[-1]
         assert torch.equal(p[..., :inputs], old) and not p[..., inputs:].any(), name
     assert video.config.in_channels == 8 and video.config.num_scalars == 3
+
+    camera = load_unet(train("camera_lora", f"init.from={run}", "precision=bf16"), "raw", merge=False)
+    adapted = dict(camera.named_parameters())
+    assert all(torch.equal(p, adapted[name]) for name, p in load_unet(run).named_parameters())
 
 
 @pytest.mark.slow

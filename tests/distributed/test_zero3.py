@@ -19,6 +19,7 @@ CHECKS = (
     "bf16_has_exact_master_weights_and_resumes_bitwise",
     "weights_loaded_in_the_middle_are_used",
     "frozen_parts_stay_and_the_rest_learns_right",
+    "frozen_parts_are_saved_as_they_came_and_resumed",
     "steps_may_differ_in_their_micro_batches",
     "wrong_weights_are_refused",
     "a_save_that_fails_on_one_rank_ends_it_on_all",
@@ -27,7 +28,6 @@ CHECKS = (
 SLOW_CHECKS = (
     "recomputation_changes_nothing",
     "borrowed_weights_are_given_back",
-    "frozen_parts_are_saved_and_resumed",
     "adapters_learn_alone_and_right",
     "forgotten_gradients_leave_no_trace",
     "evaluation_equals_plain_torch_and_leaves_no_trace",
