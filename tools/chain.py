@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from svd_ds.config import compose
@@ -17,10 +18,10 @@ EXAMPLE = """examples:
 Each stage is its experiment with debug=tiny laid over it, and its run is OUT/EXPERIMENT. It starts by
 init.from, on one rank. A chain that was stopped goes on where it was.
 """
-IMAGE_MODEL, ORBITS = "stage1_time_embed", "multiview"
+IMAGE_MODEL, ORBITS = "image-model", "orbits"
 CHAIN = {
-    IMAGE_MODEL: None,
-    "stage1": IMAGE_MODEL,
+    "stage1_time_embed": IMAGE_MODEL,
+    "stage1": "stage1_time_embed",
     "stage2": "stage1",
     "stage2_highres": "stage2",
     "stage3_t2v": "stage2_highres",
@@ -29,39 +30,40 @@ CHAIN = {
     "stage3_i2v_xt": "stage3_i2v",
     "interpolation": "stage3_t2v",
     "camera_lora": "stage3_i2v",
-    ORBITS: "stage3_i2v_xt",
+    "multiview": "stage3_i2v_xt",
 }
-"""Experiment -> the one it starts from."""
+"""Experiment -> what it starts from."""
 
 
 def main() -> None:
     arguments = parse_arguments()
-    from svd_ds.run import run  # with DeepSpeed, which takes seconds: --help does not wait for it
+    # With DeepSpeed and diffusers, which take seconds: --help does not wait for them.
+    from tiny_starts import write_image_model, write_orbits
 
-    for experiment, overrides in stages(arguments).items():
+    from svd_ds.run import run
+
+    image_model = arguments.image_model or made(arguments.out / IMAGE_MODEL, write_image_model)
+    orbits = arguments.orbits or made(arguments.out / ORBITS, write_orbits)
+    for experiment, before in CHAIN.items():
+        overrides = [
+            f"+experiment={experiment}",
+            "debug=tiny",
+            f"run.dir={arguments.out / experiment}",
+            f"data.path={orbits if experiment == 'multiview' else arguments.data}",
+            f"init.from={image_model if before == IMAGE_MODEL else arguments.out / before}",
+            *arguments.overrides,
+        ]
         print(f"\n{experiment}: {' '.join(overrides)}", flush=True)
         run(compose(overrides), Env.read({}))
 
 
-def stages(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """Experiment -> what stands on the command line of its run, in order."""
-    chosen = {}
-    for experiment, before in CHAIN.items():
-        if experiment == IMAGE_MODEL and arguments.image_model is None:
-            continue
-        if experiment == ORBITS and arguments.orbits is None:
-            continue
-        start = arguments.out / before if before in chosen else arguments.image_model
-        data = arguments.orbits if experiment == ORBITS else arguments.data
-        chosen[experiment] = [
-            f"+experiment={experiment}",
-            "debug=tiny",
-            f"run.dir={arguments.out / experiment}",
-            f"data.path={data}",
-            f"init.from={start or 'null'}",
-            *arguments.overrides,
-        ]
-    return chosen
+def made(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, made unless an earlier start of the chain has made it whole."""
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.part")
+        make(part)
+        part.rename(folder)
+    return folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,13 +78,13 @@ def parse_arguments() -> argparse.Namespace:
         "--orbits",
         type=Path,
         metavar="SHARDS",
-        help="clips with an elevation, of 21 frames; default: no multiview",
+        help="clips with an elevation, of 21 frames; default: OUT/orbits, of chequered balls, made here",
     )
     add(
         "--image-model",
         type=Path,
         metavar="UNET",
-        help=f"a tiny Stable Diffusion 2; default: no {IMAGE_MODEL}",
+        help=f"a tiny Stable Diffusion 2; default: OUT/{IMAGE_MODEL}, a random one, made here",
     )
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from svd_ds.config import CONF, compose
 from svd_ds.data.writer import ShardWriter
-from svd_ds.model.unet import parameter_tags
+from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.model.weights import load_unet
 from svd_ds.parallel.env import Env
 from tests.videos import about, encode, moving_square
@@ -33,14 +33,14 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
 @pytest.fixture(scope="session")
-def orbits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips long enough for every stage, with all that one of them asks for."""
-    folder = tmp_path_factory.mktemp("data") / "orbits"
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Long enough for every experiment, with all that one of them asks for."""
+    folder = tmp_path_factory.mktemp("data") / "clips"
     writer = ShardWriter(folder)
     for i in range(4):
         frames = moving_square(25, height=64, width=64, seed=i)
         annotations = {"aesthetic": float(i), "clip_similarity": float(i), "text_area": 1.0 - i}
-        more = {"captions": CAPTIONS, "elevation": 5.0 * i, "annotations": annotations}
+        more = {"captions": CAPTIONS, "annotations": annotations}
         writer.add(f"clip{i}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)) | more)
     writer.close()
     return folder
@@ -48,26 +48,15 @@ def orbits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stable Diffusion 2.1's kind of UNet, of debug=tiny's widths, as diffusers writes it."""
-    from diffusers import UNet2DConditionModel
+    from tools.tiny_starts import write_image_model
 
     folder = tmp_path_factory.mktemp("weights") / "unet"
-    UNet2DConditionModel(
-        in_channels=4,
-        out_channels=4,
-        down_block_types=["CrossAttnDownBlock2D"] * 2,
-        up_block_types=["CrossAttnUpBlock2D"] * 2,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=64,
-        attention_head_dim=[1, 2],
-        use_linear_projection=True,
-    ).save_pretrained(folder)
+    write_image_model(folder)
     return folder
 
 
 @pytest.fixture
-def train(orbits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def train(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Two steps of an experiment in this process; the folder of its run."""
     monkeypatch.chdir(ROOT)
 
@@ -75,16 +64,29 @@ def train(orbits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         from svd_ds.run import run
 
         folder = tmp_path / experiment
-        settings = (f"+experiment={experiment}", "debug=tiny", f"run.dir={folder}", f"data.path={orbits}")
+        settings = (f"+experiment={experiment}", "debug=tiny", f"run.dir={folder}", f"data.path={clips}")
         run(compose([*settings, *SMALL, *overrides]), Env.read({}))
         return folder
 
     return start
 
 
+def assert_grown(after: UNet, before: UNet) -> None:
+    """All that `before` has is in `after`, whose new inputs and tensors are zero."""
+    old = dict(before.named_parameters())
+    for name, p in after.named_parameters():
+        known = old.pop(name, p[..., :0])
+        inputs = known.shape[-1]
+        assert torch.equal(p[..., :inputs], known) and not p[..., inputs:].any(), name
+    assert not old, "left out"
+
+
 @pytest.mark.slow
-def test_images_then_text_to_video_then_image_to_video(train: Callable[..., Path], image_model: Path) -> None:
-    """Where the network of the chain grows: by layers of time and scalars; by inputs and a scalar."""
+@pytest.mark.timeout(900)
+def test_images_then_text_to_video_then_an_image_then_both_ends(
+    train: Callable[..., Path], image_model: Path
+) -> None:
+    """Where the network of the chain grows: layers of time and scalars; inputs and a scalar; a mask."""
     image = train("stage1", f"init.from={image_model}")
     # What computes in bfloat16 hands over and saves what it does not train in float32.
     settings = ("temporal=videoldm", "checkpoint.every=1", "precision=bf16")
@@ -98,22 +100,23 @@ def test_images_then_text_to_video_then_image_to_video(train: Callable[..., Path
     moved = {tags[name] for name, p in found.items() if not torch.equal(p, earlier[name])}
     assert moved == {"temporal", "condition"}, "VideoLDM's layers alone learn"
 
-    run = train("stage3_i2v_base", f"init.from={text}", "optim.lr=0")
-    video = load_unet(run)
-    for (name, p), old in zip(video.named_parameters(), load_unet(text).parameters(), strict=True):
-        inputs = old.shape[-1]
-        assert torch.equal(p[..., :inputs], old) and not p[..., inputs:].any(), name
-    assert video.config.in_channels == 8 and video.config.num_scalars == 3
+    video = train("stage3_i2v_base", f"init.from={text}", "optim.schedule=zero")
+    assert_grown(load_unet(video), load_unet(text))
+    assert load_unet(video).config.in_channels == 8 and load_unet(video).config.num_scalars == 3
 
-    camera = load_unet(train("camera_lora", f"init.from={run}", "precision=bf16"), "raw", merge=False)
+    between = train("interpolation", f"init.from={video}", "optim.schedule=zero")
+    assert_grown(load_unet(between), load_unet(video))
+    assert load_unet(between).config.in_channels == 9 and load_unet(between).config.masked
+
+    camera = load_unet(train("camera_lora", f"init.from={video}", "precision=bf16"), "raw", merge=False)
     adapted = dict(camera.named_parameters())
-    assert all(torch.equal(p, adapted[name]) for name, p in load_unet(run).named_parameters())
+    assert all(torch.equal(p, adapted[name]) for name, p in load_unet(video).named_parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_chain_ends_in_a_pipeline_of_diffusers(
-    orbits: Path, image_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers import StableVideoDiffusionPipeline
 
@@ -122,11 +125,10 @@ def test_the_whole_chain_ends_in_a_pipeline_of_diffusers(
         runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
 
     monkeypatch.chdir(ROOT)
-    parts = ("--data", orbits, "--orbits", orbits, "--image-model", image_model)
-    tool("chain.py", tmp_path, *SMALL, *parts)
-    stages = {path.name for path in tmp_path.iterdir()}
-    assert stages == set(runpy.run_path(str(ROOT / "tools/chain.py"))["CHAIN"])
-    assert all((tmp_path / stage / "checkpoints/step-0000002/COMPLETE").exists() for stage in stages)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))  # as for any script, modules beside it are found
+    tool("chain.py", tmp_path, *SMALL, "--data", clips)
+    for stage in runpy.run_path(str(ROOT / "tools/chain.py"))["CHAIN"]:
+        assert (tmp_path / stage / "checkpoints/step-0000002/COMPLETE").exists(), stage
 
     for end in ("stage3_i2v_xt", "camera_lora"):
         tool("convert.py", tmp_path / end, tmp_path / f"{end}-pipeline", "--layout", "diffusers")
