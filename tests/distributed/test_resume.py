@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from svd_ds.training.state import Progress
 from tests.runs import metrics
 
 BATCH = 12
+RANKS = 2
+"""Of a run that is killed."""
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -46,9 +49,13 @@ def test_a_run_goes_on_with_any_number_of_ranks(
 ) -> None:
     """2 -> 1 -> 4 -> 3 ranks, against 2 that were never stopped."""
     script = Path(__file__).with_name("recorded_ranks.py")
+    # The last blocks have a channel a group: the norm behind them takes their biases out again, and what is
+    # left of those gradients is rounding (2e-11; the next smallest is 6e-7). Adam's usual 1e-8 would let it
+    # through at a hundredth of the rate: four biases end 9e-5 apart then, and all else less than 6e-6.
+    deaf = "optim.eps=1e-6"
 
     def train(name: str, ranks: int, steps: int) -> None:
-        overrides = (*settings, f"run.dir={tmp_path / name}", f"run.steps={steps}")
+        overrides = (*settings, deaf, f"run.dir={tmp_path / name}", f"run.steps={steps}")
         record = tmp_path / f"{name}.jsonl"
         ended = run_ranks(script, record, *overrides, num_ranks=ranks, WANDB_MODE="disabled")
         assert ended.returncode == 0, ended.stderr
@@ -69,15 +76,16 @@ def test_a_run_goes_on_with_any_number_of_ranks(
     for which in ("raw", "power-0.050", "power-0.100"):
         ours, theirs = (load_unet(tmp_path / name, which) for name in ("elastic", "whole"))
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            assert (a - b).abs().max() < 1e-4, (which, name)
+            assert (a - b).abs().max() < 1e-5, (which, name)
 
 
-def one_life(log: str, overrides: tuple[str, ...]) -> None:
-    """The trainer on one rank, in a process of its own."""
+def one_rank(log: str, rank: int, world: int, port: int, overrides: tuple[str, ...]) -> None:
+    """The trainer, in a process of its own."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ["WANDB_MODE"] = "disabled"
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"WANDB_MODE": "disabled"}
     sys.argv = ["train", *overrides]
     from svd_ds.train import main
 
@@ -85,47 +93,59 @@ def one_life(log: str, overrides: tuple[str, ...]) -> None:
 
 
 @pytest.fixture
-def start(tmp_path: Path, settings: tuple[str, ...]) -> Iterator[Callable[..., Any]]:
-    """start(run, *overrides) begins a life of a run on one rank, at once: its process is forked from one that
-    has imported everything."""
+def start(tmp_path: Path, settings: tuple[str, ...]) -> Iterator[Callable[..., list[Any]]]:
+    """start(run, *overrides) begins a life of a run on two ranks, at once: their processes are forked from
+    one that has imported everything."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["svd_ds.train", "svd_ds.run"])
-    lives = []
+    started = []
 
-    def begin(run: Path, *overrides: str) -> Any:
-        small = ("model.widths=[32]", "model.attention_levels=[true]", "batch.size=1")
+    def begin(run: Path, *overrides: str) -> list[Any]:
+        small = ("model.widths=[32]", "model.attention_levels=[true]", f"batch.size={RANKS}")
         told = (*settings, *small, f"run.dir={run}", "checkpoint.every=1", *overrides)
-        life = server.Process(target=one_life, args=(str(tmp_path / "log"), told))
-        life.start()
-        lives.append(life)
-        return life
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        log = str(tmp_path / "log")
+        ranks = [
+            server.Process(target=one_rank, args=(log, rank, RANKS, port, told)) for rank in range(RANKS)
+        ]
+        for process in ranks:
+            process.start()
+        started.extend(ranks)
+        return ranks
 
     yield begin
-    for life in lives:
-        life.kill()
+    for process in started:
+        process.kill()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_is_killed_again_and_again_loses_nothing(
-    start: Callable[..., Any], tmp_path: Path
+    start: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
-    """Every step is saved, so that most of the kills come upon a save; some upon the start."""
+    """Every step is saved, so that most of the kills come upon a save; some upon the start. One rank is
+    killed or the other, and the one that is left ends by itself; or both are."""
     run, seed = tmp_path / "run", random.randrange(10**6)
     moments, newest = random.Random(seed), 0
     for kill in range(10):
-        story = f"seed {seed}, kill {kill}"
         life = start(run, "run.steps=100000")
+        victims = moments.choice([life[:1], life[1:], life])
+        story = f"seed {seed}, kill {kill} of {len(victims)}"
         at = LIVES if kill % 4 == 3 else f"step-{newest + moments.randint(1, 4):07d}.*.tmp"
         before = lives_of(run / "checkpoints")
         deadline = time.monotonic() + 100
         while lives_of(run / "checkpoints") == before or not list((run / "checkpoints").glob(at)):
-            assert life.is_alive() and time.monotonic() < deadline, (story, (tmp_path / "log").read_text())
+            assert all_alive(life) and time.monotonic() < deadline, (story, (tmp_path / "log").read_text())
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 1))
-        assert life.is_alive(), (story, (tmp_path / "log").read_text())
-        life.kill()
-        life.join()
+        assert all_alive(life), (story, (tmp_path / "log").read_text())
+        for process in victims:
+            process.kill()
+        for process in life:
+            process.join(60)
+            assert process.exitcode, f"{story}: a rank that is left must not wait for the other"
         complete = complete_checkpoints(run / "checkpoints")
         assert max(complete, default=0) >= newest, f"{story}: a checkpoint was lost"
         newest = max(complete, default=0)
@@ -138,10 +158,14 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(
 
     last = f"run.steps={newest + 2}"
     for name in (run, tmp_path / "whole"):
-        life = start(name, last)
-        life.join(120)
-        assert life.exitcode == 0, (seed, (tmp_path / "log").read_text())
+        for process in start(name, last):
+            process.join(120)
+            assert process.exitcode == 0, (seed, (tmp_path / "log").read_text())
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, newest + 3)), f"seed {seed}"
     assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(tmp_path / "whole")]
     assert (run / "checkpoints" / LIVES).read_text().count("\n") == 11
+
+
+def all_alive(processes: list[Any]) -> bool:
+    return all(process.is_alive() for process in processes)
