@@ -106,6 +106,17 @@ def test_the_same_input_gives_the_same_bits(kernels: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+def test_on_another_gpu_than_the_current_one() -> None:
+    if not triton_installed() or torch.cuda.device_count() < 2:
+        pytest.skip("needs Triton and two GPUs")
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        x = torch.linspace(-3, 3, 2 * 50 * 64).view(2, 50, 64).to(device).requires_grad_()
+        y = geglu(group_norm_silu(x, x[0, 0], x[0, 1], 32, 1e-5, True, "triton"), "triton")
+        results.append([y, *torch.autograd.grad(y.sum(), x)])
+    assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("layer", ["norm", "geglu"])
 def test_more_elements_than_32_bits_count(layer: str) -> None:
     """The last unit, which lies behind them, is as it is alone."""

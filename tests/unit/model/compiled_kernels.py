@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,8 @@ from triton.runtime.jit import JITFunction
 
 from svd_ds.model.attention_triton import attention_among_few
 from svd_ds.model.fused_triton import GEGLU, GroupNormSiLU
+
+CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
 
 
 def main() -> None:
@@ -69,7 +72,7 @@ def spilled(cubin: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [Path(triton.__file__).parent / CUOBJDUMP, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True)
     return max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
 
