@@ -20,7 +20,7 @@ setup(
         "fsspec>=2024.2",
         "diffusers>=0.38",
         "transformers>=5.0",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "av>=14",
         "opencv-python-headless>=4.10",
         "rich>=13",

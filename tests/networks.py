@@ -1,9 +1,15 @@
-"""A small network for tests of weights, and what it means that two are the same."""
+"""A small network for tests of weights, one in a checkpoint, and what it means that two are the same."""
 
 from __future__ import annotations
 
-import torch
+import json
+from dataclasses import asdict
+from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
+from svd_ds.model.lives import COMPLETE
 from svd_ds.model.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
@@ -21,3 +27,20 @@ def assert_same(found: UNet, expected: UNet) -> None:
     assert found.config == expected.config
     for (name, ours), (_, theirs) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def save_checkpoint(folder: Path, unet: UNet, ranks: int, average: str | None = None) -> None:
+    """As a run saves it: each rank's slice of the flattened, padded parameter."""
+    slices = folder / (f"ema-{average}" if average else "unet")
+    slices.mkdir(parents=True, exist_ok=True)
+    for rank in range(ranks):
+        shard = {}
+        for name, parameter in unet.named_parameters():
+            flat = parameter.detach().flatten()
+            length = -(-len(flat) // ranks)
+            padded = torch.cat([flat, torch.full((length * ranks - len(flat),), torch.nan)])
+            shard[name] = padded[rank * length : (rank + 1) * length].clone()
+        save_file(shard, slices / f"rank-{rank:05d}-of-{ranks:05d}.safetensors")
+    if not average:
+        (slices / "config.json").write_text(json.dumps(asdict(unet.config)))
+        (folder / COMPLETE).touch()

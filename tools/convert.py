@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
 from torch import Tensor
 
@@ -20,7 +19,8 @@ from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.decoder import load_decoder, save_parts
 from svd_ds.model.lora import save_lora
 from svd_ds.model.slices import network_of
-from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.model.sources import network_parameters
+from svd_ds.model.unet import UNetConfig
 from svd_ds.model.weights import load_unet, read_weights, write_weights
 from svd_ds.sample import frozen_folder, run_settings
 
@@ -69,10 +69,10 @@ def convert(arguments: argparse.Namespace, draft: Path) -> str:
         return ""
     config, tensors = read_weights(arguments.source, which=arguments.ema)
     if arguments.layout == "original":
-        write_weights(config, read_all(arguments.source, config, tensors), draft, "original")
+        write_weights(config, complete(arguments.source, config, tensors), draft, "original")
         return ""
     frozen = pipeline_parts(arguments.source, arguments.frozen, config)
-    write_weights(config, read_all(arguments.source, config, tensors), draft / "unet", "diffusers")
+    write_weights(config, complete(arguments.source, config, tensors), draft / "unet", "diffusers")
     if frozen is None:
         return " with unet/ alone: diffusers has no pipeline for what this network takes"
     for part in PARTS:
@@ -81,19 +81,19 @@ def convert(arguments: argparse.Namespace, draft: Path) -> str:
     return ""
 
 
-def read_all(
+def complete(
     source: Path, config: UNetConfig, tensors: Iterator[tuple[str, Tensor]]
-) -> list[tuple[str, Tensor]]:
-    """Every tensor of a video network. ValueError where `source` has only an image model's."""
-    with torch.device("meta"):
-        total = len(list(UNet(config).parameters()))
-    weights = list(track(tensors, "read", total=total))
-    if len(weights) < total:
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they are read. ValueError at their end where `source` has only an image model's."""
+    total, found = len(network_parameters(config)), 0
+    for tensor in track(tensors, "read", total=total):
+        found += 1
+        yield tensor
+    if found < total:
         raise ValueError(
-            f"{source} holds {len(weights)} of the video network's {total} tensors: it is an image model, "
-            "from which a run starts with init.from"
+            f"{source} holds {found} of the video network's {total} tensors: it is an image model, from "
+            "which a run starts with init.from"
         )
-    return weights
 
 
 def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Path | None:
@@ -140,11 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     add("source", type=Path, metavar="SRC", help="a run, a checkpoint, a diffusers folder, an original file")
     add("target", type=Path, metavar="DST", help="the folder (diffusers) or file to be")
     add("--layout", choices=("diffusers", "original", "lora"), required=True)
-    add(
-        "--ema",
-        metavar="NAME",
-        help="of a run: an average, a length (0.07), or raw; default: its first average",
-    )
+    add("--ema", metavar="NAME", help="of a run: an average, a length (0.07), or raw; its first average")
     add("--frozen", type=Path, metavar="FOLDER", help="the pipeline whose other parts are copied")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()

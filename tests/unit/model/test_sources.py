@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,7 @@ from torch import Tensor, nn
 from svd_ds.model.lives import COMPLETE
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.model.weights import load_unet, save_unet
-from tests.networks import SMALL, assert_same
-
-
-def save_checkpoint(folder: Path, unet: UNet, ranks: int, average: str | None = None) -> None:
-    """As a run saves it: each rank's slice of the flattened, padded parameter."""
-    slices = folder / (f"ema-{average}" if average else "unet")
-    slices.mkdir(parents=True, exist_ok=True)
-    for rank in range(ranks):
-        shard = {}
-        for name, parameter in unet.named_parameters():
-            flat = parameter.detach().flatten()
-            length = -(-len(flat) // ranks)
-            padded = torch.cat([flat, torch.full((length * ranks - len(flat),), torch.nan)])
-            shard[name] = padded[rank * length : (rank + 1) * length].clone()
-        save_file(shard, slices / f"rank-{rank:05d}-of-{ranks:05d}.safetensors")
-    if not average:
-        (slices / "config.json").write_text(json.dumps(asdict(unet.config)))
-        (folder / COMPLETE).touch()
+from tests.networks import SMALL, assert_same, save_checkpoint
 
 
 class TestRuns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +18,9 @@ import svd_ds
 from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.model.weights import load_unet, read_weights, save_unet, write_weights
-from tests.networks import SMALL, assert_same
+from tests.networks import SMALL, assert_same, save_checkpoint
 
+ROOT = Path(__file__).parents[3]
 PUBLIC_HEADS = replace(SMALL, widths=(64, 128), head_width=64, scalar_width=256, num_frames=14)
 """What shapes alone tell: heads and scalar embeddings as wide as the public models have them."""
 
@@ -173,44 +175,64 @@ class TestImageModel:
 
 
 PEAKS = """
-import os, sys, threading
+import os, runpy, sys, threading
 from svd_ds.model.weights import load_unet
+
+tool = runpy.run_path("tools/convert.py")
 
 def private_kb():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-def measure(path):
+def load(path):
+    return sum(4 * parameter.numel() for parameter in load_unet(path).parameters())
+
+def convert(path):
+    sys.argv = ["convert.py", path, f"{path}-converted.safetensors", "--layout", "original"]
+    tool["main"]()
+    return os.path.getsize(sys.argv[2])
+
+def measure(work, path):
     before, peaks, done = private_kb(), [0], threading.Event()
     def watch():
         while not done.wait(0.001):
             peaks.append(private_kb())
     watcher = threading.Thread(target=watch)
     watcher.start()
-    unet = load_unet(path)
+    weights = work(path)
     done.set()
     watcher.join()
-    print(1024 * (max(peaks) - before) / sum(4 * p.numel() for p in unet.parameters()), flush=True)
+    share = 1024 * (max(peaks) - before) / weights
+    print("peak", work.__name__, os.path.basename(path), share, file=sys.stderr)
 
 for path in sys.argv[1:]:
-    # A process for each: what is freed is not given back.
-    if os.fork() == 0:
-        measure(path)
-        os._exit(0)
-    os.wait()
+    for work in (load, convert)[: 1 if "image" in path else 2]:
+        # A process for each: what is freed is not given back.
+        if os.fork() == 0:
+            measure(work, path)
+            os._exit(0)
+        os.wait()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells private memory from mapped files")
-def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
-    unet = UNet(UNetConfig(widths=(64, 128, 256, 256), context_width=64))
-    paths = [str(tmp_path / "unet"), str(tmp_path / "unet.safetensors")]
-    save_unet(unet, paths[0], "diffusers")
-    save_unet(unet, paths[1], "original")
-    command = [sys.executable, "-c", PEAKS, *paths]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    shares = [float(line) for line in told.split()]
-    assert len(shares) == 2
-    assert all(0.9 < share < 1.3 for share in shares), shares
+def test_reading_and_converting_take_little_more_memory_than_the_weights(
+    image_unet: Any, tmp_path: Path
+) -> None:
+    unet = UNet(UNetConfig(widths=(64, 128, 256, 256), num_layers=1, context_width=64))
+    save_unet(unet, tmp_path / "folder")
+    save_unet(unet, tmp_path / "file.safetensors", "original")
+    save_checkpoint(tmp_path / "raw", unet, 2)
+    save_checkpoint(tmp_path / "average", unet, 2)
+    save_checkpoint(tmp_path / "average", unet, 3, "power-0.050")
+    image_unet(replace(unet.config, in_channels=4)).save_pretrained(tmp_path / "image")
+    save_unet(unet.half(), tmp_path / "half")
+    forms = ("folder", "file.safetensors", "raw", "average", "image", "half")
+    command = [sys.executable, "-c", PEAKS, *(str(tmp_path / form) for form in forms)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr
+    shares = {what: float(share) for what, share in re.findall(r"^peak (.+) (.+)$", told, re.MULTILINE)}
+    assert len(shares) == 2 * len(forms) - 1
+    assert all(share < 1.3 for share in shares.values()), shares
+    assert all(share > 0.9 for form, share in shares.items() if form.startswith("load")), shares
 
 
 def test_the_package_offers_loading_without_importing_torch_at_once() -> None:
