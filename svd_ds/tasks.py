@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
 from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise
 from svd_ds.inputs import Inputs
+from svd_ds.model.attention import check_backend
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.decoder import Decoder, DecoderConfig, decoder_of
 from svd_ds.model.fused import check_kernels
@@ -61,6 +63,9 @@ def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     """Diffusion (arXiv 2311.15127 section D): the UNet, or adapters on it."""
     assert inputs.conditioner is not None, "a UNet is conditioned"
     check_kernels(config.model.kernels, env.device)
+    dtype = torch.bfloat16 if inputs.precision == "bf16" else torch.float32
+    for backend in (config.model.spatial_attention, config.model.temporal_attention):
+        check_backend(backend, env.device, dtype)
 
     def build() -> UNet:
         unet = UNet(config.model)

@@ -19,6 +19,7 @@ from svd_ds.model.fused import triton_installed
 
 MAX_BATCH = 65_535
 """CUDA kernels put the batch on a grid dimension of 16 bits."""
+HALF = (torch.float16, torch.bfloat16)
 SHORT = 64
 """Up to so many keys, such as a clip's frames, fused kernels mostly pad (docs/benchmarks.md)."""
 
@@ -103,19 +104,29 @@ def flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError where a backend is asked for by name that is not installed or cannot run there."""
+    installed = {"flash_attn": flash_attn_installed, "triton": triton_installed}
+    if backend in installed and not installed[backend]():
+        raise ValueError(f"attention is to run on {backend}, which is not installed: choose auto or sdpa")
+    if backend == "flash_attn" and (device.type != "cuda" or dtype not in HALF):
+        raise ValueError(
+            f"attention is to run on flash_attn, which takes half precision on a GPU, not {dtype} on a "
+            f"{device.type} device: choose auto or sdpa"
+        )
+
+
 def _choose(backend: str, q: Tensor, k: Tensor) -> str:
     if backend == "auto":
-        half = q.dtype in (torch.float16, torch.bfloat16)
         if not q.is_cuda:
             return "short" if k.shape[-3] <= SHORT else "sdpa"
         if _triton_takes(q, k):
             return "triton"
-        return "flash_attn" if half and flash_attn_installed() else "sdpa"
-    if backend == "flash_attn" and not flash_attn_installed():
-        raise ValueError("attention is to run on flash_attn, which is not installed: choose auto or sdpa")
+        return "flash_attn" if q.dtype in HALF and flash_attn_installed() else "sdpa"
+    check_backend(backend, q.device, q.dtype)
     if backend == "triton" and not _triton_takes(q, k):
         raise ValueError(
-            f"attention is to run on triton, which is not installed or cannot have {k.shape[-3]} keys for "
+            f"attention is to run on triton, which cannot have {k.shape[-3]} keys for "
             f"{q.shape[-3]} queries in {q.dtype} on {q.device}: choose auto or sdpa"
         )
     return backend

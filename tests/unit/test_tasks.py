@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svd_ds.config import compose
-from svd_ds.model import fused
+from svd_ds.model import attention, fused
 from svd_ds.tasks import read_task
 
 
@@ -22,3 +22,21 @@ def test_kernels_that_the_machine_lacks_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "svd_ds.model.kernels", SimpleNamespace(INTERPRETED=False))
     with pytest.raises(ValueError, match=r"model.kernels is triton, which runs on a GPU, and this is a CPU"):
         read_task(config, env, inputs)
+
+
+@pytest.mark.parametrize(
+    ("installed", "sentence"),
+    [
+        (False, "flash_attn, which is not installed: choose auto or sdpa"),
+        (True, "half precision on a GPU, not torch.float32 on a cpu device: choose auto or sdpa"),
+    ],
+)
+@pytest.mark.parametrize("site", ["spatial_attention", "temporal_attention"])
+def test_attention_that_the_machine_lacks_is_refused(
+    site: str, installed: bool, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs: Any = SimpleNamespace(conditioner="any", precision="fp32")
+    env: Any = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(attention, "flash_attn_installed", lambda: installed)
+    with pytest.raises(ValueError, match=sentence):
+        read_task(compose(["debug=tiny", f"model.{site}=flash_attn"]), env, inputs)
