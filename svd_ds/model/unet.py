@@ -163,22 +163,14 @@ class UNet(nn.Module):
         self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
         residual_kind, transformer_kind = BLOCKS[config.temporal]
-
-        sizes = TransformerSizes(
-            config.context_width,
-            config.head_width,
-            config.transformer_depth,
-            config.spatial_attention,
-            config.temporal_attention,
-        )
+        backends = (config.spatial_attention, config.temporal_attention)
+        sizes = TransformerSizes(config.context_width, config.head_width, config.transformer_depth, *backends)
 
         def residual(in_width: int, width: int, eps: float) -> nn.Module:
             return residual_kind(in_width, width, config.embedding_width, eps)
 
         def transformer(width: int, attends: bool) -> nn.Module | None:
-            if not attends:
-                return None
-            return transformer_kind(width, sizes)
+            return transformer_kind(width, sizes) if attends else None
 
         levels = list(zip(config.widths, config.attention_levels, strict=True))
         width = config.widths[0]
