@@ -14,6 +14,9 @@ from PIL import Image
 
 from svd_ds.config import CONF, compose
 from svd_ds.data.writer import ShardWriter
+from svd_ds.evaluation.fixed_set import rank
+from svd_ds.evaluation.report import write_report
+from svd_ds.evaluation.runs import read_run
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.model.weights import load_unet
 from svd_ds.parallel.env import Env
@@ -63,9 +66,9 @@ def train(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     def start(experiment: str, *overrides: str) -> Path:
         from svd_ds.run import run
 
-        folder = tmp_path / experiment
-        settings = (f"+experiment={experiment}", "debug=tiny", f"run.dir={folder}", f"data.path={clips}")
-        run(compose([*settings, *SMALL, *overrides]), Env.read({}))
+        settings = (f"+experiment={experiment}", "debug=tiny", f"data.path={clips}", *SMALL, *overrides)
+        folder = tmp_path / compose(settings).name
+        run(compose([*settings, f"run.dir={folder}"]), Env.read({}))
         return folder
 
     return start
@@ -152,3 +155,17 @@ def test_every_other_experiment_trains(train: Callable[..., Path]) -> None:
     sampled = train("guidance", f"init.from={weights}", "init.which=raw")
     raw = [load_unet(run, "raw").parameters() for run in (weights, sampled)]
     assert all(torch.equal(one, other) for one, other in zip(*raw, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_noise_schedule_trains_and_one_report_ranks_them(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    members = sorted(path.stem for path in (CONF / "noise").glob("*.yaml"))
+    runs = [train("noise_schedule", f"noise={member}", "evaluation.clips=1") for member in members]
+    ranking = rank([read_run(run) for run in runs])
+    assert ranking is not None and len(ranking.places) == len(members), "all were measured on one set"
+    write_report(runs, tmp_path / "compare.html")
+    html = (tmp_path / "compare.html").read_text()
+    assert "Ranking" in html and all(member in html for member in members)
