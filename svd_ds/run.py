@@ -73,7 +73,9 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
     started = time.perf_counter()
     # W&B is left last, which may take long: by then it is told how the run ended.
     outcome = attempt.outcome() if attempt is not None else nullcontext()
-    with agreed(lambda: _open_metrics(config, env, inputs, engine)) as metrics, outcome, inputs.checkpoints:
+    stop = StopRequest()
+    opened = agreed(lambda: _open_metrics(config, env, inputs, engine, stop))
+    with opened as metrics, outcome, inputs.checkpoints:
         if metrics is not None:
             metrics.say("\n".join([_opening(config, env, inputs, engine), *task.notes]))
             if new:
@@ -94,7 +96,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
             previews=Previews(
                 inputs.preview_clips, task.render, task.measures, config.sampling.fps, inputs.folder, env
             ),
-            stop=StopRequest(),
+            stop=stop,
             clock=Clock(),
             beat=attempt.watchdog.beat if attempt is not None else lambda: None,
             metrics=metrics,
@@ -106,7 +108,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
             metrics.say(_closing(config, inputs.folder, progress, time.perf_counter() - started))
             metrics.say(f"  {metrics.wall_time()}")
         if attempt is not None:
-            attempt.ended(finished=progress.step == config.run.steps)
+            attempt.ended(progress.step == config.run.steps, stop.interrupted)
     return progress
 
 
@@ -140,7 +142,7 @@ def _evaluation(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Eval
 
 
 def _open_metrics(
-    config: RunConfig, env: Env, inputs: Inputs, engine: Engine
+    config: RunConfig, env: Env, inputs: Inputs, engine: Engine, stop: StopRequest
 ) -> AbstractContextManager[Metrics | None]:
     if env.rank != 0:
         return nullcontext()
@@ -152,6 +154,7 @@ def _open_metrics(
         inputs.progress.step,
         _speed(config, env),
         parameter_tags(engine.module),
+        stop.interrupt,
     )
 
 

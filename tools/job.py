@@ -76,8 +76,9 @@ def main() -> None:
     settled = settled_code(outcome, code)
     # Cancelled, out of time, or taken away: Slurm queues it again where it means to.
     running = job.is_running()
-    if settled is None and options.trial is not None and running and request.number == signal.SIGTERM:
-        settled = 0  # the agent's word that the trial is stopped early
+    stopped = settled == INTERRUPT_CODE or (settled is None and running and request.number == signal.SIGTERM)
+    if options.trial is not None and stopped:
+        settled = 0  # early, by W&B's word to rank 0 or to the agent, whichever was first
     if settled is not None:
         settle(options.trial)
         sys.exit(settled)

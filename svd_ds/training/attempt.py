@@ -98,10 +98,11 @@ class Attempt:
         self.watchdog.start(self.log)
         return self
 
-    def ended(self, finished: bool) -> None:
-        """All ranks did what they were asked; called by each."""
+    def ended(self, finished: bool, interrupted: bool = False) -> None:
+        """All ranks did what they were asked; called by each. What rank 0 says counts: it knows of W&B's stop
+        button."""
         if self.env.rank == 0:
-            self._claim(FINISHED if finished else PREEMPTED, "")
+            self._claim(FINISHED if finished else INTERRUPTED if interrupted else PREEMPTED, "")
 
     def told_hang(self, sentence: str) -> None:
         """Tell, from the watchdog's thread, that this rank is about to be ended."""

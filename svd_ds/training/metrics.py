@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -88,9 +88,10 @@ class Metrics:
         step: int,
         speed: Speed | None = None,
         tags: Mapping[str, str] | None = None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         """step: where this life begins; speed: None leaves MFU out; tags: of the parameters by name, for
-        histograms."""
+        histograms; on_stop: called when W&B is asked to stop the run."""
         self.config = config
         self.folder = folder
         self.total_steps = total_steps
@@ -101,7 +102,9 @@ class Metrics:
         self.goodput = Goodput.of(folder)
         self.speed = speed
         self.tags = tags or {}
-        self.tracker = open_tracker(folder, config.wandb, config.project, config.entity, settings, self.say)
+        self.tracker = open_tracker(
+            folder, config.wandb, config.project, config.entity, settings, self.say, on_stop
+        )
         self.bar = _progress_bar(self.console) if sys.stdout.isatty() else None
         if self.bar is not None:
             self.task = self.bar.add_task("train", total=total_steps, completed=step, numbers="")

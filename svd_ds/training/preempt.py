@@ -13,8 +13,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.interrupted = False
+        """Asked by a person, or by a sweep: another life is not wanted."""
         for number in SIGNALS:
             signal.signal(number, self._remember)
+
+    def interrupt(self) -> None:
+        """Ask to stop for good; from any thread."""
+        self.asked = self.interrupted = True
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

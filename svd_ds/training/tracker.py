@@ -96,11 +96,13 @@ def open_tracker(
     entity: str | None,
     settings: Mapping[str, Any],
     say: Callable[[str], None],
+    on_stop: Callable[[], None],
 ) -> Tracker | None:
     """Start or take up the folder's W&B run; None when disabled. Where it cannot be online it is offline, and
     where not even that, None; either is said once.
 
-    mode: one of MODES; settings: what the run's config is to show. Raises ValueError for a WANDB_MODE that is
+    mode: one of MODES; settings: what the run's config is to show; on_stop: called, in a thread of W&B's,
+    when the run is stopped there, by its button or by a sweep. Raises ValueError for a WANDB_MODE that is
     none.
     """
     resolved = _resolve(mode)
@@ -125,6 +127,8 @@ def open_tracker(
             init_timeout=START_S,
             finish_timeout=FINISH_S,
             finish_timeout_raises=True,
+            # Its own way is an interrupt at once, which leaves no checkpoint.
+            stop_fn=on_stop,
         ),
     }
     for way in dict.fromkeys((resolved, "offline")):

@@ -95,10 +95,10 @@ class Cluster:
         """Where a running job runs."""
         return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
 
-    def lose_a_node(self, job: str) -> None:
-        """Switch off the last node of a running job; on again once the job has gone on without it. Slurm
+    def lose_a_node(self, job: str, place: int = -1) -> None:
+        """Switch off a running job's node at that place; on again once the job has gone on without it. Slurm
         kills what it finds of the job on a node that comes back."""
-        node = self.nodes(job)[-1]
+        node = self.nodes(job)[place]
         restarts = self.job(job)["Restarts"]
         self.control("kill", node)
 

@@ -64,9 +64,22 @@ def power_off_a_node(cluster: Cluster, job: str) -> None:
     cluster.lose_a_node(job)
 
 
+def power_off_the_batch_host(cluster: Cluster, job: str) -> None:
+    cluster.lose_a_node(job, 0)
+
+
+def preempt(cluster: Cluster, job: str) -> None:
+    """What Slurm does where PreemptMode=REQUEUE, and an administrator may: SIGTERM to all of the job's
+    processes."""
+    cluster.run("scontrol", "requeue", job)
+
+
+HARMS = [ask_to_end, preempt, kill_a_rank, hang_a_rank, power_off_a_node, power_off_the_batch_host]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("harm", [ask_to_end, kill_a_rank, hang_a_rank, power_off_a_node])
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_run_goes_on_after(harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     checked = {"SVD_DS_JOB_OPTIONS": ""} if harm is ask_to_end else {}

@@ -35,7 +35,7 @@ def check_trial(run: dict[str, Any], folder: Path, noise: str) -> None:
     assert run["state"] == "finished" and run["exitcode"] == 0
     assert {row["train/step"] for row in run["history"]} >= set(range(1, STEPS + 1))
     settings = yaml.safe_load((folder / run["name"] / "config.yaml").read_text())
-    whole = yaml.safe_load((ROOT / "conf/noise" / f"{noise}.yaml").read_text())
+    whole = yaml.safe_load((ROOT / "conf/noise" / f"{noise}.yaml").read_text())["noise"]
     assert {key: settings["noise"][key] for key in whole} == whole
 
 

@@ -45,6 +45,14 @@ def test_rank_0_says_how_an_attempt_ended_well(tmp_path: Path, finished: bool, k
     assert outcome(tmp_path) == Outcome(kind, 0, "", (0, 0))
 
 
+def test_a_run_that_is_stopped_for_good_says_so(tmp_path: Path) -> None:
+    for finished, kind in ((False, INTERRUPTED), (True, FINISHED)):
+        with Attempt(RunFolder(tmp_path), env(0), OFF) as attempt:
+            attempt.ended(finished, interrupted=True)
+        ended = outcome(tmp_path)
+        assert ended is not None and ended.kind == kind
+
+
 @pytest.mark.parametrize(
     ("error", "code", "kind"),
     [

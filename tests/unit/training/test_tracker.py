@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,25 @@ def server(client: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def opened(folder: RunFolder, mode: str, told: list[str]) -> Tracker | None:
-    return open_tracker(folder, mode, "p", None, {"a": 1}, told.append)
+    return open_tracker(folder, mode, "p", None, {"a": 1}, told.append, lambda: told.append("stop"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_wandb_is_asked_and_not_interrupted(
+    client: RunFolder, server: subprocess.Popen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    told: list[str] = []
+    tracker = opened(client, "auto", told)
+    assert tracker is not None
+    urllib.request.urlopen(f"{os.environ['WANDB_BASE_URL']}/stop/{tracker.run.id}")
+    deadline = time.monotonic() + 60
+    while not told:
+        assert time.monotonic() < deadline
+        tracker.log({"step": 1})
+        time.sleep(0.2)
+    tracker.finish(failed=False)
+    assert told == ["stop"]
 
 
 @pytest.mark.slow
