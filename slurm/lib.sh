@@ -35,8 +35,17 @@ train() {  # train ARGUMENT...: one srun task a rank, all ranks with the same ar
 }
 
 tasks() {  # tasks SCRIPT ARGUMENT...: one srun task a rank of a script that goes on by itself when started again
-  srun --kill-on-bad-exit=1 --cpus-per-task="$CPUS" "$PYTHON" "$@" &
-  wait $!
+  local code=0
+  # They do not wait for each other: when one dies, the others finish what they have.
+  srun --kill-on-bad-exit=0 --cpus-per-task="$CPUS" "$PYTHON" "$@" &
+  wait $! || code=$?
+  # 2: a mistake, which would be made again. A job that does not run any more is Slurm's, or queued already.
+  if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] &&
+    [[ "$(scontrol show job -o "$SLURM_JOB_ID")" == *JobState=RUNNING* ]]; then
+    echo "job $SLURM_JOB_ID is queued again: srun ended with $code"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$code"
 }
 
 stage() {  # stage NAME [EXPERIMENT] [key=value ...]: the experiment NAME, or another that is named first

@@ -25,8 +25,14 @@ def test_script_parses(script: Path) -> None:
 def shell(commands: str, *arguments: str, **variables: str) -> str:
     """What bash prints of `commands`, with Slurm's commands and Python in their places."""
     stubs = """
-        scontrol() { if [ "$1" = show ]; then echo node1; echo node2; else echo "scontrol $*"; fi; }
-        srun() { shift 2; echo "$*"; }
+        scontrol() {
+          case "$1 $2" in
+            "show hostnames") echo node1; echo node2 ;;
+            "show job") echo "JobId=$4 JobState=${STATE:-RUNNING}" ;;
+            *) echo "scontrol $*" ;;
+          esac
+        }
+        srun() { shift 2; echo "$*"; return ${CODE:-0}; }
         export SLURM_JOB_NODELIST=node[1-2] SVD_DS_PYTHON=echo
     """
     ended = subprocess.run(
@@ -57,6 +63,25 @@ def test_other_scripts_hand_their_arguments_on() -> None:
     sweep = started("sweep.sh", "me/svd/abc", "optim.lr=1")
     assert sweep.startswith("tools/sweep.py --job 1 --nodes node1,node2 ")
     assert sweep.endswith(" -- me/svd/abc optim.lr=1")
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "restarts", "again"),
+    [
+        ("0", "RUNNING", "0", False),
+        ("137", "RUNNING", "0", True),
+        ("137", "RUNNING", "3", False),
+        ("143", "CANCELLED", "0", False),
+        ("2", "RUNNING", "0", False),
+    ],
+)
+def test_a_task_that_dies_is_started_again_a_few_times(
+    code: str, state: str, restarts: str, again: bool
+) -> None:
+    life = {"CODE": code, "STATE": state, "SLURM_RESTART_COUNT": restarts}
+    told = shell("(. slurm/encode.sh in out); echo $?", **life).splitlines()
+    queued = [f"job 1 is queued again: srun ended with {code}", "scontrol requeue 1"] if again else []
+    assert told == ["echo tools/encode.py in out", *queued, code]
 
 
 def test_a_part_that_is_submitted_again_is_the_same_part() -> None:
