@@ -15,7 +15,7 @@ from typing import Any
 
 import hydra
 
-from svd_ds import config
+from svd_ds import compose
 from svd_ds.door import USER_ERRORS, print_error, wants_traceback
 from svd_ds.parallel.env import Env
 from svd_ds.training.attempt import Attempt
@@ -28,8 +28,8 @@ def main() -> None:
     """Compose, run, and end with 0; with 2 and one sentence on bad input; with 1 when another rank was lost;
     with 130 when interrupted."""
     debug = wants_traceback()
-    sys.argv[1:] = config.debug_last([word for word in sys.argv[1:] if word != "--debug"])
-    config.register()
+    sys.argv[1:] = compose.debug_last([word for word in sys.argv[1:] if word != "--debug"])
+    compose.register()
     errors: list[Exception] = []
 
     try:
@@ -39,13 +39,13 @@ def main() -> None:
         print_error(error)
         sys.exit(2)
 
-    @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
+    @hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")
     def task(node: Any) -> None:
         # Those of running it would announce before it raises them: it does not get to see them.
         if not errors:
             try:
                 _run(node, env, debug)
-            except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
+            except (*compose.COMPOSE_ERRORS, *USER_ERRORS) as error:
                 errors.append(error)
 
     try:
@@ -55,12 +55,12 @@ def main() -> None:
             raise errors[0]
     except KeyboardInterrupt:
         sys.exit(130)
-    except (*config.COMPOSE_ERRORS, *USER_ERRORS) as error:
+    except (*compose.COMPOSE_ERRORS, *USER_ERRORS) as error:
         if debug:
             raise
         # All ranks read the same settings: one tells what is wrong with them.
         if env.rank == 0:
-            print_error(config.explain(error) if isinstance(error, config.COMPOSE_ERRORS) else error)
+            print_error(compose.explain(error) if isinstance(error, compose.COMPOSE_ERRORS) else error)
         sys.exit(2)
 
 
@@ -79,7 +79,7 @@ def _hydra_raises() -> Iterator[None]:
 
 
 def _run(node: Any, env: Env, debug: bool) -> None:
-    settings = config.to_config(node)
+    settings = compose.to_config(node)
     with Attempt(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as attempt:
         # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
         from svd_ds.run import run

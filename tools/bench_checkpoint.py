@@ -12,7 +12,8 @@ from pathlib import Path
 
 from bench_parts import synchronize
 
-from svd_ds.config import RunConfig, compose
+from svd_ds.compose import compose
+from svd_ds.config import RunConfig
 from svd_ds.door import run_door
 from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.parallel import env as environment

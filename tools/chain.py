@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from svd_ds.config import compose
+from svd_ds.compose import compose
 from svd_ds.door import run_door
 from svd_ds.parallel.env import Env
 

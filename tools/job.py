@@ -16,7 +16,7 @@ if __name__ == "__main__":
     # The other imports take seconds, in which a signal would end this process.
     hold_signals()
 
-from svd_ds import config
+from svd_ds import compose
 from svd_ds.door import run_door
 from svd_ds.parallel.preflight import failing_nodes
 from svd_ds.training.attempt import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
@@ -109,9 +109,9 @@ def leave(job: Job, faults: dict[str, str]) -> None:
 def run_folder(arguments: Sequence[str]) -> RunFolder:
     """Where a run with these arguments lives. Raises ValueError for a mistake in them: no rank starts."""
     try:
-        settings = config.compose([word for word in arguments if not word.startswith("-")])
-    except config.COMPOSE_ERRORS as error:
-        raise ValueError(config.explain(error)) from None
+        settings = compose.compose([word for word in arguments if not word.startswith("-")])
+    except compose.COMPOSE_ERRORS as error:
+        raise ValueError(compose.explain(error)) from None
     return RunFolder(Path(settings.run.dir))
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hydra.errors import HydraException
 
-from svd_ds.config import CONF, RunConfig, compose, debug_last, explain
+from svd_ds.compose import CONF, compose, debug_last, explain
+from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise
 from svd_ds.model.conditioner import SCALARS
 from svd_ds.model.unet import UNet

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from svd_ds.config import RunConfig, compose
+from svd_ds.compose import compose
+from svd_ds.config import RunConfig
 from svd_ds.data.latents import MEMBER, Origin, pack
 from svd_ds.data.writer import ShardWriter
 from svd_ds.fit import check_fit

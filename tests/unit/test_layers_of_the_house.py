@@ -26,6 +26,7 @@ FLOORS = {
     "training": 3,
     "evaluation": 3,
     "config": 4,
+    "compose": 5,
     "fit": 5,
     "inputs": 6,
     "tasks": 7,
@@ -38,7 +39,7 @@ ONLY_HOME = {
     "triton": "model/kernels.py",
     "wandb": "training/tracker.py",
     "webdataset": "data/loader.py",
-    "omegaconf": "config.py",
+    "omegaconf": "compose.py",
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from svd_ds.config import compose
+from svd_ds.compose import compose
 from svd_ds.model import attention, fused
 from svd_ds.tasks import read_task
 
