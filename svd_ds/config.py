@@ -1,4 +1,4 @@
-"""The whole of a run's settings: one dataclass, composed of the parts' own, with the checks that span them."""
+"""The whole of a run's settings: one dataclass, composed of the parts' own, with the checks across them."""
 
 from __future__ import annotations
 
