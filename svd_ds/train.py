@@ -16,6 +16,7 @@ from typing import Any
 import hydra
 
 from svd_ds import compose
+from svd_ds.allocator import keep_freed_memory
 from svd_ds.door import USER_ERRORS, print_error, wants_traceback
 from svd_ds.parallel.env import Env
 from svd_ds.training.attempt import Attempt
@@ -27,6 +28,7 @@ HYDRA_SWITCH = "HYDRA_FULL_ERROR"
 def main() -> None:
     """Compose, run, and end with 0; with 2 and one sentence on bad input; with 1 when another rank was lost;
     with 130 when interrupted."""
+    keep_freed_memory()
     debug = wants_traceback()
     sys.argv[1:] = compose.debug_last([word for word in sys.argv[1:] if word != "--debug"])
     compose.register()

@@ -12,6 +12,7 @@ from bench_parts import Result, both_forward_flops, matmul_peak, measure
 from rich.console import Console
 from rich.progress import Progress
 
+from svd_ds.allocator import keep_freed_memory
 from svd_ds.door import run_door
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
@@ -22,13 +23,25 @@ EXAMPLE = """examples:
   python tools/bench.py --full
   python tools/bench.py --flops
 
-A step is forward, backward and AdamW, on weights in the dtype itself. Both networks have the same weights and
-take steps in turn; the ratio is the median of diffusers' time over ours, pair by pair, with the smallest and
-the largest. diffusers runs in the faster of two memory formats. MFU: three times the operations of the
-network's own forward, over the step's time, as a share of the fastest matrix product measured beforehand."""
-HEAD = ("clip", "tokens", "dtype", "batch", "ms ours", "ms diffusers", "ratio", "TFLOP forward", "MFU")
+A step is forward, backward and AdamW on float32 master weights, as in training. Both networks have the same
+weights and take steps in turn; the ratio is the median of diffusers' time over ours, pair by pair, with the
+smallest and the largest. diffusers runs in the faster of two memory formats. MFU: three times the operations
+of the network's own forward, over the step's time, as a share of the fastest matrix product measured
+beforehand. Peak: weights, the optimiser's averages and the most that a step takes beside them."""
+HEAD = (
+    "clip",
+    "tokens",
+    "dtype",
+    "batch",
+    "ms ours",
+    "ms diffusers",
+    "ratio",
+    "TFLOP forward",
+    "MFU",
+    "peak GiB",
+)
 FULL = {
-    "size": "256x384,320x576,576x1024",
+    "size": "256x384,320x576,576x1024,25x576x1024",
     "widths": ",".join(map(str, UNetConfig.widths)),
     "dtype": "bf16",
     "batch": "largest",
@@ -37,6 +50,7 @@ FULL = {
 
 
 def main() -> None:
+    keep_freed_memory()
     arguments = parse_arguments()
     batch = None if arguments.batch == "largest" else read_numbers("batch", arguments.batch)[0]
     cases = read_cases(arguments, ("pairs",), recompute=arguments.recompute, batch=batch)
@@ -49,9 +63,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peaks = {dtype: matmul_peak(dtype, device) for dtype in dict.fromkeys(case.dtype for case in cases)}
     print(describe_machine(device, peaks), end="\n\n")
-    head = (*HEAD, "peak GiB") if device.type == "cuda" else HEAD
-    print_row(*head)
-    print_row(*["---"] * len(head))
+    print_row(*HEAD)
+    print_row(*["---"] * len(HEAD))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("timing", total=len(cases) * arguments.pairs)
         for index, case in enumerate(cases):
@@ -72,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", default="1", help="clips a step, or largest: as many as fit the GPU; default 1")
     add("--recompute", default="none", choices=POLICIES, help="of ours; diffusers' own too, unless none")
     add("--pairs", type=int, default=5, help="of timed steps; default 5")
-    add("--full", action="store_true", help="the released network at three sizes in bf16, on a GPU")
+    add("--full", action="store_true", help="the released network at its sizes in bf16, on a GPU")
     add("--flops", action="store_true", help="only count the released network's operations; computes nothing")
     add("--debug", action="store_true", help="show the traceback of an error")
     wanted, _ = parser.parse_known_args()
@@ -91,15 +104,17 @@ def parse_arguments() -> argparse.Namespace:
 def print_result(result: Result, peak: float) -> None:
     case, ratios = result.case, result.ratios
     ours, theirs = result.medians
+    batch = str(case.batch)
+    if result.largest is not None:
+        batch += f" ({' / '.join(map(str, result.largest))} fit)"
     cells = [
-        *(case.clip, case.num_tokens, case.dtype, case.batch),
+        *(case.clip, case.num_tokens, case.dtype, batch),
         *(f"{1e3 * ours:.0f}", f"{1e3 * theirs:.0f} ({result.variant})"),
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
         " / ".join(f"{flops / 1e12:.3g}" for flops in result.flops),
         " / ".join(f"{share:.0%}" for share in result.mfu(peak)),
+        " / ".join(f"{size / 2**30:.1f}" for size in result.peak_bytes),
     ]
-    if result.peak_bytes is not None:
-        cells.append(" / ".join(f"{size / 2**30:.1f}" for size in result.peak_bytes))
     print_row(*cells)
 
 

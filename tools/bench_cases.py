@@ -63,7 +63,7 @@ def add_case_options(
     add(
         "--size",
         default=size,
-        help=f"HEIGHTxWIDTH in pixels; like tokens and dtype, several with commas; {size}",
+        help=f"[FRAMESx]HEIGHTxWIDTH in pixels; like tokens and dtype, several with commas; {size}",
     )
     add("--frames", type=int, default=frames, help=f"default {frames}")
     add("--widths", default="64,128,256,256", help="channels at each level; default 64,128,256,256")
@@ -88,9 +88,11 @@ def read_cases(arguments: argparse.Namespace, counts: Iterable[str], **common: A
     for size, num_tokens, dtype in itertools.product(arguments.size.split(","), tokens, dtypes):
         sides = read_numbers("size", size, "x")
         multiple = PIXELS_PER_LATENT * 2 ** (len(widths) - 1)
-        if len(sides) != 2 or any(side % multiple for side in sides):
+        *frames, height, width = sides if len(sides) in (2, 3) else (0, 1, 1)
+        if height % multiple or width % multiple:
             raise ValueError(f"--size is {size!r}: give HEIGHTxWIDTH, multiples of {multiple} pixels here")
-        cases.append(Case(widths, arguments.frames, *sides, num_tokens, dtype, **common))
+        num_frames = frames[0] if frames else arguments.frames
+        cases.append(Case(widths, num_frames, height, width, num_tokens, dtype, **common))
     return cases
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import torch
 
+from svd_ds.allocator import keep_freed_memory
 from svd_ds.data.clips import ClipDraws, Timing
 from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER
@@ -32,6 +33,7 @@ same frames and decodes them to RGB: no crop, no resize, no caption."""
 
 
 def main() -> None:
+    keep_freed_memory()
     arguments = parse_arguments()
     torch.set_num_threads(1)
     num_frames, height, width = map(int, arguments.shape.split("x"))

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from bench_cases import DTYPES, Case, Inputs
-from torch import Tensor, nn
+from bench_contestant import Contestant, peak_of_step, run, synchronize
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from svd_ds.model.layouts import config_to_diffusers
@@ -36,14 +37,16 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds a step and, where there is a GPU, peak bytes: ours, then theirs."""
+    """Seconds and peak bytes a step: ours, then theirs."""
 
     case: Case
     variant: str
     difference: float
     seconds: list[tuple[float, float]]
     flops: tuple[int, int]
-    peak_bytes: tuple[int, int] | None
+    peak_bytes: tuple[int, ...]
+    largest: tuple[int, ...] | None
+    """The most clips a step can have, where that was asked for."""
 
     @property
     def medians(self) -> tuple[float, float]:
@@ -64,74 +67,49 @@ class Result:
         ]
 
 
-class Contestant:
-    """A network and its optimiser, whose step is forward, backward and AdamW."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        # At rate 0 a step costs the same, and all steps have the same weights.
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, fused=True)
-        self.peak_bytes = 0
-
-    def step(self, inputs: Inputs) -> float:
-        """Seconds of one step of a loss that pulls the output towards zero."""
-        device = inputs[0].device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        synchronize(device)
-        started = time.perf_counter()
-        run(self.network, inputs).float().square().mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        synchronize(device)
-        seconds = time.perf_counter() - started
-        if device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(device)
-        return seconds
-
-    def held_bytes(self) -> int:
-        """What it keeps between steps: weights and the optimiser's averages."""
-        states = (value for state in self.optimizer.state.values() for value in state.values())
-        return sum(tensor.nbytes for tensor in (*self.network.parameters(), *states))
-
-
-def run(network: nn.Module, inputs: Inputs) -> Tensor:
-    output: Any = network(*inputs)
-    return output if isinstance(output, Tensor) else output.sample
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(case: Case, pairs: int, device: torch.device, advance: Callable[[], None]) -> Result | None:
-    """Time `pairs` of steps, calling `advance` after each; None where one clip does not fit the GPU."""
+    """Time `pairs` of steps, calling `advance` after each; None where one clip does not fit the GPU.
+
+    One network at a time lies on a GPU, for either to have all of it.
+    """
     try:
         network, public = build_networks(case, device)
         difference = output_difference(network, public, case.inputs(device))
         assert difference < AGREEMENT[case.dtype], f"the outputs differ by {difference:.1e}"
+        network.cpu()
         apply_recompute(network, network.blocks(), case.recompute)
         if case.recompute != "none":
             public.enable_gradient_checkpointing()
         variant = choose_variant(public, case.inputs(device))
-        ours, theirs = Contestant(network), Contestant(in_format(public, variant))
+        contestants = (Contestant(network), Contestant(in_format(public.cpu(), variant)))
+        largest = None
         if case.batch is None:
-            case = replace(case, batch=largest_batch(case, (ours, theirs), device))
+            largest = tuple(largest_batch(case, contestant, device) for contestant in contestants)
+            case = replace(case, batch=max(1, min(largest)))
         inputs = case.inputs(device)
-        for contestant in (ours, theirs):
-            contestant.step(inputs)  # the first is slower: memory is found, kernels are chosen
+        peaks = []
+        for contestant in contestants:
+            with contestant.resident(device):
+                # Its first step is slower too: memory is found, kernels are chosen.
+                extra = peak_of_step(contestant, inputs)
+                peaks.append(contestant.held_bytes() + extra)
         seconds = []
         for _ in range(pairs):
-            seconds.append((ours.step(inputs), theirs.step(inputs)))
+            ours, theirs = (timed(contestant, inputs) for contestant in contestants)
+            seconds.append((ours, theirs))
             advance()
     except torch.cuda.OutOfMemoryError:
         return None
-    peaks = None
-    if device.type == "cuda":
-        # Both lie on the GPU: what the other one holds is not this one's.
-        peaks = (ours.peak_bytes - theirs.held_bytes(), theirs.peak_bytes - ours.held_bytes())
-    return Result(case, variant, difference, seconds, both_forward_flops(case), peaks)
+    return Result(case, variant, difference, seconds, both_forward_flops(case), tuple(peaks), largest)
+
+
+def timed(contestant: Contestant, inputs: Inputs) -> float:
+    """Seconds of a step. On a GPU, where it has just arrived, it takes one before."""
+    device = inputs[0].device
+    with contestant.resident(device):
+        if device.type == "cuda":
+            contestant.step(inputs)
+        return contestant.step(inputs)
 
 
 def build_networks(case: Case, device: torch.device) -> tuple[UNet, Any]:
@@ -176,26 +154,32 @@ def in_format(public: nn.Module, variant: str) -> nn.Module:
     return public
 
 
-def largest_batch(case: Case, contestants: tuple[Contestant, ...], device: torch.device) -> int:
-    """The largest power of two of clips whose steps fit the GPU, beside the weights of both sides."""
-    batch = 1
-    while fits(replace(case, batch=2 * batch), contestants, device):
-        batch *= 2
-    return batch
+def largest_batch(case: Case, contestant: Contestant, device: torch.device) -> int:
+    """As many clips as a step can have that has the GPU to itself; 0 where not even one fits."""
+    with contestant.resident(device):
+        most = 1
+        while fits(replace(case, batch=most), contestant, device):
+            most *= 2
+        least = most // 2
+        while most - least > 1:
+            middle = (least + most) // 2
+            if fits(replace(case, batch=middle), contestant, device):
+                least = middle
+            else:
+                most = middle
+    return least
 
 
-def fits(case: Case, contestants: tuple[Contestant, ...], device: torch.device) -> bool:
+def fits(case: Case, contestant: Contestant, device: torch.device) -> bool:
     try:
-        for contestant in contestants:
-            contestant.step(case.inputs(device))
+        contestant.step(case.inputs(device))
+        fitted = True
     except torch.cuda.OutOfMemoryError:
-        return False
-    finally:
-        for contestant in contestants:
-            contestant.optimizer.zero_grad()
-        gc.collect()
-        torch.cuda.empty_cache()
-    return True
+        fitted = False
+    contestant.forget()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return fitted
 
 
 @torch.no_grad()

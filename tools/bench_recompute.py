@@ -8,6 +8,7 @@ import torch
 from bench_cases import add_case_options, read_cases
 from bench_ways import compare
 
+from svd_ds.allocator import keep_freed_memory
 from svd_ds.door import run_door
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.recompute import POLICIES, apply_recompute
@@ -21,6 +22,7 @@ GPU what torch allocates, on a CPU what the process holds (Linux)."""
 
 
 def main() -> None:
+    keep_freed_memory()
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for case in read_cases(arguments, ("turns",)):

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from bench_cases import DTYPES, Case, Inputs
-from bench_parts import Contestant
+from bench_cases import DTYPES, Case
+from bench_contestant import Contestant, peak_of_step
 
 from svd_ds.model.unet import UNet
-
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5)
-
 
 Prepare = Callable[[UNet, str], None]
 
@@ -41,24 +34,3 @@ def contestant(case: Case, way: str, prepare: Prepare, device: torch.device) -> 
     unet = UNet(case.config).to(device, DTYPES[case.dtype])
     prepare(unet, way)
     return Contestant(unet)
-
-
-def peak_of_step(contestant: Contestant, inputs: Inputs) -> int:
-    """Bytes of a second step, when the optimiser's averages are there."""
-    contestant.step(inputs)
-    gc.collect()
-    if inputs[0].is_cuda:
-        before = torch.cuda.memory_allocated()
-        contestant.step(inputs)
-        return contestant.peak_bytes - before
-    # What the allocator keeps of freed memory would count as held.
-    ctypes.CDLL(None).malloc_trim(0)
-    before = held_bytes("VmRSS")
-    CLEAR_REFS.write_text(RESET_PEAK)
-    contestant.step(inputs)
-    return held_bytes("VmHWM") - before
-
-
-def held_bytes(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])

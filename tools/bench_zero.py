@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import torch
 from bench_cases import DTYPES, Case, Inputs, add_case_options, read_cases
-from bench_parts import synchronize
+from bench_contestant import synchronize
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from svd_ds.allocator import keep_freed_memory
 from svd_ds.door import run_door
 from svd_ds.model.unet import UNet
 from svd_ds.parallel import env as environment
@@ -33,9 +34,15 @@ Step = Callable[[Inputs], None]
 
 
 def main() -> None:
+    keep_freed_memory()
     arguments = parse_arguments()
     cases = read_cases(arguments, ("pairs",))
-    zero = ZeroConfig(persistence_threshold=arguments.persistence, prefetch_bucket=arguments.prefetch)
+    zero = ZeroConfig(
+        persistence_threshold=arguments.persistence,
+        prefetch_bucket=arguments.prefetch,
+        max_live=arguments.max_live,
+        max_reuse_distance=arguments.reuse,
+    )
     env = Env.read()
     environment.init(env)
     try:
@@ -121,6 +128,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--recompute", default="blocks", choices=POLICIES, help="of both; default blocks")
     add("--persistence", type=int, default=ZeroConfig.persistence_threshold, help="see parallel/zero.py")
     add("--prefetch", type=int, default=ZeroConfig.prefetch_bucket, help="see parallel/zero.py")
+    add("--max-live", type=int, help="see parallel/zero.py")
+    add("--reuse", type=int, default=ZeroConfig.max_reuse_distance, help="see parallel/zero.py")
     add("--pairs", type=int, default=7, help="of timed steps; default 7")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()

@@ -33,8 +33,8 @@ EXAMPLE = """examples:
 
 With --layout diffusers an image-to-video network becomes a folder that diffusers'
 StableVideoDiffusionPipeline.from_pretrained loads; its other parts are copied from where the run had them. So
-does a trained decoder, in vae/. Low-rank adapters are merged, or written by themselves with --layout lora.
-"""
+does a trained decoder, in vae/. Low-rank adapters are merged, or written by themselves with --layout lora."""
+Weights = Iterator[tuple[str, Tensor]]
 PIPELINE = "StableVideoDiffusionPipeline"
 PARTS = ("vae", "image_encoder", "feature_extractor", "scheduler")
 
@@ -68,11 +68,12 @@ def convert(arguments: argparse.Namespace, draft: Path) -> str:
         save_lora(load_unet(arguments.source, arguments.ema, merge=False), draft)
         return ""
     config, tensors = read_weights(arguments.source, which=arguments.ema)
+    tensors = complete(arguments.source, config, tensors)
     if arguments.layout == "original":
-        write_weights(config, complete(arguments.source, config, tensors), draft, "original")
+        write_weights(config, tensors, draft, "original")
         return ""
     frozen = pipeline_parts(arguments.source, arguments.frozen, config)
-    write_weights(config, complete(arguments.source, config, tensors), draft / "unet", "diffusers")
+    write_weights(config, tensors, draft / "unet", "diffusers")
     if frozen is None:
         return " with unet/ alone: diffusers has no pipeline for what this network takes"
     for part in PARTS:
@@ -81,9 +82,7 @@ def convert(arguments: argparse.Namespace, draft: Path) -> str:
     return ""
 
 
-def complete(
-    source: Path, config: UNetConfig, tensors: Iterator[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
+def complete(source: Path, config: UNetConfig, tensors: Weights) -> Weights:
     """The tensors as they are read. ValueError at their end where `source` has only an image model's."""
     total, found = len(network_parameters(config)), 0
     for tensor in track(tensors, "read", total=total):

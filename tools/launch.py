@@ -68,9 +68,6 @@ def start(command: list[str], rank: int, num_ranks: int, port: int) -> subproces
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     environment = {
         "OMP_NUM_THREADS": str(threads),
-        # glibc would return every large tensor to the system and fault it in anew, at a price for CPU ranks.
-        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
         **os.environ,
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "svd_ds"
 
 FLOORS = {
     "svd_ds": 0,
+    "allocator": 0,
     "batch": 0,
     "door": 0,
     "video": 0,

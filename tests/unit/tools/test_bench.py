@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from svd_ds.model.unet import UNet
 from tests.unit.tools.conftest import TOOLS
 
 Bench = Callable[..., int]
@@ -54,11 +56,14 @@ def test_both_sides_agree_and_take_turns(tiny: Any) -> None:
     assert 0 < result.difference < 1e-5
     assert len(result.seconds) == len(result.ratios) == len(turns) == 2
     assert result.ratios[0] == result.seconds[0][1] / result.seconds[0][0]
-    assert result.peak_bytes is None
+    weights = sum(parameter.nbytes for parameter in UNet(tiny.config).parameters())
+    assert all(3 * weights < peak < 20 * weights for peak in result.peak_bytes)
+    assert result.largest is None
 
 
 def test_a_step_trains_and_leaves_the_weights_as_they_are(tiny: Any) -> None:
-    from bench_parts import Contestant, build_networks, in_format, output_difference
+    from bench_contestant import Contestant
+    from bench_parts import build_networks, in_format, output_difference
 
     device = torch.device("cpu")
     network, public = build_networks(tiny, device)
@@ -72,6 +77,48 @@ def test_a_step_trains_and_leaves_the_weights_as_they_are(tiny: Any) -> None:
         weights = sum(parameter.nbytes for parameter in side.parameters())
         assert 3 * weights <= contestant.held_bytes() < 3.01 * weights
     assert output_difference(network, public, inputs) < 1e-5
+
+
+def test_half_precision_trains_float32_weights(tiny: Any) -> None:
+    from bench_contestant import Contestant
+
+    network = UNet(tiny.config).bfloat16()
+    torch.nn.init.ones_(network.conv_out.bias)
+    contestant = Contestant(network)
+    contestant.optimizer.param_groups[0]["lr"] = 1e-5  # less than bfloat16 tells apart
+    before = network.conv_out.bias.clone()
+    for _ in range(2):
+        contestant.step(replace(tiny, dtype="bf16").inputs(torch.device("cpu")))
+    names = [name for name, _ in network.named_parameters()]
+    master = dict(zip(names, contestant.masters, strict=True))["conv_out.bias"]
+    assert master.dtype == torch.float32
+    assert not torch.equal(master, before.float())
+    assert torch.equal(network.conv_out.bias, master.bfloat16())
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    assert contestant.held_bytes() >= 7 * weights, "the weights, and three float32 copies of their size"
+
+
+@pytest.mark.parametrize("room", [0, 1, 5, 8])
+def test_the_largest_batch_is_found(tiny: Any, room: int) -> None:
+    from bench_contestant import Contestant
+    from bench_parts import largest_batch
+
+    class Small(Contestant):
+        def step(self, inputs: Any) -> float:
+            if len(inputs[0]) > room:
+                raise torch.cuda.OutOfMemoryError
+            return 1.0
+
+    case = replace(tiny, batch=None)
+    assert largest_batch(case, Small(torch.nn.Linear(1, 1)), torch.device("cpu")) == room
+
+
+def test_a_size_may_have_frames_of_its_own() -> None:
+    from bench import FULL
+    from bench_cases import read_cases
+
+    arguments = SimpleNamespace(**FULL, frames=14, tokens="1")
+    assert [case.clip for case in read_cases(arguments, ())][-2:] == ["14 x 576x1024", "25 x 576x1024"]
 
 
 def test_networks_that_differ_are_not_compared(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
