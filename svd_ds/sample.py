@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def sample_video(
 
 @dataclass(frozen=True)
 class Pipeline:
-    """All that sampling needs, and the shape the network was trained on."""
+    """All that sampling needs, the shape that the network was trained on, and how it is sampled."""
 
     unet: UNet
     autoencoder: Autoencoder
@@ -159,6 +159,8 @@ class Pipeline:
     num_frames: int
     height: int
     width: int
+    sampling: SampleConfig
+    """A run's own, of its previews: it may have learned few noise levels. Else the released SVD's."""
 
 
 def load_pipeline(
@@ -179,12 +181,14 @@ def load_pipeline(
         )
     unet = load_unet(path, which=which).to(device, dtype).eval()
     if settings is None:
-        shape = (unet.config.num_frames, *RELEASED_SIZE)
+        shape, sampling = (unet.config.num_frames, *RELEASED_SIZE), SampleConfig()
         given = "ends" if unet.config.masked else "image"
         parts, conditioning = frozen or str(path), ConditionerConfig(context=given, concat=given)
     else:
         data = settings["data"]
         shape = (data["num_frames"], data["height"], data["width"])
+        names = {entry.name for entry in fields(SampleConfig)}
+        sampling = SampleConfig(**{k: v for k, v in settings["sampling"].items() if k in names})
         parts = frozen or settings["frozen"]["path"]
         scalars = tuple(settings["conditioning"]["scalars"])
         conditioning = ConditionerConfig(**settings["conditioning"] | {"scalars": scalars})
@@ -194,6 +198,7 @@ def load_pipeline(
         Autoencoder.load(parts, device, dtype),
         Conditioner.load(conditioning, parts, device, dtype),
         *shape,
+        sampling,
     )
 
 

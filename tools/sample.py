@@ -1,9 +1,12 @@
-"""Sample videos from a run, a checkpoint or a pipeline folder: MP4 files and a contact sheet."""
+"""Sample videos from a run, a checkpoint or a pipeline folder: MP4 files and a contact sheet.
+What is not given is as in the run's own previews; for public weights, as the released SVD was sampled."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -26,21 +29,10 @@ EXAMPLE = """examples:
 
 def main() -> None:
     arguments = parse_arguments()
-    config = SampleConfig(
-        num_steps=arguments.steps,
-        sampler=arguments.sampler,
-        guidance=arguments.guidance_kind,
-        guidance_min=arguments.guidance[0],
-        guidance_max=arguments.guidance[1],
-        fps=arguments.fps,
-        motion_bucket=arguments.motion_bucket,
-        augmentation=arguments.augmentation,
-        elevation=arguments.elevation,
-        seed=arguments.seed,
-    )
     device = torch.device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipeline = load_pipeline(arguments.run, device, dtype, which=arguments.ema, frozen=arguments.frozen)
+    config = replace(pipeline.sampling, **chosen(arguments))
     height, width = arguments.size or (pipeline.height, pipeline.width)
     num_frames = arguments.frames or pipeline.num_frames
     jobs = make_jobs(arguments, pipeline.conditioner.config, height, width)
@@ -67,6 +59,14 @@ def main() -> None:
     print(
         f"wrote {len(videos)} video{'s' if len(videos) > 1 else ''} and contact_sheet.png to {arguments.out}"
     )
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SampleConfig that the command line gives."""
+    given = {name: getattr(arguments, name, None) for name in (entry.name for entry in fields(SampleConfig))}
+    if arguments.guidance_scale is not None:
+        given["guidance_min"], given["guidance_max"] = arguments.guidance_scale
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def make_jobs(
@@ -100,7 +100,6 @@ def make_jobs(
 
 
 def parse_arguments() -> argparse.Namespace:
-    defaults = SampleConfig()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,23 +111,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the videos go")
     add("--frames", type=int, metavar="T", help="default: what RUN was trained on")
     add("--size", type=size, metavar="HxW", help="default: the run's; 576x1024 for a pipeline folder")
-    told = "default: %(default)s"
-    add("--steps", type=int, default=defaults.num_steps, metavar="N", help=told)
-    add("--sampler", choices=list(SAMPLERS), default=defaults.sampler, help=told)
-    add("--guidance", type=guidance, default="1:2.5", metavar="MIN:MAX", help=told)
-    add("--guidance-kind", choices=GUIDANCE_KINDS, default=defaults.guidance, help=told)
-    add("--fps", type=float, default=defaults.fps, help=told)
-    add("--motion-bucket", type=float, default=defaults.motion_bucket, metavar="M", help=told)
-    add("--augmentation", type=float, default=defaults.augmentation, metavar="SIGMA", help=told)
-    add("--elevation", type=float, default=defaults.elevation, metavar="DEGREES", help=told)
-    add("--seed", type=int, default=defaults.seed, help=told)
+    add("--steps", type=int, dest="num_steps", metavar="N", help="noise levels that are descended")
+    add("--sampler", choices=list(SAMPLERS))
+    add("--sigma-min", type=float, metavar="SIGMA", help="the last noise level before none")
+    add("--sigma-max", type=float, metavar="SIGMA", help="the first")
+    add("--guidance", type=guidance, dest="guidance_scale", metavar="MIN:MAX", help="over the frames")
+    add("--guidance-kind", choices=GUIDANCE_KINDS, dest="guidance")
+    add("--fps", type=float)
+    add("--motion-bucket", type=float, metavar="M", help="0 to 255: how much should move")
+    add("--augmentation", type=float, metavar="SIGMA", help="noise on the given frames")
+    add("--elevation", type=float, metavar="DEGREES", help="of the camera")
+    add("--seed", type=int)
     add(
         "--ema",
         metavar="NAME",
         help="of a run: an average, a length (0.07), or raw; default: its first average",
     )
     add("--frozen", metavar="FOLDER", help="where vae/ and the encoders are; default: RUN's own")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=told)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

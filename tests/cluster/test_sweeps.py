@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from svd_ds.compose import compose
 from tests.cluster.conftest import ROOT, Cluster, WandbServer, wait_until
 from tests.runs import metrics
 
@@ -35,8 +37,7 @@ def check_trial(run: dict[str, Any], folder: Path, noise: str) -> None:
     assert run["state"] == "finished" and run["exitcode"] == 0
     assert {row["train/step"] for row in run["history"]} >= set(range(1, STEPS + 1))
     settings = yaml.safe_load((folder / run["name"] / "config.yaml").read_text())
-    whole = yaml.safe_load((ROOT / "conf/noise" / f"{noise}.yaml").read_text())["noise"]
-    assert {key: settings["noise"][key] for key in whole} == whole
+    assert settings["noise"] == asdict(compose([f"noise={noise}"]).noise)
 
 
 @pytest.mark.slow

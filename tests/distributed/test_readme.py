@@ -80,4 +80,5 @@ def test_make_targets_and_job_scripts_exist() -> None:
         assert planned.returncode == 0, planned.stderr
     for line in LINES:
         if line.startswith("sbatch "):
-            assert os.access(ROOT / line.split()[1], os.X_OK), line
+            script = next(word for word in line.split() if word.endswith(".sh"))
+            assert os.access(ROOT / script, os.X_OK), line

@@ -20,6 +20,7 @@ from svd_ds.diffusion.draws import draw
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.sample import RELEASED_SIZE, TINY, SampleConfig, load_pipeline, sample_video
+from svd_ds.training.preview import PreviewConfig
 
 NUM_FRAMES = 3
 
@@ -193,6 +194,7 @@ def test_the_public_pipeline_samples_the_same_video() -> None:
     config = SampleConfig(num_steps=4, augmentation=0.0, guidance_max=3.0)
     pipeline = load_pipeline(TINY, torch.device("cpu"), torch.float32)
     assert (pipeline.num_frames, pipeline.height, pipeline.width) == (14, *RELEASED_SIZE)
+    assert pipeline.sampling == SampleConfig()
     ours = sample_video(
         pipeline.unet, pipeline.autoencoder, pipeline.conditioner, first, num_frames=5, config=config
     )
@@ -220,6 +222,7 @@ def write_run(folder: Path, frozen: str) -> Path:
         "frozen": {"path": frozen},
         "conditioning": asdict(ConditionerConfig(scalars=("fps", "motion_bucket", "augmentation"))),
         "data": {"num_frames": 5, "height": 64, "width": 96},
+        "sampling": asdict(PreviewConfig(num_steps=3, sigma_max=80.0, fps=5.0)),
     }
     settings["conditioning"]["scalars"] = list(settings["conditioning"]["scalars"])
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -232,6 +235,7 @@ def test_a_checkpoint_finds_its_parts_and_shape_in_its_run(tmp_path: Path, froze
     assert (pipeline.num_frames, pipeline.height, pipeline.width) == (5, 64, 96)
     assert pipeline.autoencoder.downsampling == 8
     assert pipeline.conditioner.config == ConditionerConfig()
+    assert pipeline.sampling == SampleConfig(num_steps=3, sigma_max=80.0, fps=5.0), "as its previews"
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:

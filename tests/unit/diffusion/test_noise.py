@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
+from svd_ds.compose import CONF, compose
 from svd_ds.diffusion.noise import KINDS, Discrete, NoiseConfig, build_noise, karras_sigmas, resolution_shift
 
-CONFIG_FILES = sorted((Path(__file__).parents[3] / "conf" / "noise").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (CONF / "noise").glob("*.yaml"))
 
 # (P_mean, P_std) -> sigma at 5, 25, 50, 75, 95 and 99 %
 QUANTILES = {
@@ -27,8 +26,7 @@ LEVELS = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95, 0.99], dtype=torch.float64)
 
 
 def load(name: str) -> NoiseConfig:
-    path = next(path for path in CONFIG_FILES if path.stem == name)
-    return NoiseConfig(**yaml.safe_load(path.read_text()))
+    return compose([f"noise={name}"]).noise
 
 
 @pytest.mark.parametrize("name", QUANTILES)
@@ -40,9 +38,9 @@ def test_sampled_quantiles_are_the_papers(name: str) -> None:
     torch.testing.assert_close(sampled, expected, rtol=0.03, atol=0)
 
 
-@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
-def test_every_config_file_is_a_rising_finite_density(path: Path) -> None:
-    noise = build_noise(load(path.stem), 576, 1024)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_file_is_a_rising_finite_density(name: str) -> None:
+    noise = build_noise(load(name), 576, 1024)
     u = torch.linspace(1e-9, 1 - 1e-9, 1001, dtype=torch.float64)
     sigma = noise.quantile(u)
     assert sigma.isfinite().all() and (sigma > 0).all()
@@ -52,7 +50,7 @@ def test_every_config_file_is_a_rising_finite_density(path: Path) -> None:
 
 
 def test_every_kind_has_a_config_file() -> None:
-    assert {load(path.stem).kind for path in CONFIG_FILES} == set(KINDS)
+    assert {load(name).kind for name in NAMES} == set(KINDS)
 
 
 def test_discrete_levels_are_stable_diffusions() -> None:

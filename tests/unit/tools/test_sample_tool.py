@@ -16,7 +16,7 @@ from PIL import Image
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import save_unet
-from svd_ds.sample import TINY
+from svd_ds.sample import TINY, SampleConfig
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def write_interpolation_run(folder: Path) -> Path:
         "frozen": {"path": "tiny"},
         "conditioning": conditioning | {"scalars": list(conditioning["scalars"])},
         "data": {"num_frames": 4, "height": 16, "width": 24},
+        "sampling": asdict(SampleConfig(fps=9.0)),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder / "checkpoints" / "step-0000001"
@@ -72,6 +73,7 @@ def test_two_images_are_interpolated(
     assert run(run_folder, "--image", red, "--last-image", blue, *out) == 0
     with av.open(str(tmp_path / "out" / "0-red.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 4
+        assert container.streams.video[0].average_rate == 9, "as the run's previews"
     converted = shutil.copytree(run_folder, tmp_path / "converted")
     told = ["--frozen", "tiny", "--size", "16x24", "--frames", 3, *out]
     assert run(converted, "--image", red, "--last-image", blue, *told) == 0, "its mask says it"
