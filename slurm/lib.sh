@@ -34,13 +34,21 @@ train() {  # train ARGUMENT...: one srun task a rank, all ranks with the same ar
   become tools/job.py "${JOB[@]}" -- "$@"
 }
 
+again() {  # whether the job may be queued again once more
+  [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]
+}
+
 tasks() {  # tasks SCRIPT ARGUMENT...: one srun task a rank of a script that goes on by itself when started again
   local code=0
+  if again; then
+    "$PYTHON" tools/check_nodes.py "${JOB[@]}" &
+    wait $! || exit
+  fi
   # They do not wait for each other: when one dies, the others finish what they have.
   srun --kill-on-bad-exit=0 --cpus-per-task="$CPUS" "$PYTHON" "$@" &
   wait $! || code=$?
   # 2: a mistake, which would be made again. A job that does not run any more is Slurm's, or queued already.
-  if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] &&
+  if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && again &&
     [[ "$(scontrol show job -o "$SLURM_JOB_ID")" == *JobState=RUNNING* ]]; then
     echo "job $SLURM_JOB_ID is queued again: srun ended with $code"
     scontrol requeue "$SLURM_JOB_ID"

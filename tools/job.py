@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from svd_ds import compose
 from svd_ds.door import run_door
-from svd_ds.parallel.preflight import failing_nodes
+from svd_ds.parallel.preflight import failing_nodes, leave_out
 from svd_ds.training.attempt import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
 from svd_ds.training.folder import RunFolder
 
@@ -66,7 +66,7 @@ def main() -> None:
     faults = failing_nodes(job, folder.path) if job.preflight and not request.number else {}
     # Checks that were ended with the job tell nothing of its nodes.
     if faults and not request.number and job.is_running():
-        leave(job, faults)
+        leave_out(job, faults)
         return
     if not faults and not request.number:
         step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments])
@@ -92,18 +92,6 @@ def settle(trial: Path | None) -> None:
     """The run needs no other life: a sweep's next trial may begin."""
     if trial is not None:
         trial.unlink(missing_ok=True)
-
-
-def leave(job: Job, faults: dict[str, str]) -> None:
-    """Queue the job again without these nodes; where all of several fail, it is hardly they."""
-    if len(faults) == len(job.nodes) > 1:
-        node, fault = next(iter(faults.items()))
-        print(f"job {job.id} is queued again: all its nodes fail the checks, {node} {fault}", flush=True)
-        job.requeue()
-        return
-    told = "; ".join(f"{node} {fault}" for node, fault in faults.items())
-    print(f"job {job.id} is queued again without {', '.join(faults)}: {told}", flush=True)
-    job.requeue(without=list(faults))
 
 
 def run_folder(arguments: Sequence[str]) -> RunFolder:

@@ -39,6 +39,9 @@ class Job(Protocol):
     """svd_ds.parallel.slurm.Job, as far as it is needed here."""
 
     @property
+    def id(self) -> str: ...
+
+    @property
     def nodes(self) -> tuple[str, ...]: ...
 
     @property
@@ -46,14 +49,18 @@ class Job(Protocol):
 
     def step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]: ...
 
+    def requeue(self, without: Sequence[str] = ()) -> None: ...
 
-def failing_nodes(job: Job, folder: Path) -> dict[str, str]:
-    """The nodes of a job that should not be trained on, and why: all of them where none is to blame.
-    `folder` is the run's."""
+
+def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, str]:
+    """The nodes of a job that should not be used, and why: all of them where none is to blame.
+
+    folder: of the run, where nodes tell what they find. together: whether they have to reach each other.
+    """
     # A node that fails must not end the step for those that are slower to answer.
     notes = _try(job, "alone", [job.nodes], folder, "--kill-on-bad-exit=0")
     faults = {node: note for node, note in notes.items() if note != FIT}
-    if faults or len(job.nodes) == 1:
+    if faults or not together or len(job.nodes) == 1:
         return faults
     notes = _try(job, "together", [job.nodes], folder)
     if all(note == FIT for note in notes.values()):
@@ -61,6 +68,18 @@ def failing_nodes(job: Job, folder: Path) -> dict[str, str]:
     return _out_of_reach(job, folder) or dict.fromkeys(
         job.nodes, "reaches a neighbour, and not all nodes together"
     )
+
+
+def leave_out(job: Job, faults: dict[str, str]) -> None:
+    """Queue the job again without these nodes; where all of several fail, it is hardly they."""
+    if len(faults) == len(job.nodes) > 1:
+        node, fault = next(iter(faults.items()))
+        print(f"job {job.id} is queued again: all its nodes fail the checks, {node} {fault}", flush=True)
+        job.requeue()
+        return
+    told = "; ".join(f"{node} {fault}" for node, fault in faults.items())
+    print(f"job {job.id} is queued again without {', '.join(faults)}: {told}", flush=True)
+    job.requeue(without=list(faults))
 
 
 def _out_of_reach(job: Job, folder: Path) -> dict[str, str]:

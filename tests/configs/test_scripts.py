@@ -22,6 +22,9 @@ def test_script_parses(script: Path) -> None:
     assert parsed.returncode == 0, parsed.stderr
 
 
+CHECKED = "tools/check_nodes.py --job 1 --nodes node1,node2 --cpus 1 --gpus 0"
+
+
 def shell(commands: str, *arguments: str, **variables: str) -> str:
     """What bash prints of `commands`, with Slurm's commands and Python in their places."""
     stubs = """
@@ -33,7 +36,7 @@ def shell(commands: str, *arguments: str, **variables: str) -> str:
           esac
         }
         srun() { shift 2; echo "$*"; return ${CODE:-0}; }
-        export SLURM_JOB_NODELIST=node[1-2] SVD_DS_PYTHON=echo
+        export SLURM_JOB_NODELIST=node[1-2] SVD_DS_PYTHON=${SVD_DS_PYTHON:-echo}
     """
     ended = subprocess.run(
         ["bash", "-c", f"{stubs}\n{commands}", "bash", *arguments],
@@ -58,7 +61,8 @@ def trained(script: str, *arguments: str) -> str:
 
 
 def test_other_scripts_hand_their_arguments_on() -> None:
-    assert started("encode.sh", "in", "out", "--size", "8x8") == "echo tools/encode.py in out --size 8x8"
+    encode = started("encode.sh", "in", "out", "--size", "8x8").splitlines()
+    assert encode == [CHECKED, "echo tools/encode.py in out --size 8x8"]
     assert started("curate.sh", "in", "out").endswith("in out --workers 1")
     sweep = started("sweep.sh", "me/svd/abc", "optim.lr=1")
     assert sweep.startswith("tools/sweep.py --job 1 --nodes node1,node2 ")
@@ -81,7 +85,12 @@ def test_a_task_that_dies_is_started_again_a_few_times(
     life = {"CODE": code, "STATE": state, "SLURM_RESTART_COUNT": restarts}
     told = shell("(. slurm/encode.sh in out); echo $?", **life).splitlines()
     queued = [f"job 1 is queued again: srun ended with {code}", "scontrol requeue 1"] if again else []
-    assert told == ["echo tools/encode.py in out", *queued, code]
+    checked = [CHECKED] if restarts == "0" else []
+    assert told == [*checked, "echo tools/encode.py in out", *queued, code]
+
+
+def test_tasks_do_not_start_on_nodes_that_fail() -> None:
+    assert shell("(. slurm/encode.sh in out); echo $?", SVD_DS_PYTHON="false") == "1"
 
 
 def test_a_part_that_is_submitted_again_is_the_same_part() -> None:

@@ -28,6 +28,10 @@ class FakeJob:
     """Of a step."""
     gpus: int = 0
     groups: list[list[str]] = field(default_factory=list)
+    id: str = "7"
+
+    def requeue(self, without: Sequence[str] = ()) -> None:
+        raise AssertionError("who finds faults leaves it to others what follows")
 
     def step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:
         group = next(option for option in options if "nodelist" in option).partition("=")[2].split(",")
@@ -50,6 +54,11 @@ def test_fit_nodes_have_no_fault(tmp_path: Path) -> None:
     job = FakeJob(nodes(4))
     assert failing_nodes(job, tmp_path) == {}
     assert job.groups == [["n0", "n1", "n2", "n3"]] * 2, "alone, and together"
+
+
+def test_nodes_that_need_not_meet_are_tried_alone(tmp_path: Path) -> None:
+    job = FakeJob(nodes(3), apart=["n1"])
+    assert failing_nodes(job, tmp_path, together=False) == {} and len(job.groups) == 1
 
 
 def test_a_node_that_is_ill_or_silent_is_named_with_its_fault(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""tools/check_nodes.py: scontrol is a program of the test, and what the nodes find is made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from svd_ds.parallel import preflight
+
+SCONTROL = """#!/bin/sh
+case "$1" in show) echo "JobState={state} ExcNodeList=(null)" ;; *) echo "$@" >> {log} ;; esac
+"""
+WITHOUT_NODE2 = ["requeuehold 7", "update JobId=7 ExcNodeList=node2", "release 7"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "state", "code", "asked"),
+    [
+        ({}, "RUNNING", 0, []),
+        ({"node2": "has no disk"}, "RUNNING", 1, WITHOUT_NODE2),
+        ({"node2": "has no disk"}, "CANCELLED", 1, []),
+    ],
+)
+def test_a_job_leaves_nodes_that_fail(
+    faults: dict[str, str],
+    state: str,
+    code: int,
+    asked: list[str],
+    run_tool: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log, together = tmp_path / "log", []
+    log.touch()
+    (tmp_path / "scontrol").write_text(SCONTROL.format(state=state, log=log))
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def failing(*_: object, **options: bool) -> dict[str, str]:
+        together.append(options["together"])
+        return faults
+
+    monkeypatch.setattr(preflight, "failing_nodes", failing)
+    assert run_tool("check_nodes.py", "--job", 7, "--nodes", "node1,node2") == code
+    assert log.read_text().splitlines() == asked
+    assert together == [False], "they share files alone"

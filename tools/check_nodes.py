@@ -1,0 +1,36 @@
+"""The pre-flight of a Slurm job whose tasks go on by themselves: leave out nodes that are broken."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from svd_ds.door import run_door
+from svd_ds.parallel.preflight import failing_nodes, leave_out
+from svd_ds.parallel.slurm import Job
+
+EXAMPLE = """slurm/encode.sh and curate.sh call it with the allocation's own values (slurm/lib.sh):
+  tools/check_nodes.py --job 42 --nodes node1,node2 --gpus 8
+
+It ends with 0 when every node is fit, with 1 behind queueing the job again without those that are not."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    Job.add_options(parser)
+    job = Job.of(parser.parse_args())
+    # The tasks share files alone: it does not matter whether nodes reach each other.
+    faults = failing_nodes(job, Path("runs", "jobs", job.id), together=False) if job.preflight else {}
+    if not faults:
+        return
+    # Checks that were ended with the job tell nothing of its nodes.
+    if job.is_running():
+        leave_out(job, faults)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_door(main)
