@@ -20,6 +20,7 @@ ARCHITECTURES = {80, 90}
 """A100 and H100."""
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_reads_wide_and_spills_nothing(tmp_path: Path) -> None:
     if not triton_installed():
         pytest.skip("Triton is not installed")
