@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,16 +110,13 @@ class Evaluation:
             for start in range(0, len(clips), self.micro_batch)
         ]
         prepared = [(batch.ordinals, self.diffusion.prepare(batch)) for batch in micro_batches]
-        errors_BST, grad_norm = self._with_gradients(engine, prepared)
+        bins = [self._gradient(engine, prepared, s) for s in range(NUM_BINS)]
+        errors_BST = torch.stack([errors_BT for errors_BT, _ in bins], dim=1)
         num_frames = errors_BST.shape[-1] if self.config.frame_gradients else 0
-        norm_by_frame = [self._frame_gradient(engine, prepared, t) for t in range(num_frames)]
+        frames = [self._gradient(engine, prepared, None, slice(t, t + 1)) for t in range(num_frames)]
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
             average_BST = torch.stack(
-                [
-                    torch.cat([self._errors(engine, *part, [s] * len(part[0])) for part in prepared])
-                    for s in range(NUM_BINS)
-                ],
-                dim=1,
+                [torch.cat([self._errors(engine, *part, s) for part in prepared]) for s in range(NUM_BINS)], 1
             )
         losses_ST, averages_ST = self._mean_over_clips(errors_BST), self._mean_over_clips(average_BST)
         return Measured(
@@ -129,47 +125,37 @@ class Evaluation:
             sigma=[sigma_at(s, 0.5) for s in range(NUM_BINS)],
             loss=losses_ST.mean(dim=1).tolist(),
             loss_average=averages_ST.mean(dim=1).tolist(),
-            grad_norm=grad_norm,
+            grad_norm=[norm for _, norm in bins],
             loss_by_frame=losses_ST.mean(dim=0).tolist(),
-            grad_norm_by_frame=norm_by_frame,
+            grad_norm_by_frame=[norm for _, norm in frames],
         )
 
-    def _with_gradients(
-        self, engine: Engine, prepared: list[tuple[tuple[int, ...], Known]]
-    ) -> tuple[Tensor, list[float]]:
-        """Errors of this rank's clips, (B, S, T), and the norm of the whole set's gradient in each bin."""
-        bins, norms = [], []
-        for s in range(NUM_BINS):
-            parts = []
-            for ordinals, known in prepared:
-                errors_BT = self._errors(engine, ordinals, known, [s] * len(ordinals))
-                engine.backward(self._share(ordinals, errors_BT.mean(dim=1), len(prepared)))
-                parts.append(errors_BT.detach())
-            norms.append(engine.gradient_norm())
-            engine.forget()
-            bins.append(torch.cat(parts))
-        return torch.stack(bins, dim=1), norms
-
-    def _frame_gradient(self, engine: Engine, prepared: list[tuple[tuple[int, ...], Known]], t: int) -> float:
-        """The norm of the gradient of the whole set's loss at frame `t`, each clip in one bin."""
+    def _gradient(
+        self,
+        engine: Engine,
+        prepared: list[tuple[tuple[int, ...], Known]],
+        s: int | None,
+        frames: slice = slice(None),
+    ) -> tuple[Tensor, float]:
+        """Errors of this rank's clips in bin `s`, (B, T), and the norm of the gradient of the whole set's
+        loss at `frames`. None: each clip in one bin, the next clip in the next."""
+        # The engine averages over ranks and micro-batches, and they may hold clips that do not count.
+        share = self.env.world * len(prepared) / self.config.clips
+        parts = []
         for ordinals, known in prepared:
-            errors_BT = self._errors(engine, ordinals, known, [ordinal % NUM_BINS for ordinal in ordinals])
-            engine.backward(self._share(ordinals, errors_BT[:, t], len(prepared)))
+            errors_BT = self._errors(engine, ordinals, known, s)
+            counts_B = errors_BT.new_tensor([ordinal < self.config.clips for ordinal in ordinals])
+            engine.backward(share * (counts_B * errors_BT[:, frames].mean(dim=1)).sum())
+            parts.append(errors_BT.detach())
         norm = engine.gradient_norm()
         engine.forget()
-        return norm
+        return torch.cat(parts), norm
 
-    def _share(self, ordinals: tuple[int, ...], errors_B: Tensor, num_micro_batches: int) -> Tensor:
-        """What a micro-batch adds to the mean over the set's clips, once the engine has averaged over ranks
-        and micro-batches. They may hold clips that do not count."""
-        counts_B = errors_B.new_tensor([ordinal < self.config.clips for ordinal in ordinals])
-        return self.env.world * num_micro_batches / self.config.clips * (counts_B * errors_B).sum()
-
-    def _errors(self, engine: Engine, ordinals: tuple[int, ...], known: Known, bins: Sequence[int]) -> Tensor:
-        """By clip and frame, (B, T), a bin a clip."""
+    def _errors(self, engine: Engine, ordinals: tuple[int, ...], known: Known, s: int | None) -> Tensor:
         # Each clip stands elsewhere in the bin, so that together they fill it evenly.
         places = [((ordinal % self.config.clips) + 0.5) / self.config.clips for ordinal in ordinals]
-        sigma_B = known.u_B.new_tensor([sigma_at(s, at) for s, at in zip(bins, places, strict=True)])
+        bins = [ordinal % NUM_BINS if s is None else s for ordinal in ordinals]
+        sigma_B = known.u_B.new_tensor([sigma_at(*at) for at in zip(bins, places, strict=True)])
         return self.diffusion.errors(engine, known, sigma_B)
 
     def _mean_over_clips(self, errors_BST: Tensor) -> Tensor:
