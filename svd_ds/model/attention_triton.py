@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svd_ds.model.fused import PRECISIONS
+from svd_ds.model.fused_triton import OPTIONS, next_power_of_two
 from svd_ds.model.kernels import INTERPRETED, attend, attend_backward
 
 MOST_TOKENS = 64
 """Of a program: all its scores are in registers."""
 HEAD_WIDTHS = (16, 32, 64, 128)
-PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_TILE = 16
 """Of the GPU's matrix units: fewer tokens are padded."""
 
@@ -69,7 +70,7 @@ def _layout(inputs: Tensor, results: Tensor) -> tuple[int | float, ...]:
 
 
 def _tile(q: Tensor) -> dict[str, Any]:
-    tokens = max(SMALLEST_TILE, 1 << (q.shape[2] - 1).bit_length())
+    tokens = max(SMALLEST_TILE, next_power_of_two(q.shape[2]))
     # So many that the registers hold all of it.
     warps = tokens // SMALLEST_TILE * q.element_size() // 2
-    return {"TOKENS": tokens, "WIDTH": q.shape[-1], "num_warps": warps, "enable_fp_fusion": True}
+    return {"TOKENS": tokens, "WIDTH": q.shape[-1], "num_warps": warps, **OPTIONS}

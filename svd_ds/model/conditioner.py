@@ -82,14 +82,14 @@ class ConditionerConfig:
                 f'context_width is {self.context_width} with context "{self.context}", '
                 'but goes with context "none", and with no other'
             )
-        for name in ("drop_context", "drop_text", "drop_concat"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1")
-        for name, rate in self.drop_scalars.items():
+        for name in self.drop_scalars:
             if name not in self.scalars:
                 raise ValueError(f"drop_scalars names {name}, which is none of the scalars {[*self.scalars]}")
+        rates = {name: getattr(self, name) for name in ("drop_context", "drop_text", "drop_concat")}
+        rates |= {f"drop_scalars.{name}": rate for name, rate in self.drop_scalars.items()}
+        for name, rate in rates.items():
             if not 0 <= rate <= 1:
-                raise ValueError(f"drop_scalars.{name} is {rate}, but must lie between 0 and 1")
+                raise ValueError(f"{name} is {rate}, but must lie between 0 and 1")
         if self.augmentation_std < 0:
             raise ValueError(f"augmentation_std is {self.augmentation_std}, but must not be negative")
 

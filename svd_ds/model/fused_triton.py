@@ -47,7 +47,7 @@ class _Cut:
         units, positions, channels = x_NSC.shape
         length = max(STRETCH, TILE["ROWS"] * math.ceil(positions / (MOST_STRETCHES * TILE["ROWS"])))
         stretches = units * math.ceil(positions / length)
-        width = _next_power_of_two(channels // groups)
+        width = next_power_of_two(channels // groups)
         self.sizes = (positions, channels, groups, length)
         self.programs = (stretches * math.ceil(channels / TILE["COLUMNS"]),)
         self.joiners = (units * groups,)
@@ -57,7 +57,7 @@ class _Cut:
         self.per_group_2NG = x_NSC.new_empty(2, units, groups, dtype=torch.float32)
 
 
-def _next_power_of_two(number: int) -> int:
+def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
