@@ -11,6 +11,9 @@ from typing import NamedTuple
 import pytest
 
 TOOLS = Path(__file__).parents[3] / "tools"
+SCONTROL = """#!/bin/sh
+case "$1" in show) echo "JobState={state} ExcNodeList=(null)" ;; *) echo "$@" >> {log} ;; esac
+"""
 
 
 class Ended(NamedTuple):
@@ -46,3 +49,19 @@ def tool_says(run_tool: Callable[..., int], capsys: pytest.CaptureFixture[str]) 
         return Ended(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """scontrol(state) puts a program in front of the PATH, for which the job is in that state; the file,
+    empty now, in which it notes what else it is asked."""
+
+    def put(state: str) -> Path:
+        program, log = tmp_path / "scontrol", tmp_path / "log"
+        program.write_text(SCONTROL.format(state=state, log=log))
+        program.chmod(0o755)
+        log.write_text("")
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        return log
+
+    return put

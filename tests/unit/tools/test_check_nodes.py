@@ -9,9 +9,6 @@ import pytest
 
 from svd_ds.parallel import preflight
 
-SCONTROL = """#!/bin/sh
-case "$1" in show) echo "JobState={state} ExcNodeList=(null)" ;; *) echo "$@" >> {log} ;; esac
-"""
 WITHOUT_NODE2 = ["requeuehold 7", "update JobId=7 ExcNodeList=node2", "release 7"]
 
 
@@ -29,14 +26,10 @@ def test_a_job_leaves_nodes_that_fail(
     code: int,
     asked: list[str],
     run_tool: Callable[..., int],
-    tmp_path: Path,
+    scontrol: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    log, together = tmp_path / "log", []
-    log.touch()
-    (tmp_path / "scontrol").write_text(SCONTROL.format(state=state, log=log))
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    log, together = scontrol(state), []
 
     def failing(*_: object, **options: bool) -> dict[str, str]:
         together.append(options["together"])

@@ -26,9 +26,6 @@ fi
   echo '{{"kind": "{kind}", "rank": 1, "words": "its words", "attempt": [7, 0]}}' > {run}/logs/outcome.json
 exit {code}
 """
-SCONTROL = """#!/bin/sh
-case "$1" in show) echo "JobState={state} ExcNodeList=(null)" ;; *) echo "$@" >> {log} ;; esac
-"""
 WITHOUT_NODE1 = ["requeuehold 7", "update JobId=7 ExcNodeList=node1", "release 7"]
 Ended = Callable[..., tuple[int, list[str], bool]]
 
@@ -43,9 +40,14 @@ def tool() -> ModuleType:
 
 
 @pytest.fixture
-def ended(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ended]:
+def ended(
+    tool: ModuleType,
+    scontrol: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Ended]:
     """ended(kind, code): the tool's exit code, what it asked of scontrol, whether its trial goes on."""
-    run, log, trial = tmp_path / "run", tmp_path / "log", tmp_path / "trial"
+    run, trial = tmp_path / "run", tmp_path / "trial"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
 
     def end(
@@ -57,16 +59,10 @@ def ended(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         nodes: str = "node1",
         check: Callable[..., dict[str, str]] = lambda *_: {},
     ) -> tuple[int, list[str], bool]:
-        log.write_text("")
+        log = scontrol(state)
         trial.touch()
-        programs = {
-            "srun": SRUN.format(kind=kind, run=run, code=code, asked=asked),
-            "scontrol": SCONTROL.format(state=state, log=log),
-        }
-        for name, text in programs.items():
-            (tmp_path / name).write_text(text)
-            (tmp_path / name).chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        (tmp_path / "srun").write_text(SRUN.format(kind=kind, run=run, code=code, asked=asked))
+        (tmp_path / "srun").chmod(0o755)
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setattr(tool, "failing_nodes", check)
         options = ["--job", "7", "--nodes", nodes, "--trial", str(trial), "--"]
