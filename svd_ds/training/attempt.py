@@ -23,10 +23,10 @@ from pathlib import Path
 from types import TracebackType
 
 from svd_ds.door import OF_ANOTHER, USER_ERRORS, may_pass, print_error
+from svd_ds.fsync_io import replace_text, write_text
 from svd_ds.model.lives import complete_checkpoints
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env, attempt, host
-from svd_ds.training.durable import replace_text, write_text
 from svd_ds.training.folder import RunFolder, whole_lines
 from svd_ds.training.watchdog import Watchdog, WatchdogConfig
 

@@ -36,12 +36,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svd_ds.fsync_io import write_tensors, write_text
 from svd_ds.model.lives import complete_checkpoints
 from svd_ds.model.slices import SliceFiles, network_of, slice_name
 from svd_ds.parallel.collectives import SharedError, agreed, highest_over_ranks, told_by_first
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
-from svd_ds.training.durable import write_tensors, write_text
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import step_name
 from svd_ds.training.keeping import (

@@ -10,9 +10,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from svd_ds.fsync_io import fsync_path, replace_text
 from svd_ds.model.lives import COMPLETE, LIVES, Life, complete_checkpoints, lives_of
 from svd_ds.model.slices import KEPT_AVERAGES
-from svd_ds.training.durable import replace_text, sync
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def publish(draft: Path, life: str, config: CheckpointConfig) -> None:
     check_still_ours(folder, life)
     # What is told of these steps must not be lost when the run can go on behind them.
     for told in (*folder.parent.glob("*.jsonl"), *folder.parent.glob("logs/*.jsonl")):
-        sync(told)
+        fsync_path(told)
     # Not `write_text`, which makes folders: who has taken over has cleared this draft away.
     (draft / COMPLETE).write_text(life)
     for written in (draft / COMPLETE, draft, *(path for path in draft.iterdir() if path.is_dir())):
-        sync(written)
+        fsync_path(written)
     _put_in_place(draft, folder / draft.name.partition(".")[0], life)
-    sync(folder)
+    fsync_path(folder)
     _prune(folder, life, config)
 
 

@@ -15,6 +15,7 @@ FLOORS = {
     "allocator": 0,
     "batch": 0,
     "door": 0,
+    "fsync_io": 0,
     "video": 0,
     "diffusion": 1,
     "model": 1,
