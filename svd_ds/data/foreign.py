@@ -21,8 +21,8 @@ import numpy as np
 
 from svd_ds.data.clips import decode, to_rgb
 from svd_ds.data.quarantine import Fault
-from svd_ds.data.reader import caption_in
 from svd_ds.data.shards import MEDIA, STILLS, Sample
+from svd_ds.data.sidecar import captions_in
 
 TEXTS = ("txt", "text", "caption")
 """Extensions of a caption."""
@@ -73,7 +73,7 @@ def _probe(
     about = about if isinstance(about, dict) else {}
     used = {media: by_extension[media]}
     text = next((name for name in TEXTS if name in by_extension), None)
-    if caption_in(about):
+    if captions_in(about):
         used["json"] = by_extension["json"]
     elif text is not None:
         used["txt"] = by_extension[text]

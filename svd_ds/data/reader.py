@@ -6,7 +6,6 @@ CLIP states (states.py) what the cross-attention sees. What is random is the sam
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -28,13 +27,12 @@ from svd_ds.data.config import DataConfig, Shape
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault
 from svd_ds.data.shards import Index, ReadMember, Sample
+from svd_ds.data.sidecar import DEFAULT_CAPTIONER, captions_in, parse_json, text_in
 from svd_ds.data.sources import Source
 from svd_ds.data.tensors import TensorFile
 from svd_ds.door import may_pass
 
 Result = TypeVar("Result")
-CAPTION_KEYS = ("caption", "text", "prompt")
-"""What foreign shards call theirs."""
 SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
 """What a caption says that a mirror would make untrue."""
 NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
@@ -157,25 +155,17 @@ class _Take:
 
 
 def captions_of(read: ReadMember, sample: Sample) -> dict[str, str]:
-    """Captioner -> caption; of a foreign sample with neither json nor txt one that is empty.
+    """Captioner -> caption; of an external sample with neither json nor txt one that is empty.
 
-    Raises ValueError where its json has none.
+    Raises:
+        ValueError: its json has no captions, or its text cannot be decoded.
     """
     if "json" in sample.members:
-        captions = caption_in(json.loads(read("json")))
+        captions = captions_in(parse_json(read("json")))
         if not captions:
             raise ValueError("its json has no captions")
         return captions
-    return {"text": read("txt").decode().strip() if "txt" in sample.members else ""}
-
-
-def caption_in(about: Any) -> dict[str, str]:
-    """Captioner -> caption, of a sample's json: ours has "captions", foreign ones one by another name."""
-    if not isinstance(about, dict):
-        return {}
-    if isinstance(captions := about.get("captions"), dict):
-        return captions
-    return next(({"text": about[name]} for name in CAPTION_KEYS if isinstance(about.get(name), str)), {})
+    return {DEFAULT_CAPTIONER: text_in(read("txt")) if "txt" in sample.members else ""}
 
 
 def _in_time(action: Callable[[], Result], seconds: float, sentence: str) -> Result:
