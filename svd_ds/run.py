@@ -69,7 +69,9 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
         inputs.checkpoints.load(inputs.resume, engine, ema, task.objective)
 
     told_by_first(lambda: inputs.folder.open(_settings(config), inputs.progress.step))
-    quarantine = Quarantine(config.data.max_quarantined, len(inputs.loader), inputs.folder.quarantine)
+    quarantine = Quarantine(
+        config.data.max_quarantined, inputs.loader.quarantine.num_samples, inputs.folder.quarantine
+    )
     started = time.perf_counter()
     # W&B is left last, which may take long: by then it is told how the run ended.
     outcome = attempt.outcome() if attempt is not None else nullcontext()
@@ -77,7 +79,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
     opened = agreed(lambda: _open_metrics(config, env, inputs, engine, stop))
     with opened as metrics, outcome, inputs.checkpoints:
         if metrics is not None:
-            metrics.say("\n".join([_opening(config, env, inputs, engine), *task.notes]))
+            metrics.say("\n".join([_opening(config, env, inputs, engine), *inputs.loader.notes, *task.notes]))
             if new:
                 metrics.say(
                     f"{len(new)} tensors are not in {config.init.source} and start afresh: {new[0]}, ..."

@@ -21,7 +21,7 @@ import numpy as np
 
 from svd_ds.data.clips import decode, to_rgb
 from svd_ds.data.quarantine import Fault
-from svd_ds.data.shards import MEDIA, STILLS, Sample
+from svd_ds.data.sample import MEDIA, STILLS, Sample
 from svd_ds.data.sidecar import captions_in
 
 TEXTS = ("txt", "text", "caption")

@@ -14,32 +14,29 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from typing import IO
 
 import fsspec
 import webdataset
-import webdataset.cache
 from torch.utils.data import get_worker_info
-from webdataset.gopen import gopen_schemes
+from webdataset.gopen import gopen, gopen_schemes
 
 from svd_ds.batch import Batch, Clip
 from svd_ds.data import workers
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
+from svd_ds.data.folders import check_cache, open_folder
 from svd_ds.data.motion import MotionMap
+from svd_ds.data.order import SHARDS_PER_WINDOW
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.data.reader import Reader, UnreadableError
+from svd_ds.data.sample import Sample
 from svd_ds.data.schedule import MicroBatch, Schedule
-from svd_ds.data.shards import INDEX_NAME, Folder, Sample, Shard
 from svd_ds.data.sources import open_source
 from svd_ds.door import USER_ERRORS, of_its_kind
-
-URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 class Loader:
@@ -79,9 +76,10 @@ class Loader:
                     f"clips a micro-batch = {world * micro}"
                 )
         self.sources = [
-            open_source(path, weight, config, open_folder(path, config.cache, config.cache_gb))
+            open_source(path, weight, config, open_folder(path, config.cache, config.cache_gb, open_url))
             for path, weight in config.sets.items()
         ]
+        check_cache([source.files for source in self.sources], SHARDS_PER_WINDOW, config.cache_gb)
         buckets = list(zip(*(source.buckets for source in self.sources), strict=True))
         for shape, indices in zip(config.shapes, buckets, strict=True):
             if not any(map(len, indices)):
@@ -89,12 +87,17 @@ class Loader:
 
         self.micro_batch = self.micro_batches[config.shapes.index(config.shape)]
         """Of the main shape."""
+        self.notes = [note for source in self.sources for note in source.notes]
+        """What a user should know of the samples that are left out."""
         self.num_left_out = sum(source.num_left_out for source in self.sources)
         self.fingerprint = self._fingerprint(global_batch)
         self.cursor = cursor or Cursor(0, self.fingerprint)
         self.cursor.check(self.fingerprint, config.set_names)
-        self.quarantine = Quarantine(config.max_quarantined, len(self))
-        self._faults: list[Fault] = []
+        self._faults = [fault for source in self.sources for fault in source.faults]
+        self.quarantine = Quarantine(config.max_quarantined, len(self) + len(self._faults))
+        self.quarantine.add(self._faults)
+        self._unreadable: dict[tuple[int, int, int], Fault] = {}
+        """(bucket, source, number) of the samples that this process has found damaged: each is tried once."""
         self.context = context if context and self._has_states(context) else None
         weights = [source.weight for source in self.sources]
         sizes = [[index.shard_sizes for index in indices] for indices in buckets]
@@ -168,10 +171,16 @@ class Loader:
         found = len(faults)
         # In twice a set's length of its order each of its samples stands.
         for bucket, source, number in islice(self._schedule.samples(ordinal), 2 * len(self)):
+            place = bucket, source, number
+            fault = self._unreadable.get(place)
             try:
-                return self._readers[bucket][source].read(number, ordinal)
+                if fault is None:
+                    return self._readers[bucket][source].read(number, ordinal)
             except UnreadableError as error:
-                faults.append(error.fault)
+                fault = error.fault
+                if not fault.may_pass:
+                    self._unreadable[place] = fault
+            faults.append(fault)
             if len(set(faults[found:])) > self.quarantine.allowed:
                 return None
         return None
@@ -213,73 +222,8 @@ def _stops_as_values(items: Iterable[_Item]) -> Iterator[_Item | ValueError | OS
         yield of_its_kind(error, str(error))
 
 
-def open_folder(path: str, cache: str | None = None, cache_gb: float = 0.0) -> Folder:
-    """The files at a local path, or at a URL, whose shards are fetched to `cache`. ValueError where that is
-    None."""
-    if not URL.match(path):
-        return Folder(Path(path))
-    if cache is None:
-        raise ValueError(f"{path} is fetched from elsewhere: data.cache must name a local folder for it")
-    return RemoteFolder(Path(cache), path.rstrip("/"), cache_gb)
-
-
-@dataclass(frozen=True)
-class RemoteFolder(Folder):
-    """A data set's files at a URL that webdataset opens, or fsspec where it does not know the scheme."""
-
-    url: str
-    """Of the folder; `{}` in it stands for the file's name, as in `pipe:ssh host cat /shards/{}`."""
-    cache_gb: float
-
-    def __str__(self) -> str:
-        return self.url
-
-    def name(self, file: str) -> str:
-        return self.url.replace("{}", file) if "{}" in self.url else f"{self.url}/{file}"
-
-    def file(self, name: str, num_bytes: int | None = None) -> Path:
-        found = self._fetch(name)
-        if num_bytes is not None and found.stat().st_size != num_bytes:
-            # Of an earlier data set at this URL, perhaps.
-            found.unlink(missing_ok=True)
-            found = self._fetch(name)
-            if (actual := found.stat().st_size) != num_bytes:
-                raise ValueError(
-                    f"shard {self.name(name)} has {actual} bytes, and its index says {num_bytes}"
-                )
-        return found
-
-    def check_index(self) -> None:
-        """Fetches it anew: another may stand there by now."""
-        url = self.name(INDEX_NAME)
-        with _told(url):
-            self.path.mkdir(parents=True, exist_ok=True)
-            webdataset.cache.download(url, str(self.path / self._cached(url)))
-
-    def check_shards(self, shards: Iterable[Shard]) -> None:
-        """They are looked at when they are fetched."""
-
-    def _fetch(self, name: str) -> Path:
-        url = self.name(name)
-        with _told(url):
-            cache = webdataset.cache.FileCache(
-                str(self.path), url_to_name=self._cached, validator=None, cache_size=int(self.cache_gb * 1e9)
-            )
-            return Path(cache.get_file(url))
-
-    @staticmethod
-    def _cached(url: str) -> str:
-        """A file's name in the cache: hashed, because two data sets' shards have the same names."""
-        tail = re.sub(r"[^\w.-]", "_", url)[-40:]
-        return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}"
-
-
-@contextmanager
-def _told(url: str) -> Iterator[None]:
-    """Inside, webdataset opens schemes that it does not know (s3, memory, ...) by fsspec. Raises OSError,
-    naming `url`, for what goes wrong with it, and ValueError where that will not pass."""
+def open_url(url: str) -> IO[bytes]:
+    """Open a URL by webdataset's openers, and where these do not know the scheme (s3, memory, ...) by
+    fsspec."""
     gopen_schemes["__default__"] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        raise of_its_kind(error, f"{url} cannot be fetched: {error}") from error
+    return gopen(url)

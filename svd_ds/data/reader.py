@@ -7,15 +7,11 @@ CLIP states (states.py) what the cross-attention sees. What is random is the sam
 from __future__ import annotations
 
 import math
-import os
 import re
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,20 +22,17 @@ from svd_ds.data.clips import ClipDraws, Timing, choose_captioner, read_frames
 from svd_ds.data.config import DataConfig, Shape
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault
-from svd_ds.data.shards import Index, ReadMember, Sample
+from svd_ds.data.sample import Sample
+from svd_ds.data.shards import Index, ReadMember
 from svd_ds.data.sidecar import DEFAULT_CAPTIONER, captions_in, parse_json, text_in
 from svd_ds.data.sources import Source
+from svd_ds.data.stall import in_time
 from svd_ds.data.tensors import TensorFile
-from svd_ds.door import may_pass
+from svd_ds.door import USER_ERRORS, may_pass
 
-Result = TypeVar("Result")
 SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
 """What a caption says that a mirror would make untrue."""
 NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-
-
-class StalledError(OSError):
-    """A read that took too long: no fault of the sample."""
 
 
 class UnreadableError(Exception):
@@ -74,22 +67,18 @@ class Reader:
         """
         shard = self.index.shard_of(number)
         seconds = self.config.stall_seconds
-        told = f"a read of {shard} has hung for data.stall_seconds={seconds:g}"
-        take = _in_time(lambda: self._take(number, ordinal), seconds, told)
-        try:
+        hung = f"a read of {shard} has hung for data.stall_seconds={seconds:g}"
+        take = in_time(lambda: self._take(number, ordinal), seconds, hung)
+        with _faults_of(take.clip.id, shard):
             return take.clip if take.media is None else self._decode(take, take.media)
-        except ValueError as error:
-            raise UnreadableError(Fault(take.clip.id, shard, str(error))) from error
 
     def _take(self, number: int, ordinal: int) -> _Take:
         """Read from the file system what the clip needs."""
-        sample = self.index.sample(number)
-        try:
-            with self.index.open(sample) as read:
-                return self._take_from(read, sample, ordinal)
-        except (ValueError, OSError) as error:
-            fault = Fault(sample.id, self.index.shard_of(number), str(error), may_pass(error))
-            raise UnreadableError(fault) from error
+        shard = self.index.shard_of(number)
+        with _faults_of(f"number {number}", shard, may_pass):
+            sample = self.index.sample(number)
+        with _faults_of(sample.id, shard, may_pass), self.index.open(sample) as read:
+            return self._take_from(read, sample, ordinal)
 
     def _take_from(self, read: ReadMember, sample: Sample, ordinal: int) -> _Take:
         config, draws = self.config, ClipDraws.of(self.seed, ordinal)
@@ -154,6 +143,27 @@ class _Take:
     draws: ClipDraws
 
 
+@contextmanager
+def _faults_of(
+    sample_id: str, shard: str, passes: Callable[[BaseException], bool] = lambda error: False
+) -> Iterator[None]:
+    """Make UnreadableError of whatever a sample's bytes make a library raise: one sample never ends a run.
+
+    Our own assertions, and a machine out of memory, do.
+
+    Args:
+        passes: whether the sample may be readable another time.
+    """
+    try:
+        yield
+    except (UnreadableError, AssertionError, MemoryError):
+        raise
+    except Exception as error:
+        cause = str(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
+        fault = Fault(sample_id, shard, " ".join(cause.split()) or type(error).__name__, passes(error))
+        raise UnreadableError(fault) from error
+
+
 def captions_of(read: ReadMember, sample: Sample) -> dict[str, str]:
     """Captioner -> caption; of an external sample with neither json nor txt one that is empty.
 
@@ -166,36 +176,3 @@ def captions_of(read: ReadMember, sample: Sample) -> dict[str, str]:
             raise ValueError("its json has no captions")
         return captions
     return {DEFAULT_CAPTIONER: text_in(read("txt")) if "txt" in sample.members else ""}
-
-
-def _in_time(action: Callable[[], Result], seconds: float, sentence: str) -> Result:
-    """What `action` returns or raises. Raises StalledError with `sentence` where that takes too long.
-
-    A read from a file system that hangs cannot be interrupted: its thread is left behind.
-    """
-    result: Future[Result] = Future()
-    _reading(os.getpid()).put((action, result))
-    if not wait([result], seconds).done:
-        _reading.cache_clear()
-        raise StalledError(sentence)
-    return result.result()
-
-
-@cache
-def _reading(process: int) -> SimpleQueue[tuple[Callable[[], Any], Future[Any]]]:
-    """What is put here, a thread does: one for all reads, as its start costs as much as a read.
-
-    A forked process needs one of its own.
-    """
-    tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-
-    def work() -> None:
-        while True:
-            action, result = tasks.get()
-            try:
-                result.set_result(action())
-            except Exception as error:
-                result.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return tasks

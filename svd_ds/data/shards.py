@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
+from svd_ds.data.folders import INDEX_NAME, Folder
 from svd_ds.data.motion import MotionMap
-
-INDEX_NAME = "index.jsonl"
-FORMAT = "svd_ds shards"
-VERSION = 1
-MEDIA = ("mp4", "jpg", "mov", "mkv", "webm", "avi", "m4v", "jpeg", "png", "webp")
-"""Extensions of a sample's pixels. Ours are the first two, a clip, and a still image as a clip of one frame;
-foreign shards may have the others."""
-
-
-STILLS = ("jpg", "jpeg", "png", "webp")
-"""Those of them that are images."""
+from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.data.sample import TAR_BLOCK, Sample, Shard, parse_header, parse_sample
 
 
 class ReadMember(Protocol):
@@ -37,75 +30,14 @@ class ReadMember(Protocol):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar file."""
-
-    name: str
-    num_bytes: int
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the index knows of one sample."""
-
-    id: str
-    shard: int
-    """Number of the shard, counted through the header's list."""
-    members: dict[str, tuple[int, int]]
-    """Extension -> (offset, size) of its bytes in the shard."""
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-    motion: float
-    """See `flow.motion_score`."""
-    elevation: float | None = None
-    """Of the camera, in degrees, where the sample says it."""
-    annotations: dict[str, float] = field(default_factory=dict)
-    """Further numbers that the sample's json gives, by name: text_area, aesthetic, ..."""
-
-    @property
-    def media(self) -> str:
-        """The extension of the sample's pixels."""
-        return next(name for name in MEDIA if name in self.members)
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A data set's files, on a file system that is mounted here. loader.py has those that are fetched."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def name(self, file: str) -> str:
-        """A file's path, or URL, as errors name it."""
-        return f"{self}/{file}"
-
-    def file(self, name: str, num_bytes: int | None = None) -> Path:
-        """A file's local path, of a shard of `num_bytes`. OSError or ValueError where it cannot be had."""
-        return self.path / name
-
-    def check_index(self) -> None:
-        """Raises FileNotFoundError where there is none."""
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"there is no data folder {self}; tools/make_shards.py makes one")
-        if not (self.path / INDEX_NAME).is_file():
-            raise FileNotFoundError(f"{self} has no {INDEX_NAME}; tools/make_shards.py writes it at its end")
-
-    def check_shards(self, shards: Iterable[Shard]) -> None:
-        """Raises FileNotFoundError or ValueError where one is missing or cut short."""
-        for shard in shards:
-            _check_shard(self.path / shard.name, shard.num_bytes)
-
-
-@dataclass(frozen=True)
 class Index:
     """The samples of a folder of shards, or those of them that were kept."""
 
     folder: Folder
+    path: Path
+    """Of the index file."""
+    num_bytes: int
+    """Its size when it was loaded."""
     shards: tuple[Shard, ...]
     shard_sizes: tuple[int, ...]
     """Kept samples of each shard."""
@@ -119,27 +51,35 @@ class Index:
     def load(folder: str | Path | Folder) -> Index:
         """Read the index of `folder` and check that every shard is there in full.
 
-        Raises FileNotFoundError or ValueError, in one sentence, for a missing folder, index or shard, an
-        index that is cut short or not ours, a shard whose size is not the one in the index.
+        Raises:
+            FileNotFoundError: the folder, its index or a shard is missing.
+            ValueError: the index is cut short, damaged or not ours, or a shard's size is not the one in it.
         """
         if not isinstance(folder, Folder):
             folder = Folder(Path(folder))
-        folder.check_index()
-        path = folder.name(INDEX_NAME)
-        content = folder.file(INDEX_NAME).read_bytes()
-        header = _parse_header(path, content)
-        shards = tuple(Shard(**shard) for shard in header["shards"])
+        path, name = folder.index(), folder.name(INDEX_NAME)
+        content = path.read_bytes()
+        try:
+            header = _json(content[: content.find(b"\n") + 1])
+        except ValueError:
+            header = None
+        try:
+            shards, motion_map = parse_header(header, folder.check_name)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
         line_ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
         expected = sum(shard.num_samples for shard in shards)
         if len(line_ends) - 1 != expected:
-            raise ValueError(f"{path} is cut short: it lists {len(line_ends) - 1} of its {expected} samples")
+            raise ValueError(f"{name} is cut short: it lists {len(line_ends) - 1} of its {expected} samples")
         folder.check_shards(shards)
         return Index(
             folder=folder,
+            path=path,
+            num_bytes=len(content),
             shards=shards,
             shard_sizes=tuple(shard.num_samples for shard in shards),
             line_offsets=line_ends[:-1] + 1,
-            motion_map=MotionMap(**{name: tuple(values) for name, values in header["motion_map"].items()}),
+            motion_map=motion_map,
             fingerprint=hashlib.sha256(content).hexdigest()[:16],
         )
 
@@ -147,20 +87,82 @@ class Index:
         return len(self.line_offsets)
 
     def samples(self) -> Iterator[Sample]:
-        """All samples, in the order of their numbers."""
-        with open(self.folder.file(INDEX_NAME), "rb") as file:
-            for offset in self.line_offsets:
-                file.seek(int(offset))
-                yield parse_sample(json.loads(file.readline()))
+        """All samples, in the order of their numbers.
+
+        Raises:
+            ValueError: a line is damaged; the message names the index and the line. `checked` sets such
+                samples aside.
+        """
+        for number, sample in enumerate(self._parsed()):
+            if isinstance(sample, ValueError):
+                line = self._line_number(number)
+                raise ValueError(f"line {line} of {self.folder.name(INDEX_NAME)} is damaged: {sample}")
+            yield sample
 
     def sample(self, number: int) -> Sample:
-        """Sample `number`, counted through the shards in turn."""
-        return next(replace(self, line_offsets=self.line_offsets[number : number + 1]).samples())
+        """Sample `number`, counted through the shards in turn. Raises ValueError as `samples` does."""
+        sizes = np.zeros(len(self.shards), dtype=np.int64)
+        sizes[self._shard_number(number)] = 1
+        one = replace(
+            self, shard_sizes=tuple(sizes.tolist()), line_offsets=self.line_offsets[number : number + 1]
+        )
+        return next(one.samples())
+
+    def checked(self, quarantine: Quarantine) -> tuple[Index, list[Fault]]:
+        """The index of the samples whose lines are sound and whose ids are unique, and the others' faults.
+
+        Raises:
+            ValueError: more are not than `quarantine` allows.
+        """
+        sound = np.ones(len(self), dtype=bool)
+        hashes = np.empty(len(self), dtype=np.int64)
+        faults: list[Fault] = []
+
+        def refuse(number: int, name: str, cause: str) -> None:
+            sound[number] = False
+            line = f"line {self._line_number(number)}"
+            fault = Fault(f"{name} ({line})" if name else line, self.folder.name(INDEX_NAME), cause)
+            quarantine.add([fault])
+            faults.append(fault)
+
+        for number, sample in enumerate(self._parsed()):
+            hashes[number] = number if isinstance(sample, ValueError) else hash(sample.id)
+            if isinstance(sample, ValueError):
+                refuse(number, "", str(sample))
+        seen: dict[str, int] = {}
+        values, times = np.unique(hashes[sound], return_counts=True)
+        if (times > 1).any():
+            shared = np.isin(hashes, values[times > 1]) & sound
+            for number in np.flatnonzero(shared).tolist():
+                sample_id = self.sample(number).id
+                if sample_id in seen:
+                    first = self._line_number(seen[sample_id])
+                    refuse(number, sample_id, f"line {first} has the same id")
+                seen.setdefault(sample_id, number)
+        return self._part(sound), faults
+
+    def _parsed(self) -> Iterator[Sample | ValueError]:
+        """Each line's sample, or what is wrong with it."""
+        shard_of = np.repeat(np.arange(len(self.shards)), self.shard_sizes)
+        with open(self.path, "rb") as file:
+            for offset, shard in zip(self.line_offsets.tolist(), shard_of.tolist(), strict=True):
+                file.seek(offset)
+                try:
+                    yield parse_sample(_json(file.readline()), self.shards, shard)
+                except ValueError as error:
+                    yield error
+
+    def _line_number(self, number: int) -> int:
+        """The line of sample `number` in the index file, the first being 1."""
+        with open(self.path, "rb") as file:
+            return file.read(int(self.line_offsets[number])).count(b"\n") + 1
+
+    def _shard_number(self, number: int) -> int:
+        return int(np.searchsorted(np.cumsum(self.shard_sizes), number, side="right"))
 
     def shard_of(self, number: int) -> str:
         """The path or URL of the shard that holds sample `number`."""
-        shard = int(np.searchsorted(np.cumsum(self.shard_sizes), number, side="right"))
-        return self.folder.name(self.shards[shard].name)
+        return self.folder.name(self.shards[self._shard_number(number)].name)
 
     def keep(self, wanted: Callable[[Sample], bool]) -> Index:
         """The index of the samples that `wanted` accepts, in the same order."""
@@ -194,23 +196,24 @@ class Index:
     def open(self, sample: Sample) -> Iterator[ReadMember]:
         """What reads a sample's members, or parts of them: (member, first byte, number of bytes).
 
-        It raises ValueError where the sample has no such member, or not so many bytes of it.
+        It raises ValueError where the sample has no such member, or not so many bytes of it, or where the
+        shard has another sample's at the place that the index gives.
         """
         shard = self.shards[sample.shard]
-        # Unbuffered: what is read lies scattered, and each part is wanted whole.
-        with open(self.folder.file(shard.name, shard.num_bytes), "rb", buffering=0) as file:
+        path = self.folder.name(shard.name)
+        keys: dict[str, str] = {}
+        with self.folder.open(shard) as file:
 
             def read(member: str, begin: int = 0, number: int | None = None) -> bytes:
                 if member not in sample.members:
                     raise ValueError(f"it has no .{member}")
                 offset, size = sample.members[member]
                 number = size - begin if number is None else number
-                file.seek(offset + begin)
-                content = file.read(min(number, size - begin))
-                while len(content) < number and (more := file.read(min(number, size - begin) - len(content))):
-                    content += more
+                if member not in keys:
+                    keys[member] = _key(_read(file, offset - TAR_BLOCK, TAR_BLOCK))
+                    _check_key(sample, member, keys)
+                content = _read(file, offset + begin, min(number, size - begin))
                 if len(content) != number:
-                    path = self.folder.name(shard.name)
                     raise ValueError(
                         f"{path} holds {len(content)} of the {number} bytes of {sample.id}.{member}"
                     )
@@ -219,28 +222,42 @@ class Index:
             yield read
 
 
-def _parse_header(path: str, content: bytes) -> dict[str, Any]:
+def _read(file: IO[bytes], begin: int, number: int) -> bytes:
+    """As many of the bytes as there are."""
+    file.seek(begin)
+    content = file.read(number)
+    while len(content) < number and (more := file.read(number - len(content))):
+        content += more
+    return content
+
+
+def _json(line: bytes) -> object:
+    """Raises ValueError where the line is no JSON."""
     try:
-        header = json.loads(content[: content.find(b"\n") + 1])
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path} does not begin with the header of an index of {FORMAT}")
-    if header["version"] != VERSION:
-        raise ValueError(f"{path} has format version {header['version']}; this program reads {VERSION}")
-    return header
+        return json.loads(line)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"it is no JSON ({error})") from error
 
 
-def parse_sample(fields: dict[str, Any]) -> Sample:
-    """A sample from its line in the index, as json reads it."""
-    members = {name: tuple(span) for name, span in fields["members"].items()}
-    return Sample(**{**fields, "members": members})
+def _key(header: bytes) -> str:
+    """The key of a tar member, from its header block: its file name up to the first dot. Empty where the
+    header does not hold the name as it is: a long one, or in a pax tar one that is not ASCII."""
+    name = header[:100].rstrip(b"\0")
+    if len(header) < TAR_BLOCK or len(name) == 100 or b"\0" in name or not name.isascii() or b"?" in name:
+        return ""
+    return name.decode("ascii").rpartition("/")[2].split(".", 1)[0]
 
 
-def _check_shard(path: Path, num_bytes: int) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"shard {path} is missing, though the index beside it lists it")
-    actual = path.stat().st_size
-    if actual != num_bytes:
-        cause = "it is truncated" if actual < num_bytes else "it is not the file that was indexed"
-        raise ValueError(f"shard {path} has {actual} bytes where its index says {num_bytes}: {cause}")
+def _check_key(sample: Sample, member: str, keys: dict[str, str]) -> None:
+    """Check that the members of a sample are not those of different samples.
+
+    An id is the key, or ends with it (external shards), in which letters that an id cannot have are `_`.
+
+    Raises:
+        ValueError: the index gives the place of another sample's member.
+    """
+    key = keys[member]
+    if key and (re.sub(r"[^\w-]+", "_", key) not in sample.id or len(set(keys.values()) - {""}) > 1):
+        raise ValueError(f"its .{member} is where the shard has that of sample {key}: the index is wrong")

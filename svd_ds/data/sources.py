@@ -11,8 +11,12 @@ from svd_ds.data import latents, states
 from svd_ds.data.clips import fills
 from svd_ds.data.config import DataConfig, Shape
 from svd_ds.data.filters import satisfies
+from svd_ds.data.folders import INDEX_NAME, Folder
 from svd_ds.data.motion import MotionMap
-from svd_ds.data.shards import Folder, Index, Sample
+from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.data.sample import Sample, Shard
+from svd_ds.data.shards import Index
+from svd_ds.data.stall import in_time
 from svd_ds.data.tensors import TensorFile
 
 
@@ -26,6 +30,10 @@ class Source:
     buckets: tuple[Index, ...]
     """Its samples of each bucket."""
     num_left_out: int
+    faults: tuple[Fault, ...]
+    """The samples whose index lines are damaged; they are in no bucket."""
+    notes: tuple[str, ...]
+    """What a user should know of the samples that were left out."""
     latents_origin: latents.Origin | None
     """None: every frame is decoded."""
     states_origin: states.StatesOrigin | None
@@ -35,6 +43,10 @@ class Source:
     def motion_map(self) -> MotionMap:
         return self.buckets[0].motion_map
 
+    @property
+    def files(self) -> tuple[Folder, tuple[Shard, ...]]:
+        return self.buckets[0].folder, self.buckets[0].shards
+
     def __len__(self) -> int:
         return sum(map(len, self.buckets))
 
@@ -42,8 +54,11 @@ class Source:
 def open_source(path: str, weight: float, config: DataConfig, folder: Folder) -> Source:
     """Raises ValueError or OSError, in one sentence, where `folder` is no data set, has no sample to draw, or
     has not the latents that are to be read."""
-    everything = Index.load(folder)
-    chosen = everything.keep(satisfies(config.where, everything)) if config.where else everything
+    hung = f"reading {folder.name(INDEX_NAME)} has hung for data.stall_seconds={config.stall_seconds:g}"
+    loaded = in_time(lambda: Index.load(folder), config.stall_seconds, hung)
+    everything, faults = loaded.checked(Quarantine(config.max_quarantined, len(loaded)))
+    selection = satisfies(config.where, everything)
+    chosen = everything.keep(selection) if config.where else everything
     if not len(chosen):
         raise ValueError(
             f"none of the {len(everything)} samples in {path} meets data.where=[{', '.join(config.where)}]"
@@ -60,6 +75,8 @@ def open_source(path: str, weight: float, config: DataConfig, folder: Folder) ->
         weight=weight,
         buckets=tuple(buckets),
         num_left_out=len(everything) - sum(map(len, buckets)),
+        faults=tuple(faults),
+        notes=selection.notes,
         latents_origin=origin,
         states_origin=_states_origin(buckets, config),
     )

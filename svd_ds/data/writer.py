@@ -14,8 +14,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from svd_ds.data.folders import INDEX_NAME
 from svd_ds.data.motion import MotionMap
-from svd_ds.data.shards import FORMAT, INDEX_NAME, VERSION, Sample, Shard
+from svd_ds.data.sample import FORMAT, VERSION, Sample, Shard
 
 
 class ShardWriter:

@@ -66,7 +66,7 @@ def test_a_wrong_condition_is_refused_with_the_config(condition: str, message: s
         DataConfig(where=(condition,))
 
 
-def test_an_annotation_that_a_sample_lacks_is_named(folder: Path) -> None:
+def test_an_annotation_that_every_sample_lacks_is_named(folder: Path) -> None:
     index = Index.load(folder)
-    with pytest.raises(ValueError, match=r"beauty, which sample s0 lacks; it has motion, .*text_area"):
+    with pytest.raises(ValueError, match=r"beauty, which no sample in .* has; they have motion, .*text_area"):
         satisfies(["beauty>=q25"], index)
