@@ -106,6 +106,7 @@ class FileCache:
                 file.close()
                 if error.errno not in NO_LOCKS:
                     raise
+                part.unlink(missing_ok=True)
                 part = part.with_name(f"{part.name}~{_process()}")
                 return part, _open_new(part)
             # While this process waited for the lock, the file may have got its final name, or been removed.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -12,7 +14,8 @@ import fsspec
 import pytest
 
 from svd_ds.data.config import DataConfig
-from svd_ds.data.loader import Loader
+from svd_ds.data.folders import open_folder
+from svd_ds.data.loader import Loader, open_url
 from tests.unit.data.test_fuzz import write
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -46,7 +49,7 @@ def test_a_url_gives_what_the_folder_gives(shards: Path, tmp_path: Path, kind: s
         "memory": "memory://shards",
     }
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True).start()
     urls["http"] = f"http://127.0.0.1:{server.server_port}"
     memory = fsspec.filesystem("memory")
     for path in shards.iterdir():
@@ -84,3 +87,170 @@ def test_what_goes_wrong_is_told(shards: Path, tmp_path: Path) -> None:
         ids("pipe:cat nowhere", tmp_path / "cache")
     with pytest.raises(ValueError, match=r"^nothing://a/index\.jsonl cannot be fetched: Protocol not known"):
         ids("nothing://a", tmp_path / "cache")
+
+
+@pytest.fixture
+def served(shards: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards)))
+    threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def rename(shards: Path, name: str, make: bool = True) -> None:
+    """Give the first shard another name in the index, and on disk where there can be such a file."""
+    index = shards / "index.jsonl"
+    header, lines = index.read_text().split("\n", 1)
+    fields = json.loads(header)
+    if make:
+        (shards / name).parent.mkdir(parents=True, exist_ok=True)
+        (shards / fields["shards"][0]["name"]).rename(shards / name)
+    fields["shards"][0]["name"] = name
+    index.write_text(f"{json.dumps(fields)}\n{lines}")
+
+
+UNSAFE = (
+    *(
+        "shard.tar; touch PWNED; true",
+        "$(touch PWNED)",
+        "`touch PWNED`",
+        "a.tar|touch PWNED",
+        "a\ntouch PWNED\n",
+    ),
+    *(
+        "a.tar'; touch PWNED; '",
+        'a.tar"; touch PWNED; "',
+        "-rf",
+        "sub/-rf",
+        "~root/a.tar",
+        "{a,b}.tar",
+        "*.tar",
+    ),
+    *(
+        "a.tar?x=1",
+        "a.tar#x",
+        "a%2e%2e/b.tar",
+        "a\\b.tar",
+        "a&b.tar",
+        "a<b.tar",
+        "a>b.tar",
+        "!x.tar",
+        "x:y.tar",
+    ),
+)
+OUTSIDE = ("/etc/passwd", "../a.tar", "a/../../b.tar", "a//b.tar", "./a.tar", "", ".", "a\0b", 5, None)
+
+
+@pytest.mark.parametrize("url", ["pipe:cat a/{}", "pipe:cat a", "http://a", "gs://a", "hf://a", "s3://a"])
+def test_names_that_mean_more_than_a_file_are_not_fetched(url: str, tmp_path: Path) -> None:
+    folder = open_folder(url, str(tmp_path), 0.0, open_url)
+    for name in (*UNSAFE, *(["a b.tar"] if url.startswith("pipe:") else [])):
+        with pytest.raises(ValueError, match=r"^shard name .* is not fetched from") as caught:
+            folder.check_name(name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["pipe:cat {folder}/{{}}", "pipe:sh -c 'cat {folder}/{{}}'"])
+@pytest.mark.parametrize("name", [UNSAFE[0], UNSAFE[1], UNSAFE[4], UNSAFE[5]])
+def test_a_name_in_a_fetched_index_runs_no_command(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, template: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rename(shards, name, make=False)
+    with pytest.raises(
+        ValueError, match=r"index\.jsonl'? has a header that is damaged: shard name "
+    ) as caught:
+        ids(template.format(folder=shards), tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("PWNED*"))
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_that_leads_out_of_the_folder_is_refused(shards: Path, tmp_path: Path, name: object) -> None:
+    rename(shards, name, make=False)  # type: ignore[arg-type]
+    for path in (str(shards), f"file://{shards}"):
+        with pytest.raises(ValueError, match="has a header that is damaged: shard name"):
+            ids(path, tmp_path / "cache")
+
+
+def test_a_command_gets_its_names_quoted(tmp_path: Path) -> None:
+    folder = open_folder("pipe:ssh host cat /shards/{}", str(tmp_path), 0.0, open_url)
+    assert folder.name("a'; touch PWNED; '") == """pipe:ssh host cat /shards/'a'"'"'; touch PWNED; '"'"''"""
+    assert folder.name("sub/shard-00000.tar") == "pipe:ssh host cat /shards/sub/shard-00000.tar"
+
+
+def test_names_of_people_are_read_where_they_are_safe(shards: Path, tmp_path: Path, served: str) -> None:
+    rename(shards, "sub folder/Ümläute, 1+1=2 (b)&c;d'.tar")
+    there = ids(str(shards), None)
+    rename(shards, "sub folder/Ümläute, 1+1=2.tar", make=False)
+    with pytest.raises(FileNotFoundError):
+        ids(str(shards), None)
+    (shards / "sub folder/Ümläute, 1+1=2 (b)&c;d'.tar").rename(shards / "sub folder/Ümläute, 1+1=2.tar")
+    assert (
+        ids(str(shards), None)
+        == ids(served, tmp_path / "http")
+        == ids(f"file://{shards}", tmp_path / "c")
+        == there
+    )
+    (shards / "sub folder").rename(shards / "sub")
+    rename(shards, "sub/Ümläute,1+1=2.tar", make=False)
+    (shards / "sub/Ümläute, 1+1=2.tar").rename(shards / "sub/Ümläute,1+1=2.tar")
+    assert ids(f"pipe:cat {shards}/{{}}", tmp_path / "pipe") == there
+
+
+def test_a_cache_that_is_too_small_for_what_is_read_at_a_time_is_refused(
+    shards: Path, tmp_path: Path
+) -> None:
+    told = (
+        r"^data\.cache_gb is 1e-05, and the 8 shards of each data set that are read from at a time have "
+        r"[\d.e-]+ GB: make it at least [\d.e-]+, or 0 to keep all shards$"
+    )
+    with pytest.raises(ValueError, match=told):
+        ids(f"pipe:cat {shards}", tmp_path / "cache", cache_gb=1e-5)
+
+
+def test_a_small_cache_fetches_the_index_once(tmp_path: Path) -> None:
+    shards, log = tmp_path / "shards", tmp_path / "log"
+    write(shards, [2] * 12, {})
+    size = (shards / "shard-00000.tar").stat().st_size
+    url = f"pipe:echo {{}} >> {log}; cat {shards}/{{}}"
+    config = DataConfig(url, 1, 8, 8, num_workers=0, cache=str(tmp_path / "c"), cache_gb=8.5 * size / 1e9)
+    loader = Loader(config, 0, 0, 1, 4, 4)
+    found = {name for batch, _ in islice(loader, 12) for name in batch.ids}
+    assert found == {f"s{number}" for number in range(24)} and not loader.take_faults()
+    assert log.read_text().split().count("index.jsonl") == 1
+    assert sum(path.stat().st_size for path in (tmp_path / "c").rglob("shard-*")) <= 8.5 * size
+
+
+def test_an_index_whose_fetch_hangs_ends_the_run(tmp_path: Path) -> None:
+    told = r"^reading pipe:sleep 5 #/index\.jsonl has hung for data\.stall_seconds=0\.2$"
+    with pytest.raises(OSError, match=told):
+        ids("pipe:sleep 5 #", tmp_path, stall_seconds=0.2)
+
+
+def test_an_index_that_another_run_fetches_later_does_not_disturb(shards: Path, tmp_path: Path) -> None:
+    url = f"pipe:cat {shards}/{{}}"
+    config = DataConfig(url, 1, 8, 8, num_workers=0, cache=str(tmp_path / "cache"))
+    loader = Loader(config, 0, 0, 1, 4, 4)
+    index = shards / "index.jsonl"
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    rows[1:] = [{**row, "annotations": {"new": 1.0}} for row in rows[1:]]
+    index.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    ids(url, tmp_path / "cache")
+    assert {name for batch, _ in islice(loader, 4) for name in batch.ids} == {f"s{n}" for n in range(8)}
+    assert not loader.take_faults()
+
+
+def test_whatever_a_storage_client_raises_is_told(tmp_path: Path) -> None:
+    class ClientError(Exception):
+        """As botocore's: no OSError."""
+
+    def fails(url: str) -> None:
+        raise ClientError("Access Denied")
+
+    folder = open_folder("s3://a/b", str(tmp_path), 0.0, fails)  # type: ignore[arg-type]
+    with pytest.raises(
+        OSError, match=r"^s3://a/b/index\.jsonl cannot be fetched: ClientError: Access Denied$"
+    ):
+        folder.index()
