@@ -3,77 +3,64 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import shutil
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
-from svd_ds.curate.flow import motion_score
-from svd_ds.data.foreign import samples_in
-from svd_ds.data.motion import MotionMap
-from svd_ds.data.quarantine import Fault
-from svd_ds.data.shards import INDEX_NAME, Sample, Shard, parse_sample
-from svd_ds.data.writer import replace_file, write_index
+from svd_ds.curate.flow import motion_of_video
+from svd_ds.data.folders import INDEX_NAME
+from svd_ds.data.foreign import DROPPED, NO_CAPTION, NOT_UTF8, OF_SEVERAL
+from svd_ds.data.indexing import REFUSED, Found, index_folder
+from svd_ds.data.sidecar import clean_text
 from svd_ds.door import run_door
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python tools/index.py /data/webvid
   python -m svd_ds.train data.path=/data/webvid
+  python tools/index.py /readonly/webvid --out /data/webvid-index
+  python -m svd_ds.train data.path=/data/webvid-index
 
 A sample is a video or an image (mp4, mov, mkv, webm, avi, m4v, jpg, jpeg, png, webp) and a caption: a text
-beside it (txt, text, caption), or in a json as "captions" by name, "caption", "text" or "prompt". FOLDER gets
-index.jsonl, and refused.csv: what cannot be used, and why. Stopped and started again, it goes on where it
-was."""
+with the same key (txt, text, caption, prompt), or in a json as "captions" by name, "caption", "text",
+"prompt", "title" or "description". The members of a sample share the name up to its first dot, wherever in
+the tar they are. NAME.mp4 counts before NAME.rgb.mp4, and NAME.json before NAME.mp4.json.
 
-PARTS = ".index-parts"
-"""In FOLDER, while it is at work: what was found in each shard."""
+FOLDER, or PLACE, gets index.jsonl, and refused.csv: what cannot be used, and why. Started again after a stop,
+the command resumes."""
 
 
 def main() -> None:
     arguments = parse_arguments()
-    folder: Path = arguments.folder
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.tar"))
-    if not names:
-        raise ValueError(f"there is no .tar in {folder}")
-    if (folder / INDEX_NAME).exists() and not arguments.overwrite:
-        raise ValueError(f"{folder} has an {INDEX_NAME}; --overwrite it")
-    parts = folder / PARTS
-    if arguments.overwrite:
-        shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir(exist_ok=True)
-    samples: list[Sample] = []
-    shards: list[Shard] = []
-    faults: list[Fault] = []
-    motion = motion_score if arguments.motion else None
-    for number, name in enumerate(track(names, "indexing", console=Console(stderr=True))):
-        part = parts / f"{number:06d}.jsonl"
-        if not part.exists():
-            found = samples_in(folder / name, name, number, motion)
-            lines = [json.dumps([isinstance(item, Sample), asdict(item)]) for item in found]
-            replace_file(part, "".join(f"{line}\n" for line in lines).encode())
-        items = [json.loads(line) for line in part.read_text().splitlines()]
-        of_shard = [parse_sample(fields) for usable, fields in items if usable]
-        faults += [Fault(**fields) for usable, fields in items if not usable]
-        samples += of_shard
-        shards.append(Shard(name, (folder / name).stat().st_size, len(of_shard)))
-    write_refused(folder / "refused.csv", faults)
-    if not samples:
-        raise ValueError(f"none of the samples in {folder} can be used: {folder / 'refused.csv'} says why")
-    scores = [sample.motion for sample in samples if sample.num_frames > 1]
-    write_index(folder, shards, samples, MotionMap.calibrate(scores))
-    shutil.rmtree(parts)
-    print(f"{folder / INDEX_NAME}: {len(samples)} samples in {len(shards)} shards; {len(faults)} refused")
+    out: Path = arguments.out or arguments.folder
+    motion = motion_of_video if arguments.motion else None
+    found = index_folder(arguments.folder, out, motion, arguments.overwrite, show_progress)
+    print(clean_text(summary(found, out)))
 
 
-def write_refused(path: Path, faults: list[Fault]) -> None:
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("sample", "shard", "reason"))
-        table.writerows((fault.id, fault.shard, fault.cause) for fault in faults)
+def show_progress(names: list[str]) -> Iterable[str]:
+    return track(names, "indexing", console=Console(stderr=True))
+
+
+def summary(found: Found, out: Path) -> str:
+    """What was indexed, and a line about each thing that the user should know of it."""
+    num_samples, notes = len(found.samples), found.notes
+    where = f": {out / REFUSED} says why" if found.faults else ""
+    lines = [
+        f"{out / INDEX_NAME}: {num_samples} samples in {len(found.shards)} shards; "
+        f"{len(found.faults)} refused{where}"
+    ]
+    sentences = {
+        NO_CAPTION: "of {all} samples have no caption, which text-to-video needs",
+        NOT_UTF8: "of {all} samples have a caption that is not UTF-8: read as Windows-1252 or UTF-16",
+        OF_SEVERAL: "of {all} samples have several videos or images: see --help for which of them counts",
+        DROPPED: "annotations are no finite numbers, and are left out",
+    }
+    lines += [
+        f"{notes[note]} {text.format(all=num_samples)}" for note, text in sentences.items() if notes[note]
+    ]
+    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,7 +68,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="of .tar shards, in any depth")
+    add("folder", type=Path, metavar="FOLDER", help="of .tar shards, in any depth; links are followed")
+    add("--out", type=Path, metavar="PLACE", help="where the index goes, if not into FOLDER")
     add(
         "--no-motion",
         dest="motion",

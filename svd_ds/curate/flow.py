@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import cv2
@@ -26,10 +26,15 @@ def motion_score(frames: Sequence[np.ndarray], fps: float) -> float:
         frames: uint8 RGB, (H, W, 3) each. A single frame does not move.
         fps: frames a second of `frames`.
     """
-    if len(frames) < 2:
+    return motion_of_video(lambda numbers: (frames[number] for number in numbers), len(frames), fps)
+
+
+def motion_of_video(read: Callable[[range], Iterable[np.ndarray]], num_frames: int, fps: float) -> float:
+    """`motion_score` of frames that are read by their numbers, of which only small grey ones are kept."""
+    if num_frames < 2:
         return 0.0
-    step = min(max(1, round(fps / FLOW_FPS)), len(frames) - 1)
-    grey = [_grey(frame) for frame in frames[::step]]
+    step = min(max(1, round(fps / FLOW_FPS)), num_frames - 1)
+    grey = [_grey(frame) for frame in read(range(0, num_frames, step))]
     speeds = [_mean_flow(first, second) for first, second in pairwise(grey)]
     return float(np.mean(speeds)) / FLOW_SIDE * fps / step
 

@@ -1,99 +1,236 @@
 """Shards that others wrote: what their samples hold, probed from the files themselves.
 
-WebDataset's own habit is all that is asked for: the members of a sample stand beside each other in a tar and
-share the name up to its first dot. Pixels are whatever PyAV decodes; captions a text, or a json's.
+The members of a sample share a folder and the name up to its first dot, wherever in the tar they are; files
+of macOS (`._NAME`, `__MACOSX/`) and hidden ones are no members. Pixels are whatever PyAV decodes; captions
+and annotations are read by sidecar.py.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import av
 import numpy as np
 
 from svd_ds.data.clips import decode, to_rgb
 from svd_ds.data.quarantine import Fault
-from svd_ds.data.sample import MEDIA, STILLS, Sample
-from svd_ds.data.sidecar import captions_in
+from svd_ds.data.sample import MEDIA, STILLS, TAR_BLOCK, Sample, parse_sample
+from svd_ds.data.sidecar import annotations_in, captions_in, clean_text, is_utf8, parse_json, text_in
 
-TEXTS = ("txt", "text", "caption")
-"""Extensions of a caption."""
+TEXTS = ("txt", "text", "caption", "prompt")
+"""Extensions of a caption, the preferred ones first."""
+MAC_FOLDER = "__MACOSX"
 
-Motion = Callable[[Sequence[np.ndarray], float], float]
-"""(frames as uint8 RGB (H, W, 3), their rate) -> motion score."""
+NO_CAPTION = "without a caption"
+NOT_UTF8 = "with a caption that is no UTF-8"
+DROPPED = "annotations that are no finite numbers"
+OF_SEVERAL = "with several videos or images"
+
+ReadFrames = Callable[[range], Iterator[np.ndarray]]
+"""Numbers of frames -> these frames as uint8 RGB, (H, W, 3)."""
+Motion = Callable[[ReadFrames, int, float], float]
+"""(reads a video's frames, how many it has, frames a second) -> motion score."""
 
 
-def samples_in(path: Path, name: str, shard: int, motion: Motion | None) -> Iterator[Sample | Fault]:
+@dataclass(frozen=True)
+class Probed:
+    """A sample that training can use."""
+
+    sample: Sample
+    notes: dict[str, int] = field(default_factory=dict)
+    """What the user should know of it: how many of NO_CAPTION, NOT_UTF8, DROPPED, OF_SEVERAL."""
+
+
+def samples_in(path: Path, name: str, motion: Motion | None) -> Iterator[Probed | Fault]:
     """What the index is to know of each sample of a shard, or why it cannot be used.
+
+    No error of a sample or of the tar is raised: it is a Fault. The samples' shard number is 0.
 
     Args:
         name: of the shard in its folder; samples are named after it, as keys may be the same in each.
-        shard: its number.
         motion: scores a video; None leaves all at 0.
     """
-    ids: set[str] = set()
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    shown = clean_text(name)
     try:
+        num_bytes = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
-            entries = (entry for entry in tar if entry.isfile())
-            for key, group in groupby(entries, key=_key):
-                sample_id = re.sub(r"[^\w-]+", "_", f"{Path(name).with_suffix('')}-{key}")
+            replaced: list[str] = []
+            damage = _group(tar, groups, replaced)
+            for member in replaced:
+                yield Fault(member, shown, "the tar has a later file of this name, which counts")
+            for key, members in groups.items():
+                sample_id = id_of(shown, key)
                 try:
-                    if sample_id in ids:
-                        raise ValueError("another sample of the shard has its name")
-                    ids.add(sample_id)
-                    yield _probe(tar, list(group), sample_id, shard, motion)
-                except (ValueError, OSError, av.FFmpegError) as error:
-                    yield Fault(sample_id, name, str(error))
-    except tarfile.TarError as error:
-        yield Fault("", name, f"the tar cannot be read on: {error}")
+                    yield _probe(tar, num_bytes, members, sample_id, motion)
+                except Exception as error:
+                    yield Fault(sample_id, shown, reason_of(error))
+        if damage is not None:
+            yield Fault("", shown, f"the tar cannot be read to its end: {reason_of(damage)}")
+    except Exception as error:
+        yield Fault("", shown, f"the tar cannot be read: {reason_of(error)}")
 
 
-def _key(entry: tarfile.TarInfo) -> str:
-    folder, _, file = entry.name.rpartition("/")
-    return f"{folder}/{file.split('.', 1)[0]}".lstrip("./")
+def id_of(shard: str, key: str) -> str:
+    """A sample's id from its shard's name and its key."""
+    return re.sub(r"[^\w-]+", "_", f"{PurePosixPath(shard).with_suffix('')}-{clean_text(key)}")
+
+
+def reason_of(error: Exception) -> str:
+    """One line about an error, with its type where it is none that a damaged file is known to raise."""
+    if isinstance(error, av.FFmpegError):
+        return f"it cannot be decoded ({error.strerror})"
+    text = " ".join(clean_text(str(error)).split())
+    if isinstance(error, ValueError | OSError | tarfile.TarError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _group(
+    tar: tarfile.TarFile, groups: dict[str, dict[str, tarfile.TarInfo]], replaced: list[str]
+) -> Exception | None:
+    """Add the files of a tar to `groups`: key -> extension -> entry, and return what ended the reading.
+
+    Of files of one name the last counts, as where a tar is unpacked; `replaced` gets the names of the others.
+    """
+    try:
+        for entry in tar:
+            path = PurePosixPath(entry.name)
+            if not entry.isfile() or path.name.startswith(".") or MAC_FOLDER in path.parts:
+                continue
+            stem, _, extension = path.name.partition(".")
+            key = str(path.parent / stem).lstrip("./")
+            members = groups.setdefault(key, {})
+            if extension.lower() in members:
+                replaced.append(clean_text(entry.name))
+            members[extension.lower()] = entry
+    except Exception as error:
+        return error
+    # The module tarfile takes a header that is damaged or cut short for the end of the tar.
+    assert tar.fileobj is not None, "it is open"
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+        return ValueError(f"it is cut short or damaged at byte {tar.offset}")
+    return None
 
 
 def _probe(
-    tar: tarfile.TarFile, entries: list[tarfile.TarInfo], sample_id: str, shard: int, motion: Motion | None
-) -> Sample:
-    """Raises ValueError for a sample that training cannot use."""
-    by_extension = {entry.name.rsplit(".", 1)[-1].lower(): entry for entry in reversed(entries)}
-    media = next((name for name in MEDIA if name in by_extension), None)
-    if media is None:
-        raise ValueError(f"none of its members ({', '.join(sorted(by_extension))}) is a video or an image")
-    about: Any = json.loads(_read(tar, by_extension["json"])) if "json" in by_extension else {}
-    about = about if isinstance(about, dict) else {}
-    used = {media: by_extension[media]}
-    text = next((name for name in TEXTS if name in by_extension), None)
-    if captions_in(about):
-        used["json"] = by_extension["json"]
-    elif text is not None:
-        used["txt"] = by_extension[text]
-    num_frames, fps, height, width = measure(content := _read(tar, used[media]), media in STILLS)
+    tar: tarfile.TarFile,
+    num_bytes: int,
+    members: Mapping[str, tarfile.TarInfo],
+    sample_id: str,
+    motion: Motion | None,
+) -> Probed:
+    """Raises ValueError, and whatever a damaged file makes of its decoder, where a sample cannot be used."""
+    read = partial(_read, tar, num_bytes)
+    notes: Counter[str] = Counter()
+    media = choose_media(members)
+    if len(_media_in(members)) > 1:
+        notes[OF_SEVERAL] += 1
+    used = {media.rpartition(".")[2]: members[media]}
+    annotations = _add_sidecar(members, read, used, notes)
+    content = read(members[media])
+    num_frames, fps, height, width = measure(content, _kind(media) in STILLS)
     score = 0.0
     if motion is not None and num_frames > 1:
-        frames = decode(content, range(num_frames))
-        score = motion([to_rgb(frame).numpy() for frame in frames], fps)
-    annotations = about.get("annotations", {})
-    return Sample(
+        score = motion(lambda numbers: map(_pixels, decode(content, numbers)), num_frames, fps)
+        if not math.isfinite(score):
+            raise ValueError(f"its motion score is {score}")
+    sample = Sample(
         id=sample_id,
-        shard=shard,
+        shard=0,
         members={name: (entry.offset_data, entry.size) for name, entry in used.items()},
         num_frames=num_frames,
         fps=fps,
         height=height,
         width=width,
         motion=round(score, 6),
-        annotations={name: value for name, value in annotations.items() if isinstance(value, int | float)},
+        annotations=annotations,
     )
+    return Probed(parse_sample(asdict(sample)), dict(+notes))
+
+
+def choose_media(members: Iterable[str]) -> str:
+    """The extension of a sample's pixels: a video before an image, NAME.mp4 before NAME.rgb.mp4.
+
+    Raises:
+        ValueError: there is none, or several of the same rank.
+    """
+    found = _media_in(members)
+    if not found:
+        raise ValueError(f"none of its members ({', '.join(sorted(members))}) is a video or an image")
+    best = min(map(_rank, found))
+    chosen = [extension for extension in found if _rank(extension) == best]
+    if len(chosen) > 1:
+        kind = "images" if best[0] else "videos"
+        raise ValueError(f"it has {len(chosen)} {kind} ({', '.join(chosen)}), and nothing says which counts")
+    return chosen[0]
+
+
+def _media_in(members: Iterable[str]) -> list[str]:
+    return sorted(extension for extension in members if _kind(extension) in MEDIA)
+
+
+def _rank(extension: str) -> tuple[bool, bool]:
+    return _kind(extension) in STILLS, "." in extension
+
+
+def _kind(extension: str) -> str:
+    return extension.rpartition(".")[2]
+
+
+def _add_sidecar(
+    members: Mapping[str, tarfile.TarInfo],
+    read: Callable[[tarfile.TarInfo], bytes],
+    used: dict[str, tarfile.TarInfo],
+    notes: Counter[str],
+) -> dict[str, float]:
+    """Add the member with the captions to `used`, and return the annotations of all jsons.
+
+    NAME.json counts before NAME.mp4.json, and that before others by their names; a json before a text. Where
+    two have an annotation, the first counts.
+
+    Raises:
+        ValueError: no caption was found, and one of the members cannot be read.
+    """
+    annotations: dict[str, float] = {}
+    damage: Exception | None = None
+    jsons = [extension for extension in members if _kind(extension) == "json"]
+    for extension in sorted(jsons, key=lambda name: ("." in name, _kind(name[:-5]) not in MEDIA, name)):
+        try:
+            about = parse_json(read(members[extension]), extension)
+        except ValueError as error:
+            damage = damage or error
+            continue
+        found, dropped = annotations_in(about)
+        annotations = found | annotations
+        notes[DROPPED] += dropped
+        if "json" not in used and any(captions_in(about).values()):
+            used["json"] = members[extension]
+    texts = [extension for extension in members if _kind(extension) in TEXTS]
+    for extension in sorted(texts, key=lambda name: ("." in name, TEXTS.index(_kind(name)), name)):
+        if "json" in used or "txt" in used:
+            break
+        content = read(members[extension])
+        try:
+            if text_in(content):
+                used["txt"] = members[extension]
+                notes[NOT_UTF8] += not is_utf8(content)
+        except ValueError as error:
+            damage = damage or error
+    if "json" not in used and "txt" not in used:
+        if damage is not None:
+            raise damage
+        notes[NO_CAPTION] += 1
+    return annotations
 
 
 def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
@@ -118,9 +255,19 @@ def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
     return num_frames, fps, last.height, last.width
 
 
-def _read(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    return to_rgb(frame).numpy()
+
+
+def _read(tar: tarfile.TarFile, num_bytes: int, entry: tarfile.TarInfo) -> bytes:
+    """A member's bytes, from a tar of `num_bytes`."""
+    if entry.issparse():
+        raise ValueError(f"{entry.name} is stored with holes (sparse), so its bytes are not in one place")
+    there = max(0, num_bytes - entry.offset_data)
+    if there < entry.size:
+        raise ValueError(f"the shard ends after {there} of {entry.size} bytes of {entry.name}")
     file = tar.extractfile(entry)
-    assert file is not None, "members that are no files are passed over"
+    assert file is not None, "only files are members"
     content = file.read()
     if len(content) != entry.size:
         raise ValueError(f"the shard ends after {len(content)} of {entry.size} bytes of {entry.name}")

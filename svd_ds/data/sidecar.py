@@ -41,6 +41,15 @@ def decode_text(content: bytes) -> str:
     raise ValueError("its text is neither UTF-8, UTF-16 with a byte order mark nor Windows-1252")
 
 
+def is_utf8(content: bytes) -> bool:
+    """Whether a text is UTF-8, so that `decode_text` need not try anything else."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def text_in(content: bytes) -> str:
     """The caption in a text file. Raises ValueError as `decode_text` does."""
     return clean_text(decode_text(content)).strip()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import io
 import json
+import math
+import os
 import tarfile
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from svd_ds.data import indexing
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
@@ -72,17 +77,185 @@ def test_foreign_shards_are_read_where_they_are(
     assert {sample.motion for sample in Index.load(tmp_path).samples()} == {0}
 
 
-def test_an_interrupted_index_goes_on(tmp_path: Path, index: Callable[..., int]) -> None:
-    for name in "ab":
-        write_tar(tmp_path / f"{name}.tar", {"0.png": picture(1, 8), "0.txt": name.encode()})
-    assert index(tmp_path) == 0
-    (tmp_path / "index.jsonl").unlink()
-    parts = tmp_path / ".index-parts"
-    parts.mkdir()
-    (parts / "000000.jsonl").write_text(
-        json.dumps([False, {"id": "a-0", "shard": "a.tar", "cause": "seen"}]) + "\n"
+def image_tar(path: Path, keys: str, number: int = 1) -> None:
+    write_tar(path, {f"{key}.png": picture(number, 8) for key in keys})
+
+
+def ids(folder: Path) -> list[str]:
+    return [sample.id for sample in Index.load(folder).samples()]
+
+
+def reasons(folder: Path) -> dict[str, str]:
+    """Sample, or shard where a whole shard is meant -> reason."""
+    with open(folder / "refused.csv", newline="", encoding="utf-8") as file:
+        return {row["sample"] or row["shard"]: row["reason"] for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, index: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of m.tar and n.tar whose indexing was stopped between probing and writing the index."""
+    for name, keys in {"m": "012", "n": "34"}.items():
+        image_tar(tmp_path / f"{name}.tar", keys)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "write_index", stop)
+        assert index(tmp_path) == 130
+    assert not (tmp_path / "index.jsonl").exists()
+    return tmp_path
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are probed from now on."""
+    names: list[str] = []
+    real = indexing.samples_in
+    monkeypatch.setattr(
+        indexing, "samples_in", lambda path, name, motion: names.append(name) or real(path, name, motion)
     )
+    return names
+
+
+def test_restarted_index_does_not_probe_known_shards_again(
+    stopped: Path, index: Callable[..., int], probed: list[str]
+) -> None:
+    assert index(stopped) == 0
+    assert probed == [] and ids(stopped) == ["m-0", "m-1", "m-2", "n-3", "n-4"]
+    assert not (stopped / ".index-parts").exists()
+
+
+def test_restarted_index_matches_shards_by_name_and_state(
+    stopped: Path, index: Callable[..., int], probed: list[str]
+) -> None:
+    image_tar(stopped / "a.tar", "78")
+    (stopped / "n.tar").unlink()
+    state = (stopped / "m.tar").stat()
+    image_tar(stopped / "m.tar", "567", number=9)
+    os.utime(stopped / "m.tar", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (stopped / "m.tar").stat().st_size == state.st_size, "the same size and time, other content"
+    assert index(stopped) == 0
+    assert probed == ["a.tar", "m.tar"] and ids(stopped) == ["a-7", "a-8", "m-5", "m-6", "m-7"]
+    found = Index.load(stopped)
+    for sample in found.samples():
+        assert found.read(sample, "png").startswith(b"\x89PNG"), "offsets are those of its own shard"
+
+
+def test_renamed_shards_and_damaged_parts_are_probed_again(
+    stopped: Path, index: Callable[..., int], probed: list[str]
+) -> None:
+    (stopped / "m.tar").rename(stopped / "x.tar")
+    for part in (stopped / ".index-parts").iterdir():
+        part.write_bytes(part.read_bytes()[:-30])
+    assert index(stopped) == 0
+    assert probed == ["n.tar", "x.tar"] and ids(stopped) == ["n-3", "n-4", "x-0", "x-1", "x-2"]
+
+
+def test_parts_without_motion_do_not_count_with_motion(
+    stopped: Path, index: Callable[..., int], probed: list[str]
+) -> None:
+    assert index(stopped, "--no-motion") == 0 and probed == ["m.tar", "n.tar"]
+
+
+def test_odd_files_among_shards_cost_no_other_shard(
+    tmp_path: Path, index: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_tar(tmp_path / "good.tar", "0")
+    image_tar(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tar")), "0")
+    os.mkfifo(tmp_path / "fifo.tar")
+    (tmp_path / "lost.tar").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    (tmp_path / "folder.tar").mkdir()
+    image_tar(tmp_path / "line\n.tar", "0")
+    (tmp_path / "._good.tar").write_bytes(b"resource fork")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "x.tar").write_bytes(b"resource fork")
+    assert index(tmp_path) == 0, capsys.readouterr().err
+    assert ids(tmp_path) == ["good-0"]
+    told = reasons(tmp_path)
+    assert told.keys() == {"caf\ufffd.tar", "fifo.tar", "lost.tar", "empty.tar", "line\n.tar"}
+    assert told["fifo.tar"] == "it is no regular file" and "No such file" in told["lost.tar"]
+    assert told["caf\ufffd.tar"] == "its name is no UTF-8: rename it"
+    assert [shard.name for shard in Index.load(tmp_path).shards] == ["good.tar"]
+
+
+def test_ids_of_all_shards_differ(tmp_path: Path, index: Callable[..., int]) -> None:
+    image_tar(tmp_path / "a-b.tar", "c")
+    write_tar(tmp_path / "a.tar", {f"{key}.png": picture(1, 8) for key in ("b-c", "x y", "x_y")})
     assert index(tmp_path) == 0
-    assert [sample.id for sample in Index.load(tmp_path).samples()] == ["b-0"], (
-        "the first was not looked at again"
-    )
+    assert ids(tmp_path) == ["a-b-c", "a-b-c_2", "a-x_y", "a-x_y_2"]
+
+
+def test_linked_folders_are_followed_without_loops(tmp_path: Path, index: Callable[..., int]) -> None:
+    store, folder = tmp_path / "store", tmp_path / "folder"
+    image_tar(store / "deep" / "a.tar", "0")
+    image_tar(folder / "b.tar", "0")
+    (folder / "loop").symlink_to(folder)
+    (folder / "part").symlink_to(store)
+    (folder / "part2").symlink_to(store)
+    (store / "up").symlink_to(tmp_path)
+    (folder / "again.tar").symlink_to(folder / "b.tar")
+    assert index(folder) == 0
+    assert ids(folder) == ["b-0", "part_deep_a-0"]
+
+
+def test_index_of_a_read_only_folder_lies_elsewhere(
+    tmp_path: Path, index: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "shards", tmp_path / "a" / "index"
+    frames = encode(moving_square(8, 32, 48))
+    write_tar(folder / "sub" / "a.tar", {f"{key}.mp4": frames for key in "01"})
+    before = sorted(folder.rglob("*"))
+    assert index(folder, "--out", out) == 0, capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before, "nothing is written next to the shards"
+    assert ids(out) == ["sub_a-0", "sub_a-1"]
+    data = DataConfig(str(out), 4, 16, 16, fps=0, num_workers=0)
+    (batch, _) = next(iter(Loader(data, 0, 0, 1, 2, 2)))
+    assert set(batch.ids) == {"sub_a-0", "sub_a-1"}
+    assert index(folder, "--out", out) == 2 and "--overwrite it" in capsys.readouterr().err
+    other = tmp_path / "other"
+    image_tar(other / "b.tar", "0")
+    assert index(other, "--out", out, "--overwrite") == 0 and ids(out) == ["b-0"]
+    assert index(tmp_path / "nowhere") == 2 and "there is no folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_with_the_remedy(
+    tmp_path: Path,
+    index: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image_tar(tmp_path / "a.tar", "0")
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert index(tmp_path) == 2
+    assert f"{tmp_path} cannot be written to (Read-only file system); --out" in capsys.readouterr().err
+
+
+def test_the_summary_counts_what_the_user_should_know(
+    tmp_path: Path, index: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, odd = picture(1, 8), {"a": math.nan, "b": math.inf, "c": True, "d": 3}
+    members = {
+        "0.png": image,
+        "1.png": image,
+        "1.json": json.dumps({"caption": "x", "annotations": odd}).encode(),
+        "2.png": image,
+        "2.txt": "café".encode("cp1252"),
+        "3.png": image,
+        "3.depth.png": image,
+        "4.txt": b"no picture",
+    }
+    write_tar(tmp_path / "a.tar", members)
+    assert index(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "4 samples in 1 shards; 1 refused" in said and "refused.csv says why" in said
+    assert "2 of 4 samples have no caption" in said
+    assert "1 of 4 samples have a caption that is not UTF-8" in said
+    assert "1 of 4 samples have several videos or images" in said
+    assert "3 annotations are no finite numbers" in said
+    assert "NaN" not in (tmp_path / "index.jsonl").read_text()

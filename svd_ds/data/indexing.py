@@ -1,0 +1,244 @@
+"""The index of a folder of shards that others wrote: found, probed shard by shard, written at the end.
+
+What was found in a shard is kept in a part file until the index is written, so that a stopped program
+resumes. A part counts only for a shard of the same name, size and times: shards may be added, replaced,
+renamed and removed in between.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from stat import S_ISREG
+
+from svd_ds.data.folders import INDEX_NAME
+from svd_ds.data.foreign import MAC_FOLDER, Motion, Probed, reason_of, samples_in
+from svd_ds.data.motion import MotionMap
+from svd_ds.data.quarantine import Fault
+from svd_ds.data.sample import Sample, Shard, check_local_name, parse_sample
+from svd_ds.data.sidecar import clean_text
+from svd_ds.data.writer import write_index
+from svd_ds.fsync_io import read_json_lines, replace_text
+
+PARTS = ".index-parts"
+"""In the folder of the index, while it is made: what was found in each shard."""
+PART_VERSION = 1
+REFUSED = "refused.csv"
+LINK = "shards"
+"""In a folder of its own for the index: a link to the folder of the shards."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a part file was made of; it holds for nothing else."""
+
+    name: str
+    motion: bool
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    version: int = PART_VERSION
+
+
+@dataclass
+class Found:
+    """What is known of a folder's shards so far."""
+
+    shards: list[Shard] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    """See `foreign.Probed`."""
+    _ids: set[str] = field(default_factory=set)
+
+    def add(self, name: str, num_bytes: int, items: Iterable[Probed | Fault]) -> None:
+        """Add a shard. Samples whose ids are taken get a number behind theirs."""
+        samples = []
+        for item in items:
+            if isinstance(item, Fault):
+                self.faults.append(item)
+                continue
+            self.notes.update(item.notes)
+            sample_id, count = item.sample.id, 1
+            while sample_id in self._ids:
+                count += 1
+                sample_id = f"{item.sample.id}_{count}"
+            self._ids.add(sample_id)
+            samples.append(replace(item.sample, id=sample_id, shard=len(self.shards)))
+        if samples:
+            self.samples += samples
+            self.shards.append(Shard(name, num_bytes, len(samples)))
+
+
+def find_shards(folder: Path) -> tuple[list[str], list[Fault]]:
+    """Names of the tars in `folder` at any depth, sorted, and what cannot be looked into.
+
+    Linked folders and files are followed; a folder or file that several links lead to counts once. Hidden
+    ones and those that macOS adds are left out.
+    """
+    names: list[str] = []
+    faults: list[Fault] = []
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        faults.append(Fault("", clean_text(str(error.filename)), reason_of(error)))
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        # Real folders come before links to them, and both in the order of their names.
+        folders[:] = sorted(
+            (name for name in folders if name[0] != "." and name != MAC_FOLDER),
+            key=lambda name: (os.path.islink(os.path.join(place, name)), name),
+        )
+        if _seen(place, seen):
+            folders.clear()
+            continue
+        names += [
+            os.path.relpath(os.path.join(place, name), folder)
+            for name in files
+            if name[0] != "." and name.lower().endswith(".tar")
+        ]
+    names.sort(key=lambda name: (os.path.islink(folder / name), name))
+    return sorted(name for name in names if not _seen(folder / name, seen)), faults
+
+
+def _seen(path: str | Path, seen: set[str]) -> bool:
+    real = os.path.realpath(path)
+    if real in seen:
+        return True
+    seen.add(real)
+    return False
+
+
+def probe_shards(
+    folder: Path, names: Iterable[str], parts: Path, motion: Motion | None, found: Found, prefix: str = ""
+) -> None:
+    """Probe each shard, or read its part in the folder `parts`, and add it to `found`.
+
+    Args:
+        prefix: of the shards' names in the index.
+    """
+    for name in names:
+        shown = clean_text(name)
+        if shown != name:
+            found.faults.append(Fault("", shown, "its name is no UTF-8: rename it"))
+            continue
+        part = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.jsonl"
+        try:
+            check_local_name(name)
+            mark = _mark(folder / name, name, motion is not None)
+            items = kept = _read_part(part, mark)
+            if items is None:
+                items = list(samples_in(folder / name, name, motion))
+                if _mark(folder / name, name, motion is not None) != mark:
+                    raise ValueError("it was changed while it was read")
+        except (ValueError, OSError) as error:
+            found.faults.append(Fault("", shown, reason_of(error)))
+            continue
+        if kept is None:
+            _write_part(part, mark, items)
+        found.add(f"{prefix}{name}", mark.num_bytes, items)
+
+
+def _mark(path: Path, name: str, motion: bool) -> _Mark:
+    """Raises OSError or ValueError where there is no file to be read."""
+    state = path.stat()
+    if not S_ISREG(state.st_mode):
+        raise ValueError("it is no regular file")
+    return _Mark(name, motion, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+def _read_part(path: Path, mark: _Mark) -> list[Probed | Fault] | None:
+    """What a part holds; None where there is none of this shard, or it is damaged."""
+    try:
+        lines = read_json_lines(path)
+    except (ValueError, OSError):
+        return None
+    if lines.damage is not None or not lines.rows or lines.rows[0] != asdict(mark):
+        return None
+    try:
+        return [
+            Fault(**row["fault"]) if "fault" in row else Probed(parse_sample(row["sample"]), row["notes"])
+            for row in lines.rows[1:]
+        ]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _write_part(path: Path, mark: _Mark, items: Iterable[Probed | Fault]) -> None:
+    found = [{"fault": asdict(item)} if isinstance(item, Fault) else asdict(item) for item in items]
+    rows = [asdict(mark), *found]
+    replace_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def index_folder(
+    folder: Path,
+    out: Path,
+    motion: Motion | None,
+    overwrite: bool,
+    track: Callable[[list[str]], Iterable[str]],
+) -> Found:
+    """Write the index of the shards in `folder` into `out`, which may be the same folder, and REFUSED.
+
+    Args:
+        track: shows the progress over the shards' names.
+
+    Raises:
+        ValueError: there are no shards, none of them can be used, or `out` has an index and is not to be
+            overwritten.
+        OSError: `out` cannot be written to.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    names, faults = find_shards(folder)
+    if not names:
+        raise ValueError(f"there is no .tar in {folder}")
+    if (out / INDEX_NAME).exists() and not overwrite:
+        raise ValueError(f"{out} has an {INDEX_NAME}; --overwrite it")
+    parts = out / PARTS
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            shutil.rmtree(parts)
+            parts.mkdir()
+    except OSError as error:
+        raise OSError(f"{out} cannot be written to ({error.strerror}); --out names another place") from error
+    same = out.resolve() == folder.resolve()
+    if not same:
+        _link(out / LINK, folder, overwrite)
+    found = Found(faults=faults)
+    probe_shards(folder, track(names), parts, motion, found, "" if same else f"{LINK}/")
+    _write_refused(out / REFUSED, found.faults)
+    if not found.samples:
+        raise ValueError(f"none of the samples in {folder} can be used: {out / REFUSED} says why")
+    scores = [sample.motion for sample in found.samples if sample.num_frames > 1]
+    write_index(out, found.shards, found.samples, MotionMap.calibrate(scores))
+    shutil.rmtree(parts)
+    return found
+
+
+def _link(link: Path, folder: Path, overwrite: bool) -> None:
+    """Make `link` lead to `folder`. Raises ValueError where there is something else of its name."""
+    target = folder.resolve()
+    if link.is_symlink() and (overwrite or not link.exists()):
+        link.unlink()
+    if link.is_symlink() or link.exists():
+        if link.resolve() != target:
+            raise ValueError(f"{link} is there, and does not lead to {target}: choose another --out")
+        return
+    link.symlink_to(target, target_is_directory=True)
+
+
+def _write_refused(path: Path, faults: Iterable[Fault]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("sample", "shard", "reason"))
+    table.writerows(tuple(map(clean_text, (fault.id, fault.shard, fault.cause))) for fault in faults)
+    replace_text(path, text.getvalue())

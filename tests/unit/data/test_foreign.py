@@ -1,0 +1,225 @@
+"""Samples of shards that others wrote: grouped, captioned, and refused one by one."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svd_ds.data import foreign
+from svd_ds.data.foreign import NO_CAPTION, NOT_UTF8, OF_SEVERAL, Probed, choose_media, samples_in
+from svd_ds.data.quarantine import Fault
+from svd_ds.data.reader import captions_of
+from svd_ds.data.sample import Sample
+from tests.unit.data.test_fuzz import picture
+
+IMAGE = picture(1, 8)
+Files = list[tuple[str, bytes]]
+
+
+def pack(path: Path, files: Files) -> Path:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Callable[[Files], tuple[dict[str, Probed], list[Fault]]]:
+    def run(files: Files) -> tuple[dict[str, Probed], list[Fault]]:
+        items = list(samples_in(pack(tmp_path / "a.tar", files), "a.tar", None))
+        faults = [item for item in items if isinstance(item, Fault)]
+        return {item.sample.id: item for item in items if isinstance(item, Probed)}, faults
+
+    return run
+
+
+def captions(folder: Path, sample: Sample) -> dict[str, str]:
+    """As the reader finds them."""
+    content = (folder / "a.tar").read_bytes()
+
+    def read(member: str, begin: int = 0, number: int | None = None) -> bytes:
+        offset, size = sample.members[member]
+        return content[offset : offset + size]
+
+    return captions_of(read, sample)
+
+
+def as_json(about: Any) -> bytes:
+    return json.dumps(about).encode()
+
+
+def test_members_anywhere_in_the_tar_make_one_sample(tmp_path: Path, probe: Callable) -> None:
+    files = [(f"{key}.png", IMAGE) for key in ("x/0", "y/0", "1")]
+    files += [("y/0.txt", b"y"), ("1.json", as_json({"caption": "one"})), ("x/0.txt", b"x")]
+    found, faults = probe(files)
+    assert not faults
+    texts = {key: captions(tmp_path, item.sample) for key, item in found.items()}
+    assert texts == {"a-x_0": {"text": "x"}, "a-y_0": {"text": "y"}, "a-1": {"text": "one"}}
+
+
+@pytest.mark.parametrize(
+    ("sidecars", "caption", "notes"),
+    [
+        ({"json": {"caption": ["a", "b"]}}, {"text": "a", "text_2": "b"}, {}),
+        ({"info.json": {"script": "none"}, "png.json": {"caption": "a"}}, {"text": "a"}, {}),
+        ({"png.json": {"caption": "b"}, "json": {"caption": "a"}}, {"text": "a"}, {}),
+        ({"info.json": {"text": "b"}, "png.json": {"text": "a"}}, {"text": "a"}, {}),
+        ({"json": {"captions": {"short": None}}, "txt": b"a"}, {"text": "a"}, {}),
+        ({"json": b"{", "txt": b"a"}, {"text": "a"}, {}),
+        ({"TXT": "é".encode("cp1252")}, {"text": "é"}, {NOT_UTF8: 1}),
+        ({"txt": "é".encode("utf-8-sig")}, {"text": "é"}, {}),
+        ({"prompt.txt": b"b", "caption": b"a"}, {"text": "a"}, {}),
+        ({"json": ["a"]}, {"text": "a"}, {}),
+        ({"txt": b" \n"}, {"text": ""}, {NO_CAPTION: 1}),
+        ({"json": {"captions": {"short": None}}}, {"text": ""}, {NO_CAPTION: 1}),
+        ({"json": None}, {"text": ""}, {NO_CAPTION: 1}),
+        ({}, {"text": ""}, {NO_CAPTION: 1}),
+    ],
+)
+def test_captions_of_any_habit_are_found_or_counted(
+    tmp_path: Path, probe: Callable, sidecars: dict[str, Any], caption: dict[str, str], notes: dict[str, int]
+) -> None:
+    files = [("0.png", IMAGE)]
+    files += [
+        (f"0.{extension}", about if isinstance(about, bytes) else as_json(about))
+        for extension, about in sidecars.items()
+    ]
+    found, faults = probe(files)
+    assert not faults
+    assert found["a-0"].notes == notes
+    assert captions(tmp_path, found["a-0"].sample) == caption
+
+
+@pytest.mark.parametrize(
+    ("sidecars", "reason"),
+    [
+        ({"json": b"{"}, "its json cannot be read"),
+        ({"json": b"[" * 100_000}, "its json cannot be read"),
+        ({"info.json": b"\x81"}, "its info.json cannot be read"),
+        ({"txt": b"\x81\xff"}, "its text is neither UTF-8"),
+        ({"rgb.png": b"x", "depth.png": b"x", "png": None}, "it has 2 images (depth.png, rgb.png)"),
+        ({"png": b"no image"}, "cannot be"),
+        ({"png": b""}, ""),
+        ({"png": None, "txt": b"x"}, "none of its members (txt) is a video or an image"),
+    ],
+)
+def test_a_sample_that_cannot_be_used_costs_no_other(
+    probe: Callable, sidecars: dict[str, bytes | None], reason: str
+) -> None:
+    members = {"png": IMAGE, **sidecars}
+    bad = [(f"bad.{name}", content) for name, content in members.items() if content is not None]
+    found, faults = probe([("0.png", IMAGE), *bad, ("1.png", IMAGE)])
+    assert list(found) == ["a-0", "a-1"]
+    (fault,) = faults
+    assert fault.id == "a-bad" and reason in fault.cause
+
+
+@pytest.mark.parametrize("annotations", [None, [1], "text", 5, {"a": None}, {"a": [1]}, {"a": {"b": 1}}])
+def test_annotations_of_any_type_cost_no_sample(probe: Callable, annotations: Any) -> None:
+    found, faults = probe([("0.png", IMAGE), ("0.json", as_json({"annotations": annotations}))])
+    assert not faults and found["a-0"].sample.annotations == {}
+
+
+def test_annotations_of_several_jsons_are_merged(probe: Callable) -> None:
+    first, second = {"annotations": {"a": 1}, "caption": "x"}, {"annotations": {"a": 2, "b": 3}}
+    found, _ = probe([("0.png", IMAGE), ("0.info.json", as_json(second)), ("0.json", as_json(first))])
+    assert found["a-0"].sample.annotations == {"a": 1, "b": 3}
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("x"), MemoryError(), RecursionError("deep"), SyntaxError("png")]
+)
+def test_any_error_of_a_sample_is_its_refusal(
+    probe: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    real = foreign.measure
+
+    def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
+        if content == b"bad":
+            raise error
+        return real(content, still)
+
+    monkeypatch.setattr(foreign, "measure", measure)
+    found, (fault,) = probe([("0.png", b"bad"), ("1.png", IMAGE)])
+    assert list(found) == ["a-1"] and fault.id == "a-0" and type(error).__name__ in fault.cause
+
+
+def test_files_of_macos_and_hidden_ones_are_no_members(tmp_path: Path, probe: Callable) -> None:
+    files: Files = []
+    for key in ("0", "d/1"):
+        folder, _, name = key.rpartition("/")
+        for extension, content in (("txt", b"text"), ("png", IMAGE)):
+            fork = f"{folder}/._{name}.{extension}".lstrip("/")
+            files += [(fork, b"fork"), (f"__MACOSX/{fork}", b"fork"), (f"{key}.{extension}", content)]
+    found, faults = probe([*files, (".DS_Store", b"x"), ("d/.DS_Store", b"x")])
+    assert not faults
+    texts = {key: captions(tmp_path, item.sample) for key, item in found.items()}
+    assert texts == {"a-0": {"text": "text"}, "a-d_1": {"text": "text"}}
+
+
+def test_names_that_are_no_utf8_cost_nothing(probe: Callable) -> None:
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    found, faults = probe([(f"{name}.png", IMAGE), (f"{name}.txt", b"a"), (f"{name}2.txt", b"a")])
+    assert list(found) == ["a-caf_"] and not found["a-caf_"].notes
+    assert json.dumps(faults[0].cause, ensure_ascii=False).encode(), "every text can be encoded"
+
+
+def test_of_files_of_one_name_the_last_counts(tmp_path: Path, probe: Callable) -> None:
+    found, faults = probe([("0.png", b"old"), ("0.txt", b"new"), ("0.png", IMAGE)])
+    assert captions(tmp_path, found["a-0"].sample) == {"text": "new"}
+    assert [(fault.id, fault.cause) for fault in faults] == [
+        ("0.png", "the tar has a later file of this name, which counts")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("members", "chosen"),
+    [
+        (["mp4", "jpg"], "mp4"),
+        (["depth.mp4", "mp4"], "mp4"),
+        (["video.mp4"], "video.mp4"),
+        (["mp4.json", "mp4"], "mp4"),
+        (["rgb.mp4", "jpg"], "rgb.mp4"),
+    ],
+)
+def test_the_plain_video_counts(members: list[str], chosen: str) -> None:
+    assert choose_media(members) == chosen
+
+
+@pytest.mark.parametrize("members", [["rgb.mp4", "depth.mp4"], ["mp4", "mkv"], ["jpg", "png"]])
+def test_several_videos_of_one_rank_are_refused_by_name(members: list[str]) -> None:
+    with pytest.raises(ValueError, match="it has 2 ") as error:
+        choose_media(members)
+    assert all(name in str(error.value) for name in members)
+
+
+def test_the_choice_among_several_is_noted(probe: Callable) -> None:
+    found, _ = probe([("0.png", IMAGE), ("0.depth.png", b"x"), ("0.txt", b"x")])
+    assert found["a-0"].notes == {OF_SEVERAL: 1}
+
+
+@pytest.mark.parametrize(("cut", "kept"), [(550, 0), (700, 1), (1024, 1), (1100, 1), (2048, 2), (2100, 2)])
+def test_samples_before_the_end_of_a_cut_tar_are_kept(tmp_path: Path, cut: int, kept: int) -> None:
+    path = pack(tmp_path / "a.tar", [("0.png", IMAGE), ("1.png", IMAGE), ("2.png", IMAGE)])
+    path.write_bytes(path.read_bytes()[:cut])
+    items = list(samples_in(path, "a.tar", None))
+    assert [item.sample.id for item in items if isinstance(item, Probed)] == ["a-0", "a-1"][:kept]
+    assert isinstance(items[-1], Fault) and items[-1].id == ""
+
+
+def test_samples_after_a_damaged_header_are_not_lost_without_a_word(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", [("0.png", IMAGE), ("1.png", IMAGE), ("2.png", IMAGE)])
+    content = bytearray(path.read_bytes())
+    content[1024 + 150] ^= 1
+    path.write_bytes(content)
+    first, fault = samples_in(path, "a.tar", None)
+    assert isinstance(first, Probed) and isinstance(fault, Fault)
+    assert fault.cause == "the tar cannot be read to its end: it is cut short or damaged at byte 1024"
