@@ -28,6 +28,7 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "ninja>=1.11",
+        "xxhash>=3.5",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],

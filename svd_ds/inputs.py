@@ -17,7 +17,9 @@ from svd_ds.data.loader import Loader
 from svd_ds.fit import check_elevation, check_fit, check_learns, check_scalars
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
+from svd_ds.model.manifest import COMPLETE
 from svd_ds.model.sources import network_parameters, open_source
+from svd_ds.parallel.collectives import told_by_first
 from svd_ds.parallel.env import Env, supports_bf16
 from svd_ds.sample import frozen_folder
 from svd_ds.training.checkpoint import Checkpoints
@@ -25,6 +27,7 @@ from svd_ds.training.evaluate import SEED, FixedSet
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.optim import TAGS
 from svd_ds.training.state import Progress
+from svd_ds.training.verify import check_whole_over_ranks, newest_whole
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,25 @@ def checkpoints_of(config: RunConfig, env: Env) -> Checkpoints:
 
 
 def find_resume(config: RunConfig, env: Env) -> Path | None:
-    """The checkpoint that the run goes on from, None where it begins. Raises ValueError.
+    """The whole checkpoint that the run resumes from, None where it begins. All ranks call it.
 
-    One rank finds it for all: while another start of the run still writes, two might find two.
+    Each verifies a share of the files. Rank 0 lists the checkpoints: while another start of the run writes,
+    two ranks might find two.
+
+    Raises:
+        SharedError: run.resume names none, or what there is is damaged.
     """
-    checkpoints, resume = checkpoints_of(config, env), config.run.resume
-    if resume == "auto":
-        return checkpoints.latest()
+    checkpoints, verify = checkpoints_of(config, env), config.checkpoint.verify
+    if config.run.resume == "auto":
+        return newest_whole(checkpoints.folder, env, verify)
+    path = told_by_first(lambda: _named_resume(config, checkpoints))
+    if path is not None:
+        check_whole_over_ranks(path, env, verify)
+    return path
+
+
+def _named_resume(config: RunConfig, checkpoints: Checkpoints) -> Path | None:
+    resume = config.run.resume
     if resume == "never":
         if latest := checkpoints.latest():
             raise ValueError(
@@ -66,7 +81,7 @@ def find_resume(config: RunConfig, env: Env) -> Path | None:
             )
         return None
     path = Path(resume)
-    if not (path / "state.json").exists():
+    if not (path / COMPLETE).exists() and not (path / "state.json").exists():
         raise ValueError(f"run.resume is {resume!r}: neither auto nor never, nor a checkpoint folder")
     checkpoints.check_network(path)
     return path

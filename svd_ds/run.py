@@ -50,7 +50,7 @@ def run(config: RunConfig, env: Env, attempt: Attempt | None = None) -> Progress
     same config; `attempt`: told of every step and of the end."""
     environment.init(env, config.watchdog.patience)
     try:
-        resume = told_by_first(lambda: find_resume(config, env))
+        resume = find_resume(config, env)
         inputs = agreed(lambda: read_inputs(config, env, resume))
         task = agreed(lambda: read_task(config, env, inputs))
         progress = _train(config, env, inputs, task, attempt)
@@ -231,7 +231,7 @@ def _opening(config: RunConfig, env: Env, inputs: Inputs, engine: Engine) -> str
 
 def _closing(config: RunConfig, folder: RunFolder, progress: Progress, seconds: float) -> str:
     if progress.step < config.run.steps:
-        return f"stopped at step {progress.step} as asked; the same command goes on from its checkpoint"
+        return f"stopped at step {progress.step} as asked; the same command resumes from there"
     return (
         f"done: {progress.step} steps, this start took {seconds:.0f} s\n"
         f"  report   {folder.report}\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from svd_ds.model.lives import COMPLETE
+from svd_ds.model.manifest import COMPLETE, Manifest, digest_of
 from svd_ds.model.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
@@ -43,4 +43,11 @@ def save_checkpoint(folder: Path, unet: UNet, ranks: int, average: str | None = 
         save_file(shard, slices / f"rank-{rank:05d}-of-{ranks:05d}.safetensors")
     if not average:
         (slices / "config.json").write_text(json.dumps(asdict(unet.config)))
-        (folder / COMPLETE).touch()
+    seal(folder, world_size=ranks)
+
+
+def seal(checkpoint: Path, token: str = "", world_size: int = 1) -> None:
+    """Write the manifest of a checkpoint whose files are all there."""
+    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+    files = {name: digest_of(checkpoint / name) for name in names if name != COMPLETE}
+    (checkpoint / COMPLETE).write_text(Manifest(token, world_size, True, files).as_json())

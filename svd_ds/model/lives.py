@@ -8,12 +8,15 @@ bears the mark of the life that made it.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPLETE = "COMPLETE"
-"""The file that a checkpoint gets last. It holds the token of a life."""
+from svd_ds.model.manifest import COMPLETE, Manifest, read_manifest
+
+logger = logging.getLogger(__name__)
+
 LIVES = "lives.jsonl"
 """Beside the checkpoints: a line for each life, in order."""
 
@@ -33,28 +36,57 @@ def lives_of(folder: Path) -> list[Life]:
     return [Life(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def complete_checkpoints(folder: Path) -> dict[int, Path]:
-    """Step -> each checkpoint in a run's folder of them that counts, oldest first.
+def numbered_checkpoints(folder: Path) -> dict[int, Path]:
+    """Step -> each checkpoint folder that is part of the run's past, damaged ones too, oldest first.
 
-    One that is finished does not count where a later life of the run began before its step: what an earlier
-    life left ahead of that, or still writes there, is no part of the later one's past.
+    A checkpoint is no part of it where a later start of the run began before the checkpoint's step: what an
+    earlier start left ahead of that, or still writes there, the later one never saw.
     """
     lives = lives_of(folder)
     order = {life.token: place for place, life in enumerate(lives)}
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / COMPLETE).exists():
-            # Of a life that is not told of, as in a folder that was copied here, nothing is known against it.
-            own = order.get((path / COMPLETE).read_text(), len(lives))
+        if match and path.is_dir():
+            manifest = manifest_or_none(path)
+            # Of an unknown start, as in a folder that was copied here, nothing is known against it.
+            own = order.get(manifest.token, len(lives)) if manifest else len(lives)
             if all(life.start >= int(match[1]) for life in lives[own + 1 :]):
                 found[int(match[1])] = path
     return dict(sorted(found.items()))
 
 
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """Those of `numbered_checkpoints` that have a readable manifest. Whether their other files are as they
+    were written is not looked at."""
+    return {step: path for step, path in numbered_checkpoints(folder).items() if manifest_or_none(path)}
+
+
+def manifest_or_none(checkpoint: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None where it is missing or damaged."""
+    try:
+        return read_manifest(checkpoint)
+    except (ValueError, OSError):
+        return None
+
+
 def newest_checkpoint(run: Path) -> Path:
-    """The last complete checkpoint of a run folder. ValueError where there is none."""
-    complete = complete_checkpoints(run / "checkpoints")
+    """The newest complete checkpoint of a run folder; a warning names newer ones that are incomplete.
+
+    Raises:
+        ValueError: there is none.
+    """
+    numbered = numbered_checkpoints(run / "checkpoints")
+    complete = {step: path for step, path in numbered.items() if manifest_or_none(path)}
     if not complete:
-        raise ValueError(f"the run {run} has no complete checkpoint yet")
-    return complete[max(complete)]
+        names = ", ".join(path.name for path in numbered.values())
+        damaged = f": no {COMPLETE} can be read in {names}" if names else ""
+        raise ValueError(f"the run {run} has no complete checkpoint yet{damaged}")
+    newest = max(complete)
+    if passed := [path.name for step, path in numbered.items() if step > newest]:
+        logger.warning(
+            "%s is read, for newer checkpoints have no readable COMPLETE: %s",
+            complete[newest],
+            ", ".join(passed),
+        )
+    return complete[newest]

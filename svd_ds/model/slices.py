@@ -9,7 +9,6 @@ that the run kept (averages.py).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from svd_ds.fsync_io import read_json
 from svd_ds.model.averages import Profile, weights_of
-from svd_ds.model.lives import COMPLETE, complete_checkpoints, newest_checkpoint
+from svd_ds.model.lives import complete_checkpoints, manifest_or_none, newest_checkpoint
+from svd_ds.model.manifest import check_whole, folders_of
 
 NETWORKS = ("unet", "decoder")
 """What a run may train, as its checkpoints call it."""
@@ -98,7 +99,8 @@ class SliceFiles:
     def read(self, name: str, numel: int, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened parameter, which has `numel`; zero beyond its end.
 
-        ValueError where the files have no such parameter.
+        Raises:
+            ValueError: the files have no such parameter, or a value in it is not finite.
         """
         if start >= numel:
             return torch.zeros(stop - start)
@@ -106,6 +108,8 @@ class SliceFiles:
         first = start // each
         pieces = [self._piece(rank, name, each) for rank in range(first, -(-end // each))]
         found = read_range(pieces, start - first * each, end - first * each)
+        if not is_finite(found):
+            raise ValueError(f"{pieces[0].path} is damaged: {name} has a value that is not finite")
         return torch.nn.functional.pad(found, (0, stop - start - len(found)))
 
     def _piece(self, rank: int, name: str, each: int) -> Piece:
@@ -123,6 +127,12 @@ class SliceFiles:
         return piece
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # One pass that allocates nothing: both ends are NaN where any element is. isfinite is far slower.
+    return values.numel() == 0 or bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
 def slice_name(rank: int, world: int) -> str:
     """The file of one rank's slices."""
     return f"rank-{rank:05d}-of-{world:05d}.safetensors"
@@ -132,7 +142,12 @@ def network_of(path: Path) -> str | None:
     """Which of NETWORKS a checkpoint, or a run's newest, holds; None where `path` is neither."""
     if (path / "checkpoints").is_dir():
         path = newest_checkpoint(path)
-    return next((name for name in NETWORKS if any((path / name).glob("rank-*.safetensors"))), None)
+    manifest = manifest_or_none(path)
+    # By the manifest, so that a checkpoint whose files are missing is still known for what it is.
+    folders = {Path(name).parts[0] for name in manifest.files} if manifest else set()
+    return next(
+        (name for name in NETWORKS if name in folders or any((path / name).glob("rank-*.safetensors"))), None
+    )
 
 
 def open_checkpoint(
@@ -140,24 +155,25 @@ def open_checkpoint(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Sequence[Piece | Blend]]]:
     """What a checkpoint, or a run's newest, says of its network, file by file; parameter -> its slices.
 
-    Only what is trained has an average: with one, the other parameters are the weights' own.
+    Every file that is read is verified first. Only what is trained has an average: with one, the other
+    parameters are the weights' own.
 
     Args:
         which: raw; an average by its name; a relative length, as in 0.07, that need not be among them.
             Default: the first average.
 
     Raises:
-        ValueError: it is not complete, or lacks the average and what it could be made of, or is of another
-            network.
+        ValueError: it is not complete, or damaged, or lacks the average and what it could be made of, or is
+            of another network.
     """
     if (path / "checkpoints").is_dir():
         path = newest_checkpoint(path)
-    if not (path / COMPLETE).exists():
-        raise ValueError(f"the checkpoint {path} is not complete: it has no file {COMPLETE}")
+    folders = folders_of(path)
     if (held := network_of(path)) != network:
         raise ValueError(f"{path} holds a {held}, and not a {network}")
-    averages = sorted(folder.name.removeprefix("ema-") for folder in path.glob("ema-*"))
+    averages = sorted(name.removeprefix("ema-") for name in folders if name.startswith("ema-"))
     which = which or next(iter(averages), "raw")
+    check_whole(path, [*folders[network], *folders.get(f"ema-{which}", ())])
     pieces: dict[str, Sequence[Piece | Blend]] = {**_slices_of(path / network)}
     if which in averages:
         pieces |= _slices_of(path / f"ema-{which}")
@@ -168,7 +184,8 @@ def open_checkpoint(
             f"the checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}; a length in "
             "(0, 0.28] would be made of its averages"
         )
-    settings = {file.name: json.loads(file.read_text()) for file in (path / network).glob("*.json")}
+    texts = [path / name for name in folders[network] if name.endswith(".json")]
+    settings = {text.name: read_json(text) for text in texts}
     return settings, pieces
 
 
@@ -210,7 +227,7 @@ def _blended(checkpoint: Path, length: float) -> dict[str, list[Blend]]:
         Profile(samples, float(folder.name.removeprefix("ema-power-"))): folder
         for moment in moments
         if (samples := _samples(moment)) <= wanted.samples
-        for folder in sorted(moment.glob("ema-power-*"))
+        for folder in (moment / name for name in sorted(folders_of(moment)) if name.startswith("ema-power-"))
     }
     if not kept:
         raise ValueError(
@@ -222,6 +239,8 @@ def _blended(checkpoint: Path, length: float) -> dict[str, list[Blend]]:
             f"the {len(kept)} averages that {run} kept give one of length {length} with an error of "
             f"{misfit:.0%}, and at most {MAX_MISFIT:.0%} is allowed: keep more by checkpoint.keep_averages"
         )
+    for folder in kept.values():
+        check_whole(folder.parent, folders_of(folder.parent)[folder.name])
     slices = [_slices_of(folder) for folder in kept.values()]
     blended: dict[str, list[Blend]] = {}
     for name, newest in slices[-1].items():
@@ -235,7 +254,8 @@ def _blended(checkpoint: Path, length: float) -> dict[str, list[Blend]]:
 
 
 def _samples(moment: Path) -> int:
-    return int(json.loads((moment / "state.json").read_text())["samples"])
+    check_whole(moment, ["state.json"])
+    return int(read_json(moment / "state.json")["samples"])
 
 
 def _slices_of(folder: Path) -> dict[str, list[Piece]]:

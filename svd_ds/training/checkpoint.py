@@ -2,7 +2,8 @@
 
     checkpoints/lives.jsonl     a line for each start of the run (svd_ds.model.lives)
     checkpoints/step-0000100/
-        COMPLETE                the marker: without it the folder does not count
+        COMPLETE                the manifest: size and checksum of every other file. Without it the folder
+                                does not count
         state.json              Progress
         adam.json               how many steps the optimiser has taken
         objective.safetensors   what the objective keeps, where it keeps anything: a discriminator
@@ -13,13 +14,15 @@
 
 Slices are flat float32 and read on any number of ranks, weights and averages without DeepSpeed too.
 
-A save is told in four steps; only the first one holds the training up.
+A save has four stages; only the first one holds the training up.
 
 1. Every rank copies what is its own to host memory.
-2. Behind its back a thread of each rank writes the copy into the draft, and waits for the disk.
+2. A thread of each rank writes the copy into the draft, waits for the disk, and computes the digests. A value
+   that is not finite ends the save.
 3. At the end of each step the ranks ask each other whether all have written. So no thread waits for another
-   rank, and all ranks learn of a failure at the same place.
-4. Rank 0's thread then writes the marker, renames the draft, and removes what is old.
+   rank, and all ranks learn of a failure at the same place. They also wait until a step after the saved one
+   was taken: weights that the guard refuses to train on are not published.
+4. Rank 0's thread then writes the manifest, renames the draft, and removes what is old.
 """
 
 from __future__ import annotations
@@ -28,20 +31,27 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svd_ds.fsync_io import write_tensors, write_text
+from svd_ds.fsync_io import read_json
 from svd_ds.model.lives import complete_checkpoints
+from svd_ds.model.manifest import Manifest
 from svd_ds.model.slices import SliceFiles, network_of, slice_name
-from svd_ds.parallel.collectives import SharedError, agreed, highest_over_ranks, told_by_first
+from svd_ds.parallel.collectives import (
+    SharedError,
+    agreed,
+    highest_over_ranks,
+    items_of_ranks,
+    told_by_first,
+)
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
+from svd_ds.training.draft import DONE, NOT_FINITE, HostCopies, PendingSave, stage_of, write_draft
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import step_name
 from svd_ds.training.keeping import (
@@ -53,23 +63,16 @@ from svd_ds.training.keeping import (
 )
 from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
+from svd_ds.training.verify import newest_whole
 
 OBJECTIVE = "objective.safetensors"
 ADAM = "adam.json"
-DONE, UNDER_WAY, FAILED = range(3)
 Settings = Mapping[str, Mapping[str, Any]]
 """The files beside a network's weights, by name: config.json, and lora.json where adapters are trained."""
 
 
-@dataclass
-class _Pending:
-    """A save that is under way."""
-
-    draft: Path
-    job: Future[None]
-    """This rank's last piece of work for it."""
-    written: bool = False
-    """By every rank: what is left is rank 0's."""
+class NonFiniteError(SharedError):
+    """A save was given up, for a weight, an average or a moment is not finite; the message names it."""
 
 
 class Checkpoints:
@@ -79,8 +82,12 @@ class Checkpoints:
         """network: what the run trains, unet or decoder, and so the name of the weights' folder."""
         self.folder, self.config, self.env, self.network = folder, config, env, network
         self._life = ""
-        self._host: dict[str, dict[str, Tensor]] = {}
-        self._pending: _Pending | None = None
+        self._host = HostCopies(env.device)
+        self._pending: PendingSave | None = None
+        self._unproven: int | None = None
+        """Step of the checkpoint that was loaded or published last, as long as no step after it was taken."""
+        self._good = -1
+        """Newest step of which a checkpoint is known to train: a step after it was taken."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> Checkpoints:
@@ -112,10 +119,13 @@ class Checkpoints:
         self, progress: Progress, engine: Engine, ema: ShardEMA, objective: Objective, settings: Settings
     ) -> None:
         """Begin a checkpoint, and train on as soon as what it will hold is copied; with
-        checkpoint.asynchronous=false, as soon as it is there. All ranks call it.
+        checkpoint.asynchronous=false, as soon as it is written. All ranks call it, after a taken step.
 
-        Raises SharedError where this one or the one before cannot be written; the earlier ones stay.
+        Raises:
+            SharedError: this one or the one before cannot be written; the earlier ones stay.
+            NonFiniteError: likewise, for its values are not finite.
         """
+        self._note_taken()
         self._wait_for_writers()
         slices = {self.network: {**engine.local_shards(), **engine.frozen_shards()}}
         slices |= {f"adam-{moment}": shards for moment, shards in engine.moments().items()}
@@ -128,41 +138,43 @@ class Checkpoints:
             texts = {f"{self.network}/{name}": _json(values) for name, values in settings.items()}
             texts |= {"state.json": progress.as_json(), ADAM: _json({"updates": engine.updates})}
         if self.config.asynchronous:
-            tensors = {path: self._copied(path, values) for path, values in tensors.items()}
+            tensors = self._host.copy(tensors)
         draft = self.folder / draft_name(step_name(progress.step), self._life)
-        self._pending = _Pending(draft, self._submit(lambda: _write(draft, tensors, texts)))
+        # What a rank's slice has beyond the parameter's end means nothing.
+        used = {
+            name: shape.numel() - self.env.rank * -(-shape.numel() // self.env.world)
+            for name, shape in engine.shapes.items()
+        }
+        job = self._submit(lambda: write_draft(draft, tensors, texts, used))
+        self._pending = PendingSave(progress.step, draft, job)
         if not self.config.asynchronous:
-            self.finish()
+            wait([job])
+            self._advance(may_publish=False)
 
-    def settle(self) -> None:
+    def settle(self, taken: bool = True) -> None:
         """Bring a save that is under way one stage further, where every rank is ready for it.
 
-        All ranks call it, at the end of a step. Raises SharedError on all where one could not write.
+        All ranks call it, at the end of a step.
+
+        Args:
+            taken: whether the step was taken, and not skipped by the guard. A save waits for a taken step
+                after it before it is published.
+
+        Raises:
+            SharedError: a rank could not write; on all ranks.
+            NonFiniteError: a rank's values are not finite; on all ranks.
         """
-        if (pending := self._pending) is None:
-            return
-        stage = highest_over_ranks(_stage(pending.job))
-        if stage == FAILED:
-            self._pending = None
-            try:
-                # Who has taken over has also cleared our drafts away: that is no fault of the disk.
-                told_by_first(lambda: check_still_ours(self.folder, self._life))
-                agreed(pending.job.result)
-            finally:
-                if self.env.rank == 0:
-                    shutil.rmtree(pending.draft, ignore_errors=True)
-        elif stage == DONE and pending.written:
-            self._pending = None
-        elif stage == DONE:
-            pending.written = True
-            if self.env.rank == 0:
-                pending.job = self._submit(lambda: publish(pending.draft, self._life, self.config))
+        if taken:
+            self._note_taken()
+        if self._pending is not None:
+            self._advance(self._pending.proven)
 
     def finish(self) -> None:
-        """Wait until what was saved is there. All ranks call it; raises as `settle` does."""
+        """Wait until what was saved is there, whether or not a step followed. All ranks call it; raises as
+        `settle` does."""
         while self._pending is not None:
             wait([self._pending.job])
-            self.settle()
+            self._advance(may_publish=True)
 
     def load(self, path: Path, engine: Engine, ema: ShardEMA, objective: Objective) -> Progress:
         """Put a checkpoint of any number of ranks into the engine, the averages and the objective."""
@@ -170,20 +182,91 @@ class Checkpoints:
         for moment, shards in engine.moments().items():
             for name, values in self._own_slices(path / f"adam-{moment}", engine, shards):
                 shards[name].copy_(values)
-        engine.updates = json.loads((path / ADAM).read_text())["updates"]
+        engine.updates = read_json(path / ADAM)["updates"]
         for profile in ema.config.names:
             ema.load(profile, dict(self._own_slices(path / f"ema-{profile}", engine, ema.names)))
         if (path / OBJECTIVE).exists():
             objective.load_state(load_file(path / OBJECTIVE))
-        return Progress.read(path / "state.json")
+        progress = Progress.read(path / "state.json")
+        self._unproven = progress.step
+        return progress
 
-    def reload(self, engine: Engine, ema: ShardEMA, objective: Objective) -> Progress:
-        """Put the newest back. All ranks call it; SharedError where there is none."""
-        self.finish()
-        path = told_by_first(self.latest)
+    def reload(self, engine: Engine, ema: ShardEMA, objective: Objective, why: str) -> Progress:
+        """Put back the newest whole checkpoint that a taken step followed. All ranks call it.
+
+        A newer one is kept under another name, and a save that no taken step followed is dropped.
+
+        Args:
+            why: the run goes back, for the error.
+
+        Raises:
+            SharedError: there is no checkpoint to go back to.
+        """
+        self._drop_unproven()
+        path = newest_whole(self.folder, self.env, self.config.verify, self._is_good)
         if path is None:
-            raise SharedError(f"{self.folder} has no checkpoint yet to go back to")
-        return self.load(path, engine, ema, objective)
+            raise SharedError(f"{why}; {self.folder} has no checkpoint yet to go back to")
+        progress = self.load(path, engine, ema, objective)
+        self._good = min(self._good, progress.step)
+        return progress
+
+    def _is_good(self, step: int, manifest: Manifest) -> bool:
+        return step <= self._good or manifest.proven
+
+    def _note_taken(self) -> None:
+        if self._unproven is not None:
+            self._good, self._unproven = self._unproven, None
+        if self._pending is not None:
+            self._pending.proven = True
+
+    def _advance(self, may_publish: bool) -> None:
+        """Bring the save that is under way one stage further. All ranks call it, with the same argument."""
+        pending = self._pending
+        assert pending is not None
+        stage = highest_over_ranks(stage_of(pending.job))
+        if stage >= NOT_FINITE:
+            self._give_up(pending, stage)
+        elif stage == DONE and pending.written:
+            self._pending = None
+        elif stage == DONE and may_publish:
+            parts = items_of_ranks([pending.job.result()])
+            pending.written = True
+            self._unproven = pending.step
+            if pending.proven:
+                self._note_taken()
+            files = {name: digest for part in parts for name, digest in part.items()}
+            manifest, good = Manifest(self._life, len(parts), pending.proven, files), self._good
+            if self.env.rank == 0:
+                pending.job = self._submit(lambda: publish(pending.draft, manifest, self.config, good))
+
+    def _give_up(self, pending: PendingSave, stage: int) -> None:
+        self._pending = None
+        try:
+            # Who has taken over has also cleared our drafts away: that is no fault of the disk.
+            told_by_first(lambda: check_still_ours(self.folder, self._life))
+            try:
+                agreed(pending.job.result)
+            except SharedError as error:
+                if stage == NOT_FINITE:
+                    raise NonFiniteError(str(error)) from None
+                raise
+        finally:
+            if self.env.rank == 0:
+                shutil.rmtree(pending.draft, ignore_errors=True)
+
+    def _drop_unproven(self) -> None:
+        """Drop a save that no taken step followed; bring one that was followed to its end."""
+        if (pending := self._pending) is None:
+            return
+        if pending.proven or pending.written:
+            with suppress(NonFiniteError):
+                self.finish()
+            return
+        wait([pending.job])
+        highest_over_ranks(DONE)  # no rank writes into the draft any more
+        self._pending = None
+        if self.env.rank == 0:
+            shutil.rmtree(pending.draft, ignore_errors=True)
 
     def _own_slices(self, folder: Path, engine: Engine, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """This rank's slice of each parameter, whoever wrote it."""
@@ -193,50 +276,22 @@ class Checkpoints:
             each = -(-numel // self.env.world)
             yield name, files.read(name, numel, self.env.rank * each, (self.env.rank + 1) * each)
 
-    @torch.no_grad()
-    def _copied(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory, which is kept from one save to the next: to find it anew takes longer."""
-        copies = self._host.setdefault(path, {})
-        for name, value in tensors.items():
-            if name not in copies:
-                copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        torch._foreach_copy_([copies[name] for name in tensors], list(tensors.values()), non_blocking=True)
-        if self.env.device.type == "cuda":
-            torch.cuda.synchronize(self.env.device)
-        return {name: copies[name] for name in tensors}
-
     def _wait_for_writers(self) -> None:
         """Until every rank has written the save before, whose copies are then free."""
         if self._pending is not None and not self._pending.written:
             wait([self._pending.job])
-            self.settle()
+            self._advance(may_publish=True)
 
-    def _submit(self, work: Callable[[], None]) -> Future[None]:
+    def _submit(self, work: Callable[[], Any]) -> Future[Any]:
         """Have the thread do `work` after what it was given before, if that did not fail."""
         before = self._pending.job if self._pending is not None else None
 
-        def job() -> None:
+        def job() -> Any:
             if before is not None:
                 before.result()
-            work()
+            return work()
 
         return self._thread.submit(job)
-
-
-def _write(draft: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
-    try:
-        for path, values in tensors.items():
-            write_tensors(draft / path, values)
-        for path, text in texts.items():
-            write_text(draft / path, text)
-    except OSError as error:
-        raise OSError(f"the checkpoint {draft} cannot be written: {error}") from error
-
-
-def _stage(job: Future[None]) -> int:
-    if not job.done():
-        return UNDER_WAY
-    return FAILED if job.exception() else DONE
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -82,13 +82,20 @@ class Guard:
         """
         if state.in_a_row <= self.config.max_skips:
             return False
+        self.check_may_go_back(
+            state,
+            f"{state.in_a_row} steps in a row were out of bounds, more than "
+            f"guard.max_skips={self.config.max_skips}",
+        )
+        return True
+
+    def check_may_go_back(self, state: GuardState, why: str) -> None:
+        """Raises SharedError when the run has gone back too often, with the reason for one more time."""
         if state.returns >= self.config.max_returns:
             raise SharedError(
-                f"{state.in_a_row} steps in a row were out of bounds, more than "
-                f"guard.max_skips={self.config.max_skips}, and the run has gone back {state.returns} of "
+                f"{why}, and the run has gone back {state.returns} of "
                 f"guard.max_returns={self.config.max_returns} times; logs/skipped.jsonl has what was skipped"
             )
-        return True
 
     def _fault(self, name: str, value: float, recent: tuple[float, ...], factor: float) -> str | None:
         if not math.isfinite(value):

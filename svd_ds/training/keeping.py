@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svd_ds.fsync_io import fsync_path, replace_text
-from svd_ds.model.lives import COMPLETE, LIVES, Life, complete_checkpoints, lives_of
+from svd_ds.model.lives import LIVES, Life, complete_checkpoints, lives_of
+from svd_ds.model.manifest import COMPLETE, Manifest, damage_of
 from svd_ds.model.slices import KEPT_AVERAGES
 
 
@@ -28,6 +29,10 @@ class CheckpointConfig:
     made of them after the run. 0 keeps none."""
     asynchronous: bool = True
     """Train on while a checkpoint is written. Takes a copy of each rank's slices in host memory."""
+
+    verify: bool = True
+    """Before a run resumes, compare the checksum of every file of the checkpoint with its manifest. It costs
+    one more reading of the files, divided over the ranks; their sizes are compared in any case."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_last < 1:
@@ -66,23 +71,34 @@ def check_still_ours(folder: Path, life: str) -> None:
         )
 
 
-def publish(draft: Path, life: str, config: CheckpointConfig) -> None:
+def publish(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int) -> None:
     """Make a checkpoint of a draft whose files are all on disk, and remove what is old.
 
-    Raises ValueError as `check_still_ours` does, and OSError.
+    Args:
+        manifest: digests of the files of all ranks, and the token of the start that saved them.
+        good: the newest step whose checkpoint is known to train: neither it nor a newer one is removed.
+
+    Raises:
+        ValueError: another start of the run has taken over, or a rank's file is not in the draft.
+        OSError: it cannot be written.
     """
-    folder = draft.parent
+    folder, life = draft.parent, manifest.token
     check_still_ours(folder, life)
+    if damage := damage_of(draft, manifest, checksums=False):
+        raise ValueError(
+            f"the checkpoint {draft} lacks what a rank has written: {damage}; all "
+            f"{manifest.world_size} ranks must see one run folder"
+        )
     # What is told of these steps must not be lost when the run can go on behind them.
     for told in (*folder.parent.glob("*.jsonl"), *folder.parent.glob("logs/*.jsonl")):
         fsync_path(told)
     # Not `write_text`, which makes folders: who has taken over has cleared this draft away.
-    (draft / COMPLETE).write_text(life)
+    (draft / COMPLETE).write_text(manifest.as_json(), encoding="utf-8")
     for written in (draft / COMPLETE, draft, *(path for path in draft.iterdir() if path.is_dir())):
         fsync_path(written)
     _put_in_place(draft, folder / draft.name.partition(".")[0], life)
     fsync_path(folder)
-    _prune(folder, life, config)
+    _prune(folder, life, config, good)
 
 
 def _put_in_place(draft: Path, final: Path, life: str) -> None:
@@ -103,12 +119,12 @@ def _put_in_place(draft: Path, final: Path, life: str) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _prune(folder: Path, life: str, config: CheckpointConfig) -> None:
+def _prune(folder: Path, life: str, config: CheckpointConfig, good: int) -> None:
     """Each goes by one renaming, so that a prune that is cut short leaves nothing that looks whole, and loses
     no averages."""
     complete = complete_checkpoints(folder)
     for step, path in list(complete.items())[: -config.keep_last]:
-        if config.keep_every and step % config.keep_every == 0:
+        if step >= good or (config.keep_every and step % config.keep_every == 0):
             continue
         if config.keep_averages and step % config.keep_averages == 0:
             _keep_averages(path, folder.parent / KEPT_AVERAGES / path.name)
@@ -119,8 +135,8 @@ def _prune(folder: Path, life: str, config: CheckpointConfig) -> None:
 
 
 def _keep_averages(checkpoint: Path, kept: Path) -> None:
-    """Move a checkpoint to where state.json and the power-function averages stay of it, of which others can
-    be made."""
+    """Move a checkpoint to where state.json, the power-function averages and the manifest stay of it: other
+    averages can be made of them."""
     # One may be there since before the run went on from an earlier step.
     shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(exist_ok=True)
@@ -132,5 +148,5 @@ def _strip(kept: Path) -> None:
     for path in kept.iterdir():
         if path.is_dir() and not path.name.startswith("ema-power-"):
             shutil.rmtree(path)
-        elif path.is_file() and path.name != "state.json":
+        elif path.is_file() and path.name not in ("state.json", COMPLETE):
             path.unlink()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from svd_ds.parallel.collectives import agreed, items_of_ranks, mean_over_ranks
+from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, mean_over_ranks
+from svd_ds.training.checkpoint import NonFiniteError
 from svd_ds.training.metrics import StepMetrics
 from svd_ds.training.optim import group_rates, learning_rate
 from svd_ds.training.parts import Parts, Plan
@@ -15,7 +16,7 @@ from svd_ds.training.state import Progress
 def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
     """Train from `progress` to the plan's last step, or until the ranks are asked to stop; return where it
     ended."""
-    stopped = False
+    stopped = due = False
     while progress.step < plan.total_steps and not stopped:
         started = time.perf_counter()
         losses: list[float] = []
@@ -72,7 +73,8 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
                 parts.metrics.log_skipped(progress.step, fault, clips)
 
         if parts.guard.must_go_back(guarded):
-            progress = _go_back(parts, progress)
+            why = f"{guarded.in_a_row} steps in a row were skipped, the last because {fault}"
+            progress, due = _go_back(parts, progress, why), False
             continue
 
         last = stopped or progress.step == plan.total_steps
@@ -83,24 +85,56 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
             if parts.metrics is not None:
                 parts.metrics.log_evaluation(progress.step, progress.samples, measured)
                 parts.metrics.log_weights(progress.step, parts.engine.local_shards())
-        # Behind the evaluation: what is told of a step must be told before a run can go on behind it.
-        with parts.clock("checkpoint"):
-            parts.checkpoints.settle()
-            if last or progress.step % plan.checkpoint_every == 0:
-                parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
-        if progress.step % plan.preview_every == 0 or ended:
-            with parts.clock("preview"):
-                preview = parts.previews.make(progress.step, parts.engine, parts.ema)
-            if parts.metrics is not None and preview is not None:
-                parts.metrics.log_preview(progress.step, preview)
+        due = due or last or progress.step % plan.checkpoint_every == 0
+        try:
+            # Behind the evaluation: what is told of a step must be told before a run can go on behind it.
+            with parts.clock("checkpoint"):
+                parts.checkpoints.settle(taken=fault is None)
+                # In a streak of skipped steps the weights are in doubt: the save waits for a taken one.
+                if due and fault is None:
+                    parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
+                    due = False
+            if progress.step % plan.preview_every == 0 or ended:
+                with parts.clock("preview"):
+                    preview = parts.previews.make(progress.step, parts.engine, parts.ema)
+                if parts.metrics is not None and preview is not None:
+                    parts.metrics.log_preview(progress.step, preview)
+            if last:
+                parts.checkpoints.finish()
+        except NonFiniteError as error:
+            parts.guard.check_may_go_back(progress.guard, str(error))
+            progress, due = _go_back(parts, progress, str(error)), False
         parts.beat()
-    parts.checkpoints.finish()
+    _check_end(parts, plan, progress)
     return progress
 
 
-def _go_back(parts: Parts, progress: Progress) -> Progress:
-    """To the weights of the last checkpoint. The clips go on: the bad ones are not seen again."""
-    saved = parts.checkpoints.reload(parts.engine, parts.ema, parts.objective)
+def _check_end(parts: Parts, plan: Plan, progress: Progress) -> None:
+    """Refuse to call a run done whose last steps were skipped: all ranks see the same numbers.
+
+    Raises:
+        SharedError: it has come to its last step that way.
+    """
+    if (skipped := progress.guard.in_a_row) == 0:
+        return
+    if progress.step == plan.total_steps:
+        raise SharedError(
+            f"the run has come to run.steps={plan.total_steps} with its last {skipped} steps skipped, so "
+            f"nothing is saved after step {progress.step - skipped}; logs/skipped.jsonl says why. Lower "
+            "optim.lr, or widen guard.loss_factor and guard.norm_factor, or give it more run.steps"
+        )
+    if parts.metrics is not None:
+        parts.metrics.say(
+            f"step {progress.step}  not saved, for the last {skipped} steps were skipped: the same command "
+            "resumes from the newest checkpoint before them"
+        )
+
+
+def _go_back(parts: Parts, progress: Progress, why: str) -> Progress:
+    """To the weights of the last good checkpoint. The clips go on: the bad ones are not seen again."""
+    saved = parts.checkpoints.reload(parts.engine, parts.ema, parts.objective, why)
+    if parts.metrics is not None:
+        parts.metrics.say(f"step {progress.step}  {why}")
     if parts.metrics is not None:
         parts.metrics.go_back(saved.step, progress.step)
     return progress.gone_back(saved)

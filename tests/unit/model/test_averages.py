@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svd_ds.model.averages import Profile, overlap, power_exponent, weights_of
-from svd_ds.model.lives import COMPLETE
 from svd_ds.model.slices import KEPT_AVERAGES, join_slices, open_checkpoint
 from svd_ds.training.ema import EMAConfig, ShardEMA
+from tests.networks import seal
 
 BATCH, NUM_STEPS, EVERY = 4, 400, 20
 NUMEL = 37
@@ -73,7 +73,7 @@ class TestAfterTheRun:
                 (moment / "state.json").write_text(json.dumps({"samples": step * BATCH}))
                 if newest:
                     save(weights["w"], moment / "unet", ranks=2)
-                    (moment / COMPLETE).touch()
+                seal(moment)
         save_file(
             {name.removeprefix("power-"): wanted.shards(name)["w"] for name in wanted.config.names},
             tmp_path / "wanted.safetensors",

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.model.lives import COMPLETE, LIVES, complete_checkpoints, newest_checkpoint
+from svd_ds.model.lives import LIVES, complete_checkpoints, newest_checkpoint
+from tests.networks import seal
 
 
 def mark(folder: Path, step: int, token: str) -> None:
     path = folder / f"step-{step:07d}"
     path.mkdir(parents=True)
-    (path / COMPLETE).write_text(token)
+    seal(path, token)
 
 
 @pytest.mark.parametrize(

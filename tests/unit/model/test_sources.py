@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from svd_ds.model.lives import COMPLETE
+from svd_ds.model.manifest import COMPLETE
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.model.weights import load_unet, save_unet
-from tests.networks import SMALL, assert_same, save_checkpoint
+from tests.networks import SMALL, assert_same, save_checkpoint, seal
 
 
 class TestRuns:
@@ -57,13 +57,14 @@ class TestRuns:
         save_checkpoint(tmp_path, unet, 2, "power-0.050")
         for file in (tmp_path / "ema-power-0.050").iterdir():
             save_file({"conv_in.bias": load_file(file)["conv_in.bias"]}, file)
+        seal(tmp_path)
         assert_same(load_unet(tmp_path), unet)
         assert load_unet(tmp_path, "raw").conv_in.bias[0] != 5.0
 
     def test_a_rank_that_is_missing_is_noticed(self, unet: UNet, tmp_path: Path) -> None:
         save_checkpoint(tmp_path, unet, 3)
         (tmp_path / "unet/rank-00001-of-00003.safetensors").unlink()
-        with pytest.raises(ValueError, match="files of 2 ranks out of 3"):
+        with pytest.raises(ValueError, match=r"damaged: unet/rank-00001-of-00003.safetensors is missing"):
             load_unet(tmp_path)
 
     def test_a_run_without_checkpoints(self, tmp_path: Path) -> None:

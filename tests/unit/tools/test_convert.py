@@ -15,11 +15,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from svd_ds.model.lives import COMPLETE
 from svd_ds.model.lora import LoraConfig, add_lora, lora_state, merge_lora
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.model.weights import load_unet, save_unet
 from svd_ds.sample import TINY
+from tests.networks import seal
 
 SMALL = UNetConfig(
     widths=(32,), attention_levels=(True,), num_layers=1, head_width=32, context_width=64, scalar_width=32
@@ -44,7 +44,7 @@ def make_run(folder: Path, config: UNetConfig = SMALL, **conditioning: Any) -> d
         (checkpoint / name).mkdir(parents=True)
         save_file(slices, checkpoint / name / "rank-00000-of-00001.safetensors")
     (checkpoint / "unet" / "config.json").write_text(json.dumps(asdict(config)))
-    (checkpoint / COMPLETE).touch()
+    seal(checkpoint)
     signals = {"context": "image", "concat": "image", "scalars": ["fps", "motion_bucket", "augmentation"]}
     settings = {"frozen": {"path": "tiny"}, "conditioning": signals | conditioning}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -89,6 +89,7 @@ def test_adapters_are_merged_or_written_by_themselves(
         slices = {name: p.detach().flatten() for name, p in parameters}
         save_file(slices, checkpoint / folder / "rank-00000-of-00001.safetensors")
     (checkpoint / "unet" / "lora.json").write_text(json.dumps(asdict(lora)))
+    seal(checkpoint)
 
     assert convert(tmp_path / "run", tmp_path / "lora.safetensors", "--layout", "lora") == 0
     written = load_file(tmp_path / "lora.safetensors")

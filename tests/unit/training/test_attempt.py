@@ -16,6 +16,7 @@ from svd_ds.parallel.env import Env
 from svd_ds.training.attempt import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Attempt, Outcome, begin
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.watchdog import WatchdogConfig
+from tests.networks import seal
 
 OFF = WatchdogConfig(minutes=0)
 
@@ -127,7 +128,7 @@ def test_a_job_that_gets_no_further_is_not_started_again(tmp_path: Path) -> None
     for name, marker in (("step-0000020", True), ("step-0000040", False)):
         (folder.checkpoints / name).mkdir(parents=True)
         if marker:
-            (folder.checkpoints / name / "COMPLETE").touch()
+            seal(folder.checkpoints / name)
     begin(folder, "7", limit=3)
     attempts = [json.loads(line) for line in (tmp_path / "logs/attempts.jsonl").read_text().splitlines()]
     assert [attempt["step"] for attempt in attempts] == [0, 0, 0, 0, 20], (

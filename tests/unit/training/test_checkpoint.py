@@ -19,10 +19,12 @@ from torch import Tensor
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
 from svd_ds.model.lives import LIVES, complete_checkpoints, lives_of
+from svd_ds.model.manifest import Manifest, read_manifest
 from svd_ds.model.slices import KEPT_AVERAGES, open_checkpoint
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
-from svd_ds.training import checkpoint, keeping
+from svd_ds.training import draft as drafts
+from svd_ds.training import keeping
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
 from svd_ds.training.keeping import CheckpointConfig, draft_name, publish
@@ -101,7 +103,9 @@ def begin_save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
 
 
 def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
+    """A save that a taken step follows."""
     ema = begin_save(store, step, engine)
+    store.settle(taken=True)
     store.finish()
     return ema
 
@@ -158,7 +162,8 @@ def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int
         begin_save(writers[rank], 4, shards(rank, 3))
         writers[rank]._thread.shutdown()
     draft = tmp_path / "written" / draft_name("step-0000004", writers[0]._life)
-    publish(draft, writers[0]._life, writers[0].config)
+    files = {name: digest for writer in writers for name, digest in writer._pending.job.result().items()}
+    publish(draft, Manifest(writers[0]._life, 3, True, files), writers[0].config, 4)
 
     for rank in range(ranks):
         reader = Checkpoints(
@@ -182,8 +187,8 @@ def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int
 
 def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What changes meanwhile is not in it, and it does not count before it is all there."""
-    disk, write = threading.Event(), checkpoint.write_tensors
-    monkeypatch.setattr(checkpoint, "write_tensors", lambda *told: disk.wait() and write(*told))
+    disk, write = threading.Event(), drafts.write_tensors
+    monkeypatch.setattr(drafts, "write_tensors", lambda *told: disk.wait() and write(*told))
     store, engine = checkpoints(tmp_path), Shards()
     wanted = {name: values.clone() for name, values in engine.weights.items()}
     begin_save(store, 5, engine)
@@ -242,7 +247,7 @@ def test_the_next_save_tells_that_the_one_before_failed(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(drafts, "write_tensors", full)
     begin_save(store, 1)
     with pytest.raises(SharedError, match="No space left on device"):
         begin_save(store, 2)
@@ -266,6 +271,7 @@ def test_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
     kept = tmp_path / KEPT_AVERAGES
     assert sorted(path.name for path in kept.iterdir()) == ["step-0000002", "step-0000004"]
     assert sorted(path.name for path in (kept / "step-0000004").iterdir()) == [
+        "COMPLETE",
         "ema-power-0.100",
         "state.json",
     ]
@@ -298,7 +304,7 @@ def test_a_prune_that_is_cut_short_loses_no_averages(
     assert list(complete_checkpoints(tmp_path / "checkpoints")) == [3]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [LIVES, "step-0000003"]
     kept = tmp_path / KEPT_AVERAGES / "step-0000002"
-    assert sorted(path.name for path in kept.iterdir()) == ["ema-power-0.100", "state.json"]
+    assert sorted(path.name for path in kept.iterdir()) == ["COMPLETE", "ema-power-0.100", "state.json"]
 
 
 def test_a_life_that_was_cut_off_saves_nothing_that_counts(tmp_path: Path) -> None:
@@ -314,7 +320,7 @@ def test_a_life_that_was_cut_off_saves_nothing_that_counts(tmp_path: Path) -> No
         save(old, 8)
     new.finish()
     assert new.latest() == tmp_path / "step-0000006"
-    assert (tmp_path / "step-0000006/COMPLETE").read_text() == lives_of(tmp_path)[1].token
+    assert read_manifest(tmp_path / "step-0000006").token == lives_of(tmp_path)[1].token
 
 
 def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
@@ -348,6 +354,7 @@ def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
     old = checkpoints(tmp_path, begin=4)
     begin_save(old, 6)
     old._thread.shutdown()
+    manifest = Manifest(old._life, 1, True, old._pending.job.result())
     looks, lives = [], []
 
     def freeze(folder: Path, life: str) -> None:
@@ -362,10 +369,10 @@ def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
     if not cleared:
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises((ValueError, OSError)):
-        publish(tmp_path / draft_name("step-0000006", old._life), old._life, old.config)
+        publish(tmp_path / draft_name("step-0000006", old._life), manifest, old.config, 6)
     (new,) = lives
     assert new.latest() == tmp_path / "step-0000006"
-    assert (tmp_path / "step-0000006/COMPLETE").read_text() == new._life != old._life
+    assert read_manifest(tmp_path / "step-0000006").token == new._life != old._life
     assert (tmp_path / "step-0000006/unet/rank-00000-of-00001.safetensors").exists()
 
 

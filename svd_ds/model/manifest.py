@@ -1,0 +1,166 @@
+"""The manifest of a checkpoint, its file COMPLETE: the size and the checksum of every other file.
+
+    {"format": 1, "token": "5f0c...", "world_size": 2, "proven": true,
+     "files": {"unet/rank-00000-of-00002.safetensors": {"size": 1234, "xxh3_128": "99aa..."}, ...},
+     "xxh3_128": "0d3e..."}
+
+The last entry is the checksum of the others, so a manifest proves itself too. A checkpoint counts only where
+its manifest can be read, and is whole where every file has the size and the checksum that the manifest says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from svd_ds.fsync_io import read_json
+
+COMPLETE = "COMPLETE"
+"""File name of the manifest, which a checkpoint gets last."""
+FORMAT = 1
+CHUNK = 2**22
+"""Bytes that are read and hashed at once; in between, other threads may run."""
+NUM_THREADS = 4
+"""Files of a folder that are hashed at the same time."""
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """What identifies the content of a file."""
+
+    size: int
+    """In bytes."""
+    xxh3_128: str
+    """128-bit xxHash of the content, in hexadecimal: it detects damage, and is no signature."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of COMPLETE."""
+
+    token: str
+    """Of the start of the run that saved the checkpoint (lives.py)."""
+    world_size: int
+    """Number of ranks that saved it."""
+    proven: bool
+    """Whether a training step from these weights was taken before it was published."""
+    files: Mapping[str, FileDigest]
+    """Digest of each file, by its path inside the checkpoint."""
+
+    def as_json(self) -> str:
+        """Serialise; `read_manifest` is the inverse."""
+        values = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**values, "xxh3_128": _checksum(values)}, indent=1) + "\n"
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read the manifest of a checkpoint folder.
+
+    Raises:
+        ValueError: the manifest is missing, empty or damaged; the message names the file.
+        OSError: it cannot be read.
+    """
+    path = checkpoint / COMPLETE
+    if not path.is_file():
+        raise ValueError(f"the checkpoint {checkpoint} is not complete: it has no file {COMPLETE}")
+    values = read_json(path)
+    try:
+        checksum = values.pop("xxh3_128")
+        if checksum != _checksum(values) or values.pop("format") != FORMAT:
+            raise ValueError("its own checksum differs")
+        files = {str(name): FileDigest(**digest) for name, digest in values.pop("files").items()}
+        return Manifest(**values, files=files)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: it is no manifest of a checkpoint ({error})") from None
+
+
+def digest_of(path: Path) -> FileDigest:
+    """Read a file to its end and compute its digest.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    hasher, buffer, size = xxhash.xxh3_128(), memoryview(bytearray(CHUNK)), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
+            size += count
+    return FileDigest(size, hasher.hexdigest())
+
+
+def damage_of(
+    checkpoint: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    *,
+    checksums: bool = True,
+    progress: Callable[[int], None] = lambda size: None,
+) -> str | None:
+    """Compare files of a checkpoint with its manifest.
+
+    Args:
+        names: of the files to look at, as the manifest has them; None means all of them.
+        checksums: also read the files; otherwise only their sizes are compared.
+        progress: called with the size of each file that has been looked at.
+
+    Returns:
+        The first file that differs and how, in words; None where all are as they were written.
+    """
+    wanted = list(manifest.files if names is None else names)
+
+    def look(name: str) -> str | None:
+        found = _difference(checkpoint / name, manifest.files.get(name), checksums)
+        progress(manifest.files[name].size if name in manifest.files else 0)
+        return f"{name} {found}" if found else None
+
+    with ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="verify") as threads:
+        return next((found for found in threads.map(look, wanted) if found), None)
+
+
+def check_whole(checkpoint: Path, names: Iterable[str] | None = None) -> None:
+    """Verify files of a checkpoint before anything of them is used; arguments as `damage_of` has them.
+
+    Raises:
+        ValueError: a file is missing or damaged; the message names it.
+    """
+    if damage := damage_of(checkpoint, read_manifest(checkpoint), names):
+        raise ValueError(f"the checkpoint {checkpoint} is damaged: {damage}")
+
+
+def folders_of(checkpoint: Path) -> dict[str, list[str]]:
+    """Folder of a checkpoint -> names of the files in it that its manifest lists; "" for its own files.
+
+    Raises:
+        ValueError: as `read_manifest`.
+    """
+    folders: dict[str, list[str]] = {}
+    for name in read_manifest(checkpoint).files:
+        folders.setdefault(name.rpartition("/")[0], []).append(name)
+    return folders
+
+
+def _difference(path: Path, expected: FileDigest | None, checksums: bool) -> str | None:
+    if expected is None:
+        return f"is not among the files that {COMPLETE} lists"
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"has {size} bytes, and {expected.size} were written"
+        if checksums and digest_of(path) != expected:
+            return "has another checksum than what was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128(canonical.encode()).hexdigest()
