@@ -1,16 +1,20 @@
-"""Write a run's weights, or public ones, in a public layout: a diffusers folder, a single file, adapters."""
+"""Write a run's weights, or public ones, in a public layout: a diffusers folder, a single file, adapters.
+
+With --verify, list the checkpoints of a run instead, and which of them are whole."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -18,7 +22,8 @@ from svd_ds.door import run_door
 from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.decoder import load_decoder, save_parts
 from svd_ds.model.lora import save_lora
-from svd_ds.model.slices import network_of
+from svd_ds.model.manifest import COMPLETE, damage_of, read_manifest
+from svd_ds.model.slices import KEPT_AVERAGES, SET_ASIDE, network_of
 from svd_ds.model.sources import network_parameters
 from svd_ds.model.unet import UNetConfig
 from svd_ds.model.weights import load_unet, read_weights, write_weights
@@ -30,6 +35,7 @@ EXAMPLE = """examples:
   python tools/convert.py runs/small longer --layout diffusers --ema 0.12
   python tools/convert.py svd.safetensors pipeline --layout diffusers --frozen ~/svd-xt
   python tools/convert.py runs/camera camera.safetensors --layout lora
+  python tools/convert.py --verify runs/small
 
 With --layout diffusers an image-to-video network becomes a folder that diffusers'
 StableVideoDiffusionPipeline.from_pretrained loads; its other parts are copied from where the run had them. So
@@ -41,7 +47,12 @@ PARTS = ("vae", "image_encoder", "feature_extractor", "scheduler")
 
 def main() -> None:
     arguments = parse_arguments()
-    target: Path = arguments.target
+    if arguments.verify:
+        verify(arguments.source)
+        return
+    target: Path | None = arguments.target
+    if target is None or arguments.layout is None:
+        raise ValueError("convert.py takes SRC, DST and --layout, or --verify and a run")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} is there already: name a new one, or remove it")
     if arguments.layout != "diffusers" and target.suffix != ".safetensors":
@@ -54,6 +65,57 @@ def main() -> None:
         note = convert(arguments, draft)
         os.replace(draft, target)
     print(f"wrote {target}{note}")
+
+
+def verify(source: Path) -> None:
+    """Print each checkpoint of a run, or the one at `source` and whether its files are as they were written.
+
+    Raises:
+        ValueError: one is damaged, or there is none.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"there is nothing at {source}")
+    found = checkpoints_of(source)
+    if not found:
+        raise ValueError(f"{source} has no checkpoint")
+    damaged = []
+    for folder in track(found, "verify", console=Console(stderr=True)):
+        if SET_ASIDE in folder.name:
+            print(f"{folder}  set aside as damaged, and not used")
+        elif damage := damage_in(folder):
+            damaged.append(folder)
+            print(f"{folder}  damaged: {damage}")
+        else:
+            print(f"{folder}  whole")
+    if damaged:
+        names = ", ".join(folder.name for folder in damaged)
+        raise ValueError(f"{len(damaged)} of {len(found)} checkpoints in {source} are damaged: {names}")
+
+
+def checkpoints_of(source: Path) -> list[Path]:
+    """Every checkpoint of a run in order, and what it kept for its averages; or the checkpoint itself."""
+    if not (source / "checkpoints").is_dir():
+        return [source] if (source / COMPLETE).exists() or network_of(source) else []
+    pattern = re.compile(rf"step-\d+({re.escape(SET_ASIDE)}.*)?")
+    return [
+        path
+        for room in ("checkpoints", KEPT_AVERAGES)
+        for path in sorted((source / room).glob("step-*"))
+        if path.is_dir() and pattern.fullmatch(path.name)
+    ]
+
+
+def damage_in(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None where it is whole."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except (ValueError, OSError) as error:
+        return str(error)
+    names = None
+    if checkpoint.parent.name == KEPT_AVERAGES:
+        # The rest was removed, and the manifest is still that of the whole checkpoint.
+        names = [name for name in manifest.files if name == "state.json" or name.startswith("ema-power-")]
+    return damage_of(checkpoint, manifest, names)
 
 
 def convert(arguments: argparse.Namespace, draft: Path) -> str:
@@ -137,8 +199,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="a run, a checkpoint, a diffusers folder, an original file")
-    add("target", type=Path, metavar="DST", help="the folder (diffusers) or file to be")
-    add("--layout", choices=("diffusers", "original", "lora"), required=True)
+    add("target", type=Path, nargs="?", metavar="DST", help="the folder (diffusers) or file to be")
+    add("--layout", choices=("diffusers", "original", "lora"))
+    add("--verify", action="store_true", help="list the run's checkpoints: whole, or damaged and where")
     add("--ema", metavar="NAME", help="of a run: an average, a length (0.07), or raw; its first average")
     add("--frozen", type=Path, metavar="FOLDER", help="the pipeline whose other parts are copied")
     add("--debug", action="store_true", help="show the traceback of an error")

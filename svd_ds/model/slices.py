@@ -27,6 +27,8 @@ NETWORKS = ("unet", "decoder")
 """What a run may train, as its checkpoints call it."""
 KEPT_AVERAGES = "averages"
 """Folder of a run: what stays of checkpoints whose averages are kept."""
+SET_ASIDE = ".damaged"
+"""Suffix of the folder name of a checkpoint that is kept but not used any more."""
 MAX_MISFIT = 0.1
 """An average whose profile would miss the wanted one by a larger share is refused."""
 

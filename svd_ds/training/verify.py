@@ -14,11 +14,9 @@ from pathlib import Path
 from svd_ds.fsync_io import fsync_path
 from svd_ds.model.lives import manifest_or_none, numbered_checkpoints
 from svd_ds.model.manifest import Manifest, damage_of, read_manifest
+from svd_ds.model.slices import SET_ASIDE
 from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, told_by_first
 from svd_ds.parallel.env import Env
-
-SET_ASIDE = ".damaged"
-"""Suffix of the folder name of a checkpoint that is kept but not used any more."""
 
 
 def damage_over_ranks(path: Path, env: Env, checksums: bool) -> str | None:
