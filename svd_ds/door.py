@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,11 +34,58 @@ def wants_traceback() -> bool:
     return "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
+class LossyStream:
+    """stdout or stderr of a command that must not end because nobody reads it any more: a closed pipe
+    (`| head`), a terminal that hung up, a log file on a full disk. After the first write that fails, it
+    writes nothing."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._lost = False
+
+    def write(self, text: str) -> int:
+        if not self._lost:
+            try:
+                self._stream.write(text)
+            except OSError:
+                self._lose()
+        return len(text)
+
+    def flush(self) -> None:
+        if not self._lost:
+            try:
+                self._stream.flush()
+            except OSError:
+                self._lose()
+
+    def _lose(self) -> None:
+        self._lost = True
+        # Python flushes what is left in its buffer when it ends, and would end with another exit code.
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def open_console(stderr: bool = False) -> Console:
+    """A console on stdout or stderr that drops what nobody reads, instead of raising."""
+    stream = LossyStream(sys.stderr if stderr else sys.stdout)
+    return Console(file=cast(IO[str], stream), soft_wrap=True, highlight=False)
+
+
+def print_line(text: str) -> None:
+    """Print a line on stdout at once; raises nothing where nobody reads it."""
+    open_console().print(text, markup=False)
+
+
 def print_error(error: BaseException | str, who: str = "") -> None:
-    """Print `error` as one sentence on stderr; `who` names the rank where there are several."""
+    """Print `error` as one sentence on stderr; `who` names the rank where there are several. Raises nothing
+    where nobody reads it."""
     sentence = " ".join(str(error).split()) or type(error).__name__
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/] {escape(who + sentence)}")
+    open_console(stderr=True).print(f"[bold red]error:[/] {escape(who + sentence)}")
 
 
 def run_door(main: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 Every small file of a run (JSON, JSON lines, YAML) is written and read here. A file is replaced atomically: a
 reader sees the old content or the new one, and a power cut leaves one of the two. An error names the file.
+What is damaged all the same is not deleted: `set_aside` keeps a copy next to the file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,8 @@ from torch import Tensor
 
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What some FUSE and network file systems answer to an fsync that they do not offer."""
+NO_FOLDER_FSYNC = (*NO_FSYNC, errno.EBADF, errno.EISDIR, errno.EACCES)
+"""The same for a folder, which some cannot even open. PostgreSQL accepts them too (fd.c, fsync_fname_ext)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,18 @@ class JsonLines:
 
     rows: list[dict[str, Any]]
     damage: str | None
-    """One sentence about an unreadable tail, None where the whole file is readable."""
+    """One sentence about lines that cannot be read, None where the whole file is readable."""
+
+
+@contextmanager
+def name_errors(path: Path) -> Iterator[None]:
+    """Inside, an OSError that names no file, such as that of a full disk, becomes one that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -47,9 +65,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file durably, without atomicity: for files inside a folder that is renamed later."""
+    """Write a file durably, without atomicity: for files inside a folder that is renamed later.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with name_errors(path):
+        path.write_text(text, encoding="utf-8")
     fsync_path(path)
 
 
@@ -58,6 +81,43 @@ def replace_text(path: Path, text: str) -> None:
     draft = path.with_name(path.name + ".new")
     write_text(draft, text)
     replace_file(draft, path)
+
+
+def create_text(path: Path, text: str) -> None:
+    """Write a file durably unless there is one of its name: of several writers the first succeeds.
+
+    On a file system without hard links a reader may see the file before it is whole.
+
+    Raises:
+        FileExistsError: there is one.
+        OSError: the file cannot be written; the message names it.
+    """
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_text(draft, text)
+        # Unlike a rename, a link fails where there is a file.
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        if not draft.exists():
+            raise
+        # EPERM, ENOTSUP, ENOSYS, ...: gcsfuse, exFAT and some SMB servers have no hard links.
+        _create_exclusively(path, text)
+    finally:
+        draft.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def _create_exclusively(path: Path, text: str) -> None:
+    file = path.open("x", encoding="utf-8")
+    try:
+        with file, name_errors(path):
+            file.write(text)
+        fsync_path(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def replace_file(draft: Path, path: Path) -> None:
@@ -75,14 +135,65 @@ def fsync_path(path: Path) -> None:
     Raises:
         OSError: the message names the path.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    accepted = NO_FOLDER_FSYNC if stat.S_ISDIR(os.stat(path).st_mode) else NO_FSYNC
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in NO_FSYNC:
+        if error.errno not in accepted:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+
+
+class LineFile:
+    """A file that lines are appended to. Each line is one write of the system, so a killed process leaves
+    whole lines, and after an error, such as a full disk, nothing is left to be written by `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, line: str) -> None:
+        """Append a line; it is on disk once `fsync_path` has returned.
+
+        Raises:
+            OSError: the message names the file.
+        """
+        left = memoryview(line.encode("utf-8", "backslashreplace") + b"\n")
+        with name_errors(self.path):
+            while left:
+                left = left[self._file.write(left) :]
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Append a JSON object; raises as `append`."""
+        self.append(json.dumps(row))
+
+    def close(self) -> None:
+        with name_errors(self.path):
+            self._file.close()
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON object to a JSON lines file; raises as `LineFile.append`."""
+    lines = LineFile(path)
+    try:
+        lines.append_row(row)
     finally:
-        os.close(descriptor)
+        lines.close()
+
+
+def set_aside(path: Path) -> Path:
+    """Copy a damaged file to NAME.damaged-1 (or -2, ...) next to it, for a person to look at; returns the
+    path of the copy. The damaged file stays: its owner replaces it."""
+    number = 1
+    while (copy := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    with name_errors(copy):
+        shutil.copyfile(path, copy)
+    fsync_path(copy)
+    return copy
 
 
 def read_json(path: Path) -> Any:
@@ -111,33 +222,66 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: it is no YAML ({_reason(error)})") from error
 
 
-def read_json_lines(path: Path) -> JsonLines:
+def read_json_lines(
+    path: Path, valid: Callable[[dict[str, Any]], bool] = lambda row: True, skip_bad: bool = False
+) -> JsonLines:
     """Parse a file with a JSON object on each line; a missing file has no rows.
 
     A killed writer or a power cut may leave an unreadable tail: it is left out and reported in `damage`.
 
+    Args:
+        valid: whether an object has what a row must have; one that has not counts as unreadable.
+        skip_bad: leave out unreadable lines that readable ones follow as well, and report them in `damage`.
+
     Raises:
-        ValueError: a line that readable lines follow is no JSON object; the message names file and line.
+        ValueError: a line that readable lines follow is unreadable, and `skip_bad` is not set; the message
+            names file and line.
         OSError: the file cannot be read.
     """
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     while lines and not lines[-1]:
         lines.pop()
     rows: list[dict[str, Any]] = []
-    bad: int | None = None
+    bad: list[int] = []
+    is_tail = True
     for number, line in enumerate(lines, 1):
         row = _json_object(line)
-        if row is None:
-            bad = bad or number
-        elif bad is not None:
-            raise ValueError(f"{path} is damaged: line {bad} is no JSON object")
-        else:
-            rows.append(row)
-    damage = (
-        None
-        if bad is None
-        else f"{path} is unreadable from line {bad} on: what it had after that line is lost"
-    )
+        if row is None or not valid(row):
+            bad.append(number)
+            continue
+        is_tail = not bad
+        rows.append(row)
+    if not bad:
+        return JsonLines(rows, None)
+    if is_tail:
+        return JsonLines(
+            rows, f"{path} is unreadable from line {bad[0]} on: what it had after that line is lost"
+        )
+    if not skip_bad:
+        raise ValueError(f"{path} is damaged: line {bad[0]} cannot be read, and readable ones follow")
+    which = "line" if len(bad) == 1 else f"{len(bad)} lines, the first is line"
+    return JsonLines(rows, f"{path} is damaged: {which} {bad[0]} cannot be read, and is left out")
+
+
+def rewrite_json_lines(
+    path: Path,
+    keep: Callable[[dict[str, Any]], bool],
+    valid: Callable[[dict[str, Any]], bool] = lambda row: True,
+) -> JsonLines:
+    """Replace a JSON lines file by the rows of it that `keep` accepts, atomically. Where some of its lines
+    cannot be read the file is set aside first, and `damage` names the copy.
+
+    Args:
+        valid: as in `read_json_lines`.
+
+    Raises:
+        OSError: the file cannot be read or written; the message names it.
+    """
+    found = read_json_lines(path, valid, skip_bad=True)
+    damage = found.damage and f"{found.damage}; it was kept as {set_aside(path)}"
+    rows = [row for row in found.rows if keep(row)]
+    if path.exists():
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return JsonLines(rows, damage)
 
 

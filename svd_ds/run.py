@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from svd_ds.data.quarantine import Quarantine
 from svd_ds.evaluation.report import write_report
 from svd_ds.inputs import Inputs, find_resume, read_inputs
 from svd_ds.model.decoder import Decoder
+from svd_ds.model.lives import lives_damage
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import agreed, told_by_first
@@ -61,6 +64,7 @@ def run(config: RunConfig, env: Env, attempt: Attempt | None = None) -> Progress
 
 
 def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Attempt | None) -> Progress:
+    lives = told_by_first(lambda: lives_damage(inputs.checkpoints.folder))
     inputs.checkpoints.begin(inputs.progress.step)
     engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(task.weights) if task.weights is not None else []
@@ -68,18 +72,20 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
     if inputs.resume is not None:
         inputs.checkpoints.load(inputs.resume, engine, ema, task.objective)
 
-    told_by_first(lambda: inputs.folder.open(_settings(config), inputs.progress.step))
+    damage = told_by_first(lambda: inputs.folder.open(_settings(config), inputs.progress.step))
     quarantine = Quarantine(
         config.data.max_quarantined, inputs.loader.quarantine.num_samples, inputs.folder.quarantine
     )
     started = time.perf_counter()
     # W&B is left last, which may take long: by then it is told how the run ended.
     outcome = attempt.outcome() if attempt is not None else nullcontext()
-    stop = StopRequest()
+    stop = StopRequest(_say_at_once if env.rank == 0 else lambda text: None)
     opened = agreed(lambda: _open_metrics(config, env, inputs, engine, stop))
-    with opened as metrics, outcome, inputs.checkpoints:
+    with stop, opened as metrics, outcome, inputs.checkpoints:
         if metrics is not None:
             metrics.say("\n".join([_opening(config, env, inputs, engine), *inputs.loader.notes, *task.notes]))
+            for sentence in filter(None, (lives, *damage)):
+                metrics.say(f"warning: {sentence}")
             if new:
                 metrics.say(
                     f"{len(new)} tensors are not in {config.init.source} and start afresh: {new[0]}, ..."
@@ -106,12 +112,26 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
         )
         progress = train(parts, _plan(config, env), inputs.progress)
         if metrics is not None:
-            write_report([inputs.folder.path], inputs.folder.report)
+            _report(inputs.folder, metrics)
             metrics.say(_closing(config, inputs.folder, progress, time.perf_counter() - started))
             metrics.say(f"  {metrics.wall_time()}")
         if attempt is not None:
-            attempt.ended(progress.step == config.run.steps, stop.interrupted)
+            attempt.ended(progress.step == config.run.steps, stop.interrupted, stop.by_keyboard)
     return progress
+
+
+def _say_at_once(text: str) -> None:
+    """From a signal handler, which must not touch a buffer that it may have interrupted."""
+    with suppress(OSError, ValueError):
+        os.write(sys.stdout.fileno(), f"\n{text}\n".encode())
+
+
+def _report(folder: RunFolder, metrics: Metrics) -> None:
+    try:
+        write_report([folder.path], folder.report)
+    except (ValueError, OSError) as error:
+        # All steps are done and saved: the run is finished without it.
+        metrics.say(f"warning: {folder.report} cannot be written: {error}")
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

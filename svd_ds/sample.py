@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from svd_ds.diffusion.denoiser import Network, denoise
@@ -26,6 +25,7 @@ from svd_ds.diffusion.draws import draw
 from svd_ds.diffusion.guidance import KINDS, guidance_scale, guided
 from svd_ds.diffusion.noise import karras_sigmas
 from svd_ds.diffusion.samplers import SAMPLERS, Progress
+from svd_ds.fsync_io import read_yaml
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
@@ -206,5 +206,5 @@ def run_settings(path: Path) -> dict[str, Any] | None:
     """config.yaml of the run that `path` is, or is a checkpoint of."""
     for folder in (path, *path.resolve().parents[:2]):
         if (folder / "config.yaml").is_file():
-            return yaml.safe_load((folder / "config.yaml").read_text())
+            return read_yaml(folder / "config.yaml")
     return None

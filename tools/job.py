@@ -17,7 +17,7 @@ if __name__ == "__main__":
     hold_signals()
 
 from svd_ds import compose
-from svd_ds.door import run_door
+from svd_ds.door import print_line, run_door
 from svd_ds.parallel.preflight import failing_nodes, leave_out
 from svd_ds.training.attempt import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
 from svd_ds.training.folder import RunFolder
@@ -58,7 +58,8 @@ def main() -> None:
     job = Job.of(options)
     try:
         folder = run_folder(options.arguments)
-        begin(folder, job.id, job.starts)
+        if (damage := begin(folder, job.id, job.starts)) is not None:
+            print_line(f"warning: {damage}")
     except ValueError:
         settle(options.trial)
         raise
@@ -84,7 +85,7 @@ def main() -> None:
         sys.exit(settled)
     if not running:
         sys.exit(code)
-    print(f"job {job.id} is queued again: {reason(outcome, request.number, code)}", flush=True)
+    print_line(f"job {job.id} is queued again: {reason(outcome, request.number, code)}")
     job.requeue()
 
 

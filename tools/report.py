@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     out = arguments.out or arguments.runs[0] / "report.html"
-    write_report(arguments.runs, out)
+    for damage in write_report(arguments.runs, out):
+        print(f"warning: {damage}")
     print(f"wrote {out}")
 
 

@@ -21,7 +21,8 @@ if __name__ == "__main__":
 import wandb
 from wandb.wandb_agent import Agent, AgentProcess
 
-from svd_ds.door import run_door
+from svd_ds.door import print_line, run_door
+from svd_ds.fsync_io import read_json, replace_text, set_aside
 
 EXAMPLE = """slurm/sweep.sh calls it with the allocation's own values:
   wandb sweep conf/sweep/lr.yaml
@@ -69,14 +70,19 @@ class JobAgent(Agent):
         arguments = command[command.index(TRAINER) + 1 :]
         self._sweep_command = [*self.start, *arguments, *self.overrides]
         if self.unfinished.exists() and not self.asked:
-            self._command_run(json.loads(self.unfinished.read_text()))
+            self._resume_trial()
         super()._run_loop(agent_id)
 
+    def _resume_trial(self) -> None:
+        try:
+            self._command_run(read_json(self.unfinished))
+        except ValueError as error:
+            copy = set_aside(self.unfinished)
+            print_line(f"warning: {error}; it was kept as {copy}, and its trial is not resumed")
+            self.unfinished.unlink()
+
     def _command_run(self, command: dict[str, Any]) -> None:
-        self.unfinished.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.unfinished.with_suffix(".tmp")
-        temporary.write_text(json.dumps(command))
-        os.replace(temporary, self.unfinished)
+        replace_text(self.unfinished, json.dumps(command))
         # What comes now is for the trial, and waits until it can answer.
         hold_signals()
         try:
@@ -107,7 +113,7 @@ class JobAgent(Agent):
         if not self.asked and not killed:
             sys.exit(code or 1)
         why = "SIGUSR1 asked it to end" if self.asked else f"signal {-code} ended the trial's own process"
-        print(f"job {self.job.id} is queued again: {why}", flush=True)
+        print_line(f"job {self.job.id} is queued again: {why}")
         self.job.requeue()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from svd_ds.fsync_io import append_row, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Quarantine:
         """`share`: of the `num_samples` samples, that may be unreadable, by the setting `key`; `path`: of the
         list, with a line for each that earlier lives of the run have met."""
         self.share, self.num_samples, self.path, self.key = share, num_samples, path, key
-        lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        self._known = {(line["shard"], line["id"]) for line in map(json.loads, lines)}
+        rows = read_json_lines(path, _is_fault, skip_bad=True).rows if path is not None else []
+        self._known = {(row["shard"], row["id"]) for row in rows}
 
     def __len__(self) -> int:
         return len(self._known)
@@ -56,8 +58,8 @@ class Quarantine:
         self._known |= new.keys()
         if write and new:
             assert self.path is not None, "a list has a path"
-            with open(self.path, "a") as file:
-                file.writelines(json.dumps({"step": step, **asdict(fault)}) + "\n" for fault in new.values())
+            for fault in new.values():
+                append_row(self.path, {"step": step, **asdict(fault)})
         if new and len(self) > self.allowed:
             last = list(new.values())[-1]
             where = f"; {self.path} lists them" if self.path is not None else ""
@@ -67,3 +69,7 @@ class Quarantine:
                 f"{self.allowed}{where}"
             )
         return len(self)
+
+
+def _is_fault(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("shard"), str) and isinstance(row.get("id"), str)

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def start(dataset: IterableDataset[Any], num_workers: int, prefetch: int, module: str) -> Iterator[Any]:

@@ -6,7 +6,6 @@ run folders -> Run (runs.py) -> charts, ranking (fixed_set.py) -> assets/report.
 from __future__ import annotations
 
 import base64
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import jinja2
 from svd_ds.evaluation import fixed_set
 from svd_ds.evaluation.charts import Chart, Curve, colours, draw, draw_small, smoothed
 from svd_ds.evaluation.runs import Run, read_runs, short_names
+from svd_ds.fsync_io import read_json, replace_text
 
 MAX_SAMPLED_STEPS = 6
 """Sampled steps shown, evenly chosen, the newest always: videos make the file large."""
@@ -61,8 +61,12 @@ class Sample:
     measured: dict[str, float]
 
 
-def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> None:
-    """Write the report of one run, or of several compared, to `out_path`."""
+def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> list[str]:
+    """Write the report of one run, or of several compared, to `out_path`.
+
+    Returns:
+        A sentence for each damaged file of the runs, of which the report lacks what cannot be read.
+    """
     if not run_dirs:
         raise ValueError("a report needs at least one run folder")
     common, runs = _shortened(read_runs([Path(path) for path in run_dirs]))
@@ -91,9 +95,8 @@ def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> None:
         differing=_differing(runs),
         settings=[run.settings for run in runs],
     )
-    out_path = Path(out_path)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    out_path.write_text(html)
+    replace_text(Path(out_path), html)
+    return [sentence for run in runs for sentence in run.damage]
 
 
 def _shortened(runs: list[Run]) -> tuple[str, list[Run]]:
@@ -143,7 +146,9 @@ def _facts(run: Run) -> dict[str, str]:
     last = run.metrics[-1]
     rates = [rate for rate in run.column("clips_per_s") if math.isfinite(rate)]
     seconds = sum(value for value in run.column("step_s") if math.isfinite(value))
-    facts = {"steps": f"{last['step']:,}", "clips seen": f"{last['samples']:,}"}
+    facts = {"steps": f"{last['step']:,}"}
+    if samples := last.get("samples"):
+        facts["clips seen"] = f"{samples:,}"
     facts["loss, smoothed"] = f"{smoothed(run.column('loss'))[-1]:.4f}"
     if run.evaluations:
         facts["loss on the fixed set"] = f"{statistics.fmean(run.evaluations[-1]['loss_average']):.4f}"
@@ -186,7 +191,7 @@ def _samples(run: Run, steps: Sequence[int]) -> dict[int, Sample]:
             sheet = folder / "contact_sheet.png"
             videos = {path.stem: _base64(path) for path in sorted(folder.glob("*.mp4"))}
             measures = folder / "measures.json"
-            measured = json.loads(measures.read_text()) if measures.is_file() else {}
+            measured = read_json(measures) if measures.is_file() else {}
             samples[step] = Sample(_base64(sheet) if sheet.is_file() else None, videos, measured)
     return samples
 

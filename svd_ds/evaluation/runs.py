@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from svd_ds.fsync_io import read_json_lines, read_yaml
 
 Row = dict[str, Any]
 
@@ -26,6 +25,8 @@ class Run:
     """evaluation.jsonl, a line each (svd_ds.training.evaluate.Measured)."""
     sample_folders: dict[int, Path]
     """Step -> folder of its samples."""
+    damage: tuple[str, ...] = ()
+    """A sentence for each of its files that is damaged: the report lacks what cannot be read."""
 
     def column(self, key: str) -> list[float]:
         """One number a line of the metrics, NaN where a line lacks it."""
@@ -35,8 +36,9 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read a run folder.
 
-    Raises FileNotFoundError when the folder or its metrics are missing, ValueError for a line that is no
-    JSON.
+    Raises:
+        FileNotFoundError: the folder, its config or its metrics are missing.
+        ValueError: config.yaml is damaged.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"there is no run folder {path}")
@@ -45,12 +47,18 @@ def read_run(path: Path) -> Run:
             raise FileNotFoundError(f"{path} has no {name}, so it is not the folder of a run that has begun")
     samples = path / "samples"
     folders = sorted(samples.glob("step-*")) if samples.is_dir() else []
+    config = read_yaml(path / "config.yaml")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / 'config.yaml'} is damaged: it is no config of a run")
+    metrics = read_json_lines(path / "metrics.jsonl", _has_step, skip_bad=True)
+    evaluations = read_json_lines(path / "evaluation.jsonl", _is_evaluation, skip_bad=True)
     return Run(
         name=path.resolve().name,
-        settings=_flat(yaml.safe_load((path / "config.yaml").read_text())),
-        metrics=_read_lines(path / "metrics.jsonl"),
-        evaluations=_read_lines(path / "evaluation.jsonl"),
+        settings=_flat(config),
+        metrics=metrics.rows,
+        evaluations=evaluations.rows,
         sample_folders={int(folder.name.removeprefix("step-")): folder for folder in folders},
+        damage=tuple(filter(None, (metrics.damage, evaluations.damage))),
     )
 
 
@@ -73,19 +81,13 @@ def short_names(names: Sequence[str]) -> tuple[str, list[str]]:
     return parts[0][0], [rest for _, rest in parts]
 
 
-def _read_lines(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # half a line: the run is being written, or was killed
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
-    return rows
+def _has_step(row: Row) -> bool:
+    return type(row.get("step")) is int
+
+
+def _is_evaluation(row: Row) -> bool:
+    lists = ("sigma", "loss", "loss_average", "grad_norm")
+    return _has_step(row) and all(isinstance(row.get(name), list) for name in lists)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -7,12 +7,13 @@ bears the mark of the life that made it.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from svd_ds.fsync_io import read_json_lines
 from svd_ds.model.manifest import COMPLETE, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,25 @@ class Life:
 
 
 def lives_of(folder: Path) -> list[Life]:
-    """The lives of the run whose checkpoints are in `folder`, in order."""
-    path = folder / LIVES
-    return [Life(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lives of the run whose checkpoints are in `folder`, in order; a damaged tail is left out.
+
+    Raises:
+        ValueError: a line that others follow cannot be read; the message names file and line.
+    """
+    known = {field.name for field in fields(Life)}
+    rows = read_json_lines(folder / LIVES, _is_life).rows
+    return [Life(**{name: value for name, value in row.items() if name in known}) for row in rows]
+
+
+def lives_damage(folder: Path) -> str | None:
+    """A sentence about a damaged tail of lives.jsonl; None without one. The next start sets it aside."""
+    damage = read_json_lines(folder / LIVES, _is_life).damage
+    return damage and f"{damage}; a copy was kept next to it"
+
+
+def _is_life(row: dict[str, Any]) -> bool:
+    kinds: dict[str, type] = {"token": str, "start": int, "started": float}
+    return all(isinstance(row.get(name), kind) for name, kind in kinds.items())
 
 
 def numbered_checkpoints(folder: Path) -> dict[int, Path]:

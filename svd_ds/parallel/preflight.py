@@ -9,7 +9,6 @@ who is to blame. A node tells by a file of its name in the folder NOTES: that it
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from svd_ds.door import print_line
+from svd_ds.fsync_io import fsync_path, name_errors, write_text
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.env import Env
 
@@ -74,11 +75,11 @@ def leave_out(job: Job, faults: dict[str, str]) -> None:
     """Queue the job again without these nodes; where all of several fail, it is hardly they."""
     if len(faults) == len(job.nodes) > 1:
         node, fault = next(iter(faults.items()))
-        print(f"job {job.id} is queued again: all its nodes fail the checks, {node} {fault}", flush=True)
+        print_line(f"job {job.id} is queued again: all its nodes fail the checks, {node} {fault}")
         job.requeue()
         return
     told = "; ".join(f"{node} {fault}" for node, fault in faults.items())
-    print(f"job {job.id} is queued again without {', '.join(faults)}: {told}", flush=True)
+    print_line(f"job {job.id} is queued again without {', '.join(faults)}: {told}")
     job.requeue(without=list(faults))
 
 
@@ -114,7 +115,8 @@ def _try(
             f"--ntasks={len(group)}",
             "--ntasks-per-node=1",
             f"--nodelist={','.join(group)}",
-            f"--error={folder}/logs/preflight.log",
+            # A % in the folder's name is not one of srun's patterns.
+            f"--error={str(folder).replace('%', '%%')}/logs/preflight.log",
             *options,
             MASTER_ADDR=group[0],
         )
@@ -123,7 +125,7 @@ def _try(
     _wait(steps)
     silence = f"does not answer, or cannot write to {notes}"
     return {
-        node: (notes / node).read_text() if (notes / node).exists() else silence
+        node: ((notes / node).read_text() if (notes / node).exists() else "") or silence
         for group in groups
         for node in group
     }
@@ -153,10 +155,10 @@ def check_alone(folder: Path, gpus: int) -> None:
         if not bool(((square @ square) == 1024).all()):
             raise OSError(f"multiplies wrongly on {device}")
     for place in (folder, Path(tempfile.gettempdir())):
-        with tempfile.NamedTemporaryFile(dir=place) as file:
+        with name_errors(place), tempfile.NamedTemporaryFile(dir=place) as file:
             file.write(bytes(1 << 20))
             file.flush()
-            os.fsync(file.fileno())
+            fsync_path(Path(file.name))
 
 
 def check_together(env: Env) -> None:
@@ -184,7 +186,7 @@ def main() -> None:
             check_together(Env.read())
     except (OSError, RuntimeError) as error:
         fault = " ".join(str(error).split())
-    (options.notes / environment.host()).write_text(fault or FIT)
+    write_text(options.notes / environment.host(), fault or FIT)
     sys.exit(1 if fault else 0)
 
 

@@ -17,17 +17,25 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from svd_ds.door import OF_ANOTHER, USER_ERRORS, may_pass, print_error
-from svd_ds.fsync_io import replace_text, write_text
+from svd_ds.fsync_io import (
+    create_text,
+    name_errors,
+    read_json,
+    read_json_lines,
+    replace_text,
+    rewrite_json_lines,
+)
 from svd_ds.model.lives import complete_checkpoints
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env, attempt, host
-from svd_ds.training.folder import RunFolder, whole_lines
+from svd_ds.training.folder import RunFolder
 from svd_ds.training.watchdog import Watchdog, WatchdogConfig
 
 FINISHED = "finished"
@@ -72,6 +80,8 @@ class Attempt:
 
     The first rank to claim the outcome tells its error: one line however many ranks fail. With `debug` an
     error also goes on, for its traceback to be seen.
+
+    The log and the outcome are written as far as the disk allows: the console gets the sentence in any case.
     """
 
     def __init__(self, folder: RunFolder, env: Env, watchdog: WatchdogConfig, debug: bool = False) -> None:
@@ -80,35 +90,69 @@ class Attempt:
         self.env = env
         self.log_path = folder.logs / f"rank-{env.rank:05d}.log"
         self.watchdog = Watchdog(watchdog, self.told_hang)
+        self.code = 0
+        """Exit code of a rank that ends well."""
         self._verdict: _Verdict | None = None
+        self._unrecorded = ""
+        """Why the outcome cannot be written, where it cannot."""
 
     def __enter__(self) -> Attempt:
+        try:
+            self._open_log()
+        except USER_ERRORS as error:
+            # There is no file yet by which the ranks could agree on who reports it: one of each node does.
+            if self.env.local_rank == 0 or str(self.log_path) in str(error):
+                print_error(error, f"rank {self.env.rank}: " if self.env.world > 1 else "")
+            raise SystemExit(2) from None
+        # The descriptor, not sys.stderr: what libraries write belongs here too.
+        with suppress(OSError):
+            sys.stderr.flush()
+        self._console = os.dup(2)
+        try:
+            os.dup2(self.log.fileno(), 2)
+            # NCCL writes to stdout otherwise, which is the console of all ranks. A % is one of its patterns.
+            logs = str(self.folder.logs).replace("%", "%%")
+            os.environ.setdefault("NCCL_DEBUG_FILE", f"{logs}/nccl-{self.env.rank:05d}.%h.%p.log")
+            faulthandler.enable(self.log)
+            self.watchdog.start(self.log)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _open_log(self) -> None:
         self.folder.logs.mkdir(parents=True, exist_ok=True)
         if self.env.rank == 0 and not _begun_by_a_job(self.folder):
             _outcome(self.folder).unlink(missing_ok=True)
-        self.log = self.log_path.open("a", buffering=1)
-        self.log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {host()}, process {os.getpid()}\n")
-        # The descriptor, not sys.stderr: what libraries write belongs here too.
-        sys.stderr.flush()
-        self._console = os.dup(2)
-        os.dup2(self.log.fileno(), 2)
-        # NCCL writes to stdout otherwise, which is the console of all ranks.
-        os.environ.setdefault("NCCL_DEBUG_FILE", f"{self.folder.logs}/nccl-{self.env.rank:05d}.%h.%p.log")
-        faulthandler.enable(self.log)
-        self.watchdog.start(self.log)
-        return self
+        self.log = self.log_path.open("a", buffering=1, errors="backslashreplace")
+        try:
+            with name_errors(self.log_path):
+                self.log.write(
+                    f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {host()}, process {os.getpid()}\n"
+                )
+        except OSError:
+            with suppress(OSError):
+                self.log.close()
+            raise
 
-    def ended(self, finished: bool, interrupted: bool = False) -> None:
+    def ended(self, finished: bool, interrupted: bool = False, by_keyboard: bool = False) -> None:
         """All ranks did what they were asked; called by each. What rank 0 says counts: it knows of W&B's stop
-        button."""
+        button, and its exit code is 130 after Ctrl-C."""
         if self.env.rank == 0:
+            if not finished and by_keyboard:
+                self.code = 130
             self._claim(FINISHED if finished else INTERRUPTED if interrupted else PREEMPTED, "")
+            if self._unrecorded:
+                self._print(f"warning: how the run ended is not recorded: {self._unrecorded}")
 
     def told_hang(self, sentence: str) -> None:
         """Tell, from the watchdog's thread, that this rank is about to be ended."""
         if self._claim(FAILED, sentence):
-            line = f"error: rank {self.env.rank}: {sentence}; stacks are in {self.log_path}\n"
-            os.write(self._console, line.encode())
+            self._print(f"error: rank {self.env.rank}: {sentence}; stacks are in {self.log_path}")
+
+    def _print(self, line: str) -> None:
+        with suppress(OSError):
+            os.write(self._console, f"{line}\n".encode())
 
     @contextmanager
     def outcome(self) -> Iterator[None]:
@@ -124,20 +168,26 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.watchdog.stop()
-        if error is not None:
-            traceback.print_exception(error, file=self.log)
         faulthandler.disable()
-        sys.stderr.flush()
+        # The console first: it needs no disk.
+        with suppress(OSError):
+            sys.stderr.flush()
         os.dup2(self._console, 2)
         os.close(self._console)
-        self.log.close()
-        if error is None or isinstance(error, SystemExit):
-            return
-        verdict = self._verdict or self._judge(error)
-        if verdict.sentence is not None:
-            print_error(verdict.sentence, verdict.who)
-        if not self.debug:
+        verdict = None
+        if error is not None and not isinstance(error, SystemExit):
+            verdict = self._verdict or self._judge(error)
+            if verdict.sentence is not None:
+                print_error(verdict.sentence, verdict.who)
+        with suppress(OSError):
+            if error is not None:
+                traceback.print_exception(error, file=self.log)
+        with suppress(OSError):
+            self.log.close()
+        if verdict is not None and not self.debug:
             raise SystemExit(verdict.code) from None
+        if error is None and self.code:
+            raise SystemExit(self.code)
 
     def _judge(self, error: BaseException) -> _Verdict:
         """Claim the outcome, where that falls to this rank."""
@@ -147,67 +197,84 @@ class Attempt:
             self._claim(INTERRUPTED, "")
             return _Verdict(130)
         user = isinstance(error, USER_ERRORS)
-        sentence = str(error) if user else f"{type(error).__name__}: {error}; its log is {self.log_path}"
+        sentence = str(error) if user else f"{type(error).__name__}: {error}"
+        if not user or (isinstance(error, OSError) and error.errno is not None and error.filename is None):
+            sentence += f"; its log is {self.log_path}"
         code, kind = 2 if user else 1, REFUSED if user and not may_pass(error) else FAILED
         if not self._claim(kind, sentence):
             return _Verdict(code)
         # What all know is not this rank's.
-        own = self.env.world > 1 and not isinstance(error, SharedError)
-        return _Verdict(code, sentence, f"rank {self.env.rank}: " if own else "")
+        shared = isinstance(error, SharedError)
+        if self._unrecorded and shared and self.env.rank != 0:
+            return _Verdict(code)
+        return _Verdict(
+            code, sentence, f"rank {self.env.rank}: " if self.env.world > 1 and not shared else ""
+        )
 
     def _claim(self, kind: str, words: str) -> bool:
-        """Whether this rank is the first to say how it ended."""
+        """Whether it falls to this rank to report how the attempt ended: it is the first to record it, or it
+        cannot, because the disk fails."""
         outcome = Outcome(kind, self.env.rank, words, attempt())
-        path = _outcome(self.folder)
-        draft = path.with_name(f"{path.name}.{self.env.rank}.tmp")
-        write_text(draft, json.dumps(asdict(outcome)) + "\n")
+        path, text = _outcome(self.folder), json.dumps(asdict(outcome)) + "\n"
         try:
-            # Unlike a rename, a link fails where there is a file.
-            os.link(draft, path)
-        except FileExistsError:
-            told = _told(self.folder)
-            if told is None or told.attempt >= outcome.attempt:
-                return False
-            os.replace(draft, path)
-            return True
-        finally:
-            draft.unlink(missing_ok=True)
+            try:
+                create_text(path, text)
+            except FileExistsError:
+                told = _told(self.folder)
+                if told is None or told.attempt >= outcome.attempt:
+                    return False
+                replace_text(path, text)
+        except OSError as error:
+            self._unrecorded = str(error)
         return True
 
 
-def begin(folder: RunFolder, job: str, limit: int) -> None:
+def begin(folder: RunFolder, job: str, limit: int) -> str | None:
     """Note that `job` attempts the run once more.
 
-    Raises ValueError where its last `limit` attempts all began where this one would.
+    Returns:
+        A sentence about a damaged attempts.jsonl, of which a copy is kept; None where it is whole.
+
+    Raises:
+        ValueError: the job's last `limit` attempts all began where this one would.
     """
     folder.logs.mkdir(parents=True, exist_ok=True)
-    path = folder.logs / "attempts.jsonl"
-    lines = whole_lines(path)
-    attempts = [json.loads(line) for line in lines]
+    path = _attempts(folder)
+    found = rewrite_json_lines(path, lambda row: True, _is_attempt)
     step = max(complete_checkpoints(folder.checkpoints), default=0)
-    recent = [each["step"] for each in attempts if each["job"] == job][-limit:]
+    recent = [row["step"] for row in found.rows if row["job"] == job][-limit:]
     if recent == [step] * limit:
         raise ValueError(
             f"job {job} has started {folder.path} {limit} times from step {step} and never reached another "
             f"checkpoint; {folder.logs} says why"
         )
-    replace_text(path, "".join([*lines, json.dumps({"job": job, "step": step, "time": time.time()}) + "\n"]))
+    rows = [*found.rows, {"job": job, "step": step, "time": time.time()}]
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     _outcome(folder).unlink(missing_ok=True)
+    return found.damage
 
 
 def _begun_by_a_job(folder: RunFolder) -> bool:
     """Whether `begin` was called for this attempt: before any rank of it could speak, it forgot the last."""
-    lines = whole_lines(folder.logs / "attempts.jsonl")
-    return bool(lines) and json.loads(lines[-1])["job"] == str(attempt()[0])
+    rows = read_json_lines(_attempts(folder), _is_attempt, skip_bad=True).rows
+    return bool(rows) and rows[-1]["job"] == str(attempt()[0])
+
+
+def _attempts(folder: RunFolder) -> Path:
+    return folder.logs / "attempts.jsonl"
+
+
+def _is_attempt(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("job"), str) and isinstance(row.get("step"), int)
 
 
 def _told(folder: RunFolder) -> Outcome | None:
-    """By whichever attempt spoke last."""
-    path = _outcome(folder)
-    if not path.exists():
+    """By whichever attempt spoke last; None where nobody did, or where what it said cannot be read."""
+    try:
+        values = read_json(_outcome(folder))
+        return Outcome(**values | {"attempt": tuple(values["attempt"])})
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    values = json.loads(path.read_text())
-    return Outcome(**values | {"attempt": tuple(values["attempt"])})
 
 
 def _outcome(folder: RunFolder) -> Path:

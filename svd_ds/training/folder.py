@@ -2,17 +2,20 @@
 
 config.yaml  metrics.jsonl  evaluation.jsonl  report.html
 checkpoints/step-0000100/  samples/step-0000100/  logs/  wandb/
+
+logs/config.yaml is a second copy of config.yaml: with one of the two damaged the run is still checked against
+the config that it began with.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from svd_ds.fsync_io import read_yaml, replace_text, rewrite_json_lines, set_aside
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
 # is; and the guard's bounds, so that a run that it ended can go on.
@@ -42,6 +45,10 @@ FREE_KEYS = (
 )
 
 
+YAML_END = "...\n"
+"""The last line of a whole config.yaml: one that was cut short may be valid YAML too."""
+
+
 def step_name(step: int) -> str:
     return f"step-{step:07d}"
 
@@ -53,6 +60,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def config_copy(self) -> Path:
+        return self.logs / "config.yaml"
 
     @property
     def metrics(self) -> Path:
@@ -85,44 +96,115 @@ class RunFolder:
     def samples(self, step: int) -> Path:
         return self.path / "samples" / step_name(step)
 
-    def check_belongs(self, config: dict[str, Any]) -> None:
-        """Refuse to go on with a folder that another config made.
+    def check_belongs(self, config: dict[str, Any]) -> str | None:
+        """Refuse to resume in a folder that another config made.
 
-        Raises ValueError naming the first key that differs, with both values.
+        Returns:
+            A sentence about a damaged config.yaml; None where it is whole, and where the run begins here.
+
+        Raises:
+            ValueError: naming the first key that differs, with both values.
         """
-        if not self.config.exists():
-            return
-        there, here = _flat(yaml.safe_load(self.config.read_text())), _flat(config)
-        for key in sorted(there.keys() | here.keys()):
-            if _is_free(key) or there.get(key) == here.get(key):
-                continue
-            raise ValueError(
-                f"run folder {self.path} belongs to another config: {key} is {there.get(key)!r} there and "
-                f"{here.get(key)!r} here; name another folder with run.dir=..."
-            )
+        saved, damage = self._read_config()
+        if saved is None or (difference := _difference(saved, config)) is None:
+            return damage
+        key, there, here = difference
+        if damage is None and self._copy_agrees(config):
+            return f"{self.config} is damaged: {key} is {there!r} there, and {here!r} in {self.config_copy}"
+        raise ValueError(
+            f"run folder {self.path} belongs to another config: {key} is {there!r} there and {here!r} here; "
+            "name another folder with run.dir=..."
+        )
 
-    def open(self, config: dict[str, Any], step: int) -> None:
-        """Make the folder for a life of the run that begins after `step`: what was told of later ones is
-        dropped."""
+    def open(self, config: dict[str, Any], step: int) -> list[str]:
+        """Make the folder for a start of the run after `step`: the rows of later steps are dropped.
+
+        Returns:
+            A sentence for each damaged file; a copy of it is kept next to it.
+
+        Raises:
+            OSError: a file cannot be written; the message names it.
+        """
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        _write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
-        self.drop_after(step, self.metrics, self.evaluation, self.skipped, self.quarantine)
+        damage = []
+        if (told := self._config_damage(config)) is not None:
+            damage.append(
+                f"{told}; it was kept as {set_aside(self.config)}" if self.config.exists() else told
+            )
+        # One is on disk before the other is written: no power cut damages both.
+        text = yaml.safe_dump(config, sort_keys=False, explicit_end=True)
+        for path in (self.config, self.config_copy):
+            replace_text(path, text)
+        damage += self.drop_after(step, self.metrics, self.evaluation, self.skipped, self.quarantine)
+        return damage
 
-    def drop_after(self, step: int, *paths: Path) -> None:
-        """Leave out the lines of steps behind `step`."""
+    def drop_after(self, step: int, *paths: Path) -> list[str]:
+        """Drop the rows of steps after `step`.
+
+        Returns:
+            A sentence for each file that was damaged; a copy of it is kept next to it.
+        """
+        found = []
         for path in paths:
-            kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
-            if kept or path.exists():
-                _write_atomically(path, "".join(kept))
+            lines = rewrite_json_lines(path, lambda row: row["step"] <= step, _has_step)
+            last = max((row["step"] for row in lines.rows), default=0)
+            if lines.damage is not None:
+                found.append(lines.damage)
+            elif path == self.metrics and last < step and (self.checkpoints / step_name(step)).is_dir():
+                found.append(f"{path} ends at step {last}: its rows from there to the checkpoint are lost")
+        return found
+
+    def _read_config(self) -> tuple[dict[str, Any] | None, str | None]:
+        """The config that made the folder, None where none can be read; and a sentence about damage."""
+        try:
+            return _whole_config(self.config, end_needed=self.config_copy.exists()), None
+        except FileNotFoundError:
+            if not self.config_copy.exists():
+                return None, None
+            damage = f"{self.config} is missing"
+        except ValueError as error:
+            damage = str(error)
+        try:
+            copy = _whole_config(self.config_copy, end_needed=True)
+            return copy, f"{damage}; its copy {self.config_copy} was taken"
+        except (ValueError, FileNotFoundError):
+            return None, f"{damage}: that the run began with this config could not be checked"
+
+    def _config_damage(self, config: dict[str, Any]) -> str | None:
+        try:
+            return self.check_belongs(config)
+        except ValueError:
+            return None
+
+    def _copy_agrees(self, config: dict[str, Any]) -> bool:
+        try:
+            return _difference(_whole_config(self.config_copy, end_needed=True), config) is None
+        except (ValueError, FileNotFoundError):
+            return False
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file with a JSON object on each, their ends included."""
-    if not path.exists():
-        return []
-    # A killed writer may leave half a line at the end.
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key, of those that must not change, that differs between two configs, and both values."""
+    theirs, ours = _flat(there), _flat(here)
+    for key in sorted(theirs.keys() | ours.keys()):
+        if not _is_free(key) and theirs.get(key) != ours.get(key):
+            return key, theirs.get(key), ours.get(key)
+    return None
+
+
+def _whole_config(path: Path, end_needed: bool) -> dict[str, Any]:
+    """Raises ValueError, naming the file, where it is damaged."""
+    config = read_yaml(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it is {'empty' if config is None else 'no config'}")
+    if end_needed and not path.read_bytes().endswith(YAML_END.encode()):
+        raise ValueError(f"{path} is damaged: it was cut short")
+    return config
+
+
+def _has_step(row: dict[str, Any]) -> bool:
+    return type(row.get("step")) is int
 
 
 def _is_free(key: str) -> bool:
@@ -131,16 +213,10 @@ def _is_free(key: str) -> bool:
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(tree, dict) or not tree:
+    if not isinstance(tree, dict) or (not tree and prefix):
         return {prefix: tree}
     return {
         key: value
         for name, branch in tree.items()
         for key, value in _flat(branch, f"{prefix}.{name}" if prefix else str(name)).items()
     }
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

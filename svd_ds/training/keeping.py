@@ -10,8 +10,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from svd_ds.fsync_io import fsync_path, replace_text
-from svd_ds.model.lives import LIVES, Life, complete_checkpoints, lives_of
+from svd_ds.fsync_io import fsync_path, replace_text, set_aside
+from svd_ds.model.lives import LIVES, Life, complete_checkpoints, lives_damage, lives_of
 from svd_ds.model.manifest import COMPLETE, Manifest, damage_of
 from svd_ds.model.slices import KEPT_AVERAGES
 
@@ -49,6 +49,8 @@ def take_over(folder: Path, step: int) -> str:
     """
     life = Life(secrets.token_hex(4), step, time.time())
     lives = [*lives_of(folder), life]
+    if lives_damage(folder) is not None:
+        set_aside(folder / LIVES)
     replace_text(folder / LIVES, "".join(json.dumps(asdict(each)) + "\n" for each in lives))
     # Of former lives. A later one's are not here yet: it would first have taken over from this one.
     for draft in folder.glob("*.tmp"):

@@ -7,7 +7,6 @@ logs/skipped.jsonl    every step that the guard skipped: step, fault, clips
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
@@ -22,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from svd_ds.door import open_console
+from svd_ds.fsync_io import LineFile, append_row
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.preview import Preview
@@ -95,9 +96,9 @@ class Metrics:
         self.config = config
         self.folder = folder
         self.total_steps = total_steps
-        self.console = Console(soft_wrap=True, highlight=False)
-        self.jsonl = folder.metrics.open("a", buffering=1)
-        self.lines = (folder.logs / "train.log").open("a", buffering=1)
+        self.console = open_console()
+        self.jsonl = LineFile(folder.metrics)
+        self.lines = LineFile(folder.logs / "train.log")
         self.recent: deque[StepMetrics] = deque(maxlen=RATE_WINDOW)
         self.goodput = Goodput.of(folder)
         self.speed = speed
@@ -124,11 +125,11 @@ class Metrics:
     def say(self, text: str) -> None:
         """A line for the person, above the bar and in the log file."""
         self.console.print(text, markup=False)
-        self.lines.write(text + "\n")
+        self.lines.append(text)
 
     def log(self, metrics: StepMetrics) -> None:
         self.recent.append(metrics)
-        self.jsonl.write(json.dumps(metrics.numbers()) + "\n")
+        self.jsonl.append_row(metrics.numbers())
         self.goodput.add(metrics.step_s, metrics.waits_s)
         if self.tracker is not None:
             self.tracker.log(metrics.numbers() | self._usage(metrics))
@@ -144,7 +145,7 @@ class Metrics:
             self.bar.update(self.task, completed=metrics.step, numbers=short)
         if metrics.step % self.config.every == 0 or metrics.step in (1, self.total_steps):
             line = f"step {metrics.step}/{self.total_steps}  {numbers}  eta {self._remaining(metrics)}"
-            self.lines.write(line + "\n")
+            self.lines.append(line)
             if self.bar is None:
                 self.console.print(line, markup=False)
 
@@ -162,21 +163,21 @@ class Metrics:
 
     def log_skipped(self, step: int, fault: str, clips: list[str]) -> None:
         """Say which step was left out and why, and keep the ids of its clips."""
-        with self.folder.skipped.open("a") as file:
-            file.write(json.dumps({"step": step, "fault": fault, "clips": clips}) + "\n")
+        append_row(self.folder.skipped, {"step": step, "fault": fault, "clips": clips})
         self.say(f"step {step}  skipped: {fault}; its clips stand in {self.folder.skipped}")
 
     def go_back(self, step: int, left: int) -> None:
         """The run goes on from `step`: what was told of the steps behind it, up to `left`, is dropped."""
         self.jsonl.close()
-        self.folder.drop_after(step, self.folder.metrics, self.folder.evaluation)
-        self.jsonl = self.folder.metrics.open("a", buffering=1)
+        damage = self.folder.drop_after(step, self.folder.metrics, self.folder.evaluation)
+        self.jsonl = LineFile(self.folder.metrics)
         self.goodput = Goodput.of(self.folder)
+        for sentence in damage:
+            self.say(f"warning: {sentence}")
         self.say(f"step {left}  going back to the checkpoint of step {step}, and on with new clips")
 
     def log_evaluation(self, step: int, samples: int, measured: Measured) -> None:
-        with self.folder.evaluation.open("a") as file:
-            file.write(json.dumps({"step": step, "samples": samples, **asdict(measured)}) + "\n")
+        append_row(self.folder.evaluation, {"step": step, "samples": samples, **asdict(measured)})
         mean, average = fmean(measured.loss), fmean(measured.loss_average)
         self.say(f"step {step}  fixed set: loss {mean:.4f}, of the averaged weights {average:.4f}")
         if self.tracker is not None:

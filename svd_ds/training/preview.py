@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch
+from svd_ds.fsync_io import name_errors, replace_text
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.parallel.collectives import join_over_ranks
@@ -107,11 +108,12 @@ class Previews:
     def _write(self, step: int, videos_BTCHW: Tensor) -> Preview:
         folder, real_BTCHW = self.folder.samples(step), self.clips.frames_BTCHW
         paths = [folder / f"video-{i}.mp4" for i in range(len(videos_BTCHW))]
-        for path, frames_TCHW in zip(paths, videos_BTCHW, strict=True):
-            write_mp4(frames_TCHW, path, self.fps)
         sheet = folder / "contact_sheet.png"
-        contact_sheet([row for pair in zip(real_BTCHW, videos_BTCHW, strict=True) for row in pair], sheet)
+        with name_errors(folder):
+            for path, frames_TCHW in zip(paths, videos_BTCHW, strict=True):
+                write_mp4(frames_TCHW, path, self.fps)
+            contact_sheet([row for pair in zip(real_BTCHW, videos_BTCHW, strict=True) for row in pair], sheet)
         measured = {name: measure(videos_BTCHW, real_BTCHW) for name, measure in self.measures.items()}
         if measured:
-            (folder / "measures.json").write_text(json.dumps(measured, indent=1) + "\n")
+            replace_text(folder / "measures.json", json.dumps(measured, indent=1) + "\n")
         return Preview(paths, sheet, measured)

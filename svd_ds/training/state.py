@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from svd_ds.data.cursor import Cursor
+from svd_ds.fsync_io import read_json
 from svd_ds.training.guard import GuardState
 
 
@@ -38,11 +39,15 @@ class Progress:
 
     @staticmethod
     def read(path: Path) -> Progress:
-        values = json.loads(path.read_text())
-        guard = {**values["guard"], **{key: tuple(values["guard"][key]) for key in ("losses", "norms")}}
-        return Progress(
-            cursor=Cursor(**values["cursor"]),
-            step=values["step"],
-            samples=values["samples"],
-            guard=GuardState(**guard),
-        )
+        """Read state.json. Raises ValueError, naming the file, where it is damaged."""
+        values = read_json(path)
+        try:
+            guard = {**values["guard"], **{key: tuple(values["guard"][key]) for key in ("losses", "norms")}}
+            return Progress(
+                cursor=Cursor(**values["cursor"]),
+                step=values["step"],
+                samples=values["samples"],
+                guard=GuardState(**guard),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: it is no state of a run ({error!r})") from error

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from svd_ds.fsync_io import read_json_lines
 from svd_ds.model.lives import lives_of
 from svd_ds.model.unet import PIXELS_PER_LATENT, UNet, UNetConfig
 from svd_ds.training.folder import RunFolder
@@ -56,10 +57,8 @@ class Goodput:
         """As far as the folder's files tell; of a run without a life until now, it starts now."""
         started = next((life.started for life in lives_of(folder.checkpoints)), time.time())
         goodput = Goodput(started, 0.0, dict.fromkeys(WAITS, 0.0))
-        if folder.metrics.exists():
-            with folder.metrics.open() as file:
-                for step in map(json.loads, file):
-                    goodput.add(step["step_s"], {kind: step[f"{kind}_s"] for kind in WAITS})
+        for row in read_json_lines(folder.metrics, _has_times, skip_bad=True).rows:
+            goodput.add(row["step_s"], {kind: row[f"{kind}_s"] for kind in WAITS})
         return goodput
 
     def add(self, step_s: float, waits_s: Mapping[str, float]) -> None:
@@ -117,6 +116,10 @@ def forward_flops(config: UNetConfig, num_frames: int, height: int, width: int, 
     with FlopCounterMode(display=False) as counter:
         unet(*inputs)
     return counter.get_total_flops()
+
+
+def _has_times(row: dict[str, Any]) -> bool:
+    return all(isinstance(row.get(f"{name}_s"), float | int) for name in ("step", *WAITS))
 
 
 def peak_memory_gib() -> float:

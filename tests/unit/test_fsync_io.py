@@ -8,7 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svd_ds.fsync_io import fsync_path, read_json, read_json_lines, read_yaml, replace_text, write_tensors
+from svd_ds.fsync_io import (
+    LineFile,
+    fsync_path,
+    read_json,
+    read_json_lines,
+    read_yaml,
+    replace_text,
+    set_aside,
+    write_tensors,
+    write_text,
+)
 
 
 def test_slices_of_a_buffer_are_written_with_their_folder(tmp_path: Path) -> None:
@@ -76,3 +86,57 @@ def test_fsync_that_a_file_system_does_not_offer_is_accepted(
     refuse(errno.EIO)
     with pytest.raises(OSError, match=str(tmp_path)):
         fsync_path(tmp_path)
+
+
+def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_text(full, "x")
+    lines = LineFile(full)
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        lines.append("x")
+    lines.close()
+    with pytest.raises(OSError, match=r"file\.new'"):
+        (tmp_path / "file.new").mkdir()
+        replace_text(tmp_path / "file", "x")
+
+
+def test_lines_are_whole_after_each_append(tmp_path: Path) -> None:
+    lines = LineFile(tmp_path / "log")
+    for text in ("one", "two \ud800"):
+        lines.append(text)
+        assert (tmp_path / "log").read_bytes().endswith(b"\n")
+    lines.append_row({"a": 1})
+    lines.close()
+    assert (tmp_path / "log").read_text().splitlines() == ["one", "two \\ud800", '{"a": 1}']
+
+
+def test_bad_lines_can_be_left_out_and_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    path.write_bytes(b'{"id": 1}\nhalf\n{"other": 2}\n{"id": 3}\n')
+    lines = read_json_lines(path, lambda row: "id" in row, skip_bad=True)
+    assert lines.rows == [{"id": 1}, {"id": 3}]
+    assert lines.damage is not None and "2 lines, the first is line 2" in lines.damage
+
+
+def test_damaged_files_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    for content in ("one", "two"):
+        path.write_text(content)
+        assert set_aside(path).read_text() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "state.json",
+        "state.json.damaged-1",
+        "state.json.damaged-2",
+    ]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.EISDIR])
+def test_folder_that_cannot_be_fsynced_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", refused)
+    fsync_path(tmp_path)

@@ -222,9 +222,24 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
         write_report([tmp_path], tmp_path / "x.html")
     run = fake_run(tmp_path / "small", 1e-4, sampled=())
-    (run / "metrics.jsonl").write_text("{}\nnot json\n")
-    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl"):
+    (run / "config.yaml").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
         write_report([run], tmp_path / "x.html")
+
+
+def test_damaged_lines_are_left_out_and_reported(tmp_path: Path) -> None:
+    rows = (evaluation(10, [0.5, 0.4, 0.6]), evaluation(20, [0.4, 0.3, 0.5]))
+    run = fake_run(tmp_path / "small", 1e-4, sampled=(), evaluations=rows)
+    for name, bad in (
+        ("metrics.jsonl", "not json\n{}\n"),
+        ("evaluation.jsonl", '{"step": 5, "samples": 1}\n'),
+    ):
+        (run / name).write_text(bad + (run / name).read_text())
+    damage = write_report([run], tmp_path / "x.html")
+    assert "metrics.jsonl is damaged: 2 lines, the first is line 1" in damage[0]
+    assert "evaluation.jsonl is damaged: line 1" in damage[1]
+    found = read_run(run)
+    assert (len(found.metrics), len(found.evaluations)) == (30, 2)
 
 
 def test_smoothing_starts_unbiased_and_skips_what_is_not_a_number() -> None:

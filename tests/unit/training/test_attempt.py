@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -13,9 +14,10 @@ import torch
 
 from svd_ds.parallel.collectives import PassingSharedError, SharedError
 from svd_ds.parallel.env import Env
+from svd_ds.training import attempt as attempt_module
 from svd_ds.training.attempt import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Attempt, Outcome, begin
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.watchdog import WatchdogConfig
+from svd_ds.training.watchdog import Watchdog, WatchdogConfig
 from tests.networks import seal
 
 OFF = WatchdogConfig(minutes=0)
@@ -204,3 +206,145 @@ def test_a_rank_of_an_earlier_attempt_has_no_say(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     assert outcome(tmp_path) is None, "this attempt has not ended"
     assert [path.name for path in (tmp_path / "logs").glob("*.tmp")] == []
+
+
+# --- a disk that fails, and other places where nothing can be recorded
+
+
+def fail_to_record(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail(path: Path, text: str) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(attempt_module, "create_text", fail)
+    monkeypatch.setattr(attempt_module, "replace_text", fail)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_failing_disk_still_gets_one_sentence_and_a_code(
+    tmp_path: Path,
+    code: int,
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    fail_to_record(monkeypatch, code)
+    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(tmp_path), env(rank), OFF) as attempt:
+        # From here on the log is on a disk that is full: its text layer keeps what it cannot write.
+        os.dup2(os.open("/dev/full", os.O_WRONLY), attempt.log.fileno())
+        with attempt.outcome():
+            print("a library's warning", file=sys.stderr)
+            raise OSError(code, os.strerror(code), str(tmp_path / "metrics.jsonl"))
+    assert ended.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: rank {rank}: [Errno {code}]") and "metrics.jsonl" in line
+    os.write(2, b"the console is back\n")
+    assert capfd.readouterr().err == "the console is back\n"
+
+
+def test_shared_error_that_cannot_be_recorded_is_printed_by_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_to_record(monkeypatch, errno.EIO)
+    for rank in (1, 0):
+        assert attempted(tmp_path, rank, PassingSharedError("the checkpoint cannot be written")) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: the checkpoint cannot be written"]
+
+
+def test_run_that_is_done_ends_well_though_its_outcome_cannot_be_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fail_to_record(monkeypatch, errno.ENOSPC)
+    assert attempted(tmp_path, 0) == 0
+    assert "warning: how the run ended is not recorded: [Errno 28]" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_log_that_cannot_be_opened_is_one_sentence(
+    tmp_path: Path, world: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(tmp_path), env(0, world), OFF):
+        pass
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith(f"'{tmp_path}/logs'")
+
+
+def test_log_on_a_full_disk_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-00000.log").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(tmp_path), env(0), OFF):
+        pass
+    assert ended.value.code == 2
+    assert "No space left on device: '" in (told := capsys.readouterr().err) and "rank-00000.log" in told
+
+
+@pytest.mark.parametrize("error", [OverflowError("timestamp too large"), OSError("no thread")])
+def test_start_that_fails_after_the_console_was_taken_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Watchdog, "start", fail)
+    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(tmp_path), env(0, 1), OFF):
+        pass
+    assert ended.value.code == (2 if isinstance(error, OSError) else 1)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(error) in line
+    assert str(error) in (tmp_path / "logs/rank-00000.log").read_text()
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_file_system_without_hard_links_records_the_first_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    assert attempted(tmp_path, 1, KeyError("first")) == 1
+    assert attempted(tmp_path, 2, KeyError("second")) == 1
+    told = outcome(tmp_path)
+    assert told is not None and (told.kind, told.rank) == (FAILED, 1)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert attempted(tmp_path, 0) == 0, "rank 0 begins another attempt"
+    assert outcome(tmp_path) == Outcome(FINISHED, 0, "", (0, 0))
+    assert sorted(path.suffix for path in (tmp_path / "logs").iterdir()) == [".json", ".log", ".log", ".log"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, b"{}", b"[1]", b'{"kind": "finished", "attempt": 3}'])
+def test_damaged_outcome_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/outcome.json").write_bytes(content)
+    assert outcome(tmp_path) is None
+
+
+def test_damaged_attempts_are_kept_and_reported(tmp_path: Path) -> None:
+    folder, path = RunFolder(tmp_path), tmp_path / "logs/attempts.jsonl"
+    assert begin(folder, "7", limit=3) is None
+    path.write_bytes(b"\xff\n{}\n" + path.read_bytes())
+    damage = begin(folder, "7", limit=3)
+    assert damage is not None and damage.endswith("attempts.jsonl.damaged-1")
+    assert [json.loads(line)["job"] for line in path.read_text().splitlines()] == ["7", "7"]
+
+
+def test_ctrl_c_ends_rank_0_with_130_after_its_checkpoint(tmp_path: Path) -> None:
+    for rank, code in ((0, 130), (1, 0)):
+        try:
+            with Attempt(RunFolder(tmp_path), env(rank), OFF) as attempt:
+                attempt.ended(finished=False, interrupted=True, by_keyboard=True)
+            ended = 0
+        except SystemExit as error:
+            ended = error.code
+        assert ended == code
+    told = outcome(tmp_path)
+    assert told is not None and told.kind == INTERRUPTED
+
+
+def test_patterns_in_the_folders_name_are_not_nccls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG_FILE", "")
+    monkeypatch.delenv("NCCL_DEBUG_FILE")
+    attempted(tmp_path / "100%p", 0)
+    assert os.environ["NCCL_DEBUG_FILE"] == f"{tmp_path}/100%%p/logs/nccl-00000.%h.%p.log"
