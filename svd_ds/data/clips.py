@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,15 @@ import torch
 import torch.nn.functional as F
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
+from PIL import Image
 from torch import Tensor
 
+from svd_ds.data.sample import MAX_PIXELS
+
+PADDING = 2**20
+"""Pixels that libav may add to a frame of its own: it counts whole blocks."""
+STILL_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+"""How files begin that Pillow may know: JPEG, PNG, WebP."""
 HD_HEIGHT = 720
 """Untagged video is BT.709 from so many lines on and BT.601 below, as players take it."""
 UNTAGGED = 2
@@ -97,26 +105,32 @@ class Box:
         )
 
 
-def decode(content: bytes, wanted: Sequence[int]) -> Iterator[VideoFrame]:
+def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) -> Iterator[VideoFrame]:
     """Decode some frames of a video or image file held in memory.
 
     Args:
         content: the file's bytes.
         wanted: ascending frame numbers. Decoding goes from the keyframe before the first to the last.
+        max_pixels: of a frame; a file that claims more is refused before anything is decoded.
 
-    Raises ValueError if the file cannot be decoded or ends too early.
+    Raises ValueError if the file cannot be decoded or ends too early, or its frames are too large.
     """
     found = 0
+    _check_still(content, max_pixels)
     # libav opens a file by decoding its first keyframe, a twelfth of a clip's time, to learn how far frames
     # stand from their decoding order. An mp4's header tells it, unless the file is in fragments.
     blindly = content[4:8] == b"ftyp" and b"moof" not in content
     options = {"skip_frame": "all"} if blindly else {}
+    limit = {"max_pixels": str(max_pixels + PADDING)}
     try:
-        with av.open(io.BytesIO(content), mode="r", options=options) as container:
+        with av.open(io.BytesIO(content), mode="r", options=options | limit) as container:
             if not container.streams.video:
                 raise ValueError("the file has no video stream")
             stream = container.streams.video[0]
+            if stream.width * stream.height > max_pixels:
+                raise ValueError(_too_large(stream.height, stream.width, max_pixels))
             stream.thread_count = 1
+            stream.codec_context.options = limit
             first = stream.start_time or 0
             ticks_a_frame = 1 / ((stream.average_rate or 1) * (stream.time_base or 1))
             if wanted[0] > 0:
@@ -131,6 +145,26 @@ def decode(content: bytes, wanted: Sequence[int]) -> Iterator[VideoFrame]:
     except av.FFmpegError as error:
         raise ValueError(f"the file cannot be decoded ({error.strerror})") from error
     raise ValueError(f"the file ends after {found} of {len(wanted)} frames, before number {wanted[-1]}")
+
+
+def _check_still(content: bytes, max_pixels: int) -> None:
+    """Raises ValueError for an image whose header claims more pixels: libav would allocate them first."""
+    if content.startswith(STILL_SIGNATURES):
+        try:
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                width, height = Image.open(io.BytesIO(content)).size
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"the file is not decoded ({error})") from error
+        except Exception:
+            return  # The decoder says what is wrong with it.
+        if width * height > max_pixels:
+            raise ValueError(_too_large(height, width, max_pixels))
+
+
+def _too_large(height: int, width: int, max_pixels: int) -> str:
+    return (
+        f"the file claims {height} x {width} pixels, and its frames may have {max_pixels}: it is not decoded"
+    )
 
 
 def to_rgb(frame: VideoFrame) -> Tensor:
@@ -163,14 +197,21 @@ def read_frames(
     top: float = 0.5,
     left: float = 0.5,
     flip: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """Some frames of a file held in memory, uint8 (T, 3, H, W): see `decode`, `Box.largest` and `fit`.
 
     Channels are last in memory, as decoders and resizers have them; a batch and its device keep them so.
-    Raises ValueError if the file cannot be decoded or ends too early.
+    Raises ValueError if the file cannot be decoded or ends too early, or if its frames are too large, or so
+    small that they would have to be enlarged.
     """
     frames = []
-    for frame in decode(content, wanted):
+    for frame in decode(content, wanted, max_pixels):
+        if not fills((frame.height, frame.width), size):
+            raise ValueError(
+                f"its frames have {frame.height} x {frame.width} pixels, and do not fill "
+                f"{size[0]} x {size[1]}"
+            )
         box = Box.largest((frame.height, frame.width), size, top, left)
         frames.append(fit(to_rgb(frame), box, *size, flip))
     return torch.stack(frames).permute(0, 3, 1, 2)

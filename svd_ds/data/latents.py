@@ -26,6 +26,8 @@ from svd_ds.data.tensors import TensorFile
 
 MEMBER = "latents.safetensors"
 """Extension of a sample's latents."""
+MAX_MOMENT = 1000.0
+"""Means of the public autoencoder have a standard deviation of 5.5; log-variances are clipped to 20."""
 JPEG_QUALITY = 98
 """With whole chroma: off by half a level of 255 on average, a tenth of the noise that is put on the frame."""
 
@@ -44,7 +46,7 @@ class Origin:
 def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: Origin) -> bytes:
     """The file's bytes, of moments, rounded to float16, and the uint8 frames that they were made of.
 
-    Raises ValueError for moments that are not finite then.
+    Raises ValueError for moments that are not finite then, or that `check_moments` refuses.
     """
     jpegs = [_to_jpeg(frame_CHW) for frame_CHW in frames_TCHW]
     joined = np.frombuffer(b"".join(jpegs), dtype=np.uint8).copy()
@@ -53,7 +55,9 @@ def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: Origin) -> bytes:
         "frames": torch.from_numpy(joined),
         "frame_ends": torch.tensor([len(jpeg) for jpeg in jpegs]).cumsum(0),
     }
-    return tensors.pack(stored, asdict(origin))
+    packed = tensors.pack(stored, asdict(origin))
+    check_moments(moments_TMhw)
+    return packed
 
 
 def read_origin(file: TensorFile) -> Origin:
@@ -69,17 +73,32 @@ def read_moments(file: TensorFile, frames: Sequence[int]) -> Tensor:
 
     Raises ValueError where the file is damaged or has too few frames.
     """
-    return file.rows("moments", frames)
+    return check_moments(file.rows("moments", frames))
+
+
+def check_moments(moments: Tensor) -> Tensor:
+    """The moments.
+
+    Raises:
+        ValueError: they are not finite, or so large that no autoencoder made them.
+    """
+    # NaN is not below the limit.
+    if not bool((moments.abs() <= MAX_MOMENT).all()):
+        raise ValueError(f"its moments are not finite, or beyond {MAX_MOMENT:g}")
+    return moments
 
 
 def read_frames(file: TensorFile, frames: Sequence[int]) -> Tensor:
     """The pixels of some of the stored frames, uint8 (T, 3, H, W). Raises as `read_moments` does."""
     ends = [0, *file.whole("frame_ends").tolist()]
+    origin = read_origin(file)
     pixels = []
     for frame in frames:
         jpeg = file.rows("frames", range(ends[frame], ends[frame + 1])).numpy().tobytes()
         try:
-            with Image.open(io.BytesIO(jpeg)) as image:
+            with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+                if image.mode != "RGB" or image.size != (origin.width, origin.height):
+                    raise OSError(f"frame {frame} is of {image.height} x {image.width} pixels")
                 pixels.append(torch.from_numpy(np.array(image)))
         except OSError as error:
             raise ValueError(f"its {MEMBER} is damaged ({error})") from error

@@ -146,7 +146,7 @@ class Loader:
         pipeline = webdataset.DataPipeline(self._micro_batches, webdataset.map(self._read), _stops_as_values)
         if self.config.num_workers == 0:
             return iter(pipeline)
-        return workers.start(pipeline, self.config.num_workers, self.config.prefetch, __name__)
+        return workers.start(pipeline, self.config.num_workers, self.config.prefetch, __name__, self.rank)
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         """Those of this rank that fall to this worker process."""

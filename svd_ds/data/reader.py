@@ -32,6 +32,8 @@ from svd_ds.door import USER_ERRORS, may_pass
 
 SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
 """What a caption says that a mirror would make untrue."""
+CODED_MARGIN = 128
+"""Pixels by which a decoder's frame may be higher and wider than what is shown of it."""
 NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
@@ -113,7 +115,8 @@ class Reader:
             context_LD=self._context(read, wanted, captioner),
             still=still,
         )
-        return _Take(clip, media, wanted, draws)
+        max_pixels = (sample.height + CODED_MARGIN) * (sample.width + CODED_MARGIN)
+        return _Take(clip, media, wanted, draws, max_pixels)
 
     def _context(self, read: ReadMember, wanted: range, captioner: str) -> Tensor | None:
         if self.context is None:
@@ -128,7 +131,7 @@ class Reader:
         top, left = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
         mirrored = config.flip and draws.flip < 0.5 and not SIDES.search(take.clip.caption)
         size = (self.shape.height, self.shape.width)
-        frames_TCHW = read_frames(media, take.wanted, size, top, left, mirrored)
+        frames_TCHW = read_frames(media, take.wanted, size, top, left, mirrored, take.max_pixels)
         return replace(take.clip, frames_TCHW=frames_TCHW.expand(self.shape.num_frames, -1, -1, -1))
 
 
@@ -141,6 +144,8 @@ class _Take:
     wanted: range
     """Numbers of the clip's frames among the stored ones."""
     draws: ClipDraws
+    max_pixels: int
+    """Pixels that a frame in `media` may have, by the index."""
 
 
 @contextmanager

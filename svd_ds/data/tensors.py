@@ -68,7 +68,10 @@ class TensorFile:
         together = len(rows) == rows[-1] - rows[0] + 1
         spans = [(rows[0], len(rows))] if together else [(row, 1) for row in rows]
         content = bytearray().join(self._bytes(begin + row * size, count * size) for row, count in spans)
-        return torch.from_numpy(np.frombuffer(content, dtype).reshape(len(rows), *shape))
+        stored = torch.from_numpy(np.frombuffer(content, dtype).reshape(len(rows), *shape))
+        if stored.is_floating_point() and not bool(stored.isfinite().all()):
+            raise ValueError(f"its {self.member} is damaged ({name} is not finite)")
+        return stored
 
     def whole(self, name: str) -> Tensor:
         """All of a tensor. Raises ValueError where the file has none of that name, or is damaged."""

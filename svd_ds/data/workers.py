@@ -23,15 +23,23 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+EXIT_SECONDS = 0.5
+"""How long a worker whose pipe has broken may take to end."""
 RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def start(dataset: IterableDataset[Any], num_workers: int, prefetch: int, module: str) -> Iterator[Any]:
+def start(
+    dataset: IterableDataset[Any], num_workers: int, prefetch: int, module: str, rank: int = 0
+) -> Iterator[Any]:
     """Iterate over copies of `dataset` in `num_workers` processes, one item of each in turn.
 
     Args:
         prefetch: items that each process holds ready.
         module: of `dataset`; the server imports it once for all workers.
+        rank: of this process, for error messages.
+
+    Raises:
+        OSError: while iterating, where a worker was killed or has ended by itself.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([module])
@@ -50,8 +58,44 @@ def start(dataset: IterableDataset[Any], num_workers: int, prefetch: int, module
         )
         items = iter(loader)
     # Python ends its children by SIGTERM and waits for them; this runs before that.
-    atexit.register(_kill, [child for child in multiprocessing.active_children() if child not in before])
-    return items
+    children = [child for child in multiprocessing.active_children() if child not in before]
+    atexit.register(_kill, children)
+    return _until_one_dies(items, children, f"{num_workers} data workers of rank {rank}")
+
+
+def _until_one_dies(items: Iterator[Any], workers: list[Any], which: str) -> Iterator[Any]:
+    """The items. What a dead worker makes torch raise (RuntimeError, EOFError, ConnectionError, ...) does not
+    say that it died: its exit code does."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as error:
+            codes = [code for worker in workers if (code := _exit_code(worker))]
+            if not codes:
+                raise
+            raise OSError(_epitaph(codes, which)) from error
+        yield item
+
+
+def _exit_code(worker: Any) -> int | None:
+    """The exit code of a worker that has ended, or is just ending."""
+    worker.join(EXIT_SECONDS)
+    return worker.exitcode
+
+
+def _epitaph(codes: list[int], which: str) -> str:
+    killed = [-code for code in codes if code < 0]
+    if signal.SIGKILL in killed:
+        return (
+            f"one of the {which} was killed by signal 9 (SIGKILL), most likely because the machine or the "
+            "job ran out of memory: fewer data.num_workers or a smaller data.prefetch need less"
+        )
+    if killed:
+        name = signal.strsignal(killed[0]) or "unknown"
+        return f"one of the {which} was killed by signal {killed[0]} ({name}): the rank's log may say more"
+    return f"one of the {which} ended with exit code {codes[0]}: the rank's log may say more"
 
 
 @contextmanager

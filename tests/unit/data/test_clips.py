@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from svd_ds.data.clips import Box, ClipDraws, Timing, choose_captioner, decode, fit, read_frames, to_rgb
+from svd_ds.data.clips import (
+    PADDING,
+    Box,
+    ClipDraws,
+    Timing,
+    choose_captioner,
+    decode,
+    fit,
+    read_frames,
+    to_rgb,
+)
+from svd_ds.data.sample import MAX_PIXELS
 from tests.videos import counting, encode, moving_square
 
 
@@ -66,7 +77,9 @@ def test_only_a_file_whose_header_tells_all_is_opened_blindly(
     opened, really_open = [], av.open
     monkeypatch.setattr(av, "open", lambda file, mode, options: opened.append(options) or really_open(file))
     levels = [float(to_rgb(frame).float().mean()) for frame in decode(content, range(24))]
-    assert opened == [options] and levels == pytest.approx([4 * number + 8 for number in range(24)], abs=1.5)
+    assert opened == [options | {"max_pixels": str(MAX_PIXELS + PADDING)}] and levels == pytest.approx(
+        [4 * number + 8 for number in range(24)], abs=1.5
+    )
 
 
 def test_decode_seeks_rather_than_reads_from_the_start() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from svd_ds.data import workers
 
 SCRIPT = """
 import multiprocessing, os, signal, sys
@@ -83,3 +87,76 @@ def test_they_end_when_the_run_is_killed(script: Path) -> None:
     process.kill()
     process.wait(10)
     assert ended(pids, within=20)
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from itertools import islice
+import torch
+from svd_ds.data import workers
+
+class Numbers(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for number in range(10**9):
+            yield torch.full((10,), number)
+
+if __name__ == "__main__":
+    items = workers.start(Numbers(), 2, 1, "svd_ds.data.workers", rank=3)
+    list(islice(items, 4))
+    os.kill(multiprocessing.active_children()[0].pid, int(sys.argv[1]))
+    try:
+        for _ in items:
+            pass
+    except OSError as error:
+        print(error)
+"""
+
+
+OUT_OF_MEMORY = (
+    "one of the 2 data workers of rank 3 was killed by signal 9 (SIGKILL), most likely because the machine "
+    "or the job ran out of memory: fewer data.num_workers or a smaller data.prefetch need less"
+)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_named_with_its_signal(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(KILLED)
+    process = start(path, str(int(signal.SIGKILL)))
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert output.strip() == OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("codes", "told"),
+    [
+        ([None, -9], OUT_OF_MEMORY),
+        ([-11, 0], "was killed by signal 11 (Segmentation fault): the rank's log may say more"),
+        ([0, 3], "ended with exit code 3: the rank's log may say more"),
+        ([None, 0], ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DataLoader worker exited"), EOFError(), ConnectionResetError()]
+)
+def test_what_a_dead_worker_makes_torch_raise_is_explained(
+    codes: list[int | None], told: str, error: Exception
+) -> None:
+    class Worker:
+        def __init__(self, code: int | None) -> None:
+            self.exitcode = code
+
+        def join(self, seconds: float) -> None:
+            assert seconds < 1
+
+    def items() -> Iterator[int]:
+        yield 1
+        raise error
+
+    found = workers._until_one_dies(items(), list(map(Worker, codes)), "2 data workers of rank 3")
+    assert next(found) == 1
+    with pytest.raises(OSError if told else type(error), match=re.escape(told or str(error)) or None):
+        next(found)
