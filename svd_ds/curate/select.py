@@ -7,18 +7,18 @@ those of all clips that have the number. A clip that lacks it is not kept: nothi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from svd_ds.curate.clips import COLUMNS as CUT
 from svd_ds.curate.raw import FILE_NAME, RawFile
 from svd_ds.curate.stages import Found, sound
 from svd_ds.curate.table import Row, write_parquet
-from svd_ds.data.filters import COMPARISONS, Condition
+from svd_ds.data.filters import Condition
 
 ANNOTATIONS = ("text_area", "aesthetic", "clip_similarity")
 """What the stages may find beside the motion, under the names that training's filters know."""
@@ -124,17 +124,14 @@ def choose(clips: Sequence[Clip], conditions: Sequence[Condition]) -> None:
         elif clip.duplicate_of:
             clip.reason = f"{DUPLICATE} of {clip.duplicate_of}"
     for condition in conditions:
-        numbers = [number for clip in clips if (number := clip.number(condition.name)) is not None]
-        if not numbers:
+        limit = condition.limit(clip.number(condition.name) for clip in clips)
+        if limit is None:
             raise ValueError(f"the condition {condition} asks for {condition.name}, which no clip has")
-        limit = (
-            float(np.quantile(numbers, condition.value / 100)) if condition.is_quantile else condition.value
-        )
         for clip in (clip for clip in clips if clip.reason is None):
             number = clip.number(condition.name)
-            if number is None:
+            if number is None or math.isnan(number):
                 clip.reason = f"{condition}: it has none"
-            elif not COMPARISONS[condition.comparison](number, limit):
+            elif not condition.accepts(number, limit):
                 clip.reason = f"{condition}: {number:.4g} against {limit:.4g}"
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from svd_ds.curate.select import Clip, choose
 from svd_ds.data.config import DataConfig
-from svd_ds.data.filters import satisfies
+from svd_ds.data.filters import Condition, satisfies
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
 from tests.videos import about, encode, moving_square
+
+CLIP = Clip(
+    id="a",
+    video="a.mp4",
+    start_frame=0,
+    end_frame=9,
+    fps=24.0,
+    height=16,
+    width=16,
+    method="encoded",
+    media="a.mp4",
+    motion=0.1,
+    annotations={},
+    captions={},
+    elevation=None,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +91,45 @@ def test_an_annotation_that_every_sample_lacks_is_named(folder: Path) -> None:
     index = Index.load(folder)
     with pytest.raises(ValueError, match=r"beauty, which no sample in .* has; they have motion, .*text_area"):
         satisfies(["beauty>=q25"], index)
+
+
+def test_samples_that_lack_a_number_are_left_out_and_counted(tmp_path: Path) -> None:
+    frames, writer = moving_square(4, 16, 16), ShardWriter(tmp_path)
+    values = [1.0, float("nan"), None, True, "4", 2.0, float("inf"), 3.0]
+    for number, value in enumerate(values):
+        writer.add(f"s{number}", "mp4", encode(frames), about(frames, annotations={"a": value}))
+    writer.close()
+    # As older versions wrote them: what is written now has no such values.
+    index = tmp_path / "index.jsonl"
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    for row, value in zip(rows[1:], values, strict=True):
+        row["annotations"] = {"a": value}
+    index.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = DataConfig(str(tmp_path), 2, 16, 16, num_workers=0, where=("a>=q50",))
+    loader = Loader(data, 0, 0, 1, 2, 2)
+    assert set(next(iter(loader))[0].ids) == {"s5", "s7"}, "the quantile is that of 1, 2 and 3"
+    assert loader.notes == [f"5 of 8 samples in {tmp_path} lack a and are left out"]
+    assert not Loader(replace(data, where=("motion>=q0",)), 0, 0, 1, 2, 2).notes
+
+
+@given(
+    numbers=st.lists(st.none() | st.floats(-9, 9) | st.just(float("nan")), min_size=1, max_size=12),
+    condition=st.sampled_from(["a>=q25", "a<q75", "a>1", "a<=-1"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_curation_and_training_read_a_condition_alike(numbers: list[float | None], condition: str) -> None:
+    """Which samples curate.py keeps, and which data.where does, of the same numbers."""
+    parsed = Condition.parse(condition)
+    clips = [replace(CLIP, id=str(number), annotations={"a": value}) for number, value in enumerate(numbers)]
+    limit = parsed.limit(numbers)
+    if limit is None:
+        with pytest.raises(ValueError, match="asks for a, which no clip has"):
+            choose(clips, [parsed])
+        return
+    choose(clips, [parsed])
+    assert [clip.reason is None for clip in clips] == [parsed.accepts(value, limit) for value in numbers]
+
+
+def test_a_number_that_is_not_finite_is_no_condition() -> None:
+    with pytest.raises(ValueError, match=r"data\.where has 'motion>1e999', whose number is not finite"):
+        DataConfig(where=("motion>1e999",))
