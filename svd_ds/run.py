@@ -83,7 +83,8 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
     opened = agreed(lambda: _open_metrics(config, env, inputs, engine, stop))
     with stop, opened as metrics, outcome, inputs.checkpoints:
         if metrics is not None:
-            metrics.say("\n".join([_opening(config, env, inputs, engine), *inputs.loader.notes, *task.notes]))
+            opening = [_opening(config, env, inputs, engine), metrics.tracking()]
+            metrics.say("\n".join([*opening, *inputs.loader.notes, *task.notes]))
             for sentence in filter(None, (lives, *damage)):
                 metrics.say(f"warning: {sentence}")
             if new:

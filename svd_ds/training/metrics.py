@@ -127,6 +127,10 @@ class Metrics:
         self.console.print(text, markup=False)
         self.lines.append(text)
 
+    def tracking(self) -> str:
+        """Where W&B shows the run, in words."""
+        return self.tracker.where() if self.tracker is not None else "W&B: disabled"
+
     def log(self, metrics: StepMetrics) -> None:
         self.recent.append(metrics)
         self.jsonl.append_row(metrics.numbers())

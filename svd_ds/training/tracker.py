@@ -6,17 +6,18 @@ Steps are ours ("train/step"), because W&B's own counts on where a killed life's
 
 from __future__ import annotations
 
-import netrc
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from statistics import fmean
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 
+from svd_ds.fsync_io import replace_text, set_aside
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.preview import Preview
@@ -25,6 +26,9 @@ MODES = ("auto", "online", "offline", "disabled")
 START_S, FINISH_S = 30, 60
 """For W&B's client to start a run, and to send what is left at its end. Slurm gives a job 300 s to leave in
 (slurm/stage2.sh), a checkpoint among it."""
+RUN_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+CLIENT_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)")
+"""What the client names a folder in wandb/: the time of a start, and the run's id."""
 
 
 class Tracker:
@@ -35,6 +39,13 @@ class Tracker:
         # A resumed run repeats W&B's own step: ours is the axis.
         self._tell(lambda: self.run.define_metric("train/step"))
         self._tell(lambda: self.run.define_metric("*", step_metric="train/step"))
+
+    def where(self) -> str:
+        """Where the run is shown, in words."""
+        if not self.run.offline:
+            return f"W&B: online, {self.run.url}"
+        folder = Path(self.run.dir).parent
+        return f"W&B: offline; after `wandb login`, `wandb sync {folder}` uploads it"
 
     def log(self, numbers: Mapping[str, float]) -> None:
         """What is known of a step, its number among it."""
@@ -99,7 +110,7 @@ def open_tracker(
     on_stop: Callable[[], None],
 ) -> Tracker | None:
     """Start or take up the folder's W&B run; None when disabled. Where it cannot be online it is offline, and
-    where not even that, None; either is said once.
+    where not even that, None; either is said once, and so is a damaged file of the run's id.
 
     mode: one of MODES; settings: what the run's config is to show; on_stop: called, in a thread of W&B's,
     when the run is stopped there, by its button or by a sweep. Raises ValueError for a WANDB_MODE that is
@@ -110,13 +121,10 @@ def open_tracker(
         return None
     import wandb
 
-    id_file = folder.logs / "wandb-run-id"
-    if not id_file.exists():
-        id_file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     options: dict[str, Any] = {
         "project": project,
         "entity": entity,
-        "id": id_file.read_text(),
+        "id": _run_id(folder, say),
         "name": folder.path.name,
         "dir": str(folder.path),
         "config": dict(settings),
@@ -164,10 +172,51 @@ def _resolve(mode: str) -> Any:
         return mode
     if told:
         return told
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    return _client_mode()
+
+
+def _client_mode() -> str:
+    """What W&B's own client would do, by its settings and credentials: WANDB_API_KEY, WANDB_BASE_URL, NETRC
+    or ~/.netrc (`wandb login`), ~/.config/wandb/settings (`wandb login --host`, `wandb offline`). Neither the
+    server nor a person is asked."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import wbauth
+
+    settings = wandb_setup.singleton().settings
+    if settings.mode in ("offline", "dryrun", "disabled"):
+        return "disabled" if settings.mode == "disabled" else "offline"
     try:
-        return "online" if netrc.netrc().authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
+        found = wbauth.authenticate_session(
+            host=wbauth.HostUrl(settings.base_url, app_url=settings.app_url),
+            source="svd_ds",
+            prompt=False,
+            update_session=False,
+        )
+    except (AuthenticationError, ValueError):
+        # There is a key, or a server, that is none: `wandb.init` says what is wrong with it.
+        return "online"
+    return "online" if found is not None else "offline"
+
+
+def _run_id(folder: RunFolder, say: Callable[[str], None]) -> str:
+    """The id of the folder's W&B run, made at its first start; a damaged one is found in wandb/ again."""
+    path = folder.logs / "wandb-run-id"
+    told = ""
+    if path.exists():
+        found = path.read_bytes().decode("utf-8", "replace")
+        if RUN_ID.fullmatch(found):
+            return found
+        told = f"warning: {path} is damaged: it is no id of a W&B run; it was kept as {set_aside(path)}"
+    known = _newest_id(folder.path / "wandb") if told else None
+    run_id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    replace_text(path, run_id)
+    if told:
+        source = "is taken from the newest folder in wandb/" if known else "is new: another W&B run begins"
+        say(f"{told}, and the id {run_id} {source}")
+    return run_id
+
+
+def _newest_id(wandb: Path) -> str | None:
+    found = [match.groups() for path in wandb.glob("*run-*") if (match := CLIENT_FOLDER.fullmatch(path.name))]
+    return max(found)[1] if found else None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -206,3 +207,110 @@ def test_a_mode_that_is_none_is_refused(client: RunFolder, monkeypatch: pytest.M
     for mode in ("auto", "offline"):
         with pytest.raises(ValueError, match=r"WANDB_MODE is 'onlin': choose online, offline, disabled"):
             opened(client, mode, [])
+
+
+# --- logged in as the client sees it
+
+KEY = "a" * 40
+
+
+def netrc_entry(path: Path, machine: str, mode: int = 0o600) -> None:
+    path.write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+    path.chmod(mode)
+
+
+@pytest.fixture
+def home(tmp_path: Path, client: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without credentials, for the client's own server, and no server to be reached from here."""
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / ".config"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / ".config/wandb"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
+    return tmp_path
+
+
+def settings_file(home: Path, **values: str) -> None:
+    path = home / ".config/wandb/settings"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(["[default]\n", *(f"{name} = {value}\n" for name, value in values.items())]))
+
+
+@pytest.mark.parametrize("machine", ["api.wandb.ai", "api.forge.coreweave.com"])
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+@pytest.mark.parametrize("name", [".netrc", "secrets"])
+def test_key_in_a_netrc_file_means_online(
+    home: Path, monkeypatch: pytest.MonkeyPatch, machine: str, mode: int, name: str
+) -> None:
+    netrc_entry(home / name, machine, mode)
+    if name != ".netrc":
+        monkeypatch.setenv("NETRC", str(home / name))
+    assert module._resolve("auto") == "online"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8099", "https://wandb.example.org", "http://host:80/"])
+def test_key_of_an_own_server_means_online_there_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    netrc_entry(home / ".netrc", url.removesuffix("/").partition("//")[2])
+    assert module._resolve("auto") == "offline"
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    assert module._resolve("auto") == "online"
+
+
+def test_server_of_the_settings_file_is_the_clients(home: Path) -> None:
+    settings_file(home, base_url="http://127.0.0.1:8099")
+    netrc_entry(home / ".netrc", "127.0.0.1:8099")
+    assert module._resolve("auto") == "online"
+
+
+def test_wandb_offline_in_the_settings_file_is_respected(home: Path) -> None:
+    settings_file(home, mode="offline")
+    netrc_entry(home / ".netrc", "api.wandb.ai")
+    assert module._resolve("auto") == "offline"
+
+
+def test_key_in_the_environment_means_online(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module._resolve("auto") == "offline"
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", "too short")
+    assert module._resolve("auto") == "online", "wandb.init says what is wrong with it"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert module._resolve("auto") == "online"
+
+
+@pytest.mark.parametrize("content", ["", "machine\n", "machine api.wandb.ai login user\n", "\0\0"])
+def test_netrc_file_without_a_key_means_offline(home: Path, content: str) -> None:
+    (home / ".netrc").write_text(content)
+    assert module._resolve("auto") == "offline"
+
+
+def test_start_says_where_the_run_is_shown(client: RunFolder) -> None:
+    with Metrics(client, LoggerConfig(wandb="offline"), {}, 5, 0) as metrics:
+        told = metrics.tracking()
+        (folder,) = client.path.glob("wandb/offline-run-*")
+        assert told == f"W&B: offline; after `wandb login`, `wandb sync {folder}` uploads it"
+    with Metrics(client, LoggerConfig(wandb="disabled"), {}, 5, 0) as metrics:
+        assert metrics.tracking() == "W&B: disabled"
+
+
+def test_start_says_the_runs_address() -> None:
+    run = Recorder()
+    run.offline, run.url = False, "https://wandb.example.org/me/p/runs/1"
+    assert Tracker(run, pytest.fail).where() == "W&B: online, https://wandb.example.org/me/p/runs/1"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff\xfe", b"a b", b"x" * 200, b"../up"])
+@pytest.mark.parametrize("known", [False, True])
+def test_damaged_run_id_is_found_again(client: RunFolder, content: bytes, known: bool) -> None:
+    (client.logs / "wandb-run-id").write_bytes(content)
+    if known:
+        for name in ("run-20260101_000000-first", "offline-run-20260102_000000-second", "latest-run"):
+            (client.path / "wandb" / name).mkdir(parents=True)
+    told: list[str] = []
+    found = module._run_id(client, told.append)
+    assert (found == "second") == known
+    assert "wandb-run-id is damaged" in told[0] and "wandb-run-id.damaged-1" in told[0]
+    assert module._run_id(client, pytest.fail) == found
