@@ -24,6 +24,8 @@ MEDIA = ("mp4", "jpg", "mov", "mkv", "webm", "avi", "m4v", "jpeg", "png", "webp"
 foreign shards may have the others."""
 STILLS = ("jpg", "jpeg", "png", "webp")
 """Those of them that are images."""
+ID = re.compile(r"[\w-]+")
+EXTENSION = re.compile(r"\w[\w.-]*")
 TAR_BLOCK = 512
 """Bytes: a tar's members begin at multiples of it, after a header of that size."""
 MAX_PIXELS = 89_478_485
@@ -112,7 +114,10 @@ def parse_sample(fields: Any, shards: Sequence[Shard] | None = None, shard: int 
     if shard is not None and sample.shard != shard:
         raise ValueError(f"shard is {sample.shard}, and its place in the index is in shard {shard}")
     if shards is not None:
-        end, num_bytes = max(map(sum, sample.members.values())), shards[sample.shard].num_bytes
+        end, num_bytes = (
+            max(offset + size for offset, size in sample.members.values()),
+            shards[sample.shard].num_bytes,
+        )
         if end > num_bytes:
             raise ValueError(
                 f"members end at byte {end}, and shard {shards[sample.shard].name} has {num_bytes} bytes"
@@ -172,9 +177,9 @@ def check_local_name(name: Any) -> None:
 def _check_keys(fields: Any, required: set[str], optional: set[str]) -> None:
     if not isinstance(fields, dict):
         raise ValueError(f"it is {_shown(fields)}, and must be a JSON object")
-    if missing := required - fields.keys():
-        raise ValueError(f"it has no {min(missing)}")
-    if unknown := fields.keys() - required - optional:
+    if not fields.keys() >= required:
+        raise ValueError(f"it has no {min(required - fields.keys())}")
+    if len(fields) > len(required) and (unknown := fields.keys() - required - optional):
         raise ValueError(
             f"it has a field {_shown(min(unknown))}, which this version of svd_ds does not know: a newer one "
             "wrote it"
@@ -202,24 +207,28 @@ def _motion_map(fields: Any) -> MotionMap:
 
 
 def _id(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[\w-]+", value):
+    if not isinstance(value, str) or not ID.fullmatch(value):
         raise ValueError(f"id is {_shown(value)}, and must be of letters, digits, _ and -")
     return value
 
 
 def _members(value: Any) -> dict[str, tuple[int, int]]:
-    if not isinstance(value, dict) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in value):
+    if not isinstance(value, dict) or not all(map(EXTENSION.fullmatch, value)):
         raise ValueError(f"members is {_shown(value)}, and must map extensions to [offset, size]")
-    if not any(name in value for name in MEDIA):
+    if value.keys().isdisjoint(MEDIA):
         raise ValueError(f"members has no video or image, but {', '.join(value) or 'nothing'}")
     members = {}
     for name, span in value.items():
         if not isinstance(span, list | tuple) or len(span) != 2:
             raise ValueError(f"members.{name} is {_shown(span)}, and must be [offset, size]")
-        offset = _integer(f"members.{name}[0]", span[0], TAR_BLOCK, MAX_BYTES)
-        if offset % TAR_BLOCK:
-            raise ValueError(f"members.{name}[0] is {offset}, and must be a multiple of {TAR_BLOCK}")
-        members[name] = (offset, _integer(f"members.{name}[1]", span[1], 0, MAX_BYTES))
+        offset, size = span
+        if type(offset) is not int or offset % TAR_BLOCK or not TAR_BLOCK <= offset <= MAX_BYTES:
+            raise ValueError(
+                f"members.{name}[0] is {_shown(offset)}, and must be an offset in a tar, a multiple of {TAR_BLOCK}"
+            )
+        if type(size) is not int or not 0 <= size <= MAX_BYTES:
+            raise ValueError(f"members.{name}[1] is {_shown(size)}, and must be a number of bytes")
+        members[name] = (offset, size)
     return members
 
 

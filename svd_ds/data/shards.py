@@ -94,19 +94,13 @@ class Index:
                 samples aside.
         """
         for number, sample in enumerate(self._parsed()):
-            if isinstance(sample, ValueError):
-                line = self._line_number(number)
-                raise ValueError(f"line {line} of {self.folder.name(INDEX_NAME)} is damaged: {sample}")
-            yield sample
+            yield self._sound(number, sample)
 
     def sample(self, number: int) -> Sample:
         """Sample `number`, counted through the shards in turn. Raises ValueError as `samples` does."""
-        sizes = np.zeros(len(self.shards), dtype=np.int64)
-        sizes[self._shard_number(number)] = 1
-        one = replace(
-            self, shard_sizes=tuple(sizes.tolist()), line_offsets=self.line_offsets[number : number + 1]
-        )
-        return next(one.samples())
+        with open(self.path, "rb") as file:
+            file.seek(int(self.line_offsets[number]))
+            return self._sound(number, self._parse(file.readline(), self._shard_number(number)))
 
     def checked(self, quarantine: Quarantine) -> tuple[Index, list[Fault]]:
         """The index of the samples whose lines are sound and whose ids are unique, and the others' faults.
@@ -145,12 +139,25 @@ class Index:
         """Each line's sample, or what is wrong with it."""
         shard_of = np.repeat(np.arange(len(self.shards)), self.shard_sizes)
         with open(self.path, "rb") as file:
+            position = 0
             for offset, shard in zip(self.line_offsets.tolist(), shard_of.tolist(), strict=True):
-                file.seek(offset)
-                try:
-                    yield parse_sample(_json(file.readline()), self.shards, shard)
-                except ValueError as error:
-                    yield error
+                if offset != position:  # A seek gives up what is buffered.
+                    file.seek(offset)
+                line = file.readline()
+                position = offset + len(line)
+                yield self._parse(line, shard)
+
+    def _parse(self, line: bytes, shard: int) -> Sample | ValueError:
+        try:
+            return parse_sample(_json(line), self.shards, shard)
+        except ValueError as error:
+            return error
+
+    def _sound(self, number: int, sample: Sample | ValueError) -> Sample:
+        if isinstance(sample, ValueError):
+            line, name = self._line_number(number), self.folder.name(INDEX_NAME)
+            raise ValueError(f"line {line} of {name} is damaged: {sample}")
+        return sample
 
     def _line_number(self, number: int) -> int:
         """The line of sample `number` in the index file, the first being 1."""
