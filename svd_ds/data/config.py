@@ -69,9 +69,11 @@ class DataConfig:
     stall_seconds: float = 600.0
     """A read, or the fetching of a remote shard, that takes longer ends the run: the file system hangs."""
     cache: str | None = None
-    """Local folder that remote shards are fetched to; needed where a path is a URL."""
+    """Local folder that remote shards are fetched to, in a sub-folder svd_ds-cache; needed where a path is a
+    URL."""
     cache_gb: float = 0.0
-    """Above it the shards that were fetched first are removed from `cache`; 0 keeps all."""
+    """Above it the fetched shards that were read least recently are removed from the cache; 0 keeps all. It
+    must hold the shards that are read from at a time."""
     num_workers: int = 2
     """Processes that decode, for each rank; 0 decodes in the training process."""
     prefetch: int = 2

@@ -224,7 +224,8 @@ def _members(value: Any) -> dict[str, tuple[int, int]]:
         offset, size = span
         if type(offset) is not int or offset % TAR_BLOCK or not TAR_BLOCK <= offset <= MAX_BYTES:
             raise ValueError(
-                f"members.{name}[0] is {_shown(offset)}, and must be an offset in a tar, a multiple of {TAR_BLOCK}"
+                f"members.{name}[0] is {_shown(offset)}, and must be a place in a tar: a multiple of "
+                f"{TAR_BLOCK}"
             )
         if type(size) is not int or not 0 <= size <= MAX_BYTES:
             raise ValueError(f"members.{name}[1] is {_shown(size)}, and must be a number of bytes")

@@ -140,7 +140,10 @@ def test_any_value_in_the_header_is_one_sentence(
         ),
         ({"members": {"png": [512, 2**70]}}, r"members.png\[1\] is 1180591620717411303424"),
         ({"members": {"png": [-512, 9]}}, r"members.png\[0\] is -512"),
-        ({"members": {"png": [513, 9]}}, r"members.png\[0\] is 513, and must be a multiple of 512"),
+        (
+            {"members": {"png": [513, 9]}},
+            r"members.png\[0\] is 513, and must be a place in a tar: a multiple of 512",
+        ),
         ({"members": {"png": ["512", 9]}}, r"members.png\[0\] is '512'"),
         ({"members": {"png": [512]}}, r"members.png is \[512\], and must be \[offset, size\]"),
         ({"members": {"png": [512, 9], "/../x": [512, 9]}}, r"members is .*, and must map extensions"),
