@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any, cast
@@ -81,10 +82,16 @@ def print_line(text: str) -> None:
     open_console().print(text, markup=False)
 
 
+def printable(text: str) -> str:
+    """Replace what a terminal would obey rather than show: names of files come from strangers."""
+    hidden = ("Cc", "Cf", "Cs")
+    return "".join("\ufffd" if unicodedata.category(char) in hidden else char for char in text)
+
+
 def print_error(error: BaseException | str, who: str = "") -> None:
     """Print `error` as one sentence on stderr; `who` names the rank where there are several. Raises nothing
     where nobody reads it."""
-    sentence = " ".join(str(error).split()) or type(error).__name__
+    sentence = printable(" ".join(str(error).split())) or type(error).__name__
     open_console(stderr=True).print(f"[bold red]error:[/] {escape(who + sentence)}")
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from svd_ds.curate.models import load_tensors
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 """Of files of weights."""
@@ -91,8 +92,7 @@ class _Merge(nn.Module):
 @cache
 def load(path: Path) -> Craft:
     """One a process. Raises ValueError where the file holds other tensors than CRAFT's."""
-    content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    tensors = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    tensors = {name.removeprefix("module."): tensor for name, tensor in load_tensors(path).items()}
     network = Craft()
     if differing := sorted(network.state_dict().keys() ^ tensors.keys()):
         raise ValueError(f"{path} holds no CRAFT: {len(differing)} names differ, as {differing[0]}")

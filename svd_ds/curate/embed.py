@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from svd_ds.curate.measure import three_frames
-from svd_ds.curate.models import load
+from svd_ds.curate.models import load, load_tensors
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
@@ -95,9 +94,7 @@ def read_head(path: Path) -> tuple[tuple[Tensor, Tensor], ...]:
 
     Raises FileNotFoundError, or ValueError where the file holds anything else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no aesthetic head {path}")
-    tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    tensors = load_tensors(path)
     weights = [tensors[name].float() for name in tensors if name.endswith("weight")]
     biases = [tensors[name].float() for name in tensors if name.endswith("bias")]
     if not weights or len(weights) != len(biases) or weights[-1].shape[0] != 1:

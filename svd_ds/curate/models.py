@@ -1,9 +1,15 @@
-"""Models of transformers from local folders: nothing is fetched, and nothing is unpickled."""
+"""Models from local files and folders: nothing is fetched, and no object is unpickled."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 def load(kind: str, reader: str, folder: str, device: str) -> tuple[Any, Any]:
@@ -20,3 +26,24 @@ def load(kind: str, reader: str, folder: str, device: str) -> tuple[Any, Any]:
     network = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
     processor = getattr(transformers, reader).from_pretrained(folder, local_files_only=True)
     return network.to(device).eval(), processor
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published .safetensors, .pth or .pt file; of a pickle, tensors and nothing else.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds anything but named tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no file of tensors: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds other objects than named tensors")
+    return content

@@ -107,7 +107,7 @@ def test_a_head_that_does_not_fit_is_refused(folders: dict[str, str], tmp_path: 
     torch.save({"weight": torch.ones(3, 16), "bias": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="no linear layers that end in one number"):
         read_head(path)
-    with pytest.raises(FileNotFoundError, match="there is no aesthetic head"):
+    with pytest.raises(FileNotFoundError, match="there are no weights"):
         read_head(tmp_path / "gone.pth")
 
 
