@@ -159,22 +159,50 @@ def test_weights_and_averages_are_read_without_the_engine(killed_and_resumed: tu
     assert len(different) > len(list(raw.parameters())) / 2
 
 
+def started(shards: Path, run: Path) -> subprocess.Popen[str]:
+    """A run without end, whose first step is done."""
+    process = subprocess.Popen(
+        command(shards, run, "run.steps=100000", "checkpoint.every=100000", "sampling.every=100000"),
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("step 1/"))
+    return process
+
+
 def test_sigterm_leaves_a_checkpoint_and_resumes(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
-    first = subprocess.Popen(
-        command(shards, run, "run.steps=100000", "checkpoint.every=100000", "sampling.every=100000"),
-        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert first.stdout is not None
-    for line in first.stdout:
-        if line.startswith("step 1/"):
-            first.send_signal(signal.SIGTERM)
-            break
+    first = started(shards, run)
+    first.send_signal(signal.SIGTERM)
     printed, _ = first.communicate(timeout=120)
     assert first.returncode == 0
     assert "stopped at step" in printed
     last = metrics(run)[-1]["step"]
     assert (run / f"checkpoints/step-{last:07d}/COMPLETE").exists()
+
+
+@pytest.mark.slow
+def test_run_goes_on_without_its_console_and_ctrl_c_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    """As in `launch.py ... | head`: nobody reads what is printed after step 1."""
+    run = tmp_path / "unread"
+    process = started(shards, run)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    reached, deadline = metrics(run)[-1]["step"], time.monotonic() + 120
+    # Each tenth step is printed.
+    while metrics(run)[-1]["step"] < reached + 12:
+        assert process.poll() is None, "the run ended with its console"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert (process.returncode, told) == (130, "")
+    last = metrics(run)[-1]["step"]
+    assert (run / f"checkpoints/step-{last:07d}/COMPLETE").exists()
+    assert f"stopped at step {last} as asked" in (run / "logs/train.log").read_text()
+    kind = json.loads((run / "logs/outcome.json").read_text())["kind"]
+    assert kind == "interrupted"
 
 
 def sentence(ended: subprocess.CompletedProcess[str]) -> str:
