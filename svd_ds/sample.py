@@ -203,8 +203,25 @@ def load_pipeline(
 
 
 def run_settings(path: Path) -> dict[str, Any] | None:
-    """config.yaml of the run that `path` is, or is a checkpoint of."""
+    """config.yaml of the run that `path` is, or is a checkpoint of; its copy in logs/ where it is damaged.
+
+    Raises:
+        ValueError: both are damaged; the message names config.yaml.
+    """
     for folder in (path, *path.resolve().parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return read_yaml(folder / "config.yaml")
+        file, copy = folder / "config.yaml", folder / "logs" / "config.yaml"
+        if file.is_file():
+            try:
+                return _whole_settings(file)
+            except ValueError:
+                if not copy.is_file():
+                    raise
+                return _whole_settings(copy)
     return None
+
+
+def _whole_settings(path: Path) -> dict[str, Any]:
+    settings = read_yaml(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: it is no config of a run")
+    return settings

@@ -5,7 +5,6 @@ With --verify, list the checkpoints of a run instead, and which of them are whol
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from svd_ds.door import run_door
+from svd_ds.fsync_io import read_json
 from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.decoder import load_decoder, save_parts
 from svd_ds.model.lora import save_lora
@@ -173,7 +173,7 @@ def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Pat
     for name in ("model_index.json", *PARTS):
         if not (frozen / name).exists():
             raise FileNotFoundError(f"{frozen} has no {name}: name a local {PIPELINE} folder by --frozen")
-    kind = json.loads((frozen / "model_index.json").read_text())["_class_name"]
+    kind = read_json(frozen / "model_index.json")["_class_name"]
     if kind != PIPELINE:
         raise ValueError(f"{frozen} is a {kind}: name a local {PIPELINE} folder by --frozen")
     return frozen

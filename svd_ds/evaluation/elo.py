@@ -59,14 +59,14 @@ def read_votes(path: Path) -> list[Vote]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there are no votes {path}")
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         table = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
         if missing:
             raise ValueError(f"{path} lacks the column {missing[0]!r}; it has {table.fieldnames}")
         votes = []
         for row in table:
-            first, second, winner = (row[name].strip() for name in COLUMNS)
+            first, second, winner = ((row[name] or "").strip() for name in COLUMNS)
             if first == second or winner not in (first, second, TIE):
                 raise ValueError(
                     f"line {table.line_num} of {path} lets {winner!r} win between {first!r} and {second!r}"

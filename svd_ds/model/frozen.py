@@ -6,7 +6,6 @@ A pipeline keeps each part in a folder of its own: `vae/ image_encoder/ text_enc
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+
+from svd_ds.fsync_io import read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -72,7 +73,7 @@ def class_name(path: str | Path, part: str) -> str:
     folder = part_folder(path, part)
     fields: Any
     if folder is not None:
-        fields = json.loads((folder / "config.json").read_text())
+        fields = read_json(folder / "config.json")
     else:
         try:
             fields = AutoencoderKL.load_config(str(path), subfolder=part)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from svd_ds.fsync_io import read_json
 from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
 from svd_ds.model.lora import LoraConfig, add_lora, is_adapter, low_rank_update
 from svd_ds.model.names import ORIGINAL_PREFIX, from_public, public_modules, public_names, to_public
@@ -187,7 +188,7 @@ def _open_original(path: Path) -> Source:
 
 
 def _open_diffusers(folder: Path) -> Source:
-    fields = json.loads((folder / "config.json").read_text())
+    fields = read_json(folder / "config.json")
     try:
         config = config_from_diffusers(fields)
     except ValueError as error:

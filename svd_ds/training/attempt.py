@@ -103,6 +103,8 @@ class Attempt:
             # There is no file yet by which the ranks could agree on who reports it: one of each node does.
             if self.env.local_rank == 0 or str(self.log_path) in str(error):
                 print_error(error, f"rank {self.env.rank}: " if self.env.world > 1 else "")
+            if self.debug:
+                raise
             raise SystemExit(2) from None
         # The descriptor, not sys.stderr: what libraries write belongs here too.
         with suppress(OSError):

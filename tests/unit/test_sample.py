@@ -19,7 +19,7 @@ from svd_ds.batch import Conditioning
 from svd_ds.diffusion.draws import draw
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
-from svd_ds.sample import RELEASED_SIZE, TINY, SampleConfig, load_pipeline, sample_video
+from svd_ds.sample import RELEASED_SIZE, TINY, SampleConfig, load_pipeline, run_settings, sample_video
 from svd_ds.training.preview import PreviewConfig
 
 NUM_FRAMES = 3
@@ -243,3 +243,15 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
         load_pipeline(tmp_path / "nowhere", torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match=r"neither config\.yaml nor vae/"):
         load_pipeline(TINY / "unet", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0", b"- 1\n"])
+def test_damaged_config_of_a_run_is_read_from_its_copy(tmp_path: Path, content: bytes) -> None:
+    checkpoint = tmp_path / "checkpoints/step-0000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
+        run_settings(checkpoint)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/config.yaml").write_text("a: 1\n")
+    assert run_settings(checkpoint) == run_settings(tmp_path) == {"a": 1}

@@ -59,6 +59,8 @@ def test_votes_of_a_file(tmp_path: Path) -> None:
         ("first,second\na,b\n", "lacks the column 'winner'"),
         ("first,second,winner\na,b,c\n", "line 2 of .* lets 'c' win between 'a' and 'b'"),
         ("first,second,winner\na,a,a\n", "line 2"),
+        ("first,second,winner\na,b\n", "line 2 of .* lets '' win between 'a' and 'b'"),
+        ("\ufefffirst,second,winner\na,b,\x00\n", "line 2 of .* lets"),
         ("first,second,winner\n", "holds no votes"),
     ],
 )

@@ -28,6 +28,8 @@ class FakeJob:
     """Of a step."""
     gpus: int = 0
     groups: list[list[str]] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
+    """Of the steps."""
     id: str = "7"
 
     def requeue(self, without: Sequence[str] = ()) -> None:
@@ -37,6 +39,7 @@ class FakeJob:
         group = next(option for option in options if "nodelist" in option).partition("=")[2].split(",")
         assert variables["MASTER_ADDR"] == group[0]
         self.groups.append(group)
+        self.options += options
         check, notes = command[3], Path(command[5])
         assert ("--kill-on-bad-exit=0" in options) == (check == "alone")
         meets = not set(group) & set(self.apart) and not (self.crowded and len(group) > 2)
@@ -89,6 +92,18 @@ def test_a_node_that_reaches_nobody_is_named(
 def test_nodes_that_meet_only_in_pairs_are_not_trained_on(tmp_path: Path) -> None:
     faults = failing_nodes(FakeJob(nodes(5), crowded=True), tmp_path)
     assert list(faults) == list(nodes(5)), "none is to blame"
+
+
+def test_percent_sign_in_the_folders_name_is_no_pattern_of_srun(tmp_path: Path) -> None:
+    job = FakeJob(nodes(1))
+    folder = tmp_path / "100%j"
+    assert failing_nodes(job, folder) == {}
+    assert f"--error={tmp_path}/100%%j/logs/preflight.log" in job.options
+
+
+def test_empty_note_of_a_node_on_a_full_disk_is_no_answer(tmp_path: Path) -> None:
+    job = FakeJob(nodes(1), silent=nodes(1), command=["touch", f"{tmp_path}/logs/preflight/n0"])
+    assert "does not answer" in failing_nodes(job, tmp_path)["n0"]
 
 
 def test_steps_that_hang_are_ended_at_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

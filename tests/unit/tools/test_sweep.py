@@ -117,6 +117,18 @@ def test_a_trial_whose_process_is_killed_gets_another_life(
     assert Path("told").read_text() == "optim.lr=1" * 3, "it comes first"
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\0", b'{"run'])
+def test_damaged_file_of_the_unfinished_trial_ends_no_sweep(
+    lived: Callable[..., Life], capfd: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    folder = Path("runs/sweeps/sweep")
+    folder.mkdir(parents=True)
+    (folder / "unfinished-7.json").write_bytes(content)
+    assert lived("import sys\n" + TELL + SETTLE) == (0, [], 3)
+    assert "unfinished-7.json is damaged" in capfd.readouterr().out
+    assert (folder / "unfinished-7.json.damaged-1").read_bytes() == content
+
+
 def test_a_trial_that_queued_the_job_again_has_said_it_all(lived: Callable[..., Life]) -> None:
     assert lived("import os; os.system('scontrol requeue 7')") == (0, ["requeue 7"], 1)
 
