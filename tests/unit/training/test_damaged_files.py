@@ -1,0 +1,106 @@
+"""Every small file of a run's folder, each truncated, emptied, zeroed, with one byte flipped, and deleted: a
+start repairs it, or ends with a sentence that names it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from svd_ds.data.cursor import Cursor
+from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.evaluation.runs import read_run
+from svd_ds.model.lives import LIVES, lives_damage, lives_of
+from svd_ds.training.attempt import FINISHED, Outcome, begin
+from svd_ds.training.folder import RunFolder
+from svd_ds.training.keeping import take_over
+from svd_ds.training.state import Progress
+from svd_ds.training.usage import WAITS, Goodput
+
+CONFIG = {"batch": {"size": 4}, "optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "note": None}
+FILES = [
+    "config.yaml",
+    "logs/config.yaml",
+    "metrics.jsonl",
+    "evaluation.jsonl",
+    "logs/skipped.jsonl",
+    "logs/quarantine.jsonl",
+    "logs/attempts.jsonl",
+    "logs/outcome.json",
+    f"checkpoints/{LIVES}",
+    "state.json",
+]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path)
+    folder.open(CONFIG, step=0)
+    times = {"step_s": 1.0, **{f"{kind}_s": 0.5 for kind in WAITS}}
+    rows = [{"step": step, "samples": 4 * step, "loss": 0.5, **times} for step in (1, 2, 3)]
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measured = {"sigma": [1.0], "loss": [0.5], "loss_average": [0.4], "grad_norm": [2.0]}
+    folder.evaluation.write_text(json.dumps({"step": 2, "samples": 8, "clips": 4, **measured}) + "\n")
+    folder.skipped.write_text('{"step": 2, "fault": "the loss is nan", "clips": ["a"]}\n')
+    Quarantine(1.0, 9, folder.quarantine).add([Fault("a", "s.tar", "cut")], step=1, write=True)
+    for _ in range(2):
+        begin(folder, "7", limit=9)
+        take_over(folder.checkpoints, step=0)
+    ended = {"kind": FINISHED, "rank": 0, "words": "", "attempt": [0, 0]}
+    (folder.logs / "outcome.json").write_text(json.dumps(ended))
+    (tmp_path / "state.json").write_text(Progress(Cursor("set", 7), 3, 12).as_json())
+    return folder
+
+
+def start(folder: RunFolder) -> None:
+    """What a start of the run reads and repairs, in its order."""
+    begin(folder, "7", limit=9)
+    Outcome.read(folder)
+    Progress.read(folder.path / "state.json")
+    folder.check_belongs(CONFIG)
+    lives_damage(folder.checkpoints)
+    take_over(folder.checkpoints, step=3)
+    assert lives_of(folder.checkpoints)[-1].start == 3
+    folder.open(CONFIG, step=3)
+    folder.metrics.touch()
+    Quarantine(1.0, 9, folder.quarantine)
+    Goodput.of(folder)
+    read_run(folder.path)
+
+
+def damages(content: bytes) -> Iterator[bytes | None]:
+    yield None
+    yield b""
+    yield bytes(len(content))
+    drawn = random.Random(0)
+    for _ in range(5):
+        yield content[: drawn.randrange(len(content))]
+        zeroed = drawn.randrange(len(content))
+        yield content[:zeroed] + bytes(len(content) - zeroed)
+        place = drawn.randrange(len(content))
+        yield content[:place] + bytes([content[place] ^ 1 << drawn.randrange(8)]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_file_is_repaired_or_named(whole: RunFolder, name: str) -> None:
+    contents = {path: path.read_bytes() for path in whole.path.rglob("*") if path.is_file()}
+    file = whole.path / name
+    for damage in damages(contents[file]):
+        for path in [path for path in whole.path.rglob("*") if path.is_file()]:
+            path.unlink()
+        for path, content in contents.items():
+            path.write_bytes(content)
+        if damage is None:
+            file.unlink()
+        else:
+            file.write_bytes(damage)
+        try:
+            start(whole)
+        except (ValueError, OSError) as error:
+            assert str(file) in str(error), (damage, error)
+            continue
+        start(whole)
+        assert RunFolder(whole.path).check_belongs(CONFIG) is None
