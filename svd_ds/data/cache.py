@@ -76,6 +76,7 @@ class FileCache:
         part, file = self._open_part(self.folder / f"part-{name}")
         if (found := _open_sound(path, num_bytes)) is not None:
             # Another process has fetched it while this one waited for the lock.
+            part.unlink(missing_ok=True)
             file.close()
             return found
         try:

@@ -159,6 +159,7 @@ def test_one_reader_fetches_for_all(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert found == [content(1)] * 4 and fetched == [1]
+    assert not list((tmp_path / FOLDER).glob("part-*"))
 
 
 def test_without_locks_each_process_fetches_for_itself(
