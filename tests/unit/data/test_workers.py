@@ -26,12 +26,12 @@ class Numbers(torch.utils.data.IterableDataset):
         yield from range(1000)
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     items = workers.start(Numbers(), 2, 1, "svd_ds.data.workers")
     assert list(islice(items, 4)) == [0, 0, 1, 1]
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         os.killpg(os.getpgid(0), number)
     print(sum(islice(items, 1996)), flush=True)
     if sys.argv[1] == "wait":
