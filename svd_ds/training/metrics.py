@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -125,11 +126,16 @@ class Metrics:
     def say(self, text: str) -> None:
         """A line for the person, above the bar and in the log file."""
         self.console.print(text, markup=False)
-        self.lines.append(text)
+        self._keep(text)
 
     def tracking(self) -> str:
         """Where W&B shows the run, in words."""
         return self.tracker.where() if self.tracker is not None else "W&B: disabled"
+
+    def _keep(self, line: str) -> None:
+        # A copy of what the console shows: a full disk ends a run where metrics.jsonl or a checkpoint is lost.
+        with suppress(OSError):
+            self.lines.append(line)
 
     def log(self, metrics: StepMetrics) -> None:
         self.recent.append(metrics)
@@ -149,7 +155,7 @@ class Metrics:
             self.bar.update(self.task, completed=metrics.step, numbers=short)
         if metrics.step % self.config.every == 0 or metrics.step in (1, self.total_steps):
             line = f"step {metrics.step}/{self.total_steps}  {numbers}  eta {self._remaining(metrics)}"
-            self.lines.append(line)
+            self._keep(line)
             if self.bar is None:
                 self.console.print(line, markup=False)
 

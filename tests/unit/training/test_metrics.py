@@ -104,3 +104,41 @@ def test_wandb_goes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.Mo
 def test_nonsense_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"logger.{field} is {value!r}"):
         LoggerConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.jsonl", "logs/skipped.jsonl"])
+def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
+    run = folder(tmp_path)
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to("/dev/full")
+    with (
+        pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"),
+        Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics,
+    ):
+        metrics.log(step(1))
+        metrics.log_evaluation(1, 8, measured(0.5))
+        metrics.log_skipped(1, "the loss is nan", ["a"])
+
+
+def test_full_disk_costs_a_line_of_train_log_and_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder(tmp_path)
+    (run.logs / "train.log").symlink_to("/dev/full")
+    with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=1, step=0) as metrics:
+        metrics.log(step(1))
+        metrics.say("done: 1 steps")
+    assert capsys.readouterr().out.endswith("done: 1 steps\n")
+
+
+def test_going_back_sets_a_damaged_line_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = folder(tmp_path)
+    with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics:
+        for number in (1, 2):
+            metrics.log(step(number))
+        with run.metrics.open("ab") as file:
+            file.write(b"\0\0\n")
+        metrics.go_back(1, left=2)
+        metrics.log(step(2))
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+    assert "metrics.jsonl.damaged-1" in capsys.readouterr().out
