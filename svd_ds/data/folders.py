@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -87,7 +88,9 @@ def open_folder(path: str, cache: str | None, cache_gb: float, open_url: OpenUrl
         return Folder(Path(path))
     if cache is None:
         raise ValueError(f"{path} is fetched from elsewhere: data.cache must name a local folder for it")
-    return RemoteFolder(Path(cache), path.rstrip("/"), FileCache(Path(cache), int(cache_gb * 1e9)), open_url)
+    return RemoteFolder(
+        Path(cache), path.rstrip("/"), FileCache(Path(cache), math.ceil(cache_gb * 1e9)), open_url
+    )
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def check_cache(sets: Sequence[tuple[Folder, Sequence[Shard]]], window: int, cac
     for folder, shards in sets:
         if isinstance(folder, RemoteFolder):
             needed += sum(sorted((shard.num_bytes for shard in shards), reverse=True)[:window])
-    if 0 < int(cache_gb * 1e9) < needed:
+    if 0 < cache_gb * 1e9 < needed:
         raise ValueError(
             f"data.cache_gb is {cache_gb:g}, and the {window} shards of each data set that are read from "
             f"at a time have {needed / 1e9:.3g} GB: make it at least {needed * 1.01 / 1e9:.3g}, or 0 "

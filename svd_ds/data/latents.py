@@ -68,6 +68,11 @@ def read_origin(file: TensorFile) -> Origin:
         raise ValueError(f"its {MEMBER} does not say what it was made of") from error
 
 
+def shape_of(file: TensorFile) -> tuple[int, ...]:
+    """(M, h, w) of the moments. Raises ValueError where there are none."""
+    return file.shapes().get("moments", ())[1:]
+
+
 def read_moments(file: TensorFile, frames: Sequence[int]) -> Tensor:
     """The moments of some of the stored frames, float16 (T, M, h, w).
 

@@ -100,6 +100,7 @@ class Reader:
             file = TensorFile(partial(read, latents.MEMBER), latents.MEMBER)
             if (other := latents.read_origin(file)) != (ours := self.source.latents_origin):
                 raise ValueError(f"its latents are {other}, and the first sample's {ours}")
+            _check_shape("latents", latents.shape_of(file), self.source.latents_shape)
             given = [wanted[0], wanted[-1]] if self.ends else [wanted[0]]
             moments, frames = latents.read_moments(file, wanted), latents.read_frames(file, given)
         clip = Clip(
@@ -124,7 +125,12 @@ class Reader:
         file = TensorFile(partial(read, states.MEMBER), states.MEMBER)
         if (other := states.read_origin(file)) != (ours := self.source.states_origin):
             raise ValueError(f"its states are {other}, and the first sample's {ours}")
-        return states.read(file, self.context, wanted, captioner)
+        ours_shape = self.source.states_shapes[self.context]
+        _check_shape("states", states.shape_of(file, self.context), ours_shape)
+        found_LD = states.read(file, self.context, wanted, captioner)
+        if self.context == "text":  # Each caption has states of its own.
+            _check_shape("states", tuple(found_LD.shape), ours_shape)
+        return found_LD
 
     def _decode(self, take: _Take, media: bytes) -> Clip:
         config, draws = self.config, take.draws
@@ -146,6 +152,12 @@ class _Take:
     draws: ClipDraws
     max_pixels: int
     """Pixels that a frame in `media` may have, by the index."""
+
+
+def _check_shape(what: str, shape: tuple[int, ...], ours: tuple[int, ...]) -> None:
+    """Raises ValueError where a sample's tensors cannot be in one batch with the others'."""
+    if shape != ours:
+        raise ValueError(f"its {what} have shape {shape}, and the first sample's {ours}")
 
 
 @contextmanager

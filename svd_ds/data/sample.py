@@ -7,7 +7,6 @@ line, of whatever format, calls `parse_sample`.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +25,9 @@ STILLS = ("jpg", "jpeg", "png", "webp")
 """Those of them that are images."""
 ID = re.compile(r"[\w-]+")
 EXTENSION = re.compile(r"\w[\w.-]*")
+TEXTS = ("json", "txt")
+MAX_TEXT = 2**24
+"""Bytes of a caption, or of a sample's json."""
 TAR_BLOCK = 512
 """Bytes: a tar's members begin at multiples of it, after a header of that size."""
 MAX_PIXELS = 89_478_485
@@ -169,9 +171,9 @@ def check_local_name(name: Any) -> None:
             f"shard name {_shown(name)} leads out of the folder of the index, or is no file name"
         )
     try:
-        os.fsencode(name)
-    except UnicodeError:
-        raise ValueError(f"shard name {_shown(name)} is no file name") from None
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"shard name {_shown(name)} is no UTF-8") from None
 
 
 def _check_keys(fields: Any, required: set[str], optional: set[str]) -> None:
@@ -229,6 +231,8 @@ def _members(value: Any) -> dict[str, tuple[int, int]]:
             )
         if type(size) is not int or not 0 <= size <= MAX_BYTES:
             raise ValueError(f"members.{name}[1] is {_shown(size)}, and must be a number of bytes")
+        if name in TEXTS and size > MAX_TEXT:
+            raise ValueError(f"members.{name}[1] is {size}, and a text may have {MAX_TEXT} bytes")
         members[name] = (offset, size)
     return members
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ class Index:
 
     def sample(self, number: int) -> Sample:
         """Sample `number`, counted through the shards in turn. Raises ValueError as `samples` does."""
-        with open(self.path, "rb") as file:
+        with self._open_index() as file:
             file.seek(int(self.line_offsets[number]))
             return self._sound(number, self._parse(file.readline(), self._shard_number(number)))
 
@@ -138,7 +139,7 @@ class Index:
     def _parsed(self) -> Iterator[Sample | ValueError]:
         """Each line's sample, or what is wrong with it."""
         shard_of = np.repeat(np.arange(len(self.shards)), self.shard_sizes)
-        with open(self.path, "rb") as file:
+        with self._open_index() as file:
             position = 0
             for offset, shard in zip(self.line_offsets.tolist(), shard_of.tolist(), strict=True):
                 if offset != position:  # A seek gives up what is buffered.
@@ -146,6 +147,14 @@ class Index:
                 line = file.readline()
                 position = offset + len(line)
                 yield self._parse(line, shard)
+
+    @contextmanager
+    def _open_index(self) -> Iterator[IO[bytes]]:
+        """Raises ValueError where it is another index than the one that was loaded."""
+        with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size != self.num_bytes:
+                raise ValueError(f"{self.folder.name(INDEX_NAME)} was changed after it was read: start again")
+            yield file
 
     def _parse(self, line: bytes, shard: int) -> Sample | ValueError:
         try:

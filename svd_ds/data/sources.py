@@ -36,8 +36,12 @@ class Source:
     """What a user should know of the samples that were left out."""
     latents_origin: latents.Origin | None
     """None: every frame is decoded."""
+    latents_shape: tuple[int, ...]
+    """(M, h, w) of the moments; the first sample's, which those of all must have to make a batch."""
     states_origin: states.StatesOrigin | None
     """None where a sample that counts has no CLIP states."""
+    states_shapes: dict[str, tuple[int, ...]]
+    """Context -> shape of its states, as `states.shape_of`; the first sample's."""
 
     @property
     def motion_map(self) -> MotionMap:
@@ -69,7 +73,8 @@ def open_source(path: str, weight: float, config: DataConfig, folder: Folder) ->
         raise ValueError(
             f"none of the {len(chosen)} samples in {path} has {_wanted(shapes)}: {_largest(chosen)}"
         )
-    origin = _latents_origin(path, buckets, shapes) if config.latents else None
+    origin, latents_shape = _latents_of(path, buckets, shapes) if config.latents else (None, ())
+    states_origin, states_shapes = _states_of(buckets, config)
     return Source(
         path=path,
         weight=weight,
@@ -78,7 +83,9 @@ def open_source(path: str, weight: float, config: DataConfig, folder: Folder) ->
         faults=tuple(faults),
         notes=selection.notes,
         latents_origin=origin,
-        states_origin=_states_origin(buckets, config),
+        latents_shape=latents_shape,
+        states_origin=states_origin,
+        states_shapes=states_shapes,
     )
 
 
@@ -106,8 +113,11 @@ def bucket_of(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -> in
     return None if best is None else best[1]
 
 
-def _latents_origin(path: str, buckets: Sequence[Index], shapes: Sequence[Shape]) -> latents.Origin:
-    """What the latents were made of. Raises ValueError where a sample has none, or those of another size."""
+def _latents_of(
+    path: str, buckets: Sequence[Index], shapes: Sequence[Shape]
+) -> tuple[latents.Origin, tuple[int, ...]]:
+    """What the latents were made of, and their shape. Raises ValueError where a sample has none, or those of
+    another size."""
     for index in buckets:
         for sample in index.samples():
             if latents.MEMBER not in sample.members:
@@ -116,7 +126,8 @@ def _latents_origin(path: str, buckets: Sequence[Index], shapes: Sequence[Shape]
     first = index.sample(0)
     try:
         with index.open(first) as read:
-            origin = latents.read_origin(TensorFile(partial(read, latents.MEMBER), latents.MEMBER))
+            file = TensorFile(partial(read, latents.MEMBER), latents.MEMBER)
+            origin, shape_Mhw = latents.read_origin(file), latents.shape_of(file)
     except ValueError as error:
         raise ValueError(f"sample {first.id} in {path} cannot be read: {error}") from error
     for index, shape in zip(buckets, shapes, strict=True):
@@ -125,25 +136,30 @@ def _latents_origin(path: str, buckets: Sequence[Index], shapes: Sequence[Shape]
                 f"the latents in {path} are of {origin.height} x {origin.width} pixels, and data.height x "
                 f"data.width is {shape.height} x {shape.width}; tools/encode.py --size makes others"
             )
-    return origin
+    return origin, shape_Mhw
 
 
-def _states_origin(buckets: Sequence[Index], config: DataConfig) -> states.StatesOrigin | None:
-    """What the CLIP states were made of, where every sample has them, of the frames that are read."""
+def _states_of(
+    buckets: Sequence[Index], config: DataConfig
+) -> tuple[states.StatesOrigin | None, dict[str, tuple[int, ...]]]:
+    """What the CLIP states were made of, where every sample has them, of the frames that are read; and their
+    shape for each context."""
     if config.crop != "center" or config.flip:
-        return None
+        return None, {}
     for index in buckets:
         if not all(states.MEMBER in sample.members for sample in index.samples()):
-            return None
+            return None, {}
     index = next(index for index in buckets if len(index))
     try:
         with index.open(index.sample(0)) as read:
-            origin = states.read_origin(TensorFile(partial(read, states.MEMBER), states.MEMBER))
+            file = TensorFile(partial(read, states.MEMBER), states.MEMBER)
+            origin = states.read_origin(file)
+            of_context = {context: states.shape_of(file, context) for context in ("image", "ends", "text")}
     except ValueError:
-        return None
+        return None, {}
     used = [shape for index, shape in zip(buckets, config.shapes, strict=True) if len(index)]
     fit = all((origin.height, origin.width) == (shape.height, shape.width) for shape in used)
-    return origin if fit else None
+    return (origin, of_context) if fit else (None, {})
 
 
 def _wanted(shapes: Sequence[Shape]) -> str:

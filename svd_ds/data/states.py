@@ -51,6 +51,14 @@ def read_origin(file: TensorFile) -> StatesOrigin:
         raise ValueError(f"its {MEMBER} does not say what it was made of") from error
 
 
+def shape_of(file: TensorFile, context: str) -> tuple[int, ...]:
+    """What the states for a `context` have in common: (D,) of the images', (L, D) of the texts'."""
+    shapes = file.shapes()
+    if context != "text":
+        return shapes.get("image", ())[1:]
+    return next((shape for name, shape in shapes.items() if name.startswith("text/")), ())
+
+
 def read(file: TensorFile, context: str, frames: Sequence[int], captioner: str) -> Tensor:
     """What a network with that `context` sees, float16 (L, D): the caption's states, the token of the clip's
     first frame, or for `ends` those of its first and last. Raises ValueError where they are not all there."""

@@ -54,6 +54,13 @@ class TensorFile:
     def __contains__(self, name: str) -> bool:
         return name in self._header
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each tensor. Raises ValueError where the file is damaged."""
+        try:
+            return {name: tuple(map(int, tensor["shape"])) for name, tensor in self._header.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its {self.member} is damaged ({error})") from error
+
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Some rows of a tensor, ascending. Raises ValueError where it has not so many, or is damaged."""
         try:

@@ -242,3 +242,16 @@ def test_a_cached_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
     loader = loader_of(tmp_path, latents=True)
     assert ids(loader) == {"s0", "s1", "s3"}
     assert "frame 0 is of 64 x 64 pixels" in loader.take_faults()[0].cause
+
+
+def test_latents_of_another_shape_do_not_end_the_run(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    for number in range(4):
+        moments = torch.zeros((1, 8, 2, 1) if number == 2 else (1, 8, 1, 1))
+        content = latents.pack(moments, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ORIGIN)
+        writer.add(f"s{number}", "png", picture(number, 8), ABOUT, {latents.MEMBER: content})
+    writer.close()
+    loader = loader_of(tmp_path, latents=True)
+    assert ids(loader) == {"s0", "s1", "s3"}
+    told = "its latents have shape (8, 2, 1), and the first sample's (8, 1, 1)"
+    assert {fault.cause for fault in loader.take_faults()} == {told}

@@ -139,7 +139,19 @@ UNSAFE = (
         "x:y.tar",
     ),
 )
-OUTSIDE = ("/etc/passwd", "../a.tar", "a/../../b.tar", "a//b.tar", "./a.tar", "", ".", "a\0b", 5, None)
+OUTSIDE = (
+    "/etc/passwd",
+    "\udce9.tar",
+    "../a.tar",
+    "a/../../b.tar",
+    "a//b.tar",
+    "./a.tar",
+    "",
+    ".",
+    "a\0b",
+    5,
+    None,
+)
 
 
 @pytest.mark.parametrize("url", ["pipe:cat a/{}", "pipe:cat a", "http://a", "gs://a", "hf://a", "s3://a"])
@@ -208,6 +220,11 @@ def test_a_cache_that_is_too_small_for_what_is_read_at_a_time_is_refused(
     )
     with pytest.raises(ValueError, match=told):
         ids(f"pipe:cat {shards}", tmp_path / "cache", cache_gb=1e-5)
+    with pytest.raises(ValueError, match=r"^data\.cache_gb is 1e-12, and"):
+        ids(f"pipe:cat {shards}", tmp_path / "cache", cache_gb=1e-12)
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises((ValueError, OSError), match=r"cannot be fetched: .*/file"):
+        ids(f"pipe:cat {shards}", tmp_path / "file")
 
 
 def test_a_small_cache_fetches_the_index_once(tmp_path: Path) -> None:

@@ -147,6 +147,10 @@ def test_any_value_in_the_header_is_one_sentence(
         ({"members": {"png": ["512", 9]}}, r"members.png\[0\] is '512'"),
         ({"members": {"png": [512]}}, r"members.png is \[512\], and must be \[offset, size\]"),
         ({"members": {"png": [512, 9], "/../x": [512, 9]}}, r"members is .*, and must map extensions"),
+        (
+            {"members": {"png": [512, 9], "json": [512, 2**25]}},
+            r"members.json\[1\] is 33554432, and a text may",
+        ),
         ({"annotations": [1]}, r"annotations is \[1\], and must map names to numbers"),
         (
             {"depth": 3},

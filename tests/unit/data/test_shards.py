@@ -88,3 +88,13 @@ def test_index_cut_short_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="lists 2 of its 3 samples"):
         Index.load(tmp_path)
+
+
+def test_an_index_that_is_replaced_meanwhile_is_named(tmp_path: Path) -> None:
+    index = Index.load(write_shards(tmp_path, [2, 2]))
+    path = tmp_path / "index.jsonl"
+    path.write_text(path.read_text().replace('"s0002"', '"another"'))
+    with pytest.raises(ValueError, match=r"index\.jsonl was changed after it was read: start again"):
+        index.sample(3)
+    with pytest.raises(ValueError, match=r"index\.jsonl was changed"):
+        list(index.samples())
