@@ -133,7 +133,7 @@ class Metrics:
         return self.tracker.where() if self.tracker is not None else "W&B: disabled"
 
     def _keep(self, line: str) -> None:
-        # A copy of what the console shows: a full disk ends a run where metrics.jsonl or a checkpoint is lost.
+        # A copy of what the console shows: a full disk ends a run where metrics or checkpoints are lost.
         with suppress(OSError):
             self.lines.append(line)
 

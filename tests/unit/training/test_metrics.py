@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from svd_ds.fsync_io import LineFile
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
@@ -109,15 +110,15 @@ def test_nonsense_is_refused(field: str, value: object) -> None:
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.jsonl", "logs/skipped.jsonl"])
 def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
     run = folder(tmp_path)
-    (run.path / name).unlink(missing_ok=True)
-    (run.path / name).symlink_to("/dev/full")
-    with (
-        pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"),
-        Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics,
-    ):
-        metrics.log(step(1))
-        metrics.log_evaluation(1, 8, measured(0.5))
-        metrics.log_skipped(1, "the loss is nan", ["a"])
+    with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics:
+        # Only written from here on: to read /dev/full has no end.
+        (run.path / name).unlink(missing_ok=True)
+        (run.path / name).symlink_to("/dev/full")
+        metrics.jsonl = LineFile(run.metrics)
+        with pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"):
+            metrics.log(step(1))
+            metrics.log_evaluation(1, 8, measured(0.5))
+            metrics.log_skipped(1, "the loss is nan", ["a"])
 
 
 def test_full_disk_costs_a_line_of_train_log_and_no_run(
