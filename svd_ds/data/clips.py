@@ -14,18 +14,23 @@ from __future__ import annotations
 import io
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import torch
 import torch.nn.functional as F
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from PIL import Image
 from torch import Tensor
 
 from svd_ds.data.sample import MAX_PIXELS
+from svd_ds.data.timeline import read_timeline
 
 PADDING = 2**20
 """Pixels that libav may add to a frame of its own: it counts whole blocks."""
@@ -33,6 +38,8 @@ STILL_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 """How files begin that Pillow may know: JPEG, PNG, WebP."""
 HD_HEIGHT = 720
 """Untagged video is BT.709 from so many lines on and BT.601 below, as players take it."""
+ATTACHED = Disposition.attached_pic
+"""Of a stream: it is the cover picture of a song."""
 UNTAGGED = 2
 """AVCOL_SPC_UNSPECIFIED."""
 
@@ -110,41 +117,93 @@ def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) 
 
     Args:
         content: the file's bytes.
-        wanted: ascending frame numbers. Decoding goes from the keyframe before the first to the last.
+        wanted: ascending frame numbers, as timeline.py counts them. Decoding goes from the keyframe before
+            the first to the last.
         max_pixels: of a frame; a file that claims more is refused before anything is decoded.
 
-    Raises ValueError if the file cannot be decoded or ends too early, or its frames are too large.
+    Raises:
+        ValueError: the file cannot be decoded, has not all of these frames, or they are too large.
     """
     found = 0
+    try:
+        with open_video(content, max_pixels) as (container, stream):
+            # Number 0 of a file is its first frame, whatever its clock.
+            timeline = read_timeline(container, stream) if wanted[-1] > 0 else None
+            if timeline is not None:
+                count = bisect_left(wanted, len(timeline.times))
+                times = [timeline.times[number] for number in wanted[:count]]
+                if times:
+                    container.seek(timeline.seek_time(times[0]), stream=stream)
+                for frame in _at(times, container.decode(stream)):
+                    found += 1
+                    yield frame
+        if timeline is None or found < count:
+            with open_video(content, max_pixels) as (container, stream):
+                frames = container.decode(stream)
+                # A seek may lead past a frame: then it is looked for from the start on.
+                rest = _nth(wanted, frames) if timeline is None else _at(times[found:], frames)
+                for frame in rest:
+                    found += 1
+                    yield frame
+    except av.FFmpegError as error:
+        raise ValueError(f"the file cannot be decoded ({error.strerror})") from error
+    if timeline is not None and found < count:
+        raise ValueError(f"its frame {wanted[found]} cannot be decoded")
+    if found < len(wanted):
+        raise ValueError(f"the file ends after {found} of {len(wanted)} frames, before number {wanted[-1]}")
+
+
+@contextmanager
+def open_video(content: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]:
+    """The container and the video stream of a file held in memory, which is decoded in one thread.
+
+    Raises:
+        ValueError: it has no video stream, or claims frames of more than `max_pixels`.
+        av.FFmpegError: it cannot be opened.
+    """
     _check_still(content, max_pixels)
     # libav opens a file by decoding its first keyframe, a twelfth of a clip's time, to learn how far frames
     # stand from their decoding order. An mp4's header tells it, unless the file is in fragments.
     blindly = content[4:8] == b"ftyp" and b"moof" not in content
     options = {"skip_frame": "all"} if blindly else {}
     limit = {"max_pixels": str(max_pixels + PADDING)}
-    try:
-        with av.open(io.BytesIO(content), mode="r", options=options | limit) as container:
-            if not container.streams.video:
-                raise ValueError("the file has no video stream")
-            stream = container.streams.video[0]
-            if stream.width * stream.height > max_pixels:
-                raise ValueError(_too_large(stream.height, stream.width, max_pixels))
-            stream.thread_count = 1
-            stream.codec_context.options = limit
-            first = stream.start_time or 0
-            ticks_a_frame = 1 / ((stream.average_rate or 1) * (stream.time_base or 1))
-            if wanted[0] > 0:
-                container.seek(first + int(wanted[0] * ticks_a_frame), stream=stream)
-            for frame in container.decode(stream):
-                number = round(((frame.pts or first) - first) / ticks_a_frame)
-                while found < len(wanted) and number >= wanted[found]:
-                    found += 1
-                    yield frame
-                if found == len(wanted):
-                    return
-    except av.FFmpegError as error:
-        raise ValueError(f"the file cannot be decoded ({error.strerror})") from error
-    raise ValueError(f"the file ends after {found} of {len(wanted)} frames, before number {wanted[-1]}")
+    with av.open(io.BytesIO(content), mode="r", options=options | limit) as container:
+        stream = next((s for s in container.streams.video if not s.disposition & ATTACHED), None)
+        if stream is None:
+            raise ValueError("the file has no video stream")
+        if stream.width * stream.height > max_pixels:
+            raise ValueError(_too_large(stream.height, stream.width, max_pixels))
+        stream.thread_count = 1
+        stream.codec_context.options = limit
+        yield container, stream
+
+
+def _at(times: Sequence[int], frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+    """The frames at ascending times, until one is missing."""
+    found = 0
+    if not times:
+        return
+    for frame in frames:
+        if frame.pts is None or frame.pts < times[found]:
+            continue
+        while frame.pts == times[found]:
+            yield frame
+            found += 1
+            if found == len(times):
+                return
+        if frame.pts > times[found]:
+            return
+
+
+def _nth(wanted: Sequence[int], frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+    """The frames of these ascending numbers, counted from 0."""
+    found = 0
+    for number, frame in enumerate(frames):
+        while number == wanted[found]:
+            yield frame
+            found += 1
+            if found == len(wanted):
+                return
 
 
 def _check_still(content: bytes, max_pixels: int) -> None:

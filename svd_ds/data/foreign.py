@@ -7,7 +7,6 @@ and annotations are read by sidecar.py.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import tarfile
@@ -16,14 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import av
 import numpy as np
 
-from svd_ds.data.clips import decode, to_rgb
+from svd_ds.data.clips import decode, open_video, to_rgb
 from svd_ds.data.quarantine import Fault
 from svd_ds.data.sample import MEDIA, STILLS, TAR_BLOCK, Sample, parse_sample
 from svd_ds.data.sidecar import annotations_in, captions_in, clean_text, is_utf8, parse_json, text_in
+from svd_ds.data.timeline import read_timeline
 
 TEXTS = ("txt", "text", "caption", "prompt")
 """Extensions of a caption, the preferred ones first."""
@@ -141,7 +142,7 @@ def _probe(
     num_frames, fps, height, width = measure(content, _kind(media) in STILLS)
     score = 0.0
     if motion is not None and num_frames > 1:
-        score = motion(lambda numbers: map(_pixels, decode(content, numbers)), num_frames, fps)
+        score = motion(partial(_pixels, content), num_frames, fps)
         if not math.isfinite(score):
             raise ValueError(f"its motion score is {score}")
     sample = Sample(
@@ -234,29 +235,55 @@ def _add_sidecar(
 
 
 def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
-    """(frames, frames a second, height, width) of a file. Raises ValueError where it cannot be decoded to its
-    end, or is not stored as it is shown."""
-    with av.open(io.BytesIO(content), mode="r") as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        stream = container.streams.video[0]
+    """(frames, frames a second, height, width) of a file, its frames numbered as `clips.decode` numbers them.
+
+    Raises:
+        ValueError: it cannot be decoded to its end, or is not stored as it is shown.
+    """
+    num_frames, fps = 1, 1.0
+    with open_video(content) as (container, stream):
         aspect = stream.sample_aspect_ratio
-        num_frames = 1 if still else stream.frames
-        fps = 1.0 if still else float(stream.average_rate or 0)
-        if not num_frames:
-            num_frames = sum(packet.size > 0 for packet in container.demux(stream))
+        timeline = None
+        if not still:
+            _check_whole(stream, len(content))
+            timeline = read_timeline(container, stream)
+            num_frames, fps = 0, float(stream.average_rate or 0)
+    if timeline is not None:
+        num_frames, fps = len(timeline.times), timeline.rate
+    elif not still:
+        with open_video(content) as (container, stream):
+            num_frames = sum(1 for _ in container.decode(stream))
+    if not num_frames:
+        raise ValueError("none of its frames can be decoded")
     if aspect not in (None, 0, 1):
         raise ValueError(f"its pixels are not square, but {aspect}")
     if not (fps > 0 and math.isfinite(fps)):
         raise ValueError("it has no frame rate")
-    *_, last = decode(content, sorted({0, num_frames - 1}))
+    *_, last = _of_one_size(decode(content, sorted({0, num_frames - 1})))
     if last.rotation:
         raise ValueError(f"it is to be rotated by {last.rotation} degrees")
     return num_frames, fps, last.height, last.width
 
 
-def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    return to_rgb(frame).numpy()
+def _check_whole(stream: Any, num_bytes: int) -> None:
+    """Raises ValueError where the file's own index of its frames leads beyond its end."""
+    end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if end > num_bytes:
+        raise ValueError(f"it is cut short: it has {num_bytes} bytes, and its frames end at byte {end}")
+
+
+def _of_one_size(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """The same frames. Raises ValueError where their size changes, as in a recorded call."""
+    size: tuple[int, int] | None = None
+    for frame in frames:
+        size = size or (frame.width, frame.height)
+        if (frame.width, frame.height) != size:
+            raise ValueError(f"its size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height}")
+        yield frame
+
+
+def _pixels(content: bytes, numbers: range) -> Iterator[np.ndarray]:
+    return (to_rgb(frame).numpy() for frame in _of_one_size(decode(content, numbers)))
 
 
 def _read(tar: tarfile.TarFile, num_bytes: int, entry: tarfile.TarInfo) -> bytes:
@@ -268,7 +295,4 @@ def _read(tar: tarfile.TarFile, num_bytes: int, entry: tarfile.TarInfo) -> bytes
         raise ValueError(f"the shard ends after {there} of {entry.size} bytes of {entry.name}")
     file = tar.extractfile(entry)
     assert file is not None, "only files are members"
-    content = file.read()
-    if len(content) != entry.size:
-        raise ValueError(f"the shard ends after {len(content)} of {entry.size} bytes of {entry.name}")
-    return content
+    return file.read()
