@@ -24,7 +24,8 @@ from svd_ds.data.clips import fills, read_frames
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.data.reader import captions_of
 from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
-from svd_ds.data.writer import members_of, pack_shard, remove_shards, replace_file, shard_name, write_index
+from svd_ds.data.writer import pack_shard, remove_shards, replace_file, shard_name, whole_members, write_index
+from svd_ds.fsync_io import read_json
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.clip import ImageEncoder, TextEncoder
 from svd_ds.video import from_uint8
@@ -80,18 +81,28 @@ def begin(out: Path, job: dict[str, Any], overwrite: bool) -> None:
         remove_shards(out)
         (out / REFUSED).unlink(missing_ok=True)
     elif mark.exists():
-        there = json.loads(mark.read_text())
+        there = read_json(mark)
         for name, value in job.items():
             if there.get(name) != value:
                 raise ValueError(
                     f"{out} holds latents whose {name} is {there.get(name)}, and here it is {value}; choose "
                     "another folder, or --overwrite them"
                 )
+        _remove_damaged_index(out)
         return
     elif (out / INDEX_NAME).exists():
         raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
     out.mkdir(parents=True, exist_ok=True)
     replace_file(mark, json.dumps(job).encode())
+
+
+def _remove_damaged_index(out: Path) -> None:
+    """Remove an index that a power cut left empty or cut short, so that it is written again."""
+    if (out / INDEX_NAME).exists():
+        try:
+            Index.load(out)
+        except (ValueError, OSError):
+            (out / INDEX_NAME).unlink(missing_ok=True)
 
 
 def encode_shards(
@@ -113,7 +124,7 @@ def encode_shards(
         if number % world != rank:
             continue
         samples, path = list(group), out / shard_name(number)
-        if path.exists():
+        if whole_members(path) is not None:
             advance(len(samples))
             continue
         faults: list[Fault] = []
@@ -138,7 +149,7 @@ def _encoded(
                 if fills((sample.height, sample.width), encoders.size):
                     contents |= encoders.encode(read, sample)
             yield sample.id, contents
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             shard = source.folder.name(source.shards[sample.shard].name)
             faults.append(Fault(sample.id, shard, str(error)))
             refused.add(faults)
@@ -165,9 +176,9 @@ def finish(source: Index, out: Path) -> bool:
     """
     numbers = range(len(source.shards))
     paths = [out / shard_name(number) for number in numbers]
-    if not all(path.exists() for path in paths):
+    members = [found for path in paths if (found := whole_members(path)) is not None]
+    if len(members) < len(paths):
         return False
-    members = [members_of(path) for path in paths]
     samples = [
         replace(sample, members=members[sample.shard][sample.id])
         for sample in source.samples()

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from svd_ds import fsync_io
 from svd_ds.data.folders import INDEX_NAME
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.sample import FORMAT, VERSION, Sample, Shard
@@ -142,6 +143,22 @@ def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
     return buffer.getvalue()
 
 
+def whole_members(path: Path) -> dict[str, dict[str, tuple[int, int]]] | None:
+    """`members_of` a shard; None where it is missing, or cut short or damaged, as after a power cut."""
+    try:
+        if path.stat().st_size % tarfile.RECORDSIZE:
+            return None
+        members = members_of(path)
+    except (FileNotFoundError, tarfile.TarError, EOFError, IndexError, ValueError):
+        return None
+    end = max((offset + size for found in members.values() for offset, size in found.values()), default=0)
+    with open(path, "rb") as file:
+        # A tar ends with blocks of zeros: tarfile takes anything that is no header for the end.
+        file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        rest = file.read()
+    return members if rest and not any(rest) else None
+
+
 def members_of(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Id of each sample in a shard -> extension -> (offset, size) of the member."""
     with tarfile.open(path) as tar:
@@ -188,8 +205,8 @@ def _known(sample: Sample) -> dict[str, Any]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for half of it."""
+    """Write a file atomically and durably: a power cut leaves all of it, or what was there before."""
     # Several processes may write the same file: each has a part of its own.
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     partial.write_bytes(content)
-    os.replace(partial, path)
+    fsync_io.replace_file(partial, path)

@@ -254,3 +254,19 @@ def test_a_sample_that_cannot_be_decoded_is_named(encode: Encode, tmp_path: Path
     )
     code, _, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE)
     assert code == 2 and "none of the 1 samples could be encoded" in err
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 512, None])
+def test_files_that_a_power_cut_left_empty_are_made_again(
+    encode: Encode, encoder: Encoder, shards: Path, tmp_path: Path, damage: bytes | None
+) -> None:
+    out = tmp_path / "out"
+    assert encode(shards, out, "--size", SIZE)[0] == 0
+    whole = files(out)
+    for name in ("shard-00000.tar", "index.jsonl"):
+        (out / name).write_bytes(whole[name][: len(whole[name]) // 2] if damage is None else damage)
+    encoder.num_frames = []
+    code, _, err = encode(shards, out, "--size", SIZE)
+    assert code == 0, err
+    assert encoder.num_frames == [10, 10], "the damaged shard's alone"
+    assert files(out) == whole
