@@ -1,0 +1,185 @@
+"""Each file of a run damaged in turn: the run resumes from what is whole, or one sentence names the damage.
+
+One rank in the test's own process, for a hundred starts of a program would take longer than all other tests.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from svd_ds.door import USER_ERRORS
+from svd_ds.training.preview import Previews
+from tests.one_rank import start
+from tests.runs import metrics
+
+STEPS = 4
+"""Of the run that is never stopped; the others are damaged after the step before."""
+SETTINGS = ("checkpoint.every=1", "checkpoint.keep_last=2")
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "emptied": lambda content: b"",
+    "zeroed": lambda content: bytes(len(content)),
+    "flipped": lambda content: flipped(content, len(content) // 2),
+    "deleted": lambda content: None,
+}
+NEWEST = f"checkpoints/step-{STEPS - 1:07d}"
+WRITTEN_BY_THE_RUN = (
+    "COMPLETE", "state.json", "adam.json", "unet/config.json", "unet/rank-00000-of-00001.safetensors",
+    "adam-exp_avg/rank-00000-of-00001.safetensors", "adam-exp_avg_sq/rank-00000-of-00001.safetensors",
+    "ema-power-0.100/rank-00000-of-00001.safetensors",
+)  # fmt: skip
+BESIDE = (
+    "config.yaml", "metrics.jsonl", "checkpoints/lives.jsonl", "logs/outcome.json", "logs/train.log",
+    "logs/rank-00000.log",
+)  # fmt: skip
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+
+
+@dataclass(frozen=True)
+class Runs:
+    base: Path
+    """Stopped after step 3, with checkpoints of the steps 2 and 3."""
+    losses: dict[int, float]
+    """Of the run that was never stopped, by step."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_to_look_at() -> Iterator[None]:
+    """Neither videos nor report: most of a start's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Previews, "make", lambda *_: None)
+        patch.setattr("svd_ds.run.write_report", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("torn")
+    start(shards, folder / "whole", f"run.steps={STEPS}", *SETTINGS)
+    start(shards, folder / "base", f"run.steps={STEPS - 1}", *SETTINGS)
+    losses = {row["step"]: row["loss"] for row in metrics(folder / "whole")}
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    return Runs(folder / "base", losses)
+
+
+def damage(path: Path, kind: str) -> None:
+    content = DAMAGES[kind](path.read_bytes())
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+
+
+def resume(
+    runs: Runs, shards: Path, folder: Path, kind: str, names: list[str], capfd: pytest.CaptureFixture[str]
+) -> str:
+    """Damage files of a copy of the run and resume it: what it printed, or its one sentence.
+
+    Whatever happens, no step has another loss than in the run that was never stopped.
+    """
+    run = folder / "run"
+    shutil.copytree(runs.base, run)
+    for name in names:
+        damage(run / name, kind)
+    capfd.readouterr()
+    try:
+        start(shards, run, f"run.steps={STEPS}", *SETTINGS)
+    except USER_ERRORS as error:
+        told = str(error)
+        assert "\n" not in told and told.count("Traceback") == 0
+    else:
+        told = capfd.readouterr().out
+        assert metrics(run)[-1]["step"] == STEPS
+    for row in metrics(run):
+        # Within one process, sums may differ in their last bits from one start to the next.
+        expected = pytest.approx(runs.losses[row["step"]], rel=0, abs=1e-5)
+        assert row["loss"] == expected, (kind, names, row, told)
+    shutil.rmtree(run)
+    return told
+
+
+CASES = [(kind, name) for name in WRITTEN_BY_THE_RUN for kind in DAMAGES]
+FAST = [("flipped", "unet/rank-00000-of-00001.safetensors"), ("emptied", "COMPLETE")]
+
+
+def check_newest(
+    runs: Runs, shards: Path, folder: Path, kind: str, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = resume(runs, shards, folder, kind, [f"{NEWEST}/{name}"], capfd)
+    assert "resuming at step 2" in told
+    (warning,) = [line for line in told.splitlines() if line.startswith("warning: ")]
+    assert "step-0000002" in warning and "step-0000003" in warning and name in warning, warning
+
+
+@pytest.mark.parametrize(("kind", "name"), FAST)
+def test_damaged_newest_checkpoint_is_named_and_the_older_one_resumed(
+    runs: Runs, shards: Path, tmp_path: Path, kind: str, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    check_newest(runs, shards, tmp_path, kind, name, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_any_damaged_file_of_the_newest_checkpoint_is_named(
+    runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for kind, name in CASES:
+        if (kind, name) not in FAST:
+            check_newest(runs, shards, tmp_path, kind, name, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_any_damaged_file_beside_the_checkpoints_costs_no_step(
+    runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in BESIDE:
+        for kind in DAMAGES:
+            told = resume(runs, shards, tmp_path, kind, [name], capfd)
+            if "resuming at step" not in told:
+                # A byte of config.yaml may make another config of it, which is refused by its key.
+                named = Path(name).name in told or (
+                    name == "config.yaml" and "belongs to another config" in told
+                )
+                assert named, (kind, name, told)
+
+
+@pytest.mark.slow
+def test_where_no_checkpoint_is_whole_all_are_named_and_kept(
+    runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("flipped", "deleted"):
+        names = [f"checkpoints/step-{step:07d}/adam.json" for step in (2, 3)]
+        told = resume(runs, shards, tmp_path, kind, names, capfd)
+        assert "no checkpoint in" in told and "step-0000003 (adam.json" in told and "step-0000002 (" in told
+
+
+@pytest.mark.slow
+def test_checkpoint_that_lost_its_folder_is_no_other_start(
+    runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both manifests are gone: the run must not begin at step 0 over what it had learned."""
+    told = resume(
+        runs, shards, tmp_path, "deleted", [f"checkpoints/step-{step:07d}/COMPLETE" for step in (2, 3)], capfd
+    )
+    assert "no checkpoint in" in told and "has no file COMPLETE" in told
+
+
+@pytest.mark.slow
+def test_named_damaged_checkpoint_is_refused(
+    runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs.base, tmp_path / "run")
+    path = tmp_path / "run" / NEWEST
+    damage(path / "state.json", "flipped")
+    with pytest.raises(ValueError, match=r"step-0000003 is damaged: state.json has another checksum"):
+        start(shards, tmp_path / "run", f"run.steps={STEPS}", *SETTINGS, f"run.resume={path}")
+    assert path.exists(), "it was named, so it is left where it is"
