@@ -80,9 +80,7 @@ def write_draft(
         for name, value in values.items():
             own = value.detach().flatten()
             if not is_finite(own[: max(used.get(name, len(own)), 0)]):
-                raise NotFinite(
-                    f"the checkpoint {draft} is given up: {path} would hold a {name} that is not finite"
-                )
+                raise NotFinite(f"the checkpoint {draft} is given up: {name} in {path} is not finite")
     try:
         for path, values in tensors.items():
             write_tensors(draft / path, values)

@@ -40,6 +40,9 @@ class CheckpointConfig:
                 f"checkpoint.every is {self.every} and checkpoint.keep_last {self.keep_last}: both must be "
                 "at least 1"
             )
+        for name in ("keep_every", "keep_averages"):
+            if (number := getattr(self, name)) < 0:
+                raise ValueError(f"checkpoint.{name} is {number}: it must be at least 0")
 
 
 def take_over(folder: Path, step: int) -> str:

@@ -25,7 +25,7 @@ from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
 from svd_ds.training import draft as drafts
 from svd_ds.training import keeping
-from svd_ds.training.checkpoint import Checkpoints
+from svd_ds.training.checkpoint import Checkpoints, NonFiniteError
 from svd_ds.training.ema import EMAConfig, ShardEMA
 from svd_ds.training.keeping import CheckpointConfig, draft_name, publish
 from svd_ds.training.objective import Objective
@@ -412,3 +412,33 @@ def test_a_network_of_other_widths_is_refused_with_both_numbers(tmp_path: Path) 
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match=r"checkpoint.every is 0 and checkpoint.keep_last 2"):
         CheckpointConfig(every=0)
+    with pytest.raises(ValueError, match=r"checkpoint.keep_every is -1: it must be at least 0"):
+        CheckpointConfig(keep_every=-1)
+
+
+def test_value_that_is_not_finite_is_never_published(tmp_path: Path) -> None:
+    store, engine = checkpoints(tmp_path), Shards()
+    save(store, 1, engine)
+    engine.adam["exp_avg"]["a"][2] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"a in adam-exp_avg/.* is not finite"):
+        save(store, 2, engine)
+    assert store.latest() == tmp_path / "step-0000001"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_save_in_doubt_is_not_gone_back_to(tmp_path: Path) -> None:
+    store, engine = checkpoints(tmp_path), Shards()
+    ema = save(store, 1, engine)
+    begin_save(store, 2, engine)
+    store.settle(taken=False)
+    found = store.reload(engine, ema, Adversary(0.0), "skipped")  # type: ignore[arg-type]
+    assert found.step == 1
+    assert list(complete_checkpoints(tmp_path)) == [1]
+
+
+def test_unproven_checkpoint_prunes_none(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path, keep_last=1)
+    save(store, 1)
+    begin_save(store, 2)
+    store.finish()
+    assert list(complete_checkpoints(tmp_path)) == [1, 2]
