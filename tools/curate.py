@@ -15,7 +15,15 @@ from svd_ds.curate.clips import ClipSettings, count_frames
 from svd_ds.curate.duplicates import DuplicateSettings
 from svd_ds.curate.embed import ClipModelSettings
 from svd_ds.curate.pack import ShardSettings
-from svd_ds.curate.pipeline import Settings, annotate, finish, progress_bar, refused, write_refused
+from svd_ds.curate.pipeline import (
+    Settings,
+    annotate,
+    captions_missing,
+    finish,
+    progress_bar,
+    refused,
+    write_refused,
+)
 from svd_ds.curate.raw import find_raw
 from svd_ds.curate.select import write_clips
 from svd_ds.curate.stages import TIMEOUT, Runner
@@ -66,7 +74,7 @@ def main() -> None:
     num_refused = len(dict(refused(runner)))
     print(
         f"{out}: {num_kept} of {len(clips)} clips kept; {num_refused} of {len(files)} files in refused.csv; "
-        f"see {out / 'report.html'}"
+        f"{captions_missing(runner)}; see {out / 'report.html'}"
     )
 
 

@@ -14,7 +14,14 @@ from rich.console import Console
 
 from svd_ds.curate.clips import ClipSettings, count_frames
 from svd_ds.curate.pack import HELD_OUT, ShardSettings
-from svd_ds.curate.pipeline import Settings, annotate, finish, progress_bar, refused, write_refused
+from svd_ds.curate.pipeline import (
+    Settings,
+    annotate,
+    finish,
+    progress_bar,
+    refused,
+    write_refused,
+)
 from svd_ds.curate.raw import find_raw
 from svd_ds.curate.stages import Runner
 from svd_ds.data.shards import INDEX_NAME, Index

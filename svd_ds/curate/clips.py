@@ -55,8 +55,11 @@ class Window:
 
 
 def cut_clips(settings: ClipSettings, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
-    """Write the clips of a file to their place; a row for each. Raises ValueError where no shot is long
-    enough."""
+    """Write the clips of a file to their place; a row for each.
+
+    Raises:
+        ValueError: after the rows, where not every shot is long enough for a clip.
+    """
     (about,) = known["probe"]
     rate = Fraction(about["rate"])
     if about["kind"] == "image":
@@ -79,6 +82,11 @@ def cut_clips(settings: ClipSettings, file: RawFile, known: Known, place: Place)
         else:
             yield _write(file, place, window, rate, content, (about["height"], about["width"]))
     yield from _encode(file, place, left, about, settings.size)
+    if short := [end - begin for begin, end in shots if end - begin < count_frames(settings.shortest, rate)]:
+        raise ValueError(
+            f"{len(short)} of its {len(shots)} shots have fewer than {count_frames(settings.shortest, rate)} "
+            f"frames: {sum(short)} frames give no clip"
+        )
 
 
 def _encode(file: RawFile, place: Place, windows: Sequence[Window], about: Row, size: int) -> Iterator[Row]:
@@ -133,7 +141,10 @@ def plan(shots: Sequence[tuple[int, int]], about: Row, settings: ClipSettings) -
     shortest, longest = (count_frames(length, rate) for length in (settings.shortest, settings.longest))
     stride = count_frames(settings.stride, rate) if settings.stride else None
     if not 2 <= shortest <= longest:
-        raise ValueError(f"a clip of {shortest} to {longest} frames is none")
+        raise ValueError(
+            f"at its {float(rate):.3g} frames a second a clip of {settings.shortest} to {settings.longest} "
+            f"has {shortest} to {longest} frames, and a clip needs 2"
+        )
     if stride is not None and not 1 <= stride <= shortest:
         raise ValueError(f"a stride of {stride} frames is not between 1 and the clip's {shortest}")
     keyframes = _keyframes(about, settings)

@@ -39,8 +39,12 @@ SLOW_LEVEL = 15.0
 """Levels by which a slow detector's frames differ for a find that is worth another look."""
 FADE_MARGIN = Fraction(1, 4)
 """Seconds before and after what is known to be a fade that belong to it too."""
+REPEAT = 0.7
+"""Levels by which an encoded copy of a frame may differ from it; what moves differs by 2 and more."""
+HELD = Fraction(1, 2)
+"""Seconds from which on a picture that repeats is a still, and not a lower rate shown at a higher one."""
 FLASH = 3
-"""Frames that a flash lasts at most: before and after it the picture is the same, so it is no cut."""
+"""Distinct frames that a flash lasts at most: the picture after it is the one before it, so it is no cut."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ class Cascade:
         self._settings = settings
         self._rate = rate
         self._thumbnails: list[np.ndarray] = []
+        self._last_distinct: np.ndarray | None = None
+        self._last_change = 0
+        self._distinct: list[int] = []
+        """Numbers of the frames that the detector of hard cuts sees."""
         adaptive = AdaptiveDetector(settings.hard_ratio, 0, min_content_val=settings.hard_level)
         self._hard = Sampled(adaptive, 1, rate)
         # The threshold detector tells one frame of each fade: biased, it tells the first and the last.
@@ -120,15 +128,33 @@ class Cascade:
         """The next frame, BGR."""
         self.num_frames = number + 1
         self._thumbnails.append(cv2.resize(view_HWC, THUMBNAIL, interpolation=cv2.INTER_AREA))
-        for detector in (self._hard, self._out, self._in, *self._slow):
+        for detector in (self._out, self._in, *self._slow):
             detector.see(number, view_HWC)
+        if self._is_distinct(number, view_HWC):
+            self._hard.see(len(self._distinct), view_HWC)
+            self._distinct.append(number)
+
+    def _is_distinct(self, number: int, view_HWC: np.ndarray) -> bool:
+        """Whether a frame shows anything new, or a picture has been still for long.
+
+        Film at 10 frames a second shown at 30, animation on twos and threes, and a variable rate that is
+        filled up repeat frames. Copies do not change, so that every new picture would look like a cut.
+        """
+        last = self._last_distinct
+        if last is None or np.abs(view_HWC - last).mean() > REPEAT:
+            self._last_distinct = view_HWC.astype(np.float32)
+            self._last_change = number
+            return True
+        return number - self._last_change > HELD * self._rate
 
     def cuts(self) -> list[Cut]:
         """In order, none touching another."""
         if not self.num_frames:
             return []
         thumbnails_THWC = np.stack(self._thumbnails)
-        hard = [at for at in self._hard.finish(self.num_frames) if not _is_flash(thumbnails_THWC, at)]
+        distinct_THWC = thumbnails_THWC[self._distinct]
+        found = self._hard.finish(len(self._distinct))
+        hard = [self._distinct[at] for at in found if not _is_flash(distinct_THWC, at)]
         out, back = self._out.finish(self.num_frames), self._in.finish(self.num_frames)
         cuts = [Cut(at, at, "hard") for at in hard]
         cuts += [Cut(begin, end, "black") for begin, end in zip_longest(out, back, fillvalue=self.num_frames)]

@@ -22,7 +22,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from svd_ds.data.clips import Box, fit, to_rgb
 
 MAX_GAP = 10.0
-"""Seconds that one frame may stand: behind a longer gap a video's clock is broken."""
+"""Seconds that one frame may be shown: after a longer gap a video's clock is broken."""
+RESTART = Fraction(1, 2)
+"""Seconds by which a clock that begins anew goes back, at least; less is jitter."""
 
 
 def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple[int, VideoFrame]]:
@@ -30,26 +32,31 @@ def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple
 
     Args:
         rate: of the even clock, frames a second.
-        promised: frames that the file says it has; 0 where it does not say.
+        promised: frames that the file says it shows; 0 where it does not say.
 
-    Raises ValueError at the first frame that cannot be decoded, or where there are fewer than promised.
+    Raises:
+        ValueError: a frame cannot be decoded, has another size than the ones before it, or comes after a
+            gap; or there are fewer frames than promised.
     """
     number, held = -1, None
+    size: tuple[int, int] | None = None
     try:
         with av.open(str(path), mode="r") as container:
             stream = video_stream(container)
             stream.thread_type = "AUTO"
-            first: Fraction | None = None
+            clock = Clock(rate, counts=container.format.name == "avi")
             decoded = 0
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise ValueError(f"it is damaged from frame {number + 1} on")
+                size = size or (frame.height, frame.width)
+                if size != (frame.height, frame.width):
+                    raise ValueError(
+                        f"its frames change from {size[1]}x{size[0]} to {frame.width}x{frame.height} pixels "
+                        f"at frame {number + 1}: what follows is left out"
+                    )
                 decoded += 1
-                shown = number + 1
-                if frame.pts is not None and frame.time_base is not None:
-                    time = frame.pts * frame.time_base
-                    first = time if first is None else first
-                    shown = round((time - first) * rate)
+                shown = clock.number(frame, number)
                 if shown - number > max(1, MAX_GAP * rate):
                     raise ValueError(
                         f"its clock jumps by {float((shown - number) / rate):.0f} s after frame {number}"
@@ -67,12 +74,41 @@ def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple
         raise ValueError(f"it ends after {decoded} of the {promised} frames that it says it has")
 
 
+class Clock:
+    """From a frame's time to its number on an even clock that starts at 0 and never goes back."""
+
+    def __init__(self, rate: Fraction, counts: bool) -> None:
+        """counts: the container stores no times (AVI): its frames are even by construction, and the times
+        that a decoder makes up are wrong where frames are reordered."""
+        self._rate = rate
+        self._counts = counts
+        self._first: Fraction | None = None
+        self._last: Fraction | None = None
+
+    def number(self, frame: VideoFrame, before: int) -> int:
+        """The number of a frame, in the order in which they are shown; `before` is that of the one before."""
+        if self._counts or frame.pts is None or frame.time_base is None:
+            return before + 1
+        time = frame.pts * frame.time_base
+        if self._first is None:
+            self._first = time
+        elif self._last is not None and self._last - time > RESTART:
+            # Joined recordings: the second one's clock begins anew.
+            self._first = time - (before + 1) / self._rate
+        self._last = time
+        return round((time - self._first) * self._rate)
+
+
 def video_stream(container: Any) -> Any:
-    """The first video stream that is no cover picture of a song. Raises ValueError if there is none."""
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            return stream
-    raise ValueError("it has no video stream")
+    """The video stream that a player shows: the default one, then the largest; no cover picture of a song.
+
+    Raises:
+        ValueError: there is none.
+    """
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise ValueError("it has no video stream")
+    return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
 
 
 def read_still(path: Path) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from svd_ds.curate.cuts import CutSettings
 from svd_ds.curate.duplicates import DuplicateSettings, mark_duplicates
 from svd_ds.curate.embed import ClipModelSettings
 from svd_ds.curate.pack import ShardSettings, write_shards
+from svd_ds.curate.raw import FILE_NAME
 from svd_ds.curate.select import CAPTION, Clip, choose, join
-from svd_ds.curate.stages import Runner, Stage
+from svd_ds.curate.stages import Runner, Stage, sound
 from svd_ds.curate.text import TextSettings
 from svd_ds.data.filters import Condition
 from svd_ds.data.writer import replace_file
@@ -54,8 +56,8 @@ class Settings:
 
     def stages(self) -> list[Stage]:
         """The stages by file, in an order in which each comes after those that it builds on."""
-        probing = Stage("probe", probe.probe, probe.COLUMNS)
-        cutting = Stage("cuts", cuts.find_shots, cuts.COLUMNS, self.cuts, (probing,))
+        probing = Stage("probe", probe.probe, probe.COLUMNS, version=2)
+        cutting = Stage("cuts", cuts.find_shots, cuts.COLUMNS, self.cuts, (probing,), version=2)
         clipping = Stage("clips", clips.cut_clips, clips.COLUMNS, self.clips, (probing, cutting))
         stages = [probing, cutting, clipping]
         stages.append(Stage("motion", measure.score_motion, measure.MOTION, None, (clipping,)))
@@ -139,6 +141,13 @@ def refused(runner: Runner) -> list[tuple[str, str]]:
         for name, rows in found.items():
             reasons.setdefault(name, []).extend(row["error"] for row in rows if row["error"])
     return [(file.name, reason) for file in runner.files for reason in reasons.get(file.name, ())]
+
+
+def captions_missing(runner: Runner) -> str:
+    """How many of the readable files have no caption but their name, in words."""
+    about = [json.loads(row["told"]) for rows in runner.found["probe"].values() for row in sound(rows)]
+    nameless = sum(told["captions"].keys() == {FILE_NAME} for told in about)
+    return f"{nameless} of {len(about)} readable files have no caption but their name"
 
 
 def write_refused(runner: Runner, path: Path) -> None:

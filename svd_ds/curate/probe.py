@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers in which a seek finds the very keyframe: in a transport stream it may land behind it."""
 EVEN = 0.3
 """Share of a frame by which times may miss an even clock: containers round them to milliseconds."""
+REORDERED = 1
+"""Seconds by which the times of packets may go back for the order in which they are decoded."""
 MAX_RATE = 240
 """Of a video whose clock is uneven: two frames that lie close do not make it a slow-motion camera's."""
 
@@ -63,7 +65,9 @@ def probe(settings: None, file: RawFile, known: Known, place: Place) -> Iterator
     suffix = file.path.suffix.lower()
     if suffix not in VIDEOS + IMAGES:
         raise ValueError(f"it is neither a video nor an image by its suffix {suffix!r}")
-    told = json.dumps(told_of(file.path), ensure_ascii=False)
+    if not file.path.is_file():
+        raise ValueError("it is listed, and there is no such file")
+    told = json.dumps(told_of(file.path, file.listed), ensure_ascii=False)
     yield {**(probe_video(file.path) if suffix in VIDEOS else probe_image(file.path)), "told": told}
 
 
@@ -101,7 +105,7 @@ def probe_video(path: Path) -> Row:
                 "pixel_aspect": str(stream.sample_aspect_ratio or Fraction(1)),
                 "rate": str(packets.rate),
                 "even": packets.even,
-                "promised": stream.frames,
+                "promised": promised(container, stream),
                 "num_frames": packets.num_frames,
                 "keyframes": packets.keyframes if container.format.name in INDEXED else [],
                 "first": packets.first,
@@ -112,8 +116,8 @@ def probe_video(path: Path) -> Row:
 
 def read_packets(container: Any, stream: Any) -> Packets:
     """Raises ValueError for a video without a frame rate or with fewer than two frames."""
-    packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    found = [(packet.pts, packet.is_keyframe) for packet in packets]
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    found = [(packet.pts, packet.is_keyframe) for packet in packets if not packet.is_discard]
     if len(found) < 2:
         raise ValueError(f"it has {len(found)} frame, and a video needs 2")
     known = [pts for pts, _ in found if pts is not None]
@@ -122,13 +126,45 @@ def read_packets(container: Any, stream: Any) -> Packets:
         if not stream.average_rate:
             raise ValueError("it has no frame rate")
         return Packets(stream.average_rate, True, len(found), [], 0)
+    # Frames that are shown may be coded with the help of hidden ones, which a copy would lack; and where the
+    # clock begins anew, its times number no frames.
+    hidden = len(found) < len(packets) or _restarts(known, stream.time_base)
+    known = _onwards(known, stream.time_base) if hidden else known
     first = min(known)
     rate, even = clock_of(
         sorted(float((pts - first) * stream.time_base) for pts in known), stream.average_rate
     )
+    even = even and not hidden
     numbers = [round((pts - first) * stream.time_base * rate) for pts in known]
     keyframes = closed_keyframes(numbers, [is_key for _, is_key in found]) if even else []
     return Packets(rate, even, max(numbers) + 1, keyframes, first)
+
+
+def promised(container: Any, stream: Any) -> int:
+    """Frames that a file says it shows, 0 where it does not say; edit lists hide some that it holds."""
+    if "mp4" in container.format.name.split(","):
+        return sum(not entry.is_discard for entry in stream.index_entries)
+    return stream.frames
+
+
+def _restarts(times: Sequence[int], tick: Fraction) -> bool:
+    """Whether the clock of packets, in decoding order, begins anew somewhere."""
+    return any(
+        latest - pts > REORDERED / tick for pts, latest in zip(times, accumulate(times, max), strict=True)
+    )
+
+
+def _onwards(times: Sequence[int], tick: Fraction) -> list[int]:
+    """Times of packets, in decoding order, on one clock: after each new beginning the times go on."""
+    onwards: list[int] = []
+    offset, latest = 0, times[0]
+    gaps = [after - before for before, after in pairwise(sorted(set(times)))] or [1]
+    for pts in times:
+        if latest - (pts + offset) > REORDERED / tick:
+            offset = latest + round(statistics.median(gaps)) - pts
+        onwards.append(pts + offset)
+        latest = max(latest, onwards[-1])
+    return onwards
 
 
 def clock_of(times: Sequence[float], told: Fraction | None) -> tuple[Fraction, bool]:

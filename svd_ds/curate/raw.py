@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
+from svd_ds.curate.listing import Listed, read_listing
+from svd_ds.data.sidecar import (
+    DEFAULT_CAPTIONER,
+    annotations_in,
+    captions_in,
+    clean_text,
+    decode_text,
+    is_number,
+    parse_json,
+    text_in,
+)
+
+VIDEOS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif"),
+    *(".mts", ".m2ts", ".wmv", ".flv", ".3gp"),
+)
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-SIDECARS = (".txt", ".json")
+SIDECARS = (".txt", ".caption", ".json")
 FILE_NAME = "name"
-"""The captioner of a file of which nothing is told."""
-TOLD = ("caption", "captions", "elevation", "annotations")
-"""What a .json beside a file may tell of it."""
+"""The captioner of a file that has no caption: its name stands in."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +43,17 @@ class RawFile:
     path: Path
     key: str
     """Its name as the beginning of sample ids: unique, letters, digits, `_` and `-`."""
+    listed: Mapping[str, Any] = field(default_factory=dict)
+    """What a list of the folder's files says of it (svd_ds/curate/listing.py)."""
 
     def stamp(self) -> int:
         """Another number when the file is another, or is called otherwise: what is known of it is then
         stale."""
-        beside = [path for suffix in SIDECARS if (path := self.path.with_suffix(suffix)).is_file()]
-        about = [path.stat() for path in (self.path, *beside)]
+        sidecars = [self.path.with_suffix(suffix) for suffix in SIDECARS]
+        about = [path.stat() for path in (self.path, *sidecars) if path.is_file()]
         state = [(each.st_size, each.st_mtime_ns) for each in about]
-        return zlib.crc32(f"{self.key} {state}".encode())
+        listed = f" {json.dumps(self.listed, sort_keys=True)}" if self.listed else ""
+        return zlib.crc32(f"{self.key} {state}{listed}".encode())
 
 
 def find_raw(raw: Path, out: Path) -> list[RawFile]:
@@ -45,11 +61,19 @@ def find_raw(raw: Path, out: Path) -> list[RawFile]:
 
     Raises FileNotFoundError or ValueError where there is neither, or the manifest names a file twice.
     """
+    listed: Listed = {}
     if raw.is_dir():
-        root, paths = raw, find_files(raw, out)
+        listed, lists = read_listing(raw)
+        root, paths = raw, [path for path in find_files(raw, out) if path not in lists]
+        # A file that is listed and missing is refused by name, and costs no other file.
+        there = set(paths)
+        paths += [root / name for name in listed if root / name not in there and not (root / name).is_file()]
+        if not paths:
+            raise ValueError(f"there is no file in {raw}")
     elif raw.is_file() and raw.suffix == ".txt":
         root = raw.parent
-        paths = [root / line.strip() for line in raw.read_text().splitlines() if line.strip()]
+        lines = clean_text(decode_text(raw.read_bytes())).splitlines()
+        paths = [root / line.strip() for line in lines if line.strip()]
         if missing := next((path for path in paths if not path.is_file()), None):
             raise FileNotFoundError(f"{raw} lists {missing}, and there is no such file")
     else:
@@ -57,21 +81,44 @@ def find_raw(raw: Path, out: Path) -> list[RawFile]:
     names = [str(path.relative_to(root) if path.is_relative_to(root) else path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"{raw} lists {len(names)} files of which {len(set(names))} are different")
-    return name_files(names, paths)
+    return name_files(names, paths, listed)
 
 
-def name_files(names: Sequence[str], paths: Sequence[Path]) -> list[RawFile]:
-    """Give each file its key: all files at once, since two names may look alike without their signs."""
-    taken: set[str] = set()
-    return [RawFile(name, path, _free_key(name, taken)) for name, path in zip(names, paths, strict=True)]
+def name_files(names: Sequence[str], paths: Sequence[Path], listed: Listed | None = None) -> list[RawFile]:
+    """Give each file its key: all files at once, since two names may look alike without their signs.
+
+    Names are made encodable here: a file system may hold names that are no UTF-8.
+    """
+    keys: set[str] = set()
+    shown: set[str] = set()
+    files = []
+    for name, path in zip(names, paths, strict=True):
+        clean = clean_text(name)
+        unique = next(
+            each for each in chain([clean], (f"{clean}_{n}" for n in count(2))) if each not in shown
+        )
+        shown.add(unique)
+        files.append(RawFile(unique, path, _free_key(clean, keys), (listed or {}).get(name, {})))
+    return files
 
 
 def find_files(folder: Path, out: Path) -> list[Path]:
-    """Everything in `folder`, at any depth, but hidden files, sidecars, and what lies under `out`."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+    """Everything in `folder`, at any depth, but hidden files, sidecars, and what lies under `out`.
+
+    Linked folders are followed, each place once.
+    """
+    files: list[Path] = []
+    visited: set[Path] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = Path(here).resolve()
+        if place in visited or place == out.resolve() or out.resolve() in place.parents:
+            folders.clear()
+            continue
+        visited.add(place)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        files += [path for name in names if name[0] != "." and (path := Path(here, name)).is_file()]
     media = {path.with_suffix("") for path in files if path.suffix.lower() in VIDEOS + IMAGES}
-    sidecars = {path for path in files if path.suffix in SIDECARS and path.with_suffix("") in media}
-    return [path for path in files if path not in sidecars and out.resolve() not in path.resolve().parents]
+    return sorted(p for p in files if p.suffix not in SIDECARS or p.with_suffix("") not in media)
 
 
 def _free_key(name: str, taken: set[str]) -> str:
@@ -82,42 +129,39 @@ def _free_key(name: str, taken: set[str]) -> str:
     return key
 
 
-def told_of(path: Path) -> dict[str, Any]:
-    """Captions, and what else the files beside `path` tell of it, as a sample's json holds it.
+def told_of(path: Path, listed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Captions, and what else the files next to `path` say of it, as a sample's json holds it.
 
-    `clip.txt` holds a caption. `clip.json` may have a "caption", or "captions" by captioner; "elevation", the
-    camera's in degrees; "annotations", numbers by name. Without captions the file's own name is one. Raises
-    ValueError for values of another kind.
+    `clip.json` may hold captions, annotations (svd_ds/data/sidecar.py has the rules) and "elevation", the
+    camera's in degrees; `clip.txt` or `clip.caption` holds a caption; `listed` is the file's row in a list of
+    the folder's files. Captions come from the first of these that has any, else the file's own name is one.
+
+    Raises:
+        ValueError: the json is unreadable, or its elevation is no angle.
     """
-    note, content = path.with_suffix(".txt"), _table_beside(path)
-    captions = content.get("captions", {"text": content["caption"]} if "caption" in content else {})
-    if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
-        raise ValueError(f'{path.stem}.json has a "caption" or "captions" that are not texts')
-    if not captions and note.is_file():
-        captions = {"text": " ".join(note.read_text().split())}
-    told: dict[str, Any] = {"captions": captions or {FILE_NAME: re.sub(r"[\W_]+", " ", path.stem).strip()}}
+    table, note = path.with_suffix(".json"), _caption_file(path)
+    sidecar = parse_json(table.read_bytes(), table.name) if table.is_file() else {}
+    row = dict(listed or {})
+    captions = captions_in(sidecar)
+    if not any(captions.values()) and note is not None:
+        captions = {DEFAULT_CAPTIONER: " ".join(text_in(note.read_bytes()).split())}
+    if not any(captions.values()):
+        captions = captions_in(row)
+    if not any(captions.values()):
+        captions = {FILE_NAME: re.sub(r"[\W_]+", " ", clean_text(path.stem)).strip()}
+    told: dict[str, Any] = {"captions": captions}
 
-    elevation, annotations = content.get("elevation"), content.get("annotations", {})
+    elevation = (row | sidecar if isinstance(sidecar, dict) else row).get("elevation")
     if elevation is not None:
-        if not _is_number(elevation) or not -90 <= elevation <= 90:
-            raise ValueError(f'"elevation" is {elevation!r} in {path.stem}.json: no angle, -90 to 90 degrees')
+        if not is_number(elevation) or not -90 <= elevation <= 90:
+            raise ValueError(f'"elevation" is {elevation!r} in {table.name}: no angle, -90 to 90 degrees')
         told["elevation"] = float(elevation)
-    if not isinstance(annotations, dict) or not all(map(_is_number, annotations.values())):
-        raise ValueError(f'"annotations" in {path.stem}.json are not numbers by name')
+    annotations = annotations_in(row)[0] | annotations_in(sidecar)[0]
     if annotations:
         told["annotations"] = annotations
     return told
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _table_beside(path: Path) -> dict[str, Any]:
-    table = path.with_suffix(".json")
-    if not table.is_file():
-        return {}
-    content = json.loads(table.read_text())
-    if not isinstance(content, dict) or content.keys().isdisjoint(TOLD):
-        raise ValueError(f"{table.name} is no json object with one of {', '.join(TOLD)}")
-    return content
+def _caption_file(path: Path) -> Path | None:
+    notes = (path.with_suffix(suffix) for suffix in (".txt", ".caption"))
+    return next((note for note in notes if note.is_file()), None)

@@ -8,6 +8,7 @@ and works on the rest.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import hashlib
 import json
@@ -29,10 +30,13 @@ from rich.progress import Progress
 
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.table import Known, Row, Table
+from svd_ds.data.sidecar import clean_text
 from svd_ds.data.workers import end_with_parent
 
 FLUSH_SECONDS = 10.0
 """A killed run has lost at most what it found in so long."""
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say something of the machine and nothing of the file that was read."""
 TIMEOUT = 3600.0
 """Seconds that a stage gives a file: long enough to encode a long film."""
 
@@ -253,14 +257,26 @@ def _begin() -> None:
 
 
 def work_on(work: Work, settings: Any, place: Place, job: Job) -> list[Row]:
-    """All rows of a file; where it is refused, the last of them says why."""
+    """All rows of a file; where it is refused, the last of them says why.
+
+    Whatever a file makes a decoder, a detector or our own code raise is the refusal of this file: it costs no
+    other one. A fault of the machine, such as a full disk, ends the run: the file is read again by the next.
+    """
     file, known = job
     rows: list[Row] = []
     try:
         for row in work(settings, file, known, place):
             rows.append(row)
-    except ValueError as error:
-        rows.append({"error": " ".join(str(error).split())})
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise
+        reason = clean_text(" ".join(str(error).split()))
+        # A ValueError is worded for this place; of another exception its kind is half of what it says.
+        if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
+            reason = f"it cannot be processed ({type(error).__name__}: {reason})"
+        rows.append({"error": reason})
     return rows
 
 

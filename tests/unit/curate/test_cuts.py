@@ -95,3 +95,20 @@ def test_shots_of_a_file_and_what_ended_them(tmp_path: Path) -> None:
     assert [shot["ended_by"] for shot in known["cuts"]] == ["fade", "hard", "end"]
     assert 25 < first["end"] < 45 < second["begin"] < 70 and second["end"] == third["begin"] == 95
     assert third["end"] == len(frames) and len(clips) == 3
+
+
+@pytest.mark.parametrize("times", [(2,), (3,), (5,), (3, 2), (2, 3, 2, 2, 3)], ids=str)
+@pytest.mark.parametrize("names", [JOINED[0], JOINED[3]], ids="-".join)
+def test_repeated_frames_are_no_cuts(names: tuple[str, str], times: tuple[int, ...]) -> None:
+    """A low rate shown at a higher one, animation on twos, threes and fives, and pulldown."""
+    shots = [real_shots()[name][:LONGEST] for name in names]
+    frames = np.concatenate(shots)
+    counts = np.resize(times, len(frames))
+    (cut,) = cuts_of(np.repeat(frames, counts, axis=0), rate=round(25 * counts.mean()))
+    assert abs(cut.begin - counts[: len(shots[0])].sum()) <= 2 * max(times)
+
+
+def test_pictures_of_a_slide_show_are_shots() -> None:
+    slides = [real_shots()[name][0] for name in ("rabbit", "man", "street1", "street3")]
+    cuts = cuts_of(np.repeat(np.stack(slides), 50, axis=0))
+    assert [cut.begin for cut in cuts] == [50, 100, 150]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,12 +97,43 @@ def test_a_stage_does_what_is_not_done_under_its_settings(folder: Path) -> None:
     assert back.found["first"]["a.mp4"][0]["size"] == 3 and len(fragments(folder)) == 3
 
 
-def test_our_own_mistake_ends_the_run_and_keeps_what_was_found(folder: Path) -> None:
-    (folder / "raw" / "d.mp4").write_text("mistake")
-    stage = Stage("first", measure, COLUMNS, Factor())
-    with pytest.raises(KeyError):
-        run(folder, stage)
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("a"),
+        SyntaxError("broken PNG"),
+        RecursionError("too deep"),
+        UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates not allowed"),
+        AttributeError("no caption \ud83d"),
+        OSError("no such codec"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_any_exception_of_a_file_is_its_refusal_and_costs_no_other(folder: Path, error: Exception) -> None:
+    def work(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
+        yield {"size": 1}
+        if file.name == "b.mp4":
+            raise error
+
+    stage = Stage("first", work, COLUMNS)
+    runner = run(folder, stage)
+    ((name, reason),) = refused(runner)
+    assert name == "b.mp4" and type(error).__name__ in reason and reason.isprintable()
+    # It is recorded: the next start does not read the file again.
     assert set(Table(stage.folder(folder / "out"), COLUMNS).read()) == {"a.mp4", "b.mp4", "c.mp4"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError()])
+def test_a_fault_of_the_machine_refuses_no_file(folder: Path, error: BaseException) -> None:
+    def work(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
+        yield {"size": 1}
+        if file.name == "b.mp4":
+            raise error
+
+    stage = Stage("first", work, COLUMNS)
+    with pytest.raises(type(error)):
+        run(folder, stage)
+    assert "b.mp4" not in Table(stage.folder(folder / "out"), COLUMNS).read()
 
 
 def test_a_model_that_cannot_be_loaded_refuses_no_file(folder: Path) -> None:
