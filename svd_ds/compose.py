@@ -7,7 +7,8 @@ once. Beyond this file nobody sees a DictConfig.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,14 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=_schema())
 
 
-def to_config(node: DictConfig) -> RunConfig:
-    """The one conversion from Hydra's tree to values; runs every part's own checks."""
+def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> RunConfig:
+    """The one conversion from Hydra's tree to values; runs every part's own checks.
+
+    Args:
+        now: what `${now:PATTERN}` shows, asked only where a value needs it. Hydra's own resolver asks each
+            rank's clock, and again in each restart of a job: they would have run folders of their own.
+    """
+    OmegaConf.register_new_resolver("now", lambda pattern: now().strftime(pattern), replace=True)
     _check_keys(node, _schema())
     parts: Any = OmegaConf.to_object(node)
     names = {spelling: name for name, spelling in SPELLING.items()}
@@ -45,8 +52,8 @@ def to_config(node: DictConfig) -> RunConfig:
     return _tuples(RunConfig(**parts | {"init": init}))
 
 
-def compose(overrides: Sequence[str] = ()) -> RunConfig:
-    """The config that `python -m svd_ds.train OVERRIDES` runs with."""
+def compose(overrides: Sequence[str] = (), now: Callable[[], datetime] = datetime.now) -> RunConfig:
+    """The config that `python -m svd_ds.train OVERRIDES` runs with; `now` as for `to_config`."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = hydra_compose("train", debug_last(overrides), return_hydra_config=True)
@@ -54,7 +61,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     HydraConfig.instance().set_config(node)
     with read_write(node), open_dict(node):
         del node["hydra"]
-    return to_config(node)
+    return to_config(node, now)
 
 
 def debug_last(overrides: Sequence[str]) -> list[str]:

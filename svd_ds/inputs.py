@@ -17,7 +17,6 @@ from svd_ds.data.loader import Loader
 from svd_ds.fit import check_elevation, check_fit, check_learns, check_scalars
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
-from svd_ds.model.manifest import COMPLETE
 from svd_ds.model.sources import network_parameters, open_source
 from svd_ds.parallel.collectives import told_by_first
 from svd_ds.parallel.env import Env, supports_bf16
@@ -26,6 +25,7 @@ from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.evaluate import SEED, FixedSet
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.optim import TAGS
+from svd_ds.training.resume import Resume, find_checkpoint
 from svd_ds.training.state import Progress
 from svd_ds.training.verify import check_whole_over_ranks, newest_whole
 
@@ -54,8 +54,8 @@ def checkpoints_of(config: RunConfig, env: Env) -> Checkpoints:
     return Checkpoints(RunFolder(Path(config.run.dir)).checkpoints, config.checkpoint, env, config.task)
 
 
-def find_resume(config: RunConfig, env: Env) -> Path | None:
-    """The whole checkpoint that the run resumes from, None where it begins. All ranks call it.
+def find_resume(config: RunConfig, env: Env) -> Resume:
+    """Find the whole checkpoint that the run resumes from. All ranks call it.
 
     Each verifies a share of the files. Rank 0 lists the checkpoints: while another start of the run writes,
     two ranks might find two.
@@ -64,27 +64,16 @@ def find_resume(config: RunConfig, env: Env) -> Path | None:
         SharedError: run.resume names none, or what there is is damaged.
     """
     checkpoints, verify = checkpoints_of(config, env), config.checkpoint.verify
-    if config.run.resume == "auto":
-        return newest_whole(checkpoints.folder, env, verify)
-    path = told_by_first(lambda: _named_resume(config, checkpoints))
-    if path is not None:
-        check_whole_over_ranks(path, env, verify)
-    return path
-
-
-def _named_resume(config: RunConfig, checkpoints: Checkpoints) -> Path | None:
-    resume = config.run.resume
-    if resume == "never":
-        if latest := checkpoints.latest():
-            raise ValueError(
-                f"run.resume is never, but the run folder has {latest}; name another with run.dir=..."
-            )
-        return None
-    path = Path(resume)
-    if not (path / COMPLETE).exists() and not (path / "state.json").exists():
-        raise ValueError(f"run.resume is {resume!r}: neither auto nor never, nor a checkpoint folder")
-    checkpoints.check_network(path)
-    return path
+    found = told_by_first(lambda: find_checkpoint(checkpoints, config.run.resume))
+    if config.run.resume == "auto" or (found.path is not None and found.is_own):
+        path = newest_whole(checkpoints.folder, env, verify)
+        # Damaged ones are set aside by now: the choice is between those that are left.
+        found = told_by_first(lambda: find_checkpoint(checkpoints, config.run.resume))
+        if found.path == path:
+            return found
+    if found.path is not None:
+        check_whole_over_ranks(found.path, env, verify)
+    return found
 
 
 def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ from svd_ds.training.optim import parameter_groups
 from svd_ds.training.parts import Parts, Plan
 from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
+from svd_ds.training.resume import Resume
+from svd_ds.training.shared_folder import check_shared_folder
 from svd_ds.training.state import Progress
 from svd_ds.training.step import Diffusion
 from svd_ds.training.usage import Clock, Speed, forward_flops, peak_of
@@ -53,26 +56,35 @@ def run(config: RunConfig, env: Env, attempt: Attempt | None = None) -> Progress
     same config; `attempt`: told of every step and of the end."""
     environment.init(env, config.watchdog.patience)
     try:
+        check_shared_folder(Path(config.run.dir), env)
         resume = find_resume(config, env)
-        inputs = agreed(lambda: read_inputs(config, env, resume))
+        inputs = agreed(lambda: read_inputs(config, env, resume.path))
         task = agreed(lambda: read_task(config, env, inputs))
-        progress = _train(config, env, inputs, task, attempt)
+        progress = _train(config, env, resume, inputs, task, attempt)
         destroy_groups()
     finally:
         environment.shutdown()
     return progress
 
 
-def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Attempt | None) -> Progress:
-    lives = told_by_first(lambda: lives_damage(inputs.checkpoints.folder))
-    inputs.checkpoints.begin(inputs.progress.step)
+def _train(
+    config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, attempt: Attempt | None
+) -> Progress:
+    checkpoints, folder = inputs.checkpoints, inputs.folder
+    lives = told_by_first(lambda: lives_damage(checkpoints.folder))
+    checkpoints.begin(inputs.progress.step, resume.origin)
+    # At once: the sooner the files are this start's, the less an earlier one still writes there.
+    damage = told_by_first(
+        lambda: folder.open(_settings(config), inputs.progress.step, checkpoints.check_still_ours)
+    )
+    if attempt is not None:
+        attempt.owns_folder(checkpoints.token, checkpoints.is_taken_over)
     engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(task.weights) if task.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
     if inputs.resume is not None:
-        inputs.checkpoints.load(inputs.resume, engine, ema, task.objective)
+        checkpoints.load(inputs.resume, engine, ema, task.objective)
 
-    damage = told_by_first(lambda: inputs.folder.open(_settings(config), inputs.progress.step))
     quarantine = Quarantine(
         config.data.max_quarantined, inputs.loader.quarantine.num_samples, inputs.folder.quarantine
     )
@@ -81,10 +93,11 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
     outcome = attempt.outcome() if attempt is not None else nullcontext()
     stop = StopRequest(_say_at_once if env.rank == 0 else lambda text: None)
     opened = agreed(lambda: _open_metrics(config, env, inputs, engine, stop))
-    with stop, opened as metrics, outcome, inputs.checkpoints:
+    with stop, opened as metrics, outcome, checkpoints:
         if metrics is not None:
             opening = [_opening(config, env, inputs, engine), metrics.tracking()]
-            metrics.say("\n".join([*opening, *inputs.loader.notes, *task.notes]))
+            notes = [resume.note, *inputs.loader.notes, *task.notes]
+            metrics.say("\n".join([*opening, *filter(None, notes)]))
             for sentence in filter(None, (lives, *damage)):
                 metrics.say(f"warning: {sentence}")
             if new:
@@ -100,10 +113,16 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
             take_faults=inputs.loader.take_faults,
             quarantine=quarantine,
             guard=Guard(config.guard),
-            checkpoints=inputs.checkpoints,
+            checkpoints=checkpoints,
             evaluation=_evaluation(config, env, inputs, task),
             previews=Previews(
-                inputs.preview_clips, task.render, task.measures, config.sampling.fps, inputs.folder, env
+                inputs.preview_clips,
+                task.render,
+                task.measures,
+                config.sampling.fps,
+                folder,
+                env,
+                checkpoints.check_still_ours,
             ),
             stop=stop,
             clock=Clock(),
@@ -112,6 +131,7 @@ def _train(config: RunConfig, env: Env, inputs: Inputs, task: Task, attempt: Att
             device=env.device,
         )
         progress = train(parts, _plan(config, env), inputs.progress)
+        told_by_first(checkpoints.check_still_ours)
         if metrics is not None:
             _report(inputs.folder, metrics)
             metrics.say(_closing(config, inputs.folder, progress, time.perf_counter() - started))
@@ -169,6 +189,7 @@ def _open_metrics(
 ) -> AbstractContextManager[Metrics | None]:
     if env.rank != 0:
         return nullcontext()
+    inputs.checkpoints.check_still_ours()
     return Metrics(
         inputs.folder,
         config.logger,
@@ -178,6 +199,7 @@ def _open_metrics(
         _speed(config, env),
         parameter_tags(engine.module),
         stop.interrupt,
+        inputs.checkpoints.check_still_ours,
     )
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import hydra
 from svd_ds import compose
 from svd_ds.allocator import keep_freed_memory
 from svd_ds.door import USER_ERRORS, print_error, wants_traceback
-from svd_ds.parallel.env import Env
+from svd_ds.parallel.env import Env, start_time
 from svd_ds.training.attempt import Attempt
 from svd_ds.training.folder import RunFolder
 
@@ -81,7 +82,7 @@ def _hydra_raises() -> Iterator[None]:
 
 
 def _run(node: Any, env: Env, debug: bool) -> None:
-    settings = compose.to_config(node)
+    settings = compose.to_config(node, cache(lambda: start_time(env)))
     with Attempt(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as attempt:
         # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
         from svd_ds.run import run

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +20,8 @@ if __name__ == "__main__":
 
 from svd_ds import compose
 from svd_ds.door import print_line, run_door
+from svd_ds.fsync_io import replace_text
+from svd_ds.parallel.env import STARTED, attempt
 from svd_ds.parallel.preflight import failing_nodes, leave_out
 from svd_ds.training.attempt import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
 from svd_ds.training.folder import RunFolder
@@ -28,6 +32,8 @@ EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slu
 It ends with 0 when the run is finished, with 2 on a user's mistake; otherwise the job is queued again, unless
 its last starts came no further (docs/slurm.md)."""
 INTERRUPT_CODE = 130
+CLOCKS = Path("runs/.jobs")
+"""Where the times of jobs are kept, from the folder that jobs are submitted in."""
 
 
 class Request:
@@ -56,12 +62,13 @@ def main() -> None:
     request = Request()
     options = parse_arguments()
     job = Job.of(options)
+    clock = JobClock(job.id, options.arguments)
     try:
-        folder = run_folder(options.arguments)
+        folder = run_folder(options.arguments, clock)
         if (damage := begin(folder, job.id, job.starts)) is not None:
             print_line(f"warning: {damage}")
     except ValueError:
-        settle(options.trial)
+        settle(options.trial, clock)
         raise
     code = 0
     faults = failing_nodes(job, folder.path) if job.preflight and not request.number else {}
@@ -70,7 +77,7 @@ def main() -> None:
         leave_out(job, faults)
         return
     if not faults and not request.number:
-        step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments])
+        step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments], **clock.variables)
         request.hand_to(step)
         code = step.wait()
     outcome = Outcome.read(folder)
@@ -81,7 +88,7 @@ def main() -> None:
     if options.trial is not None and stopped:
         settled = 0  # early, by W&B's word to rank 0 or to the agent, whichever was first
     if settled is not None:
-        settle(options.trial)
+        settle(options.trial, clock)
         sys.exit(settled)
     if not running:
         sys.exit(code)
@@ -89,16 +96,46 @@ def main() -> None:
     job.requeue()
 
 
-def settle(trial: Path | None) -> None:
-    """The run needs no other life: a sweep's next trial may begin."""
+class JobClock:
+    """When the run was first started by this job: what `${now:...}` gives in every restart and on every rank.
+
+    A run folder named after the time is then one folder for all of them. The time is kept in a file, because
+    Slurm keeps none over a requeue, and only where a value of the config asks for it.
+    """
+
+    def __init__(self, job: str, arguments: Sequence[str]) -> None:
+        # A sweep starts several runs in one job.
+        digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
+        self.path = CLOCKS / f"{job}-{digest}"
+        self.variables: dict[str, str] = {}
+        """For the ranks."""
+        self._restarted = attempt()[1] > 0
+
+    def read(self) -> datetime:
+        """The time, kept from the first start on."""
+        if not self.variables:
+            # A cluster that is set up anew gives job numbers again.
+            if not (self._restarted and self.path.exists()):
+                replace_text(self.path, datetime.now().isoformat())
+            self.variables = {STARTED: self.path.read_text()}
+        return datetime.fromisoformat(self.variables[STARTED])
+
+    def forget(self) -> None:
+        """The job starts the run no more."""
+        self.path.unlink(missing_ok=True)
+
+
+def settle(trial: Path | None, clock: JobClock) -> None:
+    """The run needs no other start: a sweep's next trial may begin."""
+    clock.forget()
     if trial is not None:
         trial.unlink(missing_ok=True)
 
 
-def run_folder(arguments: Sequence[str]) -> RunFolder:
+def run_folder(arguments: Sequence[str], clock: JobClock) -> RunFolder:
     """Where a run with these arguments lives. Raises ValueError for a mistake in them: no rank starts."""
     try:
-        settings = compose.compose([word for word in arguments if not word.startswith("-")])
+        settings = compose.compose([word for word in arguments if not word.startswith("-")], clock.read)
     except compose.COMPOSE_ERRORS as error:
         raise ValueError(compose.explain(error)) from None
     return RunFolder(Path(settings.run.dir))

@@ -29,6 +29,13 @@ class Life:
     """The step behind which it began."""
     started: float
     """When, in seconds since the epoch."""
+    origin: str = ""
+    """The checkpoint named by run.resume that this start and all of its checkpoints descend from, relative to
+    the folder of checkpoints where it lies there; empty where none was named."""
+    job: int = 0
+    """The Slurm job that started it; 0 without one."""
+    restart: int = 0
+    """How often that job had been queued again by then."""
 
 
 def lives_of(folder: Path) -> list[Life]:
@@ -46,6 +53,14 @@ def lives_damage(folder: Path) -> str | None:
     """A sentence about a damaged tail of lives.jsonl; None without one. The next start sets it aside."""
     damage = read_json_lines(folder / LIVES, _is_life).damage
     return damage and f"{damage}; a copy was kept next to it"
+
+
+def life_of(checkpoint: Path) -> Life | None:
+    """The start of the run that saved a checkpoint, None where it is not listed."""
+    manifest = manifest_or_none(checkpoint)
+    if manifest is None:
+        return None
+    return next((life for life in lives_of(checkpoint.parent) if life.token == manifest.token), None)
 
 
 def _is_life(row: dict[str, Any]) -> bool:

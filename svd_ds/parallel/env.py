@@ -14,13 +14,16 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import torch
 import torch.distributed as dist
 
 WAIT = timedelta(minutes=30)
 """For another rank, where nothing else is asked for."""
+STARTED = "SVD_DS_STARTED"
+"""Variable by which tools/job.py hands on when the job was first started, in ISO format."""
+_stores: list[dist.Store] = []
 _runs = itertools.count()
 """Runs that this process has joined, as with a multirun: every rank counts alike."""
 
@@ -81,6 +84,24 @@ def attempt(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     )
 
 
+def start_time(env: Env, environ: Mapping[str, str] = os.environ) -> datetime:
+    """When the run was started, the same on all ranks: what a job hands on, else rank 0's clock.
+
+    All ranks call it equally often, before `init`.
+    """
+    if handed_on := environ.get(STARTED):
+        return datetime.fromisoformat(handed_on)
+    now = datetime.now()
+    if env.world == 1:
+        return now
+    # Rank 0 may host the store: it stays open, so that no rank comes too late.
+    _stores.append(_meet(env, WAIT)[0])
+    key = f"start-time-{len(_stores)}"
+    if env.rank == 0:
+        _stores[-1].set(key, now.isoformat())
+    return datetime.fromisoformat(_stores[-1].get(key).decode())
+
+
 def init(env: Env, timeout: timedelta = WAIT) -> None:
     """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank. Raises as
     `Env.check_gpus` does."""
@@ -99,8 +120,7 @@ def init(env: Env, timeout: timedelta = WAIT) -> None:
             env.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
         )
     else:
-        os.environ.update(MASTER_ADDR=env.address, MASTER_PORT=str(env.port))
-        store, rank, world = next(dist.rendezvous("env://", env.rank, env.world, timeout=timeout))
+        store, rank, world = _meet(env, timeout)
         dist.init_process_group(
             env.backend,
             # A launcher's store outlives a run, and the next of these processes must not read its addresses.
@@ -110,6 +130,14 @@ def init(env: Env, timeout: timedelta = WAIT) -> None:
             timeout=timeout,
             device_id=device_id,
         )
+
+
+def _meet(env: Env, timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store that all ranks share, this rank and their number."""
+    # torch reads them; torchrun has set them, srun has not.
+    os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world))
+    os.environ.update(MASTER_ADDR=env.address, MASTER_PORT=str(env.port))
+    return next(dist.rendezvous("env://", env.rank, env.world, timeout=timeout))
 
 
 def shutdown() -> None:

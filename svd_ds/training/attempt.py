@@ -3,6 +3,7 @@
     logs/rank-00003.log   what rank 3 wrote to stderr, in all attempts: warnings, tracebacks, a hang's stacks
     logs/nccl-00003.*.log what its NCCL had to say: by host and process, for it begins a file anew
     logs/outcome.json     how the newest attempt ended; missing where it was killed
+    logs/outcome-0123abcd.json  how an attempt ended that another start took the folder over from
     logs/attempts.jsonl   the attempts that jobs made, each with the step behind which it began
 
 The launcher reads the outcome, to know whether another attempt is worth making.
@@ -16,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,8 +60,11 @@ class Outcome:
     @staticmethod
     def read(folder: RunFolder) -> Outcome | None:
         """Of this attempt, in which the caller takes part; None where nobody has said it yet."""
-        told = _told(folder)
-        return told if told is not None and told.attempt == attempt() else None
+        for path in (_outcome(folder), *sorted(folder.logs.glob("outcome-*.json"))):
+            told = _told(path)
+            if told is not None and told.attempt == attempt():
+                return told
+        return None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Attempt:
         self.watchdog = Watchdog(watchdog, self.told_hang)
         self.code = 0
         """Exit code of a rank that ends well."""
+        self._token = ""
+        self._is_taken_over: Callable[[], bool] = lambda: False
         self._verdict: _Verdict | None = None
         self._unrecorded = ""
         """Why the outcome cannot be written, where it cannot."""
@@ -136,6 +142,19 @@ class Attempt:
             with suppress(OSError):
                 self.log.close()
             raise
+
+    def owns_folder(self, token: str, is_taken_over: Callable[[], bool]) -> None:
+        """This start of the run has taken the folder over; all ranks call it, rank 0 first.
+
+        Args:
+            token: the start's fencing token.
+            is_taken_over: whether another start has done the same since. From then on this start must not
+                write outcome.json.
+        """
+        self._token, self._is_taken_over = token, is_taken_over
+        if self.env.rank == 0:
+            # An earlier start that was still alive may have said how it ended.
+            _outcome(self.folder).unlink(missing_ok=True)
 
     def ended(self, finished: bool, interrupted: bool = False, by_keyboard: bool = False) -> None:
         """All ranks did what they were asked; called by each. What rank 0 says counts: it knows of W&B's stop
@@ -217,12 +236,15 @@ class Attempt:
         """Whether it falls to this rank to report how the attempt ended: it is the first to record it, or it
         cannot, because the disk fails."""
         outcome = Outcome(kind, self.env.rank, words, attempt())
-        path, text = _outcome(self.folder), json.dumps(asdict(outcome)) + "\n"
+        path = _outcome(self.folder)
+        if self._is_taken_over():
+            path = path.with_name(f"outcome-{self._token}.json")
+        text = json.dumps(asdict(outcome)) + "\n"
         try:
             try:
                 create_text(path, text)
             except FileExistsError:
-                told = _told(self.folder)
+                told = _told(path)
                 if told is None or told.attempt >= outcome.attempt:
                     return False
                 replace_text(path, text)
@@ -270,10 +292,10 @@ def _is_attempt(row: dict[str, Any]) -> bool:
     return isinstance(row.get("job"), str) and isinstance(row.get("step"), int)
 
 
-def _told(folder: RunFolder) -> Outcome | None:
+def _told(path: Path) -> Outcome | None:
     """By whichever attempt spoke last; None where nobody did, or where what it said cannot be read."""
     try:
-        values = read_json(_outcome(folder))
+        values = read_json(path)
         return Outcome(**values | {"attempt": tuple(values["attempt"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -50,7 +50,7 @@ from svd_ds.parallel.collectives import (
     told_by_first,
 )
 from svd_ds.parallel.engine import Engine
-from svd_ds.parallel.env import Env
+from svd_ds.parallel.env import Env, attempt
 from svd_ds.training.draft import DONE, NOT_FINITE, HostCopies, PendingSave, stage_of, write_draft
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import step_name
@@ -81,7 +81,8 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig, env: Env, network: str) -> None:
         """network: what the run trains, unet or decoder, and so the name of the weights' folder."""
         self.folder, self.config, self.env, self.network = folder, config, env, network
-        self._life = ""
+        self.token = ""
+        """This start's fencing token; empty before `begin`."""
         self._host = HostCopies(env.device)
         self._pending: PendingSave | None = None
         self._unproven: int | None = None
@@ -111,9 +112,28 @@ class Checkpoints:
         if held != self.network:
             raise ValueError(f"{path} is a checkpoint of a {held}, and this run trains a {self.network}")
 
-    def begin(self, step: int) -> None:
-        """Begin a life of the run behind `step`. All ranks call it, before they save."""
-        self._life = told_by_first(lambda: take_over(self.folder, step))
+    def begin(self, step: int, origin: str = "") -> None:
+        """Start the run after `step`. All ranks call it, before they save.
+
+        Args:
+            origin: the checkpoint named by run.resume that this start descends from; empty without one.
+        """
+        self.token = told_by_first(lambda: take_over(self.folder, step, origin, attempt()))
+
+    def check_still_ours(self) -> None:
+        """Raise ValueError where another start has taken the run folder over: this one may not write."""
+        check_still_ours(self.folder, self.token)
+
+    def is_taken_over(self) -> bool:
+        """Whether another start is known to have taken the run folder over."""
+        try:
+            if self.token:
+                check_still_ours(self.folder, self.token)
+        except ValueError:
+            return True
+        except OSError:
+            pass  # a file system that does not answer says nothing
+        return False
 
     def save(
         self, progress: Progress, engine: Engine, ema: ShardEMA, objective: Objective, settings: Settings
@@ -139,7 +159,7 @@ class Checkpoints:
             texts |= {"state.json": progress.as_json(), ADAM: _json({"updates": engine.updates})}
         if self.config.asynchronous:
             tensors = self._host.copy(tensors)
-        draft = self.folder / draft_name(step_name(progress.step), self._life)
+        draft = self.folder / draft_name(step_name(progress.step), self.token)
         # What a rank's slice has beyond the parameter's end means nothing.
         used = {
             name: shape.numel() - self.env.rank * -(-shape.numel() // self.env.world)
@@ -235,7 +255,7 @@ class Checkpoints:
             if pending.proven:
                 self._note_taken()
             files = {name: digest for part in parts for name, digest in part.items()}
-            manifest, good = Manifest(self._life, len(parts), pending.proven, files), self._good
+            manifest, good = Manifest(self.token, len(parts), pending.proven, files), self._good
             if self.env.rank == 0:
                 pending.job = self._submit(lambda: publish(pending.draft, manifest, self.config, good))
 
@@ -243,7 +263,7 @@ class Checkpoints:
         self._pending = None
         try:
             # Who has taken over has also cleared our drafts away: that is no fault of the disk.
-            told_by_first(lambda: check_still_ours(self.folder, self._life))
+            told_by_first(lambda: check_still_ours(self.folder, self.token))
             try:
                 agreed(pending.job.result)
             except SharedError as error:

@@ -9,6 +9,7 @@ the config that it began with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,14 @@ class RunFolder:
             "name another folder with run.dir=..."
         )
 
-    def open(self, config: dict[str, Any], step: int) -> list[str]:
+    def open(
+        self, config: dict[str, Any], step: int, check_still_ours: Callable[[], None] = lambda: None
+    ) -> list[str]:
         """Make the folder for a start of the run after `step`: the rows of later steps are dropped.
+
+        Args:
+            check_still_ours: raises ValueError where another start has taken the folder over, so that its
+                files are not replaced.
 
         Returns:
             A sentence for each damaged file; a copy of it is kept next to it.
@@ -125,6 +132,7 @@ class RunFolder:
         Raises:
             OSError: a file cannot be written; the message names it.
         """
+        check_still_ours()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         damage = []
@@ -136,7 +144,9 @@ class RunFolder:
         text = yaml.safe_dump(config, sort_keys=False, explicit_end=True)
         for path in (self.config, self.config_copy):
             replace_text(path, text)
-        damage += self.drop_after(step, self.metrics, self.evaluation, self.skipped, self.quarantine)
+        for path in (self.metrics, self.evaluation, self.skipped, self.quarantine):
+            check_still_ours()
+            damage += self.drop_after(step, path)
         return damage
 
     def drop_after(self, step: int, *paths: Path) -> list[str]:

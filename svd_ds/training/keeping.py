@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from svd_ds.fsync_io import fsync_path, replace_text, set_aside
+from svd_ds.fsync_io import fsync_path, replace_file, set_aside, write_text
 from svd_ds.model.lives import LIVES, Life, complete_checkpoints, lives_damage, lives_of
 from svd_ds.model.manifest import COMPLETE, Manifest, damage_of
 from svd_ds.model.slices import KEPT_AVERAGES
@@ -45,16 +45,33 @@ class CheckpointConfig:
                 raise ValueError(f"checkpoint.{name} is {number}: it must be at least 0")
 
 
-def take_over(folder: Path, step: int) -> str:
-    """Begin a life of the run behind `step`; returns its token.
+def take_over(folder: Path, step: int, origin: str = "", attempt: tuple[int, int] = (0, 0)) -> str:
+    """Start the run after `step`; returns this start's fencing token.
 
-    From here on a former life that still writes, on a node that was cut off, saves nothing that counts.
+    From here on an earlier start that still writes, on a node that was cut off, saves nothing that counts.
+
+    Args:
+        origin: the checkpoint named by run.resume that this start descends from (svd_ds.model.lives.Life).
+        attempt: the Slurm job and its restart count.
+
+    Raises:
+        ValueError: another start takes the folder over at the same moment.
     """
-    life = Life(secrets.token_hex(4), step, time.time())
+    life = Life(secrets.token_hex(4), step, time.time(), origin, *attempt)
+    for abandoned in folder.glob(f"{LIVES}.*.new"):
+        abandoned.unlink(missing_ok=True)
     lives = [*lives_of(folder), life]
     if lives_damage(folder) is not None:
         set_aside(folder / LIVES)
-    replace_text(folder / LIVES, "".join(json.dumps(asdict(each)) + "\n" for each in lives))
+    # A draft of its own: two starts at once must not write into one file.
+    draft = folder / f"{LIVES}.{life.token}.new"
+    write_text(draft, "".join(json.dumps(asdict(each)) + "\n" for each in lives))
+    try:
+        replace_file(draft, folder / LIVES)
+    except FileNotFoundError as error:
+        raise ValueError(_taken_over(folder)) from error
+    if lives_of(folder)[-1] != life:
+        raise ValueError(_taken_over(folder))
     # Of former lives. A later one's are not here yet: it would first have taken over from this one.
     for draft in folder.glob("*.tmp"):
         shutil.rmtree(draft, ignore_errors=True)
@@ -71,9 +88,11 @@ def draft_name(name: str, life: str) -> str:
 def check_still_ours(folder: Path, life: str) -> None:
     """Raises ValueError where another life has taken over."""
     if lives_of(folder)[-1].token != life:
-        raise ValueError(
-            f"another start of this run has taken over {folder.parent}: this one ends and leaves it alone"
-        )
+        raise ValueError(_taken_over(folder))
+
+
+def _taken_over(folder: Path) -> str:
+    return f"another start of this run has taken over {folder.parent}: this one ends and leaves it alone"
 
 
 def publish(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, mean_over_ranks
+from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, mean_over_ranks, told_by_first
 from svd_ds.training.checkpoint import NonFiniteError
 from svd_ds.training.metrics import StepMetrics
 from svd_ds.training.optim import group_rates, learning_rate
@@ -35,9 +35,19 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
             clips += batch.ids
         grad_norm = parts.engine.gradient_norm()
         waits_s, faults = parts.clock.lap(), parts.take_faults()
-        loss_mean, waits_s["data"], asked, unreadable = mean_over_ranks(
-            [sum(losses) / len(losses), waits_s["data"], float(parts.stop.asked), float(len(faults))]
+        # Rank 0 writes the files, so that it looks whether they are still this start's.
+        lost = parts.metrics is not None and parts.checkpoints.is_taken_over()
+        loss_mean, waits_s["data"], asked, unreadable, taken_over = mean_over_ranks(
+            [
+                sum(losses) / len(losses),
+                waits_s["data"],
+                float(parts.stop.asked),
+                float(len(faults)),
+                float(lost),
+            ]
         )
+        if taken_over:
+            told_by_first(parts.checkpoints.check_still_ours)
         if unreadable:
             faults, step = items_of_ranks(faults), progress.step + 1
             agreed(partial(parts.quarantine.add, faults, step, write=parts.metrics is not None))
@@ -82,6 +92,7 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
         if parts.evaluation is not None and (progress.step % plan.evaluate_every == 0 or ended):
             with parts.clock("evaluation"):
                 measured = parts.evaluation.measure(parts.engine, parts.ema)
+            told_by_first(parts.checkpoints.check_still_ours)
             if parts.metrics is not None:
                 parts.metrics.log_evaluation(progress.step, progress.samples, measured)
                 parts.metrics.log_weights(progress.step, parts.engine.local_shards())

@@ -91,11 +91,15 @@ class Metrics:
         speed: Speed | None = None,
         tags: Mapping[str, str] | None = None,
         on_stop: Callable[[], None] = lambda: None,
+        check_still_ours: Callable[[], None] = lambda: None,
     ) -> None:
         """step: where this life begins; speed: None leaves MFU out; tags: of the parameters by name, for
-        histograms; on_stop: called when W&B is asked to stop the run."""
+        histograms; on_stop: called when W&B is asked to stop the run; check_still_ours: raises ValueError
+        where another start of the run has taken the folder over, and is called before anything is written
+        there by name."""
         self.config = config
         self.folder = folder
+        self.check_still_ours = check_still_ours
         self.total_steps = total_steps
         self.console = open_console()
         self.jsonl = LineFile(folder.metrics)
@@ -173,11 +177,13 @@ class Metrics:
 
     def log_skipped(self, step: int, fault: str, clips: list[str]) -> None:
         """Say which step was left out and why, and keep the ids of its clips."""
+        self.check_still_ours()
         append_row(self.folder.skipped, {"step": step, "fault": fault, "clips": clips})
         self.say(f"step {step}  skipped: {fault}; its clips stand in {self.folder.skipped}")
 
     def go_back(self, step: int, left: int) -> None:
         """The run goes on from `step`: what was told of the steps behind it, up to `left`, is dropped."""
+        self.check_still_ours()
         self.jsonl.close()
         damage = self.folder.drop_after(step, self.folder.metrics, self.folder.evaluation)
         self.jsonl = LineFile(self.folder.metrics)
@@ -187,6 +193,7 @@ class Metrics:
         self.say(f"step {left}  going back to the checkpoint of step {step}, and on with new clips")
 
     def log_evaluation(self, step: int, samples: int, measured: Measured) -> None:
+        self.check_still_ours()
         append_row(self.folder.evaluation, {"step": step, "samples": samples, **asdict(measured)})
         mean, average = fmean(measured.loss), fmean(measured.loss_average)
         self.say(f"step {step}  fixed set: loss {mean:.4f}, of the averaged weights {average:.4f}")

@@ -14,7 +14,7 @@ from svd_ds.batch import Batch
 from svd_ds.fsync_io import name_errors, replace_text
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
-from svd_ds.parallel.collectives import join_over_ranks
+from svd_ds.parallel.collectives import agreed, join_over_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.sample import SampleConfig, sample_video
@@ -89,6 +89,8 @@ class Previews:
     """Of the files."""
     folder: RunFolder
     env: Env
+    check_still_ours: Callable[[], None] = lambda: None
+    """Raises ValueError where another start of the run has taken the folder over."""
 
     def make(self, step: int, engine: Engine, ema: ShardEMA) -> Preview | None:
         """Render with the first average and write `samples/step-.../` in the run folder. All ranks call it.
@@ -103,9 +105,10 @@ class Previews:
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
             frames_BTCHW = self.render(engine, clips, mine)
         videos = join_over_ranks(to_uint8(frames_BTCHW))[: len(self.clips)]
-        return self._write(step, videos) if self.env.rank == 0 else None
+        return agreed(lambda: self._write(step, videos) if self.env.rank == 0 else None)
 
     def _write(self, step: int, videos_BTCHW: Tensor) -> Preview:
+        self.check_still_ours()
         folder, real_BTCHW = self.folder.samples(step), self.clips.frames_BTCHW
         paths = [folder / f"video-{i}.mp4" for i in range(len(videos_BTCHW))]
         sheet = folder / "contact_sheet.png"

@@ -151,3 +151,24 @@ def test_a_node_that_does_not_see_the_run_is_named_and_left_out(cluster: Cluster
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
     assert ended["ExcNodeList"] == blind
     assert f"queued again without {blind}: {blind} does not answer, or cannot write" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_named_checkpoint_is_only_where_the_first_start_begins(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm starts the job again with the same run.resume=PATH, whose checkpoint keep_last has removed since.
+    The run folder is named after the time, which is the same in each restart."""
+    other = tmp_path / "other"
+    job = submit(cluster, other, "run.steps=2")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)
+    named = f"run.resume={other}/checkpoints/step-0000002"
+    job = submit(cluster, tmp_path / "runs" / "${now:%H-%M-%S-%f}", named, "run.steps=8")
+    wait_until(lambda: any(steps(run)[-1:] > [4] for run in tmp_path.glob("runs/*")), "step 5", 120)
+    ask_to_end(cluster, job)
+    ended = cluster.wait(job, 300)
+    output = cluster.output(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
+    (run,) = tmp_path.glob("runs/*")
+    assert steps(run) == list(range(3, STEPS + 1)), "every step once"
+    assert "resuming at step 2" in output and "from which the run's own" in output
+    assert (run / "logs/attempts.jsonl").read_text().count("\n") == 2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ if [ -n '{asked}' ]; then
 fi
 [ -z '{kind}' ] ||
   echo '{{"kind": "{kind}", "rank": 1, "words": "its words", "attempt": [7, 0]}}' > {run}/logs/outcome.json
+echo "$SVD_DS_STARTED" >> {run}.started
 exit {code}
 """
 WITHOUT_NODE1 = ["requeuehold 7", "update JobId=7 ExcNodeList=node1", "release 7"]
@@ -65,6 +67,7 @@ def ended(
         (tmp_path / "srun").chmod(0o755)
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setattr(tool, "failing_nodes", check)
+        monkeypatch.setattr(tool, "CLOCKS", tmp_path / "clocks")
         options = ["--job", "7", "--nodes", nodes, "--trial", str(trial), "--"]
         monkeypatch.setattr(sys, "argv", ["job.py", *options, "debug=tiny", f"run.dir={run}", *arguments])
         number = 0
@@ -151,6 +154,36 @@ def test_checks_that_end_with_the_job_blame_no_node(ended: Ended) -> None:
     assert ended("", 0, check=lambda *_: silent, state="CANCELLED") == (0, [], True)
     assert ended("", 0, check=lambda *_: silent, state="PENDING") == (0, [], True), "queued from outside"
     assert ended("", 0, check=killed) == (0, ["requeue 7"], True)
+
+
+def test_folder_named_after_the_time_is_one_in_all_restarts(
+    ended: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = f"run.dir={tmp_path}/runs/${{now:%H-%M-%S-%f}}"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    for restart in ("0", "1", "2"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        (tmp_path / "run/logs").mkdir(parents=True, exist_ok=True)
+        assert ended("", 143, folder)[1] == ["requeue 7"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    with pytest.raises(ValueError, match=f"{tmp_path}/runs/.* 3 times from step 0"):
+        ended("", 143, folder)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "logs/attempts.jsonl").read_text().count("\n") == 3
+    handed_on = (tmp_path / "run.started").read_text().split()
+    assert len(handed_on) == 3 and len(set(handed_on)) == 1, "the ranks find the same folder"
+    assert datetime.fromisoformat(handed_on[0]).strftime("%H-%M-%S-%f") == run.name
+    assert not list((tmp_path / "clocks").iterdir()), "a job that has ended leaves nothing behind"
+
+
+def test_job_number_that_is_given_again_gets_a_time_of_its_own(
+    ended: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    (tmp_path / "run/logs").mkdir(parents=True)
+    for _ in range(2):
+        ended("", 143, f"run.dir={tmp_path}/runs/${{now:%H-%M-%S-%f}}")
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_a_signal_during_the_imports_is_answered(ended: Ended, tmp_path: Path) -> None:

@@ -348,3 +348,33 @@ def test_patterns_in_the_folders_name_are_not_nccls(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("NCCL_DEBUG_FILE")
     attempted(tmp_path / "100%p", 0)
     assert os.environ["NCCL_DEBUG_FILE"] == f"{tmp_path}/100%%p/logs/nccl-00000.%h.%p.log"
+
+
+def test_start_that_lost_the_folder_leaves_the_outcome_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = SharedError("another start of this run has taken over")
+    for job, error, owner in (("9", lost, False), ("7", None, True)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        for rank in range(2 if error else 1):
+            with pytest.raises(SystemExit), Attempt(RunFolder(tmp_path), env(rank), OFF) as it:
+                it.owns_folder(f"token{job}", lambda owner=owner: not owner)  # type: ignore[misc]
+                if error is not None:
+                    raise error
+                it.ended(finished=True)
+                sys.exit(0)
+    assert capsys.readouterr().err.splitlines() == [f"error: {lost}"], "one sentence for all its ranks"
+    told = outcome(tmp_path)
+    assert told is not None and (told.kind, told.attempt) == (FINISHED, (7, 0))
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    told = outcome(tmp_path)
+    assert told is not None and (told.kind, told.attempt) == (REFUSED, (9, 0)), "its job is not queued again"
+
+
+def test_start_that_takes_the_folder_over_forgets_what_an_earlier_one_said_meanwhile(tmp_path: Path) -> None:
+    with Attempt(RunFolder(tmp_path), env(0), OFF) as later:
+        attempted(tmp_path, 1, OSError("no space left"))
+        later.owns_folder("token", lambda: False)
+        later.ended(finished=True)
+    told = outcome(tmp_path)
+    assert told is not None and told.kind == FINISHED

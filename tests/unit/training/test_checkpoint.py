@@ -83,11 +83,12 @@ class Shards:
         return []
 
 
-def checkpoints(folder: Path, begin: int = 0, **config: Any) -> Checkpoints:
-    """Of a run on one rank, which begins a life behind a step."""
+def checkpoints(folder: Path, begin: int | None = 0, **config: Any) -> Checkpoints:
+    """Of a run on one rank, which is started after a step."""
     store = Checkpoints(folder, CheckpointConfig(**config), Env.read({}), "unet")
     folder.mkdir(exist_ok=True)
-    store.begin(begin)
+    if begin is not None:
+        store.begin(begin)
     return store
 
 
@@ -158,12 +159,12 @@ def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int
     ]
     for rank in (1, 2, 0):
         writers[rank].env = replace(writers[rank].env, rank=rank, world=3)
-        writers[rank]._life = writers[0]._life
+        writers[rank].token = writers[0].token
         begin_save(writers[rank], 4, shards(rank, 3))
         writers[rank]._thread.shutdown()
-    draft = tmp_path / "written" / draft_name("step-0000004", writers[0]._life)
+    draft = tmp_path / "written" / draft_name("step-0000004", writers[0].token)
     files = {name: digest for writer in writers for name, digest in writer._pending.job.result().items()}
-    publish(draft, Manifest(writers[0]._life, 3, True, files), writers[0].config, 4)
+    publish(draft, Manifest(writers[0].token, 3, True, files), writers[0].config, 4)
 
     for rank in range(ranks):
         reader = Checkpoints(
@@ -237,6 +238,35 @@ def test_a_full_disk_fails_the_save_and_leaves_the_earlier_ones(tmp_path: Path) 
     assert not list(tmp_path.glob("*.tmp")), "it takes no room from what comes next"
     save(store, 3)
     assert store.latest() == tmp_path / "step-0000003"
+
+
+@pytest.mark.parametrize("moment", ["before the draft", "before the renaming"])
+def test_two_starts_at_the_same_moment_leave_one_owner(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[Checkpoints] = []
+    name = "write_text" if moment == "before the draft" else "replace_file"
+    real = getattr(keeping, name)
+
+    def second_start_comes_first(*arguments: Any) -> None:
+        if not others:
+            others.append(checkpoints(tmp_path, begin=None))
+            others[0].begin(0)
+        real(*arguments)
+
+    monkeypatch.setattr(keeping, name, second_start_comes_first)
+    first = checkpoints(tmp_path, begin=None)
+    try:
+        first.begin(0)
+    except SharedError as error:
+        assert "another start of this run has taken over" in str(error)
+    owners = [store for store in (first, *others) if store.token and not store.is_taken_over()]
+    assert len(owners) == 1
+    save(owners[0], 2)
+    assert owners[0].latest() == tmp_path / "step-0000002"
+    monkeypatch.undo()
+    checkpoints(tmp_path, begin=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LIVES, "step-0000002"]
 
 
 def test_the_next_save_tells_that_the_one_before_failed(
@@ -354,12 +384,12 @@ def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
     old = checkpoints(tmp_path, begin=4)
     begin_save(old, 6)
     old._thread.shutdown()
-    manifest = Manifest(old._life, 1, True, old._pending.job.result())
+    manifest = Manifest(old.token, 1, True, old._pending.job.result())
     looks, lives = [], []
 
     def freeze(folder: Path, life: str) -> None:
         check(folder, life)
-        looks.extend([life] if life == old._life else [])
+        looks.extend([life] if life == old.token else [])
         if len(looks) == look and not lives:
             lives.append(checkpoints(tmp_path, begin=4))
             save(lives[0], 6)
@@ -369,10 +399,10 @@ def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
     if not cleared:
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises((ValueError, OSError)):
-        publish(tmp_path / draft_name("step-0000006", old._life), manifest, old.config, 6)
+        publish(tmp_path / draft_name("step-0000006", old.token), manifest, old.config, 6)
     (new,) = lives
     assert new.latest() == tmp_path / "step-0000006"
-    assert read_manifest(tmp_path / "step-0000006").token == new._life != old._life
+    assert read_manifest(tmp_path / "step-0000006").token == new.token != old.token
     assert (tmp_path / "step-0000006/unet/rank-00000-of-00001.safetensors").exists()
 
 

@@ -16,6 +16,21 @@ def test_later_metrics_are_dropped_on_resume(tmp_path: Path) -> None:
     assert folder.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_start_that_lost_the_folder_replaces_no_file(tmp_path: Path) -> None:
+    """Another start has taken the folder over between this one's own take-over and its first write there."""
+    folder = RunFolder(tmp_path / "run")
+    folder.open({"a": 1}, step=0)
+    folder.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def lost() -> None:
+        raise ValueError("taken over")
+
+    with pytest.raises(ValueError, match="taken over"):
+        folder.open({"a": 2}, 0, lost)
+    assert folder.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert folder.config.read_text().startswith("a: 1\n")
+
+
 def test_another_config_is_refused_by_the_key_that_differs(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open({"model": {"widths": [32, 64]}, "run": {"steps": 10}}, step=0)

@@ -1,0 +1,73 @@
+"""Which checkpoint a start of a run resumes from.
+
+    run.resume=auto    the run's newest checkpoint, if it has one
+    run.resume=never   none: a run folder that has checkpoints is refused
+    run.resume=PATH    that checkpoint, of this run or of another
+
+A job that is queued again starts the run with the same arguments as before. So a named checkpoint counts only
+until the run has saved one that descends from it, and `never` refuses only what another job has saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from svd_ds.model.lives import life_of
+from svd_ds.model.manifest import COMPLETE
+from svd_ds.parallel.env import attempt
+from svd_ds.training.checkpoint import Checkpoints
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a start of a run begins."""
+
+    path: Path | None
+    """The checkpoint that it resumes from; None begins at step 0."""
+    origin: str = ""
+    """The named checkpoint that the run descends from (svd_ds.model.lives.Life)."""
+    is_own: bool = False
+    """Whether it is the newest of the run's own checkpoints, and not one that was chosen by name."""
+    note: str = ""
+    """What the user should know about the choice."""
+
+
+def find_checkpoint(checkpoints: Checkpoints, resume: str) -> Resume:
+    """Find what `run.resume` asks for.
+
+    One rank finds it for all: while another start of the run still writes, two might find two.
+
+    Raises:
+        ValueError: the named checkpoint cannot be resumed, or `never` meets checkpoints.
+    """
+    own = checkpoints.latest()
+    saved_by = life_of(own) if own is not None else None
+    origin = saved_by.origin if saved_by is not None else ""
+    if resume == "auto":
+        return Resume(own, origin, is_own=own is not None)
+    if resume == "never":
+        if own is None:
+            return Resume(None)
+        job, restart = attempt()
+        if saved_by is not None and job and saved_by.job == job and saved_by.restart < restart:
+            return Resume(own, origin, True, f"run.resume is never, and job {job} itself has saved {own}")
+        raise ValueError(f"run.resume is never, but the run folder has {own}; name another with run.dir=...")
+    named = Path(resume)
+    name = named.name if _same(named.parent, checkpoints.folder) else str(named.resolve())
+    if own is not None and origin == name:
+        return Resume(own, origin, True, f"run.resume is {named}, from which the run's own {own} descends")
+    _check_named(named)
+    checkpoints.check_network(named)
+    return Resume(named, name)
+
+
+def _check_named(path: Path) -> None:
+    if not (path / "state.json").exists():
+        raise ValueError(f"run.resume is {str(path)!r}: neither auto nor never, nor a checkpoint folder")
+    if not (path / COMPLETE).exists():
+        raise ValueError(f"run.resume is {str(path)!r}: no whole checkpoint, for it has no file {COMPLETE}")
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()

@@ -1,0 +1,119 @@
+"""One run, one folder: for all its ranks, and for one start of it at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_train import environment
+from tests.runs import metrics
+
+ROOT = Path(__file__).parents[2]
+RunRanks = Callable[..., subprocess.CompletedProcess[str]]
+OWN_FOLDER = """
+import os, sys
+from svd_ds import train
+sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
+train.main()
+"""
+"""A rank whose run folder is its own: RANK in an argument is its number."""
+
+PATIENT = """
+import os, time
+from pathlib import Path
+from svd_ds import train
+from svd_ds.training.step import Diffusion
+loss, run, calls = Diffusion.loss, Path(os.environ["RUN"]), []
+
+def waits(self, net, batch):
+    calls.append(batch)
+    while len(calls) > 6 and (run / "checkpoints/lives.jsonl").read_text().count("\\n") < 2:
+        time.sleep(0.02)
+    return loss(self, net, batch)
+
+Diffusion.loss = waits
+train.main()
+"""
+"""A rank that takes 6 steps, and the next when another start has taken its run over."""
+
+
+@pytest.fixture(scope="module")
+def settings(shards: Path) -> tuple[str, ...]:
+    small = ("debug=tiny", "model.widths=[32]", "model.attention_levels=[true]", "batch.size=2")
+    quiet = ("data.num_frames=3", "evaluation.every=0", "sampling.every=1000000", "sampling.num_steps=1")
+    return (*small, *quiet, f"data.path={shards}")
+
+
+def test_ranks_with_a_folder_each_are_refused_before_they_train(
+    settings: tuple[str, ...], run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(OWN_FOLDER)
+    ended = run_ranks(script, *settings, f"run.dir={tmp_path}/disk-RANK/run", "run.steps=2")
+    assert ended.returncode == 2, ended.stderr
+    told = {line for line in ended.stderr.splitlines() if line}
+    assert len(told) == 1, "all ranks say the same"
+    (sentence,) = told
+    assert sentence.startswith("error: run.dir is ") and "share" in sentence
+    for rank in range(2):
+        assert f"{tmp_path}/disk-{rank}/run on rank {rank} (host " in sentence
+        assert not (tmp_path / f"disk-{rank}/run/checkpoints").exists(), "nothing was trained"
+
+
+@pytest.mark.slow
+def test_folder_named_after_the_time_is_one_for_all_ranks(
+    settings: tuple[str, ...], run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(OWN_FOLDER)
+    # To the microsecond: two ranks never read their clocks so close to each other.
+    folder = f"run.dir={tmp_path}/runs/${{now:%Y-%m-%d/%H-%M-%S.%f}}"
+    ended = run_ranks(script, *settings, folder, "run.steps=1", WANDB_MODE="disabled")
+    assert ended.returncode == 0, ended.stderr
+    (run,) = tmp_path.glob("runs/*/*")
+    assert len(list(run.glob("checkpoints/step-0000001/unet/rank-*-of-00002.safetensors"))) == 2
+    assert {path.name for path in run.glob("logs/rank-*.log")} == {"rank-00000.log", "rank-00001.log"}
+
+
+@pytest.mark.slow
+def test_second_start_in_one_folder_ends_the_first_and_loses_nothing(
+    settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    run, script, steps = tmp_path / "run", tmp_path / "patient.py", 12
+    script.write_text(PATIENT)
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        often = ("evaluation.every=4", "sampling.every=4", "checkpoint.every=4", f"run.steps={steps}")
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "tools/launch.py"), "-n", "1", *words, *settings, f"run.dir={run}",
+             *often],
+            env=environment() | {"RUN": str(run)},
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    first, deadline = start("--script", str(script), "--"), time.monotonic() + 100
+    while len(metrics(run)) < 6:
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        time.sleep(0.02)
+    second = start("--")
+    _, told = first.communicate(timeout=200)
+    assert first.returncode == 2
+    lines = told.strip().splitlines()
+    assert len(lines) == 1, told
+    assert f"another start of this run has taken over {run}" in lines[0]
+    out, told = second.communicate(timeout=200)
+    assert second.returncode == 0, told
+    assert "resuming at step 4" in out and f"done: {steps} steps" in out
+    assert [row["step"] for row in metrics(run)] == list(range(1, steps + 1))
+    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert json.loads((run / "logs/outcome.json").read_text())["kind"] == "finished"
+    (lost,) = (run / "logs").glob("outcome-*.json")
+    assert json.loads(lost.read_text())["kind"] == "refused"
+    assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.new"))
