@@ -12,8 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from svd_ds.pixels.still import read_still
 
 MAX_COLUMNS = 8
 """Frames of a video shown on a contact sheet."""
@@ -32,16 +34,20 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 def read_image(path: Path, height: int, width: int) -> Tensor:
-    """An image file scaled to cover height x width and cropped at the centre: uint8, (3, H, W).
+    """Read an image file as it is shown, scaled to cover height x width and cropped at the centre.
 
-    Raises FileNotFoundError or ValueError with one sentence.
+    Returns:
+        uint8, (3, H, W).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image that can be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}")
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        image = Image.fromarray(read_still(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
     scale = max(height / image.height, width / image.width)
     scaled = image.resize(

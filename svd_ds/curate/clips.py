@@ -11,11 +11,12 @@ from fractions import Fraction
 import pyarrow as pa
 import torch
 
-from svd_ds.curate.frames import read_frames, read_still, resized, upright
+from svd_ds.curate.frames import read_frames, resized, upright
 from svd_ds.curate.media import ClipEncoder, copy_frames, encode_still
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
+from svd_ds.pixels.still import read_still
 
 COLUMNS = {
     "id": pa.string(),
@@ -164,7 +165,7 @@ def _keyframes(about: Row, settings: ClipSettings) -> list[int]:
     as_stored = (
         (about["codec"], about["pixels"]) == ("h264", "yuv420p")
         and about["even"]
-        and about["rotation"] == 0
+        and about["plain"]
         and about["pixel_aspect"] == "1"
         and about["height"] % 2 == about["width"] % 2 == 0
         and not 0 < settings.size < shortest_side

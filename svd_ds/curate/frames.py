@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from svd_ds.data.clips import Box, fit, to_rgb
+from svd_ds.data.clips import Box, fit
+from svd_ds.pixels.frame import is_turned, progressive, to_rgb
 
 MAX_GAP = 10.0
 """Seconds that one frame may be shown: after a longer gap a video's clock is broken."""
@@ -46,7 +46,7 @@ def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple
             stream.thread_type = "AUTO"
             clock = Clock(rate, counts=container.format.name == "avi")
             decoded = 0
-            for frame in container.decode(stream):
+            for frame in progressive(container.decode(stream)):
                 if frame.is_corrupt:
                     raise ValueError(f"it is damaged from frame {number + 1} on")
                 size = size or (frame.height, frame.width)
@@ -111,22 +111,11 @@ def video_stream(container: Any) -> Any:
     return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
 
 
-def read_still(path: Path) -> np.ndarray:
-    """An image file as uint8 RGB, (H, W, 3), upright. Raises ValueError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"it cannot be read ({error})") from error
-
-
 def upright(frame: VideoFrame, pixel_aspect: Fraction, size: int) -> np.ndarray:
-    """A decoded frame as it is meant to be shown: rotated as the file says, with square pixels."""
-    pixels_HWC = to_rgb(frame)
-    quarter_turns = round(frame.rotation / 90) % 4
-    if quarter_turns % 2:
+    """A decoded frame as it is shown, with square pixels."""
+    if is_turned(frame):
         pixel_aspect = 1 / pixel_aspect
-    return resized(torch.rot90(pixels_HWC, quarter_turns), pixel_aspect, size)
+    return resized(to_rgb(frame), pixel_aspect, size)
 
 
 def resized(frame_HWC: torch.Tensor, pixel_aspect: Fraction, size: int) -> np.ndarray:

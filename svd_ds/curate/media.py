@@ -13,7 +13,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from svd_ds.curate.frames import video_stream
-from svd_ds.data.clips import HD_HEIGHT
+from svd_ds.pixels.frame import HD_HEIGHT
 
 KEYFRAME_EVERY = 12
 """A loader that starts inside a clip decodes at most so many frames too many."""

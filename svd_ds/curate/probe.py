@@ -15,10 +15,12 @@ from typing import Any
 import av
 import pyarrow as pa
 
-from svd_ds.curate.frames import read_still, video_stream
+from svd_ds.curate.frames import video_stream
 from svd_ds.curate.raw import IMAGES, VIDEOS, RawFile, told_of
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
+from svd_ds.pixels.frame import is_plain
+from svd_ds.pixels.still import read_still
 
 COLUMNS = {
     "kind": pa.string(),
@@ -26,7 +28,7 @@ COLUMNS = {
     "pixels": pa.string(),
     "height": pa.int32(),
     "width": pa.int32(),
-    "rotation": pa.int32(),
+    "plain": pa.bool_(),
     "pixel_aspect": pa.string(),
     "rate": pa.string(),
     "even": pa.bool_(),
@@ -79,7 +81,7 @@ def probe_image(path: Path) -> Row:
         "width": width,
         "rate": "1",
         "pixel_aspect": "1",
-        "rotation": 0,
+        "plain": True,
         "num_frames": 1,
     }
 
@@ -101,7 +103,7 @@ def probe_video(path: Path) -> Row:
                 "pixels": context.pix_fmt,
                 "height": frame.height,
                 "width": frame.width,
-                "rotation": round(frame.rotation),
+                "plain": is_plain(frame),
                 "pixel_aspect": str(stream.sample_aspect_ratio or Fraction(1)),
                 "rate": str(packets.rate),
                 "even": packets.even,

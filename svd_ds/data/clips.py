@@ -25,23 +25,18 @@ import torch
 import torch.nn.functional as F
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace
 from PIL import Image
 from torch import Tensor
 
 from svd_ds.data.sample import MAX_PIXELS
 from svd_ds.data.timeline import read_timeline
+from svd_ds.pixels.frame import progressive, to_rgb
+from svd_ds.pixels.still import is_still, read_still
 
 PADDING = 2**20
 """Pixels that libav may add to a frame of its own: it counts whole blocks."""
-STILL_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
-"""How files begin that Pillow may know: JPEG, PNG, WebP."""
-HD_HEIGHT = 720
-"""Untagged video is BT.709 from so many lines on and BT.601 below, as players take it."""
 ATTACHED = Disposition.attached_pic
 """Of a stream: it is the cover picture of a song."""
-UNTAGGED = 2
-"""AVCOL_SPC_UNSPECIFIED."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ class Box:
 
 
 def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) -> Iterator[VideoFrame]:
-    """Decode some frames of a video or image file held in memory.
+    """Decode some frames of a video or image file held in memory: see `pixels.frame.to_rgb` for their pixels.
 
     Args:
         content: the file's bytes.
@@ -124,6 +119,9 @@ def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) 
     Raises:
         ValueError: the file cannot be decoded, has not all of these frames, or they are too large.
     """
+    if is_still(content):
+        yield from _decode_still(content, wanted, max_pixels)
+        return
     found = 0
     try:
         with open_video(content, max_pixels) as (container, stream):
@@ -134,12 +132,12 @@ def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) 
                 times = [timeline.times[number] for number in wanted[:count]]
                 if times:
                     container.seek(timeline.seek_time(times[0]), stream=stream)
-                for frame in _at(times, container.decode(stream)):
+                for frame in _at(times, progressive(container.decode(stream))):
                     found += 1
                     yield frame
         if timeline is None or found < count:
             with open_video(content, max_pixels) as (container, stream):
-                frames = container.decode(stream)
+                frames = progressive(container.decode(stream))
                 # A seek may lead past a frame: then it is looked for from the start on.
                 rest = _nth(wanted, frames) if timeline is None else _at(times[found:], frames)
                 for frame in rest:
@@ -161,7 +159,6 @@ def open_video(content: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[A
         ValueError: it has no video stream, or claims frames of more than `max_pixels`.
         av.FFmpegError: it cannot be opened.
     """
-    _check_still(content, max_pixels)
     # libav opens a file by decoding its first keyframe, a twelfth of a clip's time, to learn how far frames
     # stand from their decoding order. An mp4's header tells it, unless the file is in fragments.
     blindly = content[4:8] == b"ftyp" and b"moof" not in content
@@ -207,17 +204,16 @@ def _nth(wanted: Sequence[int], frames: Iterable[VideoFrame]) -> Iterator[VideoF
 
 
 def _check_still(content: bytes, max_pixels: int) -> None:
-    """Raises ValueError for an image whose header claims more pixels: libav would allocate them first."""
-    if content.startswith(STILL_SIGNATURES):
-        try:
-            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                width, height = Image.open(io.BytesIO(content)).size
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"the file is not decoded ({error})") from error
-        except Exception:
-            return  # The decoder says what is wrong with it.
-        if width * height > max_pixels:
-            raise ValueError(_too_large(height, width, max_pixels))
+    """Raises ValueError for an image whose header claims more pixels: decoders would allocate them first."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            width, height = Image.open(io.BytesIO(content)).size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the file is not decoded ({error})") from error
+    except Exception:
+        return  # The decoder says what is wrong with it.
+    if width * height > max_pixels:
+        raise ValueError(_too_large(height, width, max_pixels))
 
 
 def _too_large(height: int, width: int, max_pixels: int) -> str:
@@ -226,11 +222,18 @@ def _too_large(height: int, width: int, max_pixels: int) -> str:
     )
 
 
-def to_rgb(frame: VideoFrame) -> Tensor:
-    """A decoded frame as uint8 RGB, (H, W, 3)."""
-    untagged = Colorspace.ITU709 if frame.height >= HD_HEIGHT else Colorspace.ITU601
-    matrix = untagged if frame.colorspace == UNTAGGED else None
-    return torch.from_numpy(frame.reformat(format="rgb24", src_colorspace=matrix, threads=1).to_ndarray())
+def _decode_still(content: bytes, wanted: Sequence[int], max_pixels: int) -> Iterator[VideoFrame]:
+    _check_still(content, max_pixels)
+    try:
+        frame = VideoFrame.from_ndarray(read_still(content), format="rgb24")
+    except ValueError as error:
+        raise ValueError(f"the file cannot be decoded: {error}") from error
+    for found, number in enumerate(wanted):
+        if number > 0:
+            raise ValueError(
+                f"the file ends after {found} of {len(wanted)} frames, before number {wanted[-1]}"
+            )
+        yield frame
 
 
 def fit(frame_HWC: Tensor, box: Box, height: int, width: int, flip: bool = False) -> Tensor:
@@ -266,13 +269,13 @@ def read_frames(
     """
     frames = []
     for frame in decode(content, wanted, max_pixels):
-        if not fills((frame.height, frame.width), size):
+        frame_HWC = to_rgb(frame)
+        height, width = frame_HWC.shape[:2]
+        if not fills((height, width), size):
             raise ValueError(
-                f"its frames have {frame.height} x {frame.width} pixels, and do not fill "
-                f"{size[0]} x {size[1]}"
+                f"its frames have {height} x {width} pixels, and do not fill {size[0]} x {size[1]}"
             )
-        box = Box.largest((frame.height, frame.width), size, top, left)
-        frames.append(fit(to_rgb(frame), box, *size, flip))
+        frames.append(fit(frame_HWC, Box.largest((height, width), size, top, left), *size, flip))
     return torch.stack(frames).permute(0, 3, 1, 2)
 
 

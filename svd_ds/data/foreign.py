@@ -20,11 +20,12 @@ from typing import Any
 import av
 import numpy as np
 
-from svd_ds.data.clips import decode, open_video, to_rgb
+from svd_ds.data.clips import decode, open_video
 from svd_ds.data.quarantine import Fault
 from svd_ds.data.sample import MEDIA, STILLS, TAR_BLOCK, Sample, parse_sample
 from svd_ds.data.sidecar import annotations_in, captions_in, clean_text, is_utf8, parse_json, text_in
 from svd_ds.data.timeline import read_timeline
+from svd_ds.pixels.frame import to_rgb
 
 TEXTS = ("txt", "text", "caption", "prompt")
 """Extensions of a caption, the preferred ones first."""
@@ -235,22 +236,22 @@ def _add_sidecar(
 
 
 def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
-    """(frames, frames a second, height, width) of a file, its frames numbered as `clips.decode` numbers them.
+    """(frames, frames a second, shown height, width) of a file, its frames numbered as in `clips.decode`.
 
     Raises:
-        ValueError: it cannot be decoded to its end, or is not stored as it is shown.
+        ValueError: it cannot be decoded to its end, or its pixels are not square.
     """
-    num_frames, fps = 1, 1.0
+    if still:
+        height, width = to_rgb(next(decode(content, [0]))).shape[:2]
+        return 1, 1.0, height, width
     with open_video(content) as (container, stream):
         aspect = stream.sample_aspect_ratio
-        timeline = None
-        if not still:
-            _check_whole(stream, len(content))
-            timeline = read_timeline(container, stream)
-            num_frames, fps = 0, float(stream.average_rate or 0)
+        _check_whole(stream, len(content))
+        timeline = read_timeline(container, stream)
+        fps = float(stream.average_rate or 0)
     if timeline is not None:
         num_frames, fps = len(timeline.times), timeline.rate
-    elif not still:
+    else:
         with open_video(content) as (container, stream):
             num_frames = sum(1 for _ in container.decode(stream))
     if not num_frames:
@@ -260,9 +261,8 @@ def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
     if not (fps > 0 and math.isfinite(fps)):
         raise ValueError("it has no frame rate")
     *_, last = _of_one_size(decode(content, sorted({0, num_frames - 1})))
-    if last.rotation:
-        raise ValueError(f"it is to be rotated by {last.rotation} degrees")
-    return num_frames, fps, last.height, last.width
+    height, width = to_rgb(last).shape[:2]
+    return num_frames, fps, height, width
 
 
 def _check_whole(stream: Any, num_bytes: int) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from svd_ds.curate.clips import ClipSettings, Window, count_frames, plan
 from svd_ds.curate.media import copy_frames
-from svd_ds.data.clips import decode, read_frames, to_rgb
+from svd_ds.data.clips import decode, read_frames
+from svd_ds.pixels.frame import to_rgb
 from tests.curation import known_of
 from tests.videos import counting, encode, moving_square, write_video
 
@@ -110,7 +111,7 @@ ABOUT = {
     "codec": "h264",
     "pixels": "yuv420p",
     "even": True,
-    "rotation": 0,
+    "plain": True,
     "pixel_aspect": "1",
     "height": 48,
     "width": 64,
@@ -135,7 +136,7 @@ def test_clips_end_on_keyframes_where_that_loses_little() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"codec": "vp9"}, {"pixels": "yuv420p10le"}, {"even": False}, {"rotation": 90}, {"pixel_aspect": "4/3"},
+    [{"codec": "vp9"}, {"pixels": "yuv420p10le"}, {"even": False}, {"plain": False}, {"pixel_aspect": "4/3"},
      {"height": 47}],
 )  # fmt: skip
 def test_only_what_a_loader_reads_as_it_is_gets_copied(other: dict[str, object]) -> None:

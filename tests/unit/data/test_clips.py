@@ -21,9 +21,9 @@ from svd_ds.data.clips import (
     decode,
     fit,
     read_frames,
-    to_rgb,
 )
 from svd_ds.data.sample import MAX_PIXELS
+from svd_ds.pixels.frame import to_rgb
 from tests.videos import counting, encode, moving_square
 
 

@@ -1,0 +1,116 @@
+"""Still images as they are shown: the one place that opens an image file with Pillow for its pixels.
+
+Orientation, transparency, bit depth and colour profile are applied here, so that the readers of folders, of
+shards and of a first frame agree.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms
+
+ORIENTATION = 0x0112
+"""EXIF tag (CIPA DC-008, 4.6.5): how the stored rows and columns are to be shown."""
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BACKGROUND = 255
+"""Level of the white on which transparent pixels are shown, as browsers show them."""
+
+
+def is_still(content: bytes) -> bool:
+    """Whether a file's first bytes are those of a JPEG, PNG or WebP image."""
+    return content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (
+        content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+    )
+
+
+def read_still(source: Path | bytes) -> np.ndarray:
+    """Decode an image file as it is shown: uint8 sRGB, (H, W, 3).
+
+    The EXIF orientation is applied, transparent pixels are composited on white, 16 bits a channel are scaled
+    to 8, and an embedded colour profile is converted to sRGB. Of an animation the first frame is taken.
+
+    Args:
+        source: a path, or the file's bytes.
+
+    Raises:
+        ValueError: the file is no image that can be read; the caller adds its name.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            orientation = _orientation(image)
+            shown = _to_srgb(_to_eight_bits(image))
+        if transposition := TRANSPOSITIONS.get(orientation):
+            shown = shown.transpose(transposition)
+        return np.array(shown)
+    # Pillow's decoders raise SyntaxError, struct.error, DecompressionBombError and others on damaged files.
+    except Exception as error:
+        raise ValueError(f"it cannot be read as an image ({_reason(error)})") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        # A damaged EXIF block has no orientation; the pixels are still whole.
+        return 1
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """The image in a mode of 8 bits a channel: Pillow itself clips wider grey, and makes it white."""
+    is_pgm = image.mode == "I" and image.format == "PPM"
+    if not (image.mode.startswith("I;16") or is_pgm):
+        if image.mode in ("I", "F"):
+            raise ValueError(f"the range of its pixels, of mode {image.mode!r}, is not known")
+        return image
+    levels_HW = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((levels_HW * 255 + 32767) // 65535).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(levels_HW == transparent, 0, 255).astype(np.uint8)))
+    if profile := image.info.get("icc_profile"):
+        grey.info["icc_profile"] = profile
+    return grey
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    has_alpha = image.has_transparency_data
+    if has_alpha:
+        image = image.convert("RGBA")
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        image = _converted(image, profile, "RGBA" if has_alpha else "RGB")
+    if has_alpha:
+        background = Image.new("RGBA", image.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def _converted(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
+    """The image in sRGB by its colour profile, or as it is where the profile does not fit it."""
+    try:
+        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if ImageCms.getProfileDescription(embedded).startswith("sRGB"):
+            return image
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, embedded, srgb, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    return converted or image
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
