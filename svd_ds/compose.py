@@ -6,9 +6,9 @@ once. Beyond this file nobody sees a DictConfig.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from svd_ds import overrides as command_line
 from svd_ds.config import SPELLING, InitConfig, RunConfig
+from svd_ds.settings import TYPE_NAMES, Setting, all_settings, check_setting
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 """A key, choice or value that Hydra or OmegaConf does not take."""
@@ -45,23 +47,79 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
             rank's clock, and again in each restart of a job: they would have run folders of their own.
     """
     OmegaConf.register_new_resolver("now", lambda pattern: now().strftime(pattern), replace=True)
-    _check_keys(node, _schema())
+    _check_keys(node, _known())
+    _check_written(node)
     parts: Any = OmegaConf.to_object(node)
     names = {spelling: name for name, spelling in SPELLING.items()}
     init = InitConfig(**{names.get(key, key): value for key, value in parts["init"].items()})
-    return _tuples(RunConfig(**parts | {"init": init}))
+    return RunConfig(**parts | {"init": init})
 
 
 def compose(overrides: Sequence[str] = (), now: Callable[[], datetime] = datetime.now) -> RunConfig:
     """The config that `python -m svd_ds.train OVERRIDES` runs with; `now` as for `to_config`."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = hydra_compose("train", debug_last(overrides), return_hydra_config=True)
+    node = _compose_node(readable(overrides))
     # A run is named after the choices that Hydra made: ${hydra:runtime.choices...}.
     HydraConfig.instance().set_config(node)
     with read_write(node), open_dict(node):
         del node["hydra"]
     return to_config(node, now)
+
+
+def readable(overrides: Sequence[str], multirun: bool = False) -> list[str]:
+    """A command line as Hydra reads it. Raises ValueError for a key or value that cannot be meant."""
+    return debug_last(command_line.readable(overrides, settings_by_key(), _groups(), multirun))
+
+
+@cache
+def settings_by_key() -> dict[str, Setting]:
+    """Every setting of a run by its full key."""
+    return {setting.key: setting for setting in all_settings(RunConfig)}
+
+
+def keys_without_folder(overrides: Sequence[str]) -> list[str]:
+    """The keys that differ among the runs of a multirun while run.dir does not.
+
+    Args:
+        overrides: as `readable` returns them.
+    """
+    swept = command_line.swept(overrides, _choices)
+    fixed = [word for word in overrides if not word.startswith("-") and _key(word) not in swept]
+    first = {key: words[0] for key, words in swept.items() if words}
+    return [
+        key
+        for key, words in swept.items()
+        if len({_run_dir([*fixed, *(first | {key: word}).values()]) for word in words[:2]}) < len(words[:2])
+    ]
+
+
+def folder_of_job(folder: str, keys: Collection[str]) -> str:
+    """run.dir of one run of a multirun: with the values that it has of `keys`. Called in Hydra's task."""
+    words = [word for word in HydraConfig.get().overrides.task if _key(word) in keys]
+    return f"{folder}-{command_line.folder_name(words)}" if words else folder
+
+
+def _compose_node(overrides: Sequence[str]) -> DictConfig:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("train", list(overrides), return_hydra_config=True)
+
+
+def _run_dir(overrides: Sequence[str]) -> str:
+    node = _compose_node(overrides)
+    HydraConfig.instance().set_config(node)
+    return str(node.run.dir)
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
+
+
+def _groups() -> list[str]:
+    return [path.name for path in CONF.iterdir() if path.is_dir()]
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def debug_last(overrides: Sequence[str]) -> list[str]:
@@ -74,6 +132,8 @@ def debug_last(overrides: Sequence[str]) -> list[str]:
 
 def explain(error: BaseException) -> str:
     """One sentence from Hydra's several lines: what it could not do, why, and what there is to choose."""
+    if sentence := _wrong_type(error):
+        return sentence
     told, _, choices = str(error).partition("Available options in ")
     sentence = told.strip().splitlines()[0].rstrip(".")
     if "--multirun" in told:
@@ -84,6 +144,15 @@ def explain(error: BaseException) -> str:
         sentence += f": {str(error.__cause__).splitlines()[0]}"
     options = [line.strip() for line in choices.partition("Config search path")[0].splitlines()[1:]]
     return sentence + (f"; there are {', '.join(filter(None, options))}" if options else "")
+
+
+def _wrong_type(error: BaseException) -> str:
+    """The sentence for a value of another type than its setting's, "" for other errors."""
+    cause = error if isinstance(error, ValidationError) else error.__cause__
+    setting = settings_by_key().get(str(getattr(cause, "full_key", "")).partition("[")[0])
+    if not isinstance(cause, ValidationError) or setting is None:
+        return ""
+    return f"{cause.full_key} is {cause.value!r}: it must be {TYPE_NAMES[setting.kind]}"
 
 
 def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
@@ -105,6 +174,22 @@ def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
             raise ValueError(f"{path}{key!s} must be given: {value.removeprefix(OPEN)}")
 
 
+def _check_written(node: DictConfig) -> None:
+    """Check the values that stand in the tree before those that are made of them: model.num_frames, which is
+    ${data.num_frames}, must not be blamed for what was written there."""
+    for key, setting in settings_by_key().items():
+        section, _, name = key.rpartition(".")
+        part: Any = node[section] if section else node
+        if not OmegaConf.is_interpolation(part, name):
+            value = part[name]
+            check_setting(setting, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+
+
+@cache
+def _known() -> DictConfig:
+    return _schema()
+
+
 def _schema() -> DictConfig:
     """RunConfig as a typed tree, spelt as users write it, that Hydra may write to: OmegaConf makes frozen
     dataclasses read-only."""
@@ -122,15 +207,3 @@ def _schema() -> DictConfig:
             children = (branch._get_node(key) for key in branch)
             stack.extend(child for child in children if OmegaConf.is_config(child))
     return node
-
-
-def _tuples(value: Any) -> Any:
-    """OmegaConf gives lists where a dataclass declares tuples."""
-    changes = {}
-    for entry in dataclasses.fields(value):
-        old = getattr(value, entry.name)
-        if isinstance(old, list):
-            changes[entry.name] = tuple(old)
-        elif dataclasses.is_dataclass(old):
-            changes[entry.name] = _tuples(old)
-    return dataclasses.replace(value, **changes)

@@ -13,7 +13,8 @@ from svd_ds.model.lora import LoraConfig
 from svd_ds.model.slices import NETWORKS
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
-from svd_ds.parallel.zero import ZeroConfig
+from svd_ds.parallel.zero import PRECISIONS, ZeroConfig
+from svd_ds.settings import INT64_MAX, Settings, choice, location, number, text
 from svd_ds.training.ema import EMAConfig
 from svd_ds.training.evaluate import EvaluationConfig
 from svd_ds.training.guard import GuardConfig
@@ -24,36 +25,37 @@ from svd_ds.training.preview import PreviewConfig
 from svd_ds.training.reconstruction import ReconstructionConfig
 from svd_ds.training.watchdog import WatchdogConfig
 
-SPELLING = {"source": "from"}
+SPELLING = {"source": "from"}  # InitConfig declares the key as well, for its errors
 """What users write for a field of InitConfig that cannot have the name: Python keeps the word for itself."""
 
 
 @dataclass(frozen=True)
-class RunSection:
-    dir: str = "runs/small"
+class RunSection(Settings, section="run"):
+    dir: str = location("runs/small")
     """The run's folder; starting again with the same folder resumes."""
-    steps: int = 400
+    steps: int = number(400, least=1, most=10**9)
     """Optimiser steps in all, over every life of the run."""
-    seed: int = 0
-    resume: str = "auto"
+    seed: int = number(0, least=0, most=INT64_MAX)
+    resume: str = location("auto")
     """auto (the newest checkpoint of run.dir, if any) | never (refuse a folder with checkpoints) | PATH of
     one."""
 
 
 @dataclass(frozen=True)
-class FrozenConfig:
-    path: str = "tiny"
+class FrozenConfig(Settings, section="frozen"):
+    path: str = location("tiny")
     """Folder in the layout of the public SVD pipeline (vae/, image_encoder/, ...) or a hub id; tiny: the
     shipped set."""
-    chunk: int = 14
+    chunk: int = number(14, least=1, most=10_000)
     """Frames that the autoencoder takes at once."""
 
 
 @dataclass(frozen=True)
-class BatchConfig:
-    size: int = 8
+class BatchConfig(Settings, section="batch"):
+    # A million clips a step: its divisors are searched one by one, and the largest published batch is 1536.
+    size: int = number(8, least=1, most=2**20)
     """Clips an optimiser step, over all ranks and micro-batches: the paper's batch."""
-    micro: int | None = None
+    micro: int | None = number(None, least=1, most=2**20)
     """Clips a rank takes at once; null takes all of its share."""
 
     def accumulation(self, ranks: int, bucket: str | None = None, micro: int | None = None) -> int:
@@ -82,21 +84,21 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Settings, section="init"):
     """Where the weights come from; null draws them at random."""
 
-    source: str | None = None
+    source: str | None = location(None, key="from")
     """The run or checkpoint folder of the stage before, a diffusers folder, or an original single
     .safetensors. Users write it `init.from`."""
-    which: str | None = None
+    which: str | None = text(None)
     """Of a run: raw, or the name of an average; null takes the first average."""
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    name: str = "small"
+class RunConfig(Settings):
+    name: str = text("small")
     """Of the run; its folder is named after it."""
-    task: str = "unet"
+    task: str = choice("unet", NETWORKS)
     """What learns: unet | decoder (the autoencoder's decoder, with its layers of time)."""
     run: RunSection = field(default_factory=RunSection)
     model: UNetConfig = field(default_factory=UNetConfig)
@@ -113,9 +115,9 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))
     """Low-rank adapters, which then learn alone."""
     parallel: ZeroConfig = field(default_factory=ZeroConfig)
-    precision: str = "auto"
+    precision: str = choice("auto", ("auto", *PRECISIONS))
     """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
-    recompute: str = "blocks"
+    recompute: str = choice("blocks", POLICIES)
     """Activation checkpointing: none | blocks (every residual block and transformer) | attention (blocks, but
     what attention gave is kept) | full (a residual block and its transformer together)."""
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -126,15 +128,7 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
-        if self.run.steps < 1:
-            raise ValueError(f"run.steps is {self.run.steps}: it must be at least 1")
-        if self.task not in NETWORKS:
-            raise ValueError(f"task is {self.task!r}: choose {' or '.join(NETWORKS)}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"precision is {self.precision!r}: choose auto, bf16 or fp32")
-        if self.recompute not in POLICIES:
-            raise ValueError(f"recompute is {self.recompute!r}: choose {' or '.join(POLICIES)}")
-
+        super().__post_init__()
         if self.lora.rank and self.init.source is None:
             raise ValueError(
                 f"lora.rank is {self.lora.rank} and init.from null: adapters adapt trained weights"

@@ -30,6 +30,7 @@ from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
 from svd_ds.model.weights import load_unet
+from svd_ds.settings import INT64_MAX, Settings, choice, number
 
 TINY = Path(__file__).parent / "assets" / "tiny_svd"
 """The frozen parts that ship with the package: what a run calls frozen.path=tiny."""
@@ -43,47 +44,39 @@ def frozen_folder(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings, section="sampling"):
     """How to sample. The defaults are the released SVD's (Stability-AI/generative-models
     simple_video_sample.py)."""
 
-    num_steps: int = 25
-    sampler: str = "euler"
+    num_steps: int = number(25, least=1, most=10_000)
+    sampler: str = choice("euler", SAMPLERS)
     """euler (one network call a step) or heun (two)."""
-    sigma_min: float = 0.002
-    sigma_max: float = 700.0
-    rho: float = 7.0
-    guidance: str = "linear"
+    sigma_min: float = number(0.002, least=1e-6, most=1e6)
+    sigma_max: float = number(700.0, least=1e-6, most=1e6)
+    rho: float = number(7.0, least=1, most=100)
+    """Exponent of the ladder of sigmas (arXiv 2206.00364 equation 5); 1 spaces them evenly."""
+    guidance: str = choice("linear", KINDS)
     """constant, linear or triangle over the frames."""
-    guidance_min: float = 1.0
+    guidance_min: float = number(1.0, least=-1000, most=1000)
     """Scale at the first frame; a constant guidance has only the maximum."""
-    guidance_max: float = 2.5
-    fps: float = 7.0
+    guidance_max: float = number(2.5, least=-1000, most=1000)
+    fps: float = number(7.0, least=0.01, most=1000, hint="conf/train.yaml takes data.fps")
     """Of the video. The network is told fps - 1, as in training: the 6 of simple_video_sample.py."""
-    motion_bucket: float = 127.0
+    motion_bucket: float = number(127.0, least=0, most=255)
     """0 to 255: how much should move."""
-    augmentation: float = 0.02
+    augmentation: float = number(0.02, least=0, most=1000)
     """Sigma of the noise put on the given frames."""
-    elevation: float = 10.0
+    elevation: float = number(10.0, least=-90, most=90)
     """Of the camera, in degrees, for networks that orbit an object; the default is SV3D's (there as well)."""
-    seed: int = 0
+    seed: int = number(0, least=0, most=INT64_MAX)
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}, but must be at least 1")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}, which is none of {', '.join(SAMPLERS)}")
-        if self.guidance not in KINDS:
-            raise ValueError(f"guidance is {self.guidance!r}, which is none of {', '.join(KINDS)}")
-        if not 0 < self.sigma_min < self.sigma_max:
+        super().__post_init__()
+        if self.sigma_min >= self.sigma_max:
             raise ValueError(
-                f"sigma_min is {self.sigma_min} and sigma_max {self.sigma_max}, "
-                "but they must be above 0 and ascending"
+                f"sampling.sigma_min is {self.sigma_min}: it must be below sampling.sigma_max, "
+                f"{self.sigma_max}"
             )
-        if self.fps <= 0:
-            raise ValueError(f"fps is {self.fps}, but must be above 0")
-        if self.augmentation < 0:
-            raise ValueError(f"augmentation is {self.augmentation}, but must not be negative")
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ def main() -> None:
     with 130 when interrupted."""
     keep_freed_memory()
     debug = wants_traceback()
-    sys.argv[1:] = compose.debug_last([word for word in sys.argv[1:] if word != "--debug"])
     compose.register()
     errors: list[Exception] = []
+    unnamed: list[str] = []
 
     try:
         env = Env.read()
@@ -47,11 +48,16 @@ def main() -> None:
         # Those of running it would announce before it raises them: it does not get to see them.
         if not errors:
             try:
-                _run(node, env, debug)
+                _run(node, env, debug, unnamed)
             except (*compose.COMPOSE_ERRORS, *USER_ERRORS) as error:
                 errors.append(error)
 
     try:
+        multirun = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+        words = [word for word in sys.argv[1:] if word != "--debug"]
+        sys.argv[1:] = words = compose.readable(words, multirun)
+        if multirun:
+            unnamed += compose.keys_without_folder(words)
         with _hydra_raises():
             task()
         if errors:
@@ -81,8 +87,13 @@ def _hydra_raises() -> Iterator[None]:
             os.environ[HYDRA_SWITCH] = before
 
 
-def _run(node: Any, env: Env, debug: bool) -> None:
+def _run(node: Any, env: Env, debug: bool, unnamed: Collection[str]) -> None:
+    """Run one config; `unnamed`: keys that differ among the runs of a multirun, but not in run.dir."""
     settings = compose.to_config(node, cache(lambda: start_time(env)))
+    if unnamed:
+        # Two runs in one folder would overwrite each other.
+        folder = compose.folder_of_job(settings.run.dir, unnamed)
+        settings = replace(settings, run=replace(settings.run, dir=folder))
     with Attempt(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as attempt:
         # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
         from svd_ds.run import run

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from svd_ds.data.filters import Condition
+from svd_ds.settings import Settings, choice, location, number, text
 
 CROPS = ("random", "center")
 
@@ -31,70 +32,61 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings, section="data"):
     """Which clips a run sees, and how they are read."""
 
-    path: str = "data/shards"
+    path: str = location("data/shards")
     """Folder of shards with their index, as tools/make_shards.py writes it; or a URL, see docs/data.md."""
-    num_frames: int = 14
+    num_frames: int = number(14, least=1, most=10_000)
     """Frames a clip, T. Samples with fewer are left out; 1 trains on images (and single frames of videos)."""
-    height: int = 320
+    # No video codec has larger frames.
+    height: int = number(320, least=1, most=16_384)
     """Pixels. Samples that would have to be enlarged are left out."""
-    width: int = 576
+    width: int = number(576, least=1, most=16_384)
     """Pixels."""
-    fps: float = 6.0
+    fps: float = number(6.0, least=0, most=1000)
     """Wanted frames a second, met as near as a whole stride comes; 0 takes every stored frame."""
-    crop: str = "random"
+    crop: str = choice("random", CROPS)
     """Where the window of the wanted aspect lies: "random" or "center"."""
     flip: bool = False
     """Mirror half of the clips, but for those whose caption names left or right (in English)."""
-    mixture: dict[str, float] = field(default_factory=dict)
+    mixture: dict[str, float] = number(dict, least=0, most=1e12, path_keys=True)
     """Folder or URL -> its share of the clips, in any unit; empty: `path` alone, else in place of it."""
-    buckets: dict[str, int] = field(default_factory=dict)
+    buckets: dict[str, int] = number(dict, least=1, most=2**20)
     """Shape, 14x320x576 -> clips that a rank takes at once. A step's clips have one shape. Empty: the shape
     above alone; else it is one of them, that of previews and evaluations."""
-    where: tuple[str, ...] = ()
+    where: tuple[str, ...] = text(())
     """Conditions that a sample must meet, on its index line alone: "motion>=q25", "text_area<=0.07"."""
-    image_share: float = 0.0
+    image_share: float = number(0.0, least=0, most=1)
     """Share of the videos' clips that are a still image instead: one frame, repeated, which takes the image
     path. Above 0 the data set's own images are admitted as well, and always are stills."""
     latents: bool = False
     """Read what tools/encode.py cached in place of most pixels. Centred, never mirrored."""
-    caption_weights: dict[str, float] = field(default_factory=dict)
+    caption_weights: dict[str, float] = number(dict, least=0, most=1e12)
     """Captioner's name -> weight with which its caption is drawn. Those without one are drawn, all alike,
     where a sample has none with one; 0 never is."""
-    max_quarantined: float = 0.01
+    max_quarantined: float = number(0.01, least=0, most=1)
     """Share of the samples that may turn out unreadable: each is replaced by the next. Beyond it the run
     stops."""
-    stall_seconds: float = 600.0
+    # A day: no clock of the system waits for ever, and no file system is waited for that long.
+    stall_seconds: float = number(600.0, above=0, most=86_400)
     """A read, or the fetching of a remote shard, that takes longer ends the run: the file system hangs."""
-    cache: str | None = None
+    cache: str | None = location(None)
     """Local folder that remote shards are fetched to, in a sub-folder svd_ds-cache; needed where a path is a
     URL."""
-    cache_gb: float = 0.0
+    cache_gb: float = number(0.0, least=0, most=1e9)
     """Above it the fetched shards that were read least recently are removed from the cache; 0 keeps all. It
     must hold the shards that are read from at a time."""
-    num_workers: int = 2
+    # No machine has the cores for more processes a rank, and starting them would take minutes.
+    num_workers: int = number(2, least=0, most=256)
     """Processes that decode, for each rank; 0 decodes in the training process."""
-    prefetch: int = 2
+    prefetch: int = number(2, least=1, most=1024)
     """Micro-batches that each worker holds ready."""
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("num_workers", "fps", "cache_gb"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} must not be negative, and is {getattr(self, name)}")
-        for name in ("image_share", "max_quarantined"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}, but must lie between 0 and 1")
-        if self.stall_seconds <= 0:
-            raise ValueError(f"data.stall_seconds is {self.stall_seconds}, but must be above 0")
+        super().__post_init__()
         for condition in self.where:
             Condition.parse(condition)
-        if self.crop not in CROPS:
-            raise ValueError(f"data.crop={self.crop!r} is none of {', '.join(CROPS)}")
         if self.latents and (self.crop != "center" or self.flip):
             raise ValueError(
                 "data.latents=true needs data.crop=center and data.flip=false, as latents are made, but they "
@@ -110,8 +102,6 @@ class DataConfig:
                 f"data.buckets has {', '.join(self.buckets)}, but not the shape of data.num_frames, "
                 f"data.height and data.width, {self.shape}"
             )
-        if too_small := [name for name, clips in self.buckets.items() if clips < 1]:
-            raise ValueError(f"data.buckets gives {too_small[0]} less than 1 clip at once")
 
     @property
     def shape(self) -> Shape:
@@ -135,5 +125,5 @@ class DataConfig:
 
 
 def _check_weights(name: str, weights: dict[str, float]) -> None:
-    if weights and (min(weights.values()) < 0 or sum(weights.values()) == 0):
-        raise ValueError(f"data.{name}={weights} are negative or all zero")
+    if weights and sum(weights.values()) == 0:
+        raise ValueError(f"data.{name} has the weights {weights}: at least one must be above 0")

@@ -25,49 +25,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svd_ds.settings import Settings, choice, number
+
 SHIFTED = ("shifted_cosine", "interpolated_cosine")
 """Kinds that depend on the size of the clips."""
 KINDS = ("lognormal", "discrete", "cosine", "shifted_cosine", "interpolated_cosine", "log_uniform")
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
+class NoiseConfig(Settings, section="noise"):
     """Which density of sigma to train on. A kind ignores the fields it does not name."""
 
-    kind: str = "lognormal"
+    kind: str = choice("lognormal", KINDS)
     """lognormal, discrete, cosine, shifted_cosine, interpolated_cosine or log_uniform."""
-    P_mean: float = 1.0
+    # Within these, no draw of sigma has a square beyond float32.
+    P_mean: float = number(1.0, least=-20, most=20)
     """lognormal: mean of ln sigma."""
-    P_std: float = 1.6
+    P_std: float = number(1.6, above=0, most=3.5)
     """lognormal: standard deviation of ln sigma."""
-    sigma_min: float = 0.002
+    sigma_min: float = number(0.002, least=1e-9, most=1e9)
     """The cosines and log_uniform: smallest sigma."""
-    sigma_max: float = 700.0
+    sigma_max: float = number(700.0, least=1e-9, most=1e9)
     """The cosines and log_uniform: largest sigma."""
-    reference: float = 64.0
+    reference: float = number(64.0, above=0, most=1e6)
     """shifted_cosine, interpolated_cosine: side in pixels of the square whose noise the noisy end has."""
-    reference_clean: float = 256.0
+    reference_clean: float = number(256.0, above=0, most=1e6)
     """interpolated_cosine: the same, for the clean end."""
-    offset_noise: float = 0.0
+    offset_noise: float = number(0.0, least=0, most=100)
     """Any kind: size of a noise that is constant over a clip's frames and pixels, one number a channel."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"noise.kind is {self.kind!r}, which is none of {', '.join(KINDS)}")
-        if self.P_std <= 0:
-            raise ValueError(f"noise.P_std is {self.P_std}, but must be above 0")
-        if not 0 < self.sigma_min < self.sigma_max:
+        super().__post_init__()
+        if self.sigma_min >= self.sigma_max:
             raise ValueError(
-                f"noise.sigma_min is {self.sigma_min} and noise.sigma_max {self.sigma_max}, "
-                "but they must be above 0 and ascending"
+                f"noise.sigma_min is {self.sigma_min}: it must be below noise.sigma_max, {self.sigma_max}"
             )
-        if min(self.reference, self.reference_clean) <= 0:
-            raise ValueError(
-                f"noise.reference is {self.reference} and noise.reference_clean {self.reference_clean}, "
-                "but both must be above 0"
-            )
-        if self.offset_noise < 0:
-            raise ValueError(f"noise.offset_noise is {self.offset_noise}, but must not be negative")
 
 
 class Noise(ABC):

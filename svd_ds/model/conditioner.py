@@ -20,7 +20,7 @@ D width, S scalars.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from svd_ds.batch import Conditioning
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.clip import ImageEncoder, TextEncoder
+from svd_ds.settings import Settings, choice, number
 
 RELEASED_SCALARS = ("fps", "motion_bucket", "augmentation")
 """What the public weights are told, in their order."""
@@ -37,61 +38,53 @@ SCALARS = (*RELEASED_SCALARS, "elevation")
 
 
 @dataclass(frozen=True)
-class ConditionerConfig:
+class ConditionerConfig(Settings, section="conditioning"):
     """Which signals the UNet is given. The defaults are the released image-to-video model's."""
 
-    context: str = "image"
+    context: str = choice("image", ("image", "ends", "text", "none"))
     """What the cross-attention sees: image (the first frame), ends (the first and the last), text or none."""
-    concat: str = "image"
+    concat: str = choice("image", ("image", "ends", "none"))
     """What is joined to the noisy latents, channel by channel: image (the first frame, on every frame), ends
     (the first and the last, each in its place, and a mask) or none."""
-    scalars: tuple[str, ...] = RELEASED_SCALARS
+    scalars: tuple[str, ...] = choice(RELEASED_SCALARS, SCALARS)
     """The numbers embedded beside the noise level, in order."""
-    context_width: int | None = None
+    context_width: int | None = number(None, least=1, most=65_536)
     """Only with context "none": the width of the zero token the UNet is given in its place."""
-    drop_context: float = 0.1
+    drop_context: float = number(0.1, least=0, most=1)
     """Share of clips without the image tokens. The paper gives none: 0.1 is SVD_Xtend's, Vista has 0.15."""
-    drop_text: float = 0.15
+    drop_text: float = number(0.15, least=0, most=1)
     """Share of clips without the caption (arXiv 2311.15127, D.2)."""
-    drop_concat: float = 0.1
+    drop_concat: float = number(0.1, least=0, most=1)
     """Share of clips without the concatenated frames, apart from the context's (sgm GeneralConditioner)."""
-    drop_scalars: dict[str, float] = field(default_factory=dict)
+    drop_scalars: dict[str, float] = number(dict, least=0, most=1)
     """A scalar's name -> share of clips without it, each apart from the others. The paper names none."""
-    augmentation_mean: float = -3.0
+    # Within these, no draw of sigma has a square beyond float32.
+    augmentation_mean: float = number(-3.0, least=-20, most=20)
     """Mean of ln sigma of the noise put on the conditioning frame (D.4): on its pixels in [-1, 1], or with
     concat "ends" on its latents, as the network sees them scaled to deviation 1."""
-    augmentation_std: float = 0.5
+    augmentation_std: float = number(0.5, least=0, most=3.5)
     """Standard deviation of ln sigma of that noise (D.4)."""
 
     def __post_init__(self) -> None:
-        if self.context not in ("image", "ends", "text", "none"):
-            raise ValueError(
-                f'context is "{self.context}", but must be one of "image", "ends", "text", "none"'
-            )
-        if self.concat not in ("image", "ends", "none"):
-            raise ValueError(f'concat is "{self.concat}", but must be one of "image", "ends", "none"')
-        unknown = [name for name in self.scalars if name not in SCALARS]
-        if unknown or len(set(self.scalars)) < len(self.scalars):
-            raise ValueError(
-                f"scalars are {[*self.scalars]}, but must be different names out of {[*SCALARS]}"
-            )
+        super().__post_init__()
+        if len(set(self.scalars)) < len(self.scalars):
+            raise ValueError(f"conditioning.scalars is {[*self.scalars]}: each may be named once")
         if "augmentation" in self.scalars and self.concat == "none":
-            raise ValueError('scalars name "augmentation", but with concat "none" no frame gets any noise')
+            raise ValueError(
+                "conditioning.scalars names augmentation, and conditioning.concat is none: no frame gets any "
+                "noise"
+            )
         if (self.context_width is not None) != (self.context == "none"):
             raise ValueError(
-                f'context_width is {self.context_width} with context "{self.context}", '
-                'but goes with context "none", and with no other'
+                f"conditioning.context_width is {self.context_width} and conditioning.context is "
+                f"{self.context}: a width goes with the context none, and with no other"
             )
         for name in self.drop_scalars:
             if name not in self.scalars:
-                raise ValueError(f"drop_scalars names {name}, which is none of the scalars {[*self.scalars]}")
-        rates = {name: getattr(self, name) for name in ("drop_context", "drop_text", "drop_concat")}
-        rates |= {f"drop_scalars.{name}": rate for name, rate in self.drop_scalars.items()}
-        for name, rate in rates.items():
-            if not 0 <= rate <= 1:
-                raise ValueError(f"{name} is {rate}, but must lie between 0 and 1")
-        if self.augmentation_std < 0:
-            raise ValueError(f"augmentation_std is {self.augmentation_std}, but must not be negative")
+                raise ValueError(
+                    f"conditioning.drop_scalars names {name}: it must be one of {', '.join(self.scalars)}, "
+                    "which conditioning.scalars names"
+                )
 
     @property
     def takes_last(self) -> bool:

@@ -28,6 +28,7 @@ from svd_ds.model.names import public_modules
 from svd_ds.model.spatial import SpatialAttention
 from svd_ds.model.temporal import TemporalAttention
 from svd_ds.model.unet import UNet
+from svd_ds.settings import Settings, choice, number
 
 TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "temporal_attention": (TemporalAttention,),
@@ -41,20 +42,14 @@ HEADER = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    rank: int = 16
+class LoraConfig(Settings, section="lora"):
+    rank: int = number(16, least=0, most=65_536)
     """Of each update; 0: no adapters. The paper's camera motions have 16 (arXiv 2311.15127 D.4.2)."""
-    alpha: float = 16.0
+    alpha: float = number(16.0, above=0, most=1e6)
     """Updates are multiplied by alpha / rank."""
-    target: str = "temporal_attention"
+    target: str = choice("temporal_attention", TARGETS)
     """temporal_attention (along time, as in the paper) | spatial_attention (among a frame's pixels) |
     attention (both, and to the context)."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"lora.rank is {self.rank}: it must be 0 (no adapters) or more")
-        if self.target not in TARGETS:
-            raise ValueError(f"lora.target is {self.target!r}: choose {', '.join(TARGETS)}")
 
 
 class LowRank(nn.Module):

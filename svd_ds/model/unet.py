@@ -29,6 +29,7 @@ from svd_ds.model.layers import (
     sinusoid,
 )
 from svd_ds.model.pseudo3d import PseudoResidual, PseudoTransformer
+from svd_ds.settings import Settings, choice, number
 
 PIXELS_PER_LATENT = 8
 BLOCKS = {
@@ -40,74 +41,61 @@ BLOCKS = {
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Settings, section="model"):
     """The shape of the network. The defaults are the released image-to-video models, SVD and SVD-XT."""
 
-    in_channels: int = 8
+    in_channels: int = number(8, least=1, most=65_536)
     """4 noisy latent channels, and the 4 of the conditioning frame where there is one (9 with a mask)."""
     masked: bool = False
     """The last input channel is a mask, 1 where a frame is given; a learned embedding stands for the latents
     of the others (frame interpolation, arXiv 2311.15127 D.5)."""
-    out_channels: int = 4
-    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    out_channels: int = number(4, least=1, most=65_536)
+    widths: tuple[int, ...] = number((320, 640, 1280, 1280), least=1, most=65_536)
     """Channels at each level. Each level halves the height and width of the one before."""
-    num_layers: int = 2
+    num_layers: int = number(2, least=1, most=1000)
     """Residual blocks at a level on the way down; the way up has one more."""
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     """Which levels have a transformer after each residual block. The middle always has one."""
-    transformer_depth: int = 1
-    context_width: int = 1024
+    transformer_depth: int = number(1, least=1, most=1000)
+    context_width: int = number(1024, least=1, most=65_536)
     """Width of the cross-attention tokens."""
-    head_width: int = 64
+    head_width: int = number(64, least=1, most=65_536)
     """Channels of an attention head."""
-    num_scalars: int = 3
+    num_scalars: int = number(3, least=0, most=1000)
     """Numbers that describe a clip: fps - 1, motion bucket, augmentation sigma. 0: no such input."""
-    scalar_width: int = 256
+    scalar_width: int = number(256, least=2, most=65_536)
     """Width of the sinusoidal embedding of each scalar."""
-    num_frames: int = 14
+    num_frames: int = number(14, least=1, most=10_000)
     """The clip length that samplers take by default. The network itself takes any."""
-    temporal: str = "svd"
+    temporal: str = choice("svd", BLOCKS)
     """The layers of time: svd (VideoLDM's too), make_a_video (pseudo3d.py) or none (image.py)."""
-    spatial_attention: str = "auto"
+    spatial_attention: str = choice("auto", BACKENDS)
     """For attention among a frame's pixels, and to the context: attention.BACKENDS."""
-    temporal_attention: str = "auto"
+    temporal_attention: str = choice("auto", BACKENDS)
     """The same for attention along time."""
-    kernels: str = "auto"
+    kernels: str = choice("auto", KERNELS)
     """auto, triton or torch: for group norm with SiLU, and GEGLU."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
+        super().__post_init__()
         if not self.widths or len(self.widths) != len(self.attention_levels):
             raise ValueError(
-                f"widths has {len(self.widths)} levels and attention_levels {len(self.attention_levels)}: "
-                "the UNet needs one entry a level in both"
+                f"model.widths has {len(self.widths)} levels and model.attention_levels "
+                f"{len(self.attention_levels)}: the UNet needs one entry a level in both"
             )
         for width in self.widths:
             if width % NORM_GROUPS or width % self.head_width:
                 raise ValueError(
-                    f"each of widths must be a multiple of {NORM_GROUPS} (group norm) and of the head_width "
-                    f"{self.head_width}, which {width} is not"
+                    f"each of model.widths must be a multiple of {NORM_GROUPS} (group norm) and of "
+                    f"model.head_width, {self.head_width}, which {width} is not"
                 )
-        counts = ("in_channels", "out_channels", "num_layers", "transformer_depth", "context_width")
-        for name in (*counts, "num_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.masked and self.in_channels < (least := self.out_channels + 2):
             raise ValueError(
-                f"masked needs at least {least} in_channels, {self.out_channels} noisy ones, a given frame's "
-                f"and the mask, and there are {self.in_channels}"
+                f"model.in_channels is {self.in_channels}: with model.masked it must be at least {least}, "
+                f"{self.out_channels} noisy ones, a given frame's and the mask"
             )
-        if self.num_scalars < 0 or self.scalar_width < 2 or self.scalar_width % 2:
-            raise ValueError(
-                f"num_scalars must be 0 or more, and scalar_width even; they are {self.num_scalars} and "
-                f"{self.scalar_width}"
-            )
-        choices = {"temporal": BLOCKS, "kernels": KERNELS}
-        choices |= dict.fromkeys(("spatial_attention", "temporal_attention"), BACKENDS)
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.scalar_width % 2:
+            raise ValueError(f"model.scalar_width is {self.scalar_width}: it must be even")
 
     @property
     def embedding_width(self) -> int:

@@ -5,39 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from svd_ds.settings import Settings, choice, number
+
 PRECISIONS = ("bf16", "fp32")
 
 
 @dataclass(frozen=True)
-class ZeroConfig:
+class ZeroConfig(Settings, section="parallel"):
     """Counts are in elements, not bytes."""
 
-    persistence_threshold: int = 0
+    persistence_threshold: int = number(0, least=0)
     """Parameters up to this size stay gathered on every rank between steps. None need to: small ones travel
     with their block, whereas each that stays costs a message of its own after every step."""
-    prefetch_bucket: int = 50_000_000
+    prefetch_bucket: int = number(50_000_000, least=0)
     """How far ahead of their use parameters are gathered."""
-    max_live: int | None = None
+    max_live: int | None = number(None, least=0)
     """While this many are gathered, none are gathered ahead. None: twice the largest block, so that one
     computes while the next arrives. Of SVD's 1,525 million parameters a rank then holds 201 million at once,
     and of a network of any width a small part; DeepSpeed's own 1,000 million are most of SVD."""
-    max_reuse_distance: int = 0
+    max_reuse_distance: int = number(0, least=0)
     """A gathered parameter stays if it is used again within this many. With 0 a block is gathered for its
     forward pass, and again for its backward pass."""
-    reduce_bucket: int = 50_000_000
+    reduce_bucket: int = number(50_000_000, least=1, most=4_000_000_000)
     """Gradients are reduced when this many wait. The buffer is allocated in full at the start."""
-    reduce_dtype: str = "fp32"
+    reduce_dtype: str = choice("fp32", PRECISIONS)
     """Gradients are summed over the ranks in fp32 | bf16; bf16 halves the traffic and rounds each sum."""
     overlap_comm: bool = True
     """Communicate while computing (GPUs only)."""
     offload_optimizer: bool = False
     """Keep the master weights and Adam's moments in host memory and step there."""
-
-    def __post_init__(self) -> None:
-        if self.reduce_dtype not in PRECISIONS:
-            raise ValueError(f"parallel.reduce_dtype is {self.reduce_dtype!r}: choose fp32 or bf16")
-        if self.reduce_bucket < 1:
-            raise ValueError(f"parallel.reduce_bucket is {self.reduce_bucket}: it must be at least 1")
 
 
 def deepspeed_config(

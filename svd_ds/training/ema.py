@@ -16,29 +16,31 @@ import torch
 from torch import Tensor
 
 from svd_ds.model.averages import power_exponent
+from svd_ds.settings import Settings, number
 
 
 @dataclass(frozen=True)
-class EMAConfig:
-    lengths: tuple[float, ...] = (0.05, 0.10)
-    """Relative standard deviations sigma_rel of power-function profiles, each in (0, 0.28]."""
-    decays: tuple[float, ...] = ()
+class EMAConfig(Settings, section="ema"):
+    lengths: tuple[float, ...] = number((0.05, 0.10), least=0.001, most=0.28)
+    """Relative standard deviations sigma_rel of power-function profiles."""
+    decays: tuple[float, ...] = number((), above=0, below=1)
     """Constant decays a step, as in 0.9999."""
     on_host: bool = False
     """Keep the averages in host memory: a GPU then has 4 bytes a weight of its shard and profile more, and
     every step waits for the weights to be copied."""
 
     def __post_init__(self) -> None:
-        for length in self.lengths:
-            if not 0 < length <= 0.28:
-                raise ValueError(f"ema.lengths holds {length}: a relative length lies in (0, 0.28]")
-        for decay in self.decays:
-            if not 0 < decay < 1:
-                raise ValueError(f"ema.decays holds {decay}: a decay lies in (0, 1)")
+        super().__post_init__()
         if not self.names:
             raise ValueError(
                 "ema has no profile: samples are drawn from averaged weights, so give one length or decay"
             )
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ValueError(
+                    f"ema.lengths is {list(self.lengths)} and ema.decays {list(self.decays)}: two of them "
+                    f"have the name {name}, and each average needs a name of its own"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:

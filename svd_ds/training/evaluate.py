@@ -25,6 +25,7 @@ from svd_ds.batch import Batch
 from svd_ds.parallel.collectives import join_over_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
+from svd_ds.settings import Settings, location, number
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.step import Diffusion, Known
 
@@ -37,24 +38,17 @@ factor of 3.6, wide enough for every training density, and its number means the 
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    every: int = 1000
+class EvaluationConfig(Settings, section="evaluation"):
+    every: int = number(1000, least=0)
     """Steps between evaluations; the last step always has one. 0: none at all. One costs as much as training
     on ten times its clips, and a third more for the averaged weights."""
-    clips: int = 16
+    clips: int = number(16, least=1, most=2**20)
     """Size of the fixed set. Runs are comparable where it is the same."""
     frame_gradients: bool = True
     """Measure the gradient of each frame's loss too: as many further passes over the clips as these have
     frames."""
-    path: str | None = None
+    path: str | None = location(None)
     """Folder of shards of its own, which the run does not train on; null takes the training data."""
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.clips < 1:
-            raise ValueError(
-                f"evaluation.every is {self.every} and evaluation.clips {self.clips}: they must be at least "
-                "0 and 1"
-            )
 
 
 @dataclass(frozen=True)

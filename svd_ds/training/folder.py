@@ -19,7 +19,8 @@ import yaml
 from svd_ds.fsync_io import read_yaml, replace_text, rewrite_json_lines, set_aside
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
-# is; and the guard's bounds, so that a run that it ended can go on.
+# is; and the guard's bounds, so that a run that it ended can go on. Where its data are as well: the cursor of
+# a checkpoint has the fingerprint of the samples, and refuses others.
 FREE_KEYS = (
     "code",
     "run.dir",
@@ -36,6 +37,7 @@ FREE_KEYS = (
     "recompute",
     "ema.on_host",
     "batch.micro",
+    "data.path",
     "data.num_workers",
     "data.prefetch",
     "data.max_quarantined",

@@ -13,32 +13,26 @@ import statistics
 from dataclasses import dataclass, replace
 
 from svd_ds.parallel.collectives import SharedError
+from svd_ds.settings import Settings, number
 
 
 @dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(Settings, section="guard"):
     """A step that is not finite is always skipped."""
 
-    loss_factor: float = 20.0
+    loss_factor: float = number(20.0, above=1, off=0)
     """Skip a step whose loss is above so many times the recent median; 0 never does. A network that says
     nothing has a v-space loss of about 1 at every noise level: at 20 times a good median, 0.05, all that was
     learned is lost."""
-    norm_factor: float = 50.0
+    norm_factor: float = number(50.0, above=1, off=0)
     """The same for the gradient's norm before clipping; 0 never does. It moves far more than the loss."""
-    window: int = 100
+    # Its numbers are written with every checkpoint.
+    window: int = number(100, least=1, most=100_000)
     """Steps of which the median is taken. As long as there are fewer, only what is not finite is skipped."""
-    max_skips: int = 5
+    max_skips: int = number(5, least=0)
     """When more steps than these are skipped in a row, the run goes back to its last checkpoint."""
-    max_returns: int = 3
+    max_returns: int = number(3, least=0)
     """The run ends when it would go back more often than this."""
-
-    def __post_init__(self) -> None:
-        for name in ("loss_factor", "norm_factor"):
-            if (factor := getattr(self, name)) != 0 and factor <= 1:
-                raise ValueError(f"guard.{name} is {factor}: it must be above 1, or 0 to switch it off")
-        for name, least in (("window", 1), ("max_skips", 0), ("max_returns", 0)):
-            if (number := getattr(self, name)) < least:
-                raise ValueError(f"guard.{name} is {number}: it must be at least {least}")
 
 
 @dataclass(frozen=True)

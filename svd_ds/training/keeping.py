@@ -14,35 +14,25 @@ from svd_ds.fsync_io import fsync_path, replace_file, set_aside, write_text
 from svd_ds.model.lives import LIVES, Life, complete_checkpoints, lives_damage, lives_of
 from svd_ds.model.manifest import COMPLETE, Manifest, damage_of
 from svd_ds.model.slices import KEPT_AVERAGES
+from svd_ds.settings import Settings, number
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 1000
+class CheckpointConfig(Settings, section="checkpoint"):
+    every: int = number(1000, least=1)
     """Steps between checkpoints; the last step always leaves one."""
-    keep_last: int = 2
+    keep_last: int = number(2, least=1)
     """How many of the newest stay."""
-    keep_every: int = 0
+    keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this many steps stay for good; 0 keeps none for good."""
-    keep_averages: int = 0
+    keep_averages: int = number(0, least=0)
     """Of those at multiples of this many steps the averages stay, in averages/step-N: any other length can be
     made of them after the run. 0 keeps none."""
     asynchronous: bool = True
     """Train on while a checkpoint is written. Takes a copy of each rank's slices in host memory."""
-
     verify: bool = True
     """Before a run resumes, compare the checksum of every file of the checkpoint with its manifest. It costs
     one more reading of the files, divided over the ranks; their sizes are compared in any case."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep_last < 1:
-            raise ValueError(
-                f"checkpoint.every is {self.every} and checkpoint.keep_last {self.keep_last}: both must be "
-                "at least 1"
-            )
-        for name in ("keep_every", "keep_averages"):
-            if (number := getattr(self, name)) < 0:
-                raise ValueError(f"checkpoint.{name} is {number}: it must be at least 0")
 
 
 def take_over(folder: Path, step: int, origin: str = "", attempt: tuple[int, int] = (0, 0)) -> str:

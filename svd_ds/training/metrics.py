@@ -24,6 +24,7 @@ from torch import Tensor
 
 from svd_ds.door import open_console
 from svd_ds.fsync_io import LineFile, append_row
+from svd_ds.settings import Settings, choice, number, text
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.preview import Preview
@@ -37,20 +38,14 @@ HISTOGRAM_SAMPLE = 2**20
 
 
 @dataclass(frozen=True)
-class LoggerConfig:
-    every: int = 10
+class LoggerConfig(Settings, section="logger"):
+    every: int = number(10, least=1)
     """Steps between plain lines."""
-    wandb: str = "auto"
+    wandb: str = choice("auto", MODES)
     """auto (online when a key is set, else offline) | online | offline | disabled. WANDB_MODE overrides
     auto."""
-    project: str = "svd_ds"
-    entity: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.wandb not in MODES:
-            raise ValueError(f"logger.wandb is {self.wandb!r}: choose {', '.join(MODES)}")
-        if self.every < 1:
-            raise ValueError(f"logger.every is {self.every}: it must be at least 1")
+    project: str = text("svd_ds")
+    entity: str | None = text(None)
 
 
 @dataclass(frozen=True)

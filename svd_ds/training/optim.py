@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from svd_ds.settings import Settings, choice, number
+
 TAGS = ("spatial", "temporal", "embedding", "condition")
 """As the networks have them on their parameters (svd_ds/model/unet.py, `parameter_tags`)."""
 
@@ -17,36 +19,35 @@ SCHEDULES = ("constant", "cosine", "zero")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    lr: float = 1e-4
+class OptimConfig(Settings, section="optim"):
+    lr: float = number(
+        1e-4, above=0, most=100, hint="optim.schedule=zero moves no weight: it only evaluates and samples"
+    )
     """Peak learning rate, multiplied per group by the rates below."""
-    spatial_rate: float = 1.0
+    spatial_rate: float = number(1.0, least=0, most=10_000)
     """Multiplier for the layers that an image model has; 0 freezes them."""
-    temporal_rate: float = 1.0
+    temporal_rate: float = number(1.0, least=0, most=10_000)
     """Multiplier for the layers that video adds; 0 freezes them."""
-    embedding_rate: float = 1.0
+    embedding_rate: float = number(1.0, least=0, most=10_000)
     """Multiplier for the embedding of the noise level, which an image model has as well; 0 freezes it."""
-    condition_rate: float = 1.0
+    condition_rate: float = number(1.0, least=0, most=10_000)
     """Multiplier for the embeddings of scalars and mask, which video adds; 0 freezes them."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
+    beta1: float = number(0.9, least=0, below=1)
+    beta2: float = number(0.999, least=0, below=1)
+    eps: float = number(1e-8, above=0, most=1)
+    weight_decay: float = number(0.01, least=0, most=100)
     """Decoupled decay of matrices and kernels; norms, biases and mix factors have none."""
-    gradient_clip: float = 1.0
+    gradient_clip: float = number(1.0, above=0)
     """Largest global gradient norm."""
-    schedule: str = "constant"
+    schedule: str = choice("constant", SCHEDULES)
     """constant | cosine, after the warm-up | zero (no weight moves: a run only evaluates and samples)."""
-    warmup_samples: int = 0
+    warmup_samples: int = number(0, least=0)
     """The rate rises linearly over this many clips."""
-    final_rate: float = 0.0
+    final_rate: float = number(0.0, least=0, most=1)
     """Where cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule is {self.schedule!r}: choose {' or '.join(SCHEDULES)}")
-        if self.gradient_clip <= 0:
-            raise ValueError(f"optim.gradient_clip is {self.gradient_clip}: it must be above 0")
+        super().__post_init__()
         if not any(self.rate(tag) > 0 for tag in TAGS):
             raise ValueError(f"optim freezes everything: {'_rate, '.join(TAGS)}_rate are all 0")
 

@@ -18,6 +18,7 @@ from svd_ds.parallel.collectives import agreed, join_over_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.sample import SampleConfig, sample_video
+from svd_ds.settings import number
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import RunFolder
 from svd_ds.video import contact_sheet, from_uint8, to_uint8, write_mp4
@@ -25,18 +26,10 @@ from svd_ds.video import contact_sheet, from_uint8, to_uint8, write_mp4
 
 @dataclass(frozen=True)
 class PreviewConfig(SampleConfig):
-    every: int = 1000
+    every: int = number(1000, least=1)
     """Steps between previews; the last step always leaves one."""
-    num_videos: int = 4
+    num_videos: int = number(4, least=1, most=10_000)
     """Fixed clips whose first frames (last frames, captions) are the conditions."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.every < 1 or self.num_videos < 1:
-            raise ValueError(
-                f"sampling.every is {self.every} and sampling.num_videos {self.num_videos}: both must be at "
-                "least 1"
-            )
 
 
 Render = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]

@@ -25,37 +25,31 @@ from svd_ds.diffusion.draws import draw
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.parallel.collectives import mean_over_ranks
+from svd_ds.settings import Settings, location, number
 from svd_ds.training.adversary import Adversary
 from svd_ds.training.objective import Objective
 from svd_ds.video import from_uint8
 
 
 @dataclass(frozen=True)
-class ReconstructionConfig:
+class ReconstructionConfig(Settings, section="loss"):
     """Weights of terms are relative to the mean absolute difference of pixels in [-1, 1]."""
 
-    perceptual: str | None = None
+    perceptual: str | None = location(None)
     """File of a torchvision VGG16's weights (safetensors); null: no perceptual term."""
-    perceptual_heads: str | None = None
+    perceptual_heads: str | None = location(None)
     """File of LPIPS' linear heads for it (safetensors); null: every channel counts one."""
-    perceptual_weight: float = 1.0
-    adversarial_weight: float = 0.0
+    perceptual_weight: float = number(1.0, least=0, most=1e6)
+    adversarial_weight: float = number(0.0, least=0, most=1e6)
     """0: no discriminator."""
-    adversarial_start: int = 0
+    adversarial_start: int = number(0, least=0)
     """Clips seen before there is a discriminator: it and its term begin there."""
-    discriminator_width: int = 64
+    discriminator_width: int = number(64, least=1, most=4096)
     """Channels of its first level."""
-    discriminator_lr: float = 1e-4
+    discriminator_lr: float = number(1e-4, above=0, most=100)
 
     def __post_init__(self) -> None:
-        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name} is {getattr(self, name)}: it must be at least 0")
-        if self.discriminator_width < 1 or self.discriminator_lr <= 0:
-            raise ValueError(
-                f"loss.discriminator_width is {self.discriminator_width} and loss.discriminator_lr "
-                f"{self.discriminator_lr}: they must be at least 1, and above 0"
-            )
+        super().__post_init__()
         if self.perceptual_heads is not None and self.perceptual is None:
             raise ValueError(f"loss.perceptual_heads is {self.perceptual_heads}, and loss.perceptual is null")
 

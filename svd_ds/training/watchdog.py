@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TextIO
 
+from svd_ds.settings import Settings, number
+
 GRACE_S = 5.0
 """Between the word that a rank hangs and its end: each rank has time to notice by itself."""
 MARGIN = timedelta(minutes=10)
@@ -18,18 +20,20 @@ MARGIN = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
-class WatchdogConfig:
-    minutes: float = 30.0
+class WatchdogConfig(Settings, section="watchdog"):
+    # At most a week: timers of the system and of gloo and NCCL hold no more than some years.
+    minutes: float = number(30.0, least=0, most=10_080)
     """Without a step, after which a rank writes its stack to its log and ends; 0 never does. An evaluation, a
     checkpoint and previews may lie between two steps."""
-    first_minutes: float = 90.0
+    first_minutes: float = number(90.0, least=0, most=10_080)
     """The same until the first step: files are read, weights loaded, kernels chosen."""
 
     def __post_init__(self) -> None:
-        if self.minutes < 0 or self.first_minutes < self.minutes:
+        super().__post_init__()
+        if self.first_minutes < self.minutes:
             raise ValueError(
-                f"watchdog.minutes is {self.minutes} and watchdog.first_minutes {self.first_minutes}: the "
-                "first must not be negative, nor the second shorter"
+                f"watchdog.first_minutes is {self.first_minutes}: it must be at least watchdog.minutes, "
+                f"{self.minutes}"
             )
 
     @property

@@ -88,16 +88,20 @@ def test_runs_of_members_have_folders_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("optim.learning_rate=1", "learning_rate"),
-        ("+optim.learning_rate=1", "optim.learning_rate"),
-        ("model.widths=[32", "model.widths=[32"),
+        ("optim.learning_rate=1", "there is no key optim.learning_rate: use optim.lr"),
+        ("+optim.warmup=1", "there is no key optim.warmup: do you mean optim.warmup_samples?"),
+        ("lr=1", "there is no key lr: do you mean optim.lr?"),
+        ("optim.lr.peak=1", "there is no key optim.lr.peak: optim.lr is a number, write optim.lr=VALUE"),
+        ("optimizer.lr=1", "there is no key optimizer.lr: do you mean optim.lr?"),
+        ("model.widths=[32", "model.widths is [32: it cannot be read as a list of whole numbers"),
+        ("optim.lr=1=2", "optim.lr is 1=2: it cannot be read as a number"),
         ("+experiment=stage9", "stage9"),
         ("noise=brown", "brown"),
         ("noise=edm,svd_base", "python -m svd_ds.train -m"),
         ("run.steps=many", "many"),
         ("optim.schedule=linear", "linear"),
-        ("init.source=runs/stage1", "init.source"),
-        ("+init.source=runs/stage1", "init has from, which"),
+        ("init.source=runs/stage1", "there is no key init.source: do you mean init.from?"),
+        ("+init.source=runs/stage1", "there is no key init.source: do you mean init.from?"),
         ("init=runs/stage1", "init is 'runs/stage1', and must have the keys from, which"),
     ],
 )
@@ -111,7 +115,7 @@ def test_a_mistake_is_named(override: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("task=vae", "task is 'vae': choose unet or decoder"),
+        ("task=vae", "task is 'vae': it must be one of unet, decoder"),
         ("init.from=runs/stage1", "it starts from frozen.path's vae/"),
         ("data.latents=true data.crop=center", "it learns from frames"),
         ("optim.spatial_rate=0 optim.temporal_rate=0", "a decoder has no other layers"),

@@ -16,6 +16,8 @@ FLOORS = {
     "batch": 0,
     "door": 0,
     "fsync_io": 0,
+    "settings": 0,
+    "overrides": 1,
     "pixels": 0,
     "video": 1,
     "diffusion": 1,

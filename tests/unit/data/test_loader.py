@@ -235,11 +235,11 @@ def test_sample_without_frames_is_named_in_one_sentence(tmp_path: Path, num_work
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_frames": 0}, r"data\.num_frames must be at least 1, not 0"),
-        ({"crop": "left"}, "'left' is none of random, center"),
-        ({"num_workers": -1}, "negative"),
-        ({"image_share": 1.5}, "image_share is 1.5, but must lie between 0 and 1"),
-        ({"caption_weights": {"coca": 0.0}}, "all zero"),
+        ({"num_frames": 0}, r"data\.num_frames is 0: it must be at least 1"),
+        ({"crop": "left"}, "'left': it must be one of random, center"),
+        ({"num_workers": -1}, "num_workers is -1: it must be at least 0"),
+        ({"image_share": 1.5}, "image_share is 1.5: it must be at least 0 and at most 1"),
+        ({"caption_weights": {"coca": 0.0}}, "at least one must be above 0"),
     ],
 )
 def test_config_is_checked(changes: dict[str, object], message: str) -> None:

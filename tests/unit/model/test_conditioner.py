@@ -249,17 +249,17 @@ def test_drop_rates_follow_what_the_context_is():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"context": "audio"}, '"audio"'),
-        ({"concat": "mask"}, '"mask"'),
+        ({"context": "audio"}, "context is 'audio': it must be one of image, ends"),
+        ({"concat": "mask"}, "concat is 'mask': it must be one of image"),
         ({"scalars": ("fps", "colour")}, "colour"),
-        ({"scalars": ("fps", "fps")}, "different names"),
+        ({"scalars": ("fps", "fps")}, "each may be named once"),
         ({"concat": "none"}, "no frame gets any noise"),
         ({"context": "none"}, "context_width is None"),
         ({"context_width": 8}, "context_width is 8"),
         ({"drop_context": 1.5}, "drop_context is 1.5"),
         ({"drop_concat": -0.1}, "drop_concat is -0.1"),
         ({"drop_scalars": {"fps": 2.0}}, r"drop_scalars\.fps is 2.0"),
-        ({"drop_scalars": {"elevation": 0.1}}, "drop_scalars names elevation, which is none of"),
+        ({"drop_scalars": {"elevation": 0.1}}, "drop_scalars names elevation: it must be one of fps"),
         ({"augmentation_std": -1.0}, "augmentation_std is -1.0"),
     ],
 )

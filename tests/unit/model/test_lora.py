@@ -172,7 +172,7 @@ def test_another_networks_file_is_refused(
 
 
 def test_nonsense_is_refused(unet: UNet, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora.target is 'norms': choose temporal_attention"):
+    with pytest.raises(ValueError, match=r"lora.target is 'norms': it must be one of temporal_attention"):
         LoraConfig(target="norms")
     with pytest.raises(ValueError, match=r"lora.rank is -1"):
         LoraConfig(rank=-1)

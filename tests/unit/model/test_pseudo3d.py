@@ -96,5 +96,5 @@ def test_no_public_layout_holds_it(unet: UNet, layout: str, name: str, tmp_path:
 
 
 def test_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="temporal must be one of svd, make_a_video, none, not 'mochi'"):
+    with pytest.raises(ValueError, match="temporal is 'mochi': it must be one of svd, make_a_video, none"):
         replace(SVD, temporal="mochi")

@@ -282,14 +282,14 @@ class TestForward:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"widths": (64, 128)}, "widths has 2 levels and attention_levels 4"),
+        ({"widths": (64, 128)}, "widths has 2 levels and model.attention_levels 4"),
         ({"widths": (64, 100, 128, 128)}, "multiple of 32 .* 64, which 100 is not"),
-        ({"num_layers": 0}, "num_layers must be at least 1, not 0"),
-        ({"num_scalars": -1}, "num_scalars must be 0 or more"),
-        ({"masked": True, "in_channels": 5}, "masked needs at least 6 in_channels, .* there are 5"),
-        ({"scalar_width": 5}, "scalar_width even; they are 3 and 5"),
-        ({"temporal_attention": "xformers"}, "temporal_attention must be one of auto, .* not 'xformers'"),
-        ({"kernels": "cuda"}, "kernels must be one of auto, triton, torch, not 'cuda'"),
+        ({"num_layers": 0}, "model.num_layers is 0: it must be at least 1"),
+        ({"num_scalars": -1}, "model.num_scalars is -1: it must be at least 0"),
+        ({"masked": True, "in_channels": 5}, "in_channels is 5: with model.masked it must be at least 6"),
+        ({"scalar_width": 5}, "model.scalar_width is 5: it must be even"),
+        ({"temporal_attention": "xformers"}, "temporal_attention is 'xformers': it must be one of auto"),
+        ({"kernels": "cuda"}, "kernels is 'cuda': it must be one of auto, triton, torch"),
     ],
 )
 def test_config_refuses_what_cannot_be(changes: dict[str, Any], words: str) -> None:

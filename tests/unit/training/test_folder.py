@@ -159,3 +159,11 @@ def test_files_of_a_run_are_on_disk_before_they_get_their_names(
     monkeypatch.setattr(os, "replace", watched_replace)
     folder.open({"a": 1}, step=1)
     assert {f"{tmp_path}/config.yaml.new", f"{tmp_path}/metrics.jsonl.new", str(tmp_path)} <= set(synced)
+
+
+def test_a_run_resumes_where_its_data_moved(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open({"data": {"path": "/old/shards", "height": 64}}, step=0)
+    assert folder.check_belongs({"data": {"path": "/new/shards", "height": 64}}) is None
+    with pytest.raises(ValueError, match="height"):
+        folder.check_belongs({"data": {"path": "/new/shards", "height": 128}})

@@ -1,0 +1,233 @@
+"""What users write on a command line, KEY=VALUE, made readable for Hydra, or answered in one sentence.
+
+Hydra's grammar reads values as numbers, lists, dicts and texts of few characters. A path or name is taken as
+it is written instead: `data.path=~/clips, v1/epoch=3` needs no quotes beyond the shell's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from svd_ds.settings import TYPE_NAMES, Setting, Text
+
+WORD = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
+SHARDED = "ZeRO stage 3 is the only one; its sizes are parallel.reduce_bucket and the other keys of parallel"
+OF_BATCH = "it follows from batch.size (clips a step, over all ranks) and batch.micro (clips a rank at once)"
+OTHERS = {
+    "deepspeed": "there is no DeepSpeed file: its settings are the keys of parallel, batch and optim",
+    "deepspeed_config": "there is no DeepSpeed file: its settings are the keys of parallel, batch and optim",
+    "zero_optimization": SHARDED,
+    "zero_stage": SHARDED,
+    "stage": SHARDED,
+    "gradient_accumulation_steps": OF_BATCH,
+    "accumulate_grad_batches": OF_BATCH,
+    "train_batch_size": "use batch.size, clips a step over all ranks",
+    "global_batch_size": "use batch.size, clips a step over all ranks",
+    "batch_size": "use batch.size, clips a step over all ranks, or batch.micro, clips a rank at once",
+    "train_micro_batch_size_per_gpu": "use batch.micro, clips a rank at once",
+    "micro_batch_size": "use batch.micro, clips a rank at once",
+    "per_device_train_batch_size": "use batch.micro, clips a rank at once",
+    "gradient_clipping": "use optim.gradient_clip",
+    "max_grad_norm": "use optim.gradient_clip",
+    "fp16": "use precision=bf16 or precision=fp32: there is no training in fp16, whose losses need scaling",
+    "bf16": "use precision=bf16",
+    "amp": "use precision=bf16",
+    "mixed_precision": "use precision=bf16",
+    "offload_optimizer": "use parallel.offload_optimizer=true",
+    "offload_param": "parameters stay on the GPUs; parallel.offload_optimizer=true moves the optimizer state",
+    "overlap_comm": "use parallel.overlap_comm",
+    "reduce_bucket_size": "use parallel.reduce_bucket",
+    "allgather_bucket_size": "use parallel.prefetch_bucket",
+    "stage3_prefetch_bucket_size": "use parallel.prefetch_bucket",
+    "stage3_param_persistence_threshold": "use parallel.persistence_threshold",
+    "stage3_max_live_parameters": "use parallel.max_live",
+    "stage3_max_reuse_distance": "use parallel.max_reuse_distance",
+    "communication_data_type": "use parallel.reduce_dtype",
+    "activation_checkpointing": "use recompute=blocks, attention, full or none",
+    "gradient_checkpointing": "use recompute=blocks, attention, full or none",
+    "scheduler": "use optim.schedule and optim.warmup_samples",
+    "warmup_num_steps": "use optim.warmup_samples, which counts clips",
+    "warmup_steps": "use optim.warmup_samples, which counts clips",
+    "lr_warmup_steps": "use optim.warmup_samples, which counts clips",
+    "learning_rate": "use optim.lr",
+    "max_steps": "use run.steps",
+    "max_train_steps": "use run.steps",
+    "output_dir": "use run.dir",
+    "resume_from_checkpoint": "use run.resume=auto, never or a checkpoint's folder",
+    "checkpointing_steps": "use checkpoint.every",
+    "pretrained_model_name_or_path": "use init.from for the UNet and frozen.path for the other networks",
+    "dataloader_num_workers": "use data.num_workers",
+    "steps_per_print": "use logger.every",
+}
+"""Keys of DeepSpeed and of other trainers -> ours."""
+LIST_NAMES = {int: "whole numbers", float: "numbers", bool: "true and false"}
+RANK_OPTIONS = ("local_rank", "local-rank")
+
+
+def readable(
+    words: Sequence[str],
+    settings: Mapping[str, Setting],
+    groups: Collection[str],
+    multirun: bool = False,
+) -> list[str]:
+    """The words of a command line as Hydra reads them.
+
+    Args:
+        settings: every setting by its full key.
+        groups: names of Hydra's config groups.
+        multirun: whether a comma parts the values of several runs.
+
+    Raises:
+        ValueError: a key that does not exist, or a value that cannot be read, with the remedy.
+    """
+    return [_readable(word, settings, groups, multirun) for word in words]
+
+
+def _readable(word: str, settings: Mapping[str, Setting], groups: Collection[str], multirun: bool) -> str:
+    if word.startswith("--"):
+        _check_option(word)
+        return word
+    match = WORD.fullmatch(word)
+    if match is None:
+        return word
+    plus, key, value = match.groups()
+    setting = settings.get(key)
+    if setting is None:
+        _check_key(key, settings, groups)
+    elif setting.is_text:
+        return f"{plus}{key}={_text(setting, value, multirun)}"
+    elif setting.is_list and setting.kind is str and (items := _list_of_texts(value)) is not None:
+        return f"{plus}{key}=[{','.join(items)}]"
+    if setting is not None and _parse(word) is None:
+        raise ValueError(_unreadable(setting, value))
+    return word
+
+
+def _text(setting: Setting, value: str, multirun: bool) -> str:
+    """The value of a text as Hydra reads it: what Hydra would take for something else is quoted."""
+    override = _parse(f"{setting.key}={value}")
+    if override is None:
+        if value.startswith(("'", '"')):
+            quoted = shlex.quote(f'{setting.key}="VALUE"')
+            raise ValueError(f"{setting.key} is {value}: the quotes do not match; in a shell write {quoted}")
+        if multirun:
+            return ",".join(_quoted(part.strip()) for part in value.split(","))
+        return _quoted(value)
+    read = override.value()
+    if isinstance(read, ChoiceSweep) and read.simple_form:
+        # Another text with a comma is more likely a forgotten --multirun, which Hydra says.
+        is_path = isinstance(setting.rule, Text) and setting.rule.is_path
+        return value if multirun or not is_path else _quoted(value)
+    return _quoted(value) if isinstance(read, bool | int | float | list | dict) else value
+
+
+def _list_of_texts(value: str) -> list[str] | None:
+    """Each text of [a,b], quoted; None where Hydra reads the list as it is."""
+    inner = value.strip()
+    if _parse(f"key={value}") is not None or not (inner.startswith("[") and inner.endswith("]")):
+        return None
+    items = [item.strip() for item in inner[1:-1].split(",")]
+    is_quoted = [item[:1] in ("'", '"') and item[-1:] == item[:1] and len(item) > 1 for item in items]
+    return [item if quoted else _quoted(item) for item, quoted in zip(items, is_quoted, strict=True)]
+
+
+def _quoted(value: str) -> str:
+    return str(QuotedString(value, Quote.double).with_quotes())
+
+
+def _parse(word: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def _unreadable(setting: Setting, value: str) -> str:
+    told = f"{setting.key} is {value}: it cannot be read as "
+    if setting.is_dict:
+        return (
+            f"{told}{{NAME:NUMBER,...}}; on a command line a name has letters, digits, blanks and /-.+:@ "
+            "alone: link a folder under such a name"
+        )
+    if setting.is_list and setting.kind is str:
+        return f"{told}a list; in a shell write " + shlex.quote(f'{setting.key}=["VALUE","VALUE"]')
+    return told + (f"a list of {LIST_NAMES[setting.kind]}" if setting.is_list else TYPE_NAMES[setting.kind])
+
+
+def _check_option(word: str) -> None:
+    name = word.lstrip("-").partition("=")[0]
+    if name in RANK_OPTIONS:
+        raise ValueError(
+            f"there is no option {word}, which DeepSpeed's launcher adds: start the ranks with torchrun, "
+            "srun or tools/launch.py"
+        )
+    if name in OTHERS:
+        raise ValueError(f"there is no option --{name}: {OTHERS[name]}")
+
+
+def _check_key(key: str, settings: Mapping[str, Setting], groups: Collection[str]) -> None:
+    """Raise ValueError for a key that no config has, saying which one is meant."""
+    parts = key.split(".")
+    parents = [".".join(parts[:count]) for count in range(1, len(parts))]
+    if key in groups or parts[0] == "hydra" or any(p in settings and settings[p].is_dict for p in parents):
+        return
+    if known := next((parent for parent in parents if parent in settings), None):
+        kind = TYPE_NAMES[settings[known].kind]
+        raise ValueError(f"there is no key {key}: {known} is {kind}, write {known}=VALUE")
+    section = {name for name in settings if name.startswith(f"{parts[0]}.")}
+    if key == parts[0] and section:
+        return  # a whole section, which is checked with its values
+    if foreign := next((part for part in reversed(parts) if part in OTHERS), None):
+        raise ValueError(f"there is no key {key}: {OTHERS[foreign]}")
+    same_end = [name for name in settings if name.rpartition(".")[2] == parts[-1]]
+    near = same_end or difflib.get_close_matches(key, section or settings, n=1)
+    if near:
+        raise ValueError(f"there is no key {key}: do you mean {' or '.join(near[:3])}?")
+    have = sorted(section) or sorted({name.partition(".")[0] for name in settings})
+    raise ValueError(f"there is no key {key}; there are {', '.join(have)}")
+
+
+def swept(words: Sequence[str], choices: Callable[[str], list[str]]) -> dict[str, list[str]]:
+    """Key of each word that gives several values -> the words that give it one value each.
+
+    Args:
+        words: as `readable` returns them.
+        choices: the choices of a config group.
+    """
+    found = {}
+    for word in words:
+        override = _parse(word) if not word.startswith("-") else None
+        if override is None or not override.is_sweep_override():
+            continue
+        value, name = override.value(), word.partition("=")[0]
+        if isinstance(value, Glob):
+            values = value.filter(choices(override.get_key_element()))
+        elif override.is_discrete_sweep():
+            values = list(override.sweep_string_iterator())
+        else:
+            continue
+        found[override.get_key_element()] = [f"{name}={each}" for each in values]
+    return found
+
+
+def folder_name(words: Sequence[str]) -> str:
+    """Overrides as part of a folder's name: optim.lr=0.001 -> optim.lr_0.001."""
+    return "-".join(map(_folder_part, words))
+
+
+def _folder_part(word: str) -> str:
+    key, _, value = word.lstrip("+").partition("=")
+    value = value.strip("'\"")
+    plain = re.sub(r"[^\w.+-]+", "_", value, flags=re.ASCII)[-40:]
+    if plain != value:
+        # Two values must not have one name.
+        plain += f"_{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+    return f"{key}_{plain}"
