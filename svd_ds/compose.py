@@ -107,6 +107,8 @@ def _compose_node(overrides: Sequence[str]) -> DictConfig:
 def _run_dir(overrides: Sequence[str]) -> str:
     node = _compose_node(overrides)
     HydraConfig.instance().set_config(node)
+    # The time alone makes no difference between two runs.
+    OmegaConf.register_new_resolver("now", lambda pattern: pattern, replace=True)
     return str(node.run.dir)
 
 

@@ -440,7 +440,7 @@ def test_a_network_of_other_widths_is_refused_with_both_numbers(tmp_path: Path) 
 
 
 def test_nonsense_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"checkpoint.every is 0 and checkpoint.keep_last 2"):
+    with pytest.raises(ValueError, match=r"checkpoint.every is 0: it must be at least 1"):
         CheckpointConfig(every=0)
     with pytest.raises(ValueError, match=r"checkpoint.keep_every is -1: it must be at least 0"):
         CheckpointConfig(keep_every=-1)
