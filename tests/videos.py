@@ -55,6 +55,19 @@ def encode(
     return buffer.getvalue()
 
 
+def hide(content: bytes, first: int, num_frames: int, fps: int = 24) -> bytes:
+    """An mp4 or mov whose edit list shows `num_frames` frames from frame `first` on."""
+    place = content.index(b"elst") + 4
+    entry = bytearray(content)
+    ticks = int.from_bytes(content[(head := content.index(b"mdhd") + 16) : head + 4], "big")
+    scale_at = content.index(b"mvhd") + 16
+    scale = int.from_bytes(content[scale_at : scale_at + 4], "big")
+    start = int.from_bytes(content[place + 12 : place + 16], "big")
+    entry[place + 8 : place + 12] = (num_frames * scale // fps).to_bytes(4, "big")
+    entry[place + 12 : place + 16] = (start + first * ticks // fps).to_bytes(4, "big")
+    return bytes(entry)
+
+
 def write_video(path: Path, frames_THWC: np.ndarray, fps: int = 24) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode(frames_THWC, fps))

@@ -76,7 +76,10 @@ class ShardWriter:
         if sample_id in self._ids:
             raise ValueError(f"two samples have the id {sample_id}")
         self._ids.add(sample_id)
-        text = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+        try:
+            text = json.dumps(about, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+        except ValueError as error:
+            raise ValueError(f"sample {sample_id} cannot be written: {error}") from error
         self._open.append((sample_id, {"json": text, media: content, **(more or {})}))
         if len(self._open) == self.samples_per_shard:
             self.end_shard()

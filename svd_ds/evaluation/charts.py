@@ -137,8 +137,9 @@ def _frame(axes: Any) -> None:
 
 
 def _style(salt: str) -> Any:
-    # Text stays text, and ids differ between the charts of a page.
+    # Text stays text, dollar signs too, and ids differ between the charts of a page.
     options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}
+    options["text.parse_math"] = False
     return matplotlib.rc_context(options)
 
 

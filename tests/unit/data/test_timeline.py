@@ -16,7 +16,7 @@ from svd_ds.data.clips import decode, open_video
 from svd_ds.data.foreign import measure
 from svd_ds.data.timeline import clock_of, read_timeline
 from svd_ds.pixels.frame import to_rgb
-from tests.videos import counting, encode
+from tests.videos import counting, encode, hide
 
 
 def levels(content: bytes, wanted: Sequence[int]) -> list[int]:
@@ -38,19 +38,6 @@ def timed(times: Sequence[int], suffix: str = "mp4", codec: str = "libx264", fra
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
-
-
-def hide(content: bytes, first: int, num_frames: int, fps: int = 24) -> bytes:
-    """An mp4 or mov whose edit list shows `num_frames` frames from frame `first` on."""
-    place = content.index(b"elst") + 4
-    entry = bytearray(content)
-    ticks = int.from_bytes(content[(head := content.index(b"mdhd") + 16) : head + 4], "big")
-    scale_at = content.index(b"mvhd") + 16
-    scale = int.from_bytes(content[scale_at : scale_at + 4], "big")
-    start = int.from_bytes(content[place + 12 : place + 16], "big")
-    entry[place + 8 : place + 12] = (num_frames * scale // fps).to_bytes(4, "big")
-    entry[place + 12 : place + 16] = (start + first * ticks // fps).to_bytes(4, "big")
-    return bytes(entry)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])

@@ -98,3 +98,11 @@ def test_a_writer_takes_over_whole_shards_of_another(tmp_path: Path) -> None:
     writer.add(sample.id, "mp4", source.read(sample, "mp4"), json.loads(source.read(sample, "json")))
     writer.close()
     assert files(cut_off) == whole
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None:
+    writer = ShardWriter(tmp_path)
+    frames = moving_square(2, 32, 48)
+    with pytest.raises(ValueError, match="sample s0 cannot be written"):
+        writer.add("s0", "mp4", b"", about(frames, annotations={"aesthetic": value}))
