@@ -64,6 +64,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     fsync_path(path)
 
 
+def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write or replace a safetensors file atomically and durably; on an error nothing of it is left.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
+    draft = path.with_name(path.name + ".new")
+    try:
+        write_tensors(draft, tensors, metadata)
+        replace_file(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file durably, without atomicity: for files inside a folder that is renamed later.
 

@@ -29,7 +29,7 @@ from svd_ds.fsync_io import read_yaml
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
-from svd_ds.model.weights import load_unet
+from svd_ds.model.weights import load_unet, merge_lora_file
 from svd_ds.settings import INT64_MAX, Settings, choice, number
 
 TINY = Path(__file__).parent / "assets" / "tiny_svd"
@@ -157,12 +157,18 @@ class Pipeline:
 
 
 def load_pipeline(
-    path: Path, device: torch.device, dtype: torch.dtype, which: str | None = None, frozen: str | None = None
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    which: str | None = None,
+    frozen: str | None = None,
+    lora: tuple[Path, float] | None = None,
 ) -> Pipeline:
     """Read a run's or a checkpoint's folder, a diffusers pipeline, or an original single file.
 
     which: of a run, the name of an average, or raw; its first average by default. frozen: where vae/ and the
-    encoders are, a folder or a hub id; by default where the run had them, or the pipeline itself.
+    encoders are, a folder or a hub id; by default where the run had them, or the pipeline itself. lora: a
+    LoRA file, and the scale at which its updates are added to the weights.
     Raises FileNotFoundError or ValueError where a part is missing.
     """
     if not path.exists():
@@ -172,7 +178,10 @@ def load_pipeline(
         raise ValueError(
             f"{path} has neither config.yaml nor vae/, so the folder that has vae/ must be named"
         )
-    unet = load_unet(path, which=which).to(device, dtype).eval()
+    unet = load_unet(path, which=which)
+    if lora is not None:
+        merge_lora_file(unet, *lora)
+    unet = unet.to(device, dtype).eval()
     if settings is None:
         shape, sampling = (unet.config.num_frames, *RELEASED_SIZE), SampleConfig()
         given = "ends" if unet.config.masked else "image"

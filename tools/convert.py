@@ -22,6 +22,7 @@ from svd_ds.fsync_io import read_json
 from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.decoder import load_decoder, save_parts
 from svd_ds.model.lora import save_lora
+from svd_ds.model.lora_files import merged, read_lora
 from svd_ds.model.manifest import COMPLETE, damage_of, read_manifest
 from svd_ds.model.slices import KEPT_AVERAGES, SET_ASIDE, network_of
 from svd_ds.model.sources import network_parameters
@@ -35,6 +36,7 @@ EXAMPLE = """examples:
   python tools/convert.py runs/small longer --layout diffusers --ema 0.12
   python tools/convert.py svd.safetensors pipeline --layout diffusers --frozen ~/svd-xt
   python tools/convert.py runs/camera camera.safetensors --layout lora
+  python tools/convert.py ~/svd-xt merged --layout diffusers --lora pytorch_lora_weights.safetensors
   python tools/convert.py --verify runs/small
 
 With --layout diffusers an image-to-video network becomes a folder that diffusers'
@@ -127,10 +129,14 @@ def convert(arguments: argparse.Namespace, draft: Path) -> str:
         save_parts(parts, load_decoder(arguments.source, arguments.ema), draft)
         return ""
     if arguments.layout == "lora":
+        if arguments.lora:
+            raise ValueError("--lora merges a file into weights: it takes --layout diffusers or original")
         save_lora(load_unet(arguments.source, arguments.ema, merge=False), draft)
         return ""
     config, tensors = read_weights(arguments.source, which=arguments.ema)
     tensors = complete(arguments.source, config, tensors)
+    if arguments.lora:
+        tensors = with_lora(arguments.lora, arguments.lora_scale, config, tensors)
     if arguments.layout == "original":
         write_weights(config, tensors, draft, "original")
         return ""
@@ -155,6 +161,13 @@ def complete(source: Path, config: UNetConfig, tensors: Weights) -> Weights:
             f"{source} holds {found} of the video network's {total} tensors: it is an image model, from "
             "which a run starts with init.from"
         )
+
+
+def with_lora(path: Path, scale: float, config: UNetConfig, tensors: Weights) -> Weights:
+    """The tensors with the updates of a LoRA file added."""
+    shapes = {name: parameter.shape for name, parameter in network_parameters(config).items()}
+    updates = read_lora(path, config, shapes)
+    return ((name, merged(name, tensor, updates, scale)) for name, tensor in tensors)
 
 
 def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Path | None:
@@ -203,6 +216,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--layout", choices=("diffusers", "original", "lora"))
     add("--verify", action="store_true", help="list the run's checkpoints: whole, or damaged and where")
     add("--ema", metavar="NAME", help="of a run: an average, a length (0.07), or raw; its first average")
+    add("--lora", type=Path, metavar="FILE", help="a LoRA file, which is merged into the weights")
+    add("--lora-scale", type=float, default=1.0, metavar="S", help="of its updates; default: 1")
     add("--frozen", type=Path, metavar="FOLDER", help="the pipeline whose other parts are copied")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()

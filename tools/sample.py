@@ -23,6 +23,7 @@ EXAMPLE = """examples:
   python tools/sample.py runs/small --image frame.png --out samples
   python tools/sample.py ~/stable-video-diffusion-img2vid --image a.jpg b.jpg --out samples --steps 25
   python tools/sample.py runs/interpolation --image a.png --last-image b.png --out samples --guidance 1:1
+  python tools/sample.py ~/svd-xt --lora pytorch_lora_weights.safetensors --image a.jpg --out samples
   python tools/sample.py runs/text --caption "a boat on a lake" --out samples --guidance 7:7
 """
 
@@ -31,7 +32,8 @@ def main() -> None:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    pipeline = load_pipeline(arguments.run, device, dtype, which=arguments.ema, frozen=arguments.frozen)
+    lora = (arguments.lora, arguments.lora_scale) if arguments.lora else None
+    pipeline = load_pipeline(arguments.run, device, dtype, arguments.ema, arguments.frozen, lora)
     config = replace(pipeline.sampling, **chosen(arguments))
     height, width = arguments.size or (pipeline.height, pipeline.width)
     num_frames = arguments.frames or pipeline.num_frames
@@ -128,6 +130,8 @@ def parse_arguments() -> argparse.Namespace:
         help="of a run: an average, a length (0.07), or raw; default: its first average",
     )
     add("--frozen", metavar="FOLDER", help="where vae/ and the encoders are; default: RUN's own")
+    add("--lora", type=Path, metavar="FILE", help="a LoRA whose updates are added to the weights")
+    add("--lora-scale", type=float, default=1.0, metavar="S", help="by which they are multiplied; default: 1")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()

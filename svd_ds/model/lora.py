@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from svd_ds.fsync_io import replace_tensors
 from svd_ds.model.layers import CrossAttention
+from svd_ds.model.lora_files import HEADER, read_lora
 from svd_ds.model.names import public_modules
 from svd_ds.model.spatial import SpatialAttention
 from svd_ds.model.temporal import TemporalAttention
@@ -37,8 +37,6 @@ TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 PARTS = {"q": 1, "kv": 2, "qkv": 3, "out": 1}
 """The linear layers of an attention, and how many public ones each stands for."""
-HEADER = "lora_adapter_metadata"
-"""Where diffusers keeps PEFT's settings in a file."""
 
 
 @dataclass(frozen=True)
@@ -128,47 +126,38 @@ def save_lora(unet: UNet, path: str | Path) -> None:
         "unet.lora_alpha": adapters[0].alpha,
         "unet.target_modules": sorted({_module_of(key).removeprefix("unet.") for key in state}),
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, {"format": "pt", HEADER: json.dumps(settings)})
+    replace_tensors(Path(path), state, {"format": "pt", HEADER: json.dumps(settings)})
 
 
 def load_lora(unet: UNet, path: str | Path) -> list[str]:
     """Put the adapters of a file on a network without any, and return the names of their parameters.
 
-    Without a header, alpha is the rank, as PEFT has it. Where the file adapts only some parts of a fused
-    layer (to_q and to_v), the others stay as they are.
+    See lora_files.py for the files. Where one adapts only some parts of a fused layer (to_q and to_v), the
+    others stay as they are.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file adapts a layer that is not there, in another shape, or not all at one rank.
     """
-    with safe_open(path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        settings = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-    places = {
-        f"unet.{public}": (module, part)
-        for module, publics in public_modules(unet.config, "diffusers").items()
-        if module in _linears(unet, TARGETS["attention"])
-        for part, public in enumerate(publics)
-    }
-    for key in state:
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")) or _module_of(key) not in places:
-            raise ValueError(f"{path} holds {key}, which adapts no attention layer of this network")
-    ranks = {len(tensor) for key, tensor in state.items() if ".lora_A." in key}
+    path = Path(path)
+    updates = read_lora(path, unet.config, {name: value.shape for name, value in unet.named_parameters()})
+    found = [update for each in updates.values() for update in each]
+    ranks = sorted({len(update.a) for update in found})
     if len(ranks) != 1:
-        raise ValueError(f"{path} has adapters of the ranks {sorted(ranks)}, and must have one rank for all")
-    rank = ranks.pop()
-    _adapt(unet, {places[_module_of(key)][0] for key in state}, rank, settings.get("unet.lora_alpha", rank))
-    layers = _adapted(unet)
-    for key, tensor in state.items():
-        module, part = places[_module_of(key)]
-        lora = layers[module].lora
-        place = (
-            lora.b.data[part] if ".lora_B." in key else lora.a.weight.data[part * rank : (part + 1) * rank]
-        )
-        if place.shape != tensor.shape:
-            found, wanted = tuple(tensor.shape), tuple(place.shape)
-            raise ValueError(f"{path}: {key} has the shape {found}, and the network takes {wanted}")
-        place.copy_(tensor)
+        raise ValueError(f"{path} has adapters of the ranks {ranks}, and must have one rank for all")
+    modules = {name.removesuffix(".weight"): each for name, each in updates.items()}
+    if others := modules.keys() - set(_linears(unet, TARGETS["attention"])):
+        name = modules[min(others)][0].name
+        raise ValueError(f"{path} holds {name}, which adapts no attention layer of this network")
+    alphas = {update.alpha for update in found}
+    alpha = alphas.pop() if len(alphas) == 1 else float(ranks[0])
+    _adapt(unet, modules, ranks[0], alpha)
+    for module, each in modules.items():
+        lora: Any = unet.get_submodule(f"{module}.lora")
+        for update in each:
+            lora.a.weight.data.chunk(update.num_parts)[update.part].copy_(update.a)
+            # Of layers whose alphas differ each is scaled by its own: an adapted network has one for all.
+            lora.b.data[update.part].copy_(update.b * (update.alpha / alpha))
     return _adapter_parameters(unet)
 
 

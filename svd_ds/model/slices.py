@@ -201,8 +201,21 @@ def tensors_of(path: Path) -> dict[str, Piece]:
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a safetensors file: {_other_kind(path) or error}") from None
     return {name: Piece(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file that is no safetensors file is known to be by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer in place of the weights; fetch them with git lfs pull"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return "it is a pickle of PyTorch, which is not read, as it could run code"
+    if head.lstrip()[:1] == b"<":
+        return "it is an HTML page"
+    return None
 
 
 def _length(which: str) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -174,7 +174,13 @@ def _open_checkpoint(path: Path, which: str | None) -> Source:
 
 
 def _open_original(path: Path) -> Source:
-    tensors = {name: piece for name, piece in tensors_of(path).items() if name.startswith(ORIGINAL_PREFIX)}
+    found = tensors_of(path)
+    prefix = _prefix(path, found, "input_blocks.0.0.weight", ORIGINAL_PREFIX)
+    tensors = {
+        ORIGINAL_PREFIX + name.removeprefix(prefix): piece
+        for name, piece in found.items()
+        if name.startswith(prefix)
+    }
     with safe_open(path, framework="pt") as file:
         written = (file.metadata() or {}).get(CONFIG_KEY)
     try:
@@ -193,27 +199,64 @@ def _open_diffusers(folder: Path) -> Source:
         config = config_from_diffusers(fields)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    tensors: dict[str, Piece] = {}
+    found: dict[str, Piece] = {}
     for file in _diffusers_files(folder):
-        tensors |= tensors_of(file)
+        found |= tensors_of(file)
+    prefix = _prefix(folder, found, "conv_in.weight", "")
+    tensors = {name.removeprefix(prefix): piece for name, piece in found.items()}
     # An image UNet has no temporal half beside its residual blocks, so it does not name the spatial one.
     infix = "spatial_res_block." if fields["_class_name"] == IMAGE_CLASS else ""
     return _public_source(folder, config, "diffusers", tensors, leave_out=infix)
 
 
+def _prefix(path: Path, names: Iterable[str], first_layer: str, usual: str) -> str:
+    """What stands before all names of the network: trainers save it under a wrapper's name, or without any.
+
+    Raises:
+        ValueError: no tensor is the network's first layer; the message says under which name it is expected.
+    """
+    names = list(names)
+    found = [name.removesuffix(first_layer) for name in names if f".{name}".endswith(f".{first_layer}")]
+    if not found:
+        raise ValueError(
+            f"{path} holds no {usual}{first_layer}, nor one with another prefix: it is no UNet in this "
+            f"layout; its first tensor is {min(names, default='missing')}"
+        )
+    return usual if usual in found else min(found, key=len)
+
+
 def _diffusers_files(folder: Path) -> list[Path]:
-    """The one file, or the several of an index, or the one of a variant (fp16)."""
+    """The one file, or the several of an index; else those of the one variant (fp16) that is there."""
     stem = "diffusion_pytorch_model"
     if (whole := folder / f"{stem}.safetensors").exists():
         return [whole]
     if (index := folder / f"{stem}.safetensors.index.json").exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    variants = sorted(folder.glob(f"{stem}.*.safetensors"))
+        return _files_of_index(index)
+    # diffusers names a variant's index NAME.safetensors.index.fp16.json; older versions moved the fp16.
+    indices = sorted(folder.glob(f"{stem}*.index*.json"))
+    parts = {file for index in indices for file in _files_of_index(index)}
+    variants = [*indices, *sorted(set(folder.glob(f"{stem}.*.safetensors")) - parts)]
     if len(variants) != 1:
+        pickles = ", ".join(file.name for file in sorted(folder.glob("*.bin")))
+        others = f"; {pickles} is a pickle, which is not read" if pickles else ""
+        names = ", ".join(file.name for file in variants) or "none"
         raise ValueError(
-            f"{folder} has {len(variants)} files {stem}*.safetensors, and needs one, or an index"
+            f"{folder} needs one {stem}.safetensors, its index, or one variant of these, "
+            f"and has {names}{others}"
         )
-    return variants
+    return _files_of_index(variants[0]) if indices else variants
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    content = read_json(index)
+    try:
+        names = sorted({str(name) for name in content["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} has no weight_map: it is no index of weights") from None
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(f"{index} lists {name}, which is no file in {index.parent}")
+    return [index.parent / name for name in names]
 
 
 def _public_source(

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from svd_ds.fsync_io import replace_tensors, replace_text
 from svd_ds.model.layouts import config_to_diffusers
 from svd_ds.model.lora import add_lora
+from svd_ds.model.lora_files import merged, read_lora
 from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.sources import CONFIG_KEY, open_source
 from svd_ds.model.unet import UNet, UNetConfig
@@ -60,6 +61,20 @@ def load_unet(
     if new:
         logger.warning("%d tensors are not in %s and start afresh: %s and so on", len(new), path, new[0])
     return unet
+
+
+def merge_lora_file(unet: UNet, path: str | Path, scale: float = 1.0) -> None:
+    """Add the updates of a LoRA file, multiplied by `scale`, to a network's weights; see lora_files.py.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a tensor of the file belongs to no linear layer of the network, or has another shape.
+    """
+    parameters = dict(unet.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    updates = read_lora(Path(path), unet.config, shapes)
+    for name in updates:
+        parameters[name].data.copy_(merged(name, parameters[name].data, updates, scale))
 
 
 def read_weights(
@@ -97,6 +112,7 @@ def write_weights(
         path: a unet folder to be, for `diffusers`; a file to be, NAME.safetensors, for `original`.
 
     Raises:
+        OSError: the weights cannot be written; no file under their final name is then left.
         ValueError: there is no such layout, or it cannot express this network.
     """
     path = Path(path)
@@ -105,7 +121,7 @@ def write_weights(
     if layout == "diffusers":
         fields = json.dumps(config_to_diffusers(config), indent=2) + "\n"
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(fields)
+        replace_text(path / "config.json", fields)
         path = path / "diffusion_pytorch_model.safetensors"
     elif path.suffix != ".safetensors":
         raise ValueError(
@@ -122,4 +138,4 @@ def write_weights(
             # Parts of one tensor are cloned, for safetensors refuses shared memory.
             part = part.clone() if len(parts) > 1 else part
             public[public_name] = to_public(name, part).contiguous()
-    save_file(public, path, metadata)
+    replace_tensors(path, public, metadata)

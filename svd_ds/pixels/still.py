@@ -51,8 +51,8 @@ def read_still(source: Path | bytes) -> np.ndarray:
             image.load()
             orientation = _orientation(image)
             shown = _to_srgb(_to_eight_bits(image))
-        if transposition := TRANSPOSITIONS.get(orientation):
-            shown = shown.transpose(transposition)
+        if orientation in TRANSPOSITIONS:
+            shown = shown.transpose(TRANSPOSITIONS[orientation])
         return np.array(shown)
     # Pillow's decoders raise SyntaxError, struct.error, DecompressionBombError and others on damaged files.
     except Exception as error:

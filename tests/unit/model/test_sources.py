@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -175,7 +177,7 @@ class TestWrongFiles:
         with pytest.raises(ValueError, match=r"x.safetensors is not a safetensors file"):
             load_unet(tmp_path / "x.safetensors")
         save_file({"model.diffusion_model.a": torch.zeros(1)}, tmp_path / "x.safetensors")
-        with pytest.raises(ValueError, match=r"x.safetensors: it has a level without residual blocks"):
+        with pytest.raises(ValueError, match=r"holds no model.diffusion_model.input_blocks.0.0.weight"):
             load_unet(tmp_path / "x.safetensors")
 
     def test_an_average_of_public_weights(self, unet: UNet, tmp_path: Path) -> None:
@@ -184,3 +186,77 @@ class TestWrongFiles:
             ValueError, match=r"not a run or a checkpoint, so it has no average 'power-0.050'"
         ):
             load_unet(tmp_path, "power-0.050")
+
+
+class TestFilesOfOthers:
+    """Public weights as other trainers and tools save them."""
+
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    def test_shards_of_diffusers_and_of_its_variants(
+        self, public_unet: Any, variant: str | None, tmp_path: Path
+    ) -> None:
+        network = public_unet(SMALL)
+        network.save_pretrained(tmp_path / "unet", variant=variant, max_shard_size="500KB")
+        assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+        found = load_unet(tmp_path)
+        assert torch.equal(found.conv_in.weight.permute(0, 3, 1, 2), network.conv_in.weight)
+
+    def test_of_two_variants_none_is_guessed(self, unet: UNet, tmp_path: Path) -> None:
+        save_unet(unet, tmp_path)
+        file = tmp_path / "diffusion_pytorch_model.safetensors"
+        for variant in ("fp16", "non_ema"):
+            (tmp_path / f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(file.read_bytes())
+        file.unlink()
+        with pytest.raises(ValueError, match=r"needs one .*, and has .*fp16.safetensors, .*non_ema"):
+            load_unet(tmp_path)
+
+    def test_an_index_cannot_lead_out_of_its_folder(self, unet: UNet, tmp_path: Path) -> None:
+        save_unet(unet, tmp_path / "other")
+        save_unet(unet, tmp_path / "unet")
+        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+        outside = "../other/diffusion_pytorch_model.safetensors"
+        for weight_map in ({"conv_in.weight": outside}, {"conv_in.weight": "absent.safetensors"}):
+            index.write_text(json.dumps({"weight_map": weight_map}))
+            with pytest.raises(ValueError, match=r"index.json lists .*, which is no file in"):
+                load_unet(tmp_path)
+        index.write_text("[]")
+        with pytest.raises(ValueError, match="has no weight_map"):
+            load_unet(tmp_path)
+
+    @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "_orig_mod.", "module.model."])
+    @pytest.mark.parametrize("layout", ["original", "diffusers"])
+    def test_any_prefix_of_a_wrapper_is_read(
+        self, unet: UNet, layout: str, prefix: str, tmp_path: Path
+    ) -> None:
+        path = tmp_path / ("x.safetensors" if layout == "original" else "x")
+        save_unet(unet, path, layout)
+        file = path if path.is_file() else path / "diffusion_pytorch_model.safetensors"
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        renamed = {prefix + name.removeprefix("model.diffusion_model."): t for name, t in tensors.items()}
+        save_file(renamed, file, metadata)
+        assert torch.equal(load_unet(path).conv_out.weight, unet.conv_out.weight)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+            (b"PK\x03\x04" + bytes(60), "pickle of PyTorch"),
+            (b"\x80\x02\x8a\nl\xfc", "pickle of PyTorch"),
+            (b"<!DOCTYPE html><html></html>", "HTML page"),
+        ],
+    )
+    def test_what_is_no_safetensors_is_called_by_its_name(
+        self, content: bytes, words: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"x\.safetensors is not a safetensors file: .*{words}"):
+            load_unet(tmp_path / "x.safetensors")
+
+    def test_a_folder_of_pickles_is_called_so(self, unet: UNet, tmp_path: Path) -> None:
+        save_unet(unet, tmp_path)
+        (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "diffusion_pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin is a pickle, which is not read"):
+            load_unet(tmp_path)

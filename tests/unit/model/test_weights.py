@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import svd_ds
+from svd_ds import fsync_io
+from svd_ds.model.lora import LoraConfig, add_lora, save_lora
 from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.model.weights import load_unet, read_weights, save_unet, write_weights
@@ -172,6 +175,25 @@ class TestImageModel:
         found = unet(wide, c_noise, context, torch.zeros(1, 0), torch.ones(1, 2, dtype=torch.bool))
         expected = image_model(x[0], c_noise.expand(2), context.expand(2, -1, -1)).sample
         torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)  # another eps; docs/numerics.md
+
+
+@pytest.mark.parametrize("write", ["weights", "adapters"])
+def test_a_full_disk_leaves_no_half_written_file(
+    unet: UNet, write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        Path(path).write_bytes(b"half of them")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    path = tmp_path / "x.safetensors"
+    path.write_text("what was there before")
+    monkeypatch.setattr(fsync_io, "save_file", fill)
+    if write == "adapters":
+        add_lora(unet, LoraConfig(rank=2))
+    with pytest.raises(OSError, match=r"x\.safetensors.* cannot be written: .*No space left"):
+        save_lora(unet, path) if write == "adapters" else save_unet(unet, path, "original")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+    assert path.read_text() == "what was there before"
 
 
 PEAKS = """

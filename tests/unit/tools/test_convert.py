@@ -100,6 +100,31 @@ def test_adapters_are_merged_or_written_by_themselves(
     assert_same(load_unet(tmp_path / "run"), unet)
 
 
+def test_a_lora_file_is_merged_by_convert_and_sample(
+    convert: Convert, run_tool: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = make_run(tmp_path / "run")["raw"]
+    name = "unet.mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_out.0.lora"
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    lora = tmp_path / "lora.safetensors"
+    save_file({f"{name}.down.weight": down, f"{name}.up.weight": up}, lora)
+    options = ("--layout", "original", "--ema", "raw", "--lora", lora, "--lora-scale", "0.5")
+    assert convert(tmp_path / "run", tmp_path / "merged.safetensors", *options) == 0
+    unet.middle[0].transformer.temporal[0].attention.out.weight.data += 0.5 * up @ down
+    found = load_unet(tmp_path / "merged.safetensors")
+    for theirs, ours in zip(found.parameters(), unet.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+    save_file({"lora_te_x.lora_down.weight": down}, lora)
+    assert convert(tmp_path / "run", tmp_path / "x.safetensors", *options) == 2
+    assert "adapts no linear layer of this network" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    sampled = ("--image", tmp_path / "a.png", "--out", tmp_path / "out", "--lora", lora, "--device", "cpu")
+    assert run_tool("sample.py", tmp_path / "run", *sampled) == 2
+    assert "adapts no linear layer of this network" in capsys.readouterr().err
+
+
 def test_there_and_back_is_bit_exact(convert: Convert, tmp_path: Path) -> None:
     unets = make_run(tmp_path / "run")
     first, folder, last = tmp_path / "a.safetensors", tmp_path / "pipeline", tmp_path / "b.safetensors"

@@ -1,0 +1,186 @@
+"""Files of low-rank adapters as trainers write them: whose names are which layers of ours, and at what scale.
+
+Read are, each with or without a prefix of a wrapper, modules named as in diffusers or in the original file:
+
+    unet.MODULE.lora_A.weight            PEFT and diffusers; alpha in the header or in adapter_config.json
+    unet.MODULE.lora.down.weight         SVD_Xtend's train_svd_lora.py and older diffusers
+    lora_unet_MODULE.lora_down.weight    kohya, MODULE with _ for each dot; alpha in lora_unet_MODULE.alpha
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from svd_ds.fsync_io import read_json
+from svd_ds.model.names import LAYOUTS, ORIGINAL_PREFIX, public_modules
+from svd_ds.model.slices import Piece, tensors_of
+from svd_ds.model.unet import UNetConfig
+
+HEADER = "lora_adapter_metadata"
+"""Where diffusers keeps PEFT's settings in a file."""
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Names in a folder of adapters: diffusers' and PEFT's."""
+WRAPPERS = ("unet.", "base_model.", ORIGINAL_PREFIX, "model.", "diffusion_model.", "module.", "_orig_mod.")
+"""Prefixes that trainers and wrappers put in front of a module's name."""
+OTHER_KINDS = ("hada_", "lokr_", "lora_mid", "dora_scale", "lora_magnitude_vector", "oft_")
+"""Parts of names in files of adapters that are not W + B A."""
+HALF = re.compile(
+    r"(?P<module>.+?)(?:\.lora_linear_layer\.|\.lora[._]|_lora\.)(?P<half>A|B|down|up)(?:\.default)?\.weight"
+)
+EXPECTED = (
+    "expected are unet.MODULE.lora_A.weight (PEFT, diffusers), unet.MODULE.lora.down.weight "
+    "(train_svd_lora.py) or lora_unet_MODULE.lora_down.weight (kohya)"
+)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a file adds to one public layer's weight: alpha / rank * B A."""
+
+    name: str
+    """The layer's name in the file."""
+    part: int
+    """Which of the public layers that are joined in our layer ..."""
+    num_parts: int
+    """... and how many these are."""
+    a: Tensor
+    """(rank, in)"""
+    b: Tensor
+    """(out, rank)"""
+    alpha: float
+
+
+Updates = Mapping[str, Sequence[Update]]
+"""Name of a parameter of ours -> what is added to it."""
+
+
+def read_lora(path: Path, config: UNetConfig, shapes: Mapping[str, Sequence[int]]) -> Updates:
+    """Read a file of adapters for a network.
+
+    Args:
+        path: the file, or a folder that holds one of FILES.
+        config: the network's.
+        shapes: the network's parameters by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a tensor of the file belongs to no linear layer of the network, or has another shape.
+    """
+    path = next((file for name in FILES if (file := path / name).is_file()), path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no LoRA file {path}")
+    pieces = tensors_of(path)
+    pairs, alphas = _paired(path, pieces)
+    settings, places = _settings(path), _places(config)
+    updates: dict[str, list[Update]] = {}
+    for written, halves in pairs.items():
+        name = _public(written)
+        module, part, num_parts = places.get(name, ("", 0, 1))
+        shape = shapes.get(f"{module}.weight", ())
+        if len(shape) != 2:
+            raise ValueError(
+                f"{path} holds {next(iter(halves.values())).name}, which adapts no linear layer of this "
+                f"network: {EXPECTED}, MODULE as in diffusers or in the original file"
+            )
+        wanted = (shape[0] // num_parts, shape[1])
+        a, b = _matrices(path, halves, wanted)
+        alpha = float(alphas[written].read()) if written in alphas else _alpha(settings, name, len(a))
+        update = Update(written, part, num_parts, a, b, alpha)
+        updates.setdefault(f"{module}.weight", []).append(update)
+    return updates
+
+
+def merged(name: str, tensor: Tensor, updates: Updates, scale: float = 1.0) -> Tensor:
+    """A parameter with its updates, multiplied by `scale`, added; in its own dtype."""
+    if name not in updates:
+        return tensor
+    result = tensor.detach().to(torch.float32, copy=True)
+    for update in updates[name]:
+        low_rank = update.b.float() @ update.a.float()
+        result.chunk(update.num_parts)[update.part].add_(low_rank, alpha=scale * update.alpha / len(update.a))
+    return result.to(tensor.dtype)
+
+
+def _paired(path: Path, pieces: Mapping[str, Piece]) -> tuple[dict[str, dict[str, Piece]], dict[str, Piece]]:
+    """Module -> its halves A and B, and module -> its alpha, by the file's own names of modules."""
+    pairs: dict[str, dict[str, Piece]] = {}
+    alphas: dict[str, Piece] = {}
+    for key, piece in pieces.items():
+        if other := next((kind for kind in OTHER_KINDS if kind in key), None):
+            raise ValueError(
+                f"{path} holds {key}: adapters with {other.strip('_')} are no plain LoRA, and not read"
+            )
+        if match := HALF.fullmatch(key):
+            half = {"down": "A", "up": "B"}.get(match["half"], match["half"])
+            pairs.setdefault(match["module"], {})[half] = piece
+        elif key.endswith(".alpha"):
+            alphas[key.removesuffix(".alpha")] = piece
+        else:
+            raise ValueError(f"{path} holds {key}, which is no tensor of a LoRA: {EXPECTED}")
+    if not pairs:
+        raise ValueError(f"{path} holds no adapter: {EXPECTED}")
+    return pairs, alphas
+
+
+def _matrices(path: Path, halves: Mapping[str, Piece], wanted: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A and B, checked against the (out, in) of the weight that they are added to."""
+    if len(halves) != 2:
+        (piece,) = halves.values()
+        raise ValueError(f"{path} holds {piece.name} without its other half")
+    # kohya writes the 1 x 1 convolutions that older networks have in place of linear layers.
+    a, b = (halves[half].read().flatten(1) for half in "AB")
+    for half, found, fitting in (("A", a, (len(a), wanted[1])), ("B", b, (wanted[0], len(a)))):
+        if tuple(found.shape) != fitting:
+            raise ValueError(
+                f"{path}: {halves[half].name} has the shape {tuple(found.shape)}, "
+                f"and the network takes {fitting}"
+            )
+    return a, b
+
+
+def _places(config: UNetConfig) -> dict[str, tuple[str, int, int]]:
+    """Public module, with dots and as kohya spells it -> (our module, part, number of parts)."""
+    places = {}
+    for layout in LAYOUTS:
+        for module, publics in public_modules(config, layout).items():
+            for part, public in enumerate(publics):
+                name = public.removeprefix(ORIGINAL_PREFIX)
+                places[name] = places["lora_unet_" + name.replace(".", "_")] = (module, part, len(publics))
+    return places
+
+
+def _public(written: str) -> str:
+    """The public name of a module, without wrappers' prefixes and diffusers' older attention processors."""
+    name, before = written, None
+    while name != before:
+        before = name
+        for prefix in WRAPPERS:
+            name = name.removeprefix(prefix)
+    name = name.replace(".processor.to_", ".to_")
+    return f"{name}.0" if name.endswith(".to_out") else name
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """PEFT's settings: of the file's header, or of the adapter_config.json that PEFT writes next to it."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+    settings = {key.removeprefix("unet."): value for key, value in header.items()}
+    config = path.with_name("adapter_config.json")
+    return read_json(config) if not settings and config.is_file() else settings
+
+
+def _alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
+    """By PEFT's settings; without any, alpha is the rank."""
+    by_module = settings.get("alpha_pattern") or {}
+    alpha = float(by_module.get(name, settings.get("lora_alpha", rank)))
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha

@@ -1,0 +1,200 @@
+"""Still images are read as browsers show them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from svd_ds.data.clips import decode
+from svd_ds.pixels.frame import to_rgb
+from svd_ds.pixels.still import ORIENTATION, TRANSPOSITIONS, is_still, read_still
+from svd_ds.video import read_image
+
+
+def picture(height: int = 24, width: int = 40) -> np.ndarray:
+    """uint8 RGB with four corners of different colours."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[: height // 2, : width // 2] = (220, 40, 40)
+    pixels[: height // 2, width // 2 :] = (40, 220, 40)
+    pixels[height // 2 :, : width // 2] = (40, 40, 220)
+    pixels[height // 2 :, width // 2 :] = (220, 220, 40)
+    return pixels
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def stored_as(upright: Image.Image, orientation: int) -> Image.Image:
+    """The pixels that a camera stores so that they are shown upright."""
+    inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    transposition = inverse.get(orientation, TRANSPOSITIONS.get(orientation))
+    return upright.transpose(transposition) if transposition is not None else upright
+
+
+def largest_error(found: np.ndarray, wanted: np.ndarray) -> int:
+    assert found.shape == wanted.shape and found.dtype == np.uint8
+    return int(np.abs(found.astype(int) - wanted.astype(int)).max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("JPEG", {"quality": 100}), ("PNG", {}), ("WEBP", {"lossless": True})]
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_by_every_reader(
+    orientation: int, kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    upright = picture()
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = saved(stored_as(Image.fromarray(upright), orientation), kind, exif=exif, **options)
+    assert is_still(content)
+    (frame,) = decode(content, [0])
+    (tmp_path / "a").write_bytes(content)
+    by_name = read_image(tmp_path / "a", *upright.shape[:2]).permute(1, 2, 0).numpy()
+    for found in (read_still(content), to_rgb(frame).numpy(), by_name):
+        # Away from the borders of colours, where JPEG rings.
+        assert largest_error(found[3:9, 3:17], upright[3:9, 3:17]) <= 3
+        assert largest_error(found[15:21, 24:37], upright[15:21, 24:37]) <= 3
+
+
+def with_hidden_colours() -> Image.Image:
+    """RGBA: the left half is noise that is transparent, the right half opaque."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 4)).astype(np.uint8)
+    pixels[:, :16, 3], pixels[:, 16:, 3] = 0, 255
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (with_hidden_colours(), {}),
+        (with_hidden_colours().convert("LA"), {}),
+        (with_hidden_colours().quantize(16), {}),
+        (with_hidden_colours(), {"kind": "WEBP", "lossless": True, "exact": True}),
+    ],
+    ids=["RGBA", "LA", "palette", "WebP"],
+)
+def test_transparent_pixels_are_shown_on_white(image: Image.Image, options: dict[str, Any]) -> None:
+    shown = read_still(saved(image, **options))
+    assert (shown[:, :16] == 255).all(), "hidden colours do not show"
+    assert shown[:, 16:].std() > 20, "what is opaque stays"
+
+
+def test_half_transparent_pixels_are_blended() -> None:
+    image = Image.new("RGBA", (8, 8), (200, 0, 100, 128))
+    assert largest_error(read_still(saved(image)), np.full((8, 8, 3), (227, 127, 177), np.uint8)) <= 1
+
+
+def test_a_transparent_colour_is_shown_on_white() -> None:
+    image = Image.fromarray(picture())
+    shown = read_still(saved(image, transparency=(220, 40, 40)))
+    assert (shown[:12, :20] == 255).all() and (shown[12:, 20:] == (220, 220, 40)).all()
+
+
+def png16(samples: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, grey (H, W) or RGB (H, W, 3), which Pillow cannot write in colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = samples.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if samples.ndim == 2 else 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("channels", [(), (3,)], ids=["grey", "RGB"])
+def test_sixteen_bits_are_scaled_and_not_clipped(channels: tuple[int, ...]) -> None:
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16)
+    samples = np.broadcast_to(ramp[None, :].reshape(1, 64, *([1] * len(channels))), (8, 64, *channels))
+    shown = read_still(png16(np.ascontiguousarray(samples)))
+    wanted = np.broadcast_to((ramp / 257).round()[None, :, None], (8, 64, 3)).astype(np.uint8)
+    assert largest_error(shown, wanted) <= 1
+
+
+def test_a_16_bit_tiff_and_pgm_are_scaled(tmp_path: Path) -> None:
+    ramp = np.broadcast_to(np.linspace(0, 65535, 32).astype(np.uint16), (4, 32))
+    Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.pgm").write_bytes(b"P5 32 4 65535\n" + ramp.astype(">u2").tobytes())
+    for name in ("a.tiff", "a.pgm"):
+        assert largest_error(read_still(tmp_path / name)[..., 0], (ramp / 257).astype(np.uint8)) <= 1
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="the range of its pixels, of mode 'F', is not known"):
+        read_still(tmp_path / "a.tiff")
+
+
+def test_cmyk_and_grey_become_rgb() -> None:
+    upright = Image.fromarray(picture())
+    shown = read_still(saved(upright.convert("CMYK"), "JPEG", quality=100))
+    assert largest_error(shown[3:9, 3:17], picture()[3:9, 3:17]) <= 6
+    assert (
+        largest_error(read_still(saved(upright.convert("L"))), np.array(upright.convert("L").convert("RGB")))
+        == 0
+    )
+
+
+def test_an_embedded_profile_is_converted_to_srgb() -> None:
+    image = Image.fromarray(picture())
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    # Another RGB space: sRGB whose red and green primaries have changed places.
+    swapped = srgb.replace(b"rXYZ", b"temp").replace(b"gXYZ", b"rXYZ").replace(b"temp", b"gXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+    assert largest_error(read_still(saved(image, icc_profile=srgb)), picture()) == 0
+    assert largest_error(read_still(saved(image, icc_profile=swapped)), picture()[..., [1, 0, 2]]) <= 3
+    assert largest_error(read_still(saved(image, icc_profile=b"no profile")), picture()) == 0
+
+
+def damaged_png() -> bytes:
+    content = saved(Image.fromarray(picture()))
+    place = content.index(b"IDAT")
+    return content[:place] + b"\x00\x01\x02\x03" + content[place + 4 :]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"text",
+        b"<html>",
+        damaged_png(),
+        saved(Image.fromarray(picture()))[:60],
+        b"\xff\xd8\xff" + bytes(99),
+    ],
+    ids=["empty", "text", "html", "bad chunk", "cut short", "zeros"],
+)
+def test_damage_is_one_kind_of_error(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        read_still(content)
+    (tmp_path / "odd.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"odd\.png is not an image"):
+        read_image(tmp_path / "odd.png", 8, 8)
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"cannot be read as an image .*decompression bomb"):
+        read_still(saved(Image.fromarray(picture())))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_exif_block_does_not_cost_the_picture() -> None:
+    content = saved(Image.fromarray(picture()), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert largest_error(read_still(content), picture()) == 0
