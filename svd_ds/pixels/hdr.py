@@ -6,6 +6,8 @@ section 5.4.1, on the largest of R, G and B, which keeps hue and saturation. Out
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from av.video.reformatter import ColorPrimaries, ColorTrc
 from torch import Tensor
@@ -34,6 +36,8 @@ TO_709 = {
 """Matrices from linear RGB of other primaries to that of BT.709."""
 GAMMA = 2.4
 """Of BT.1886."""
+LEVELS = 2**16
+"""Entries of tables."""
 
 
 def to_sdr(coded: Tensor, transfer: int, primaries: int) -> Tensor:
@@ -48,8 +52,12 @@ def to_sdr(coded: Tensor, transfer: int, primaries: int) -> Tensor:
         Float32 RGB in [0, 1], of the same shape.
     """
     if transfer in HDR:
-        light = _pq_to_light(coded) if transfer == ColorTrc.SMPTE2084 else _hlg_to_light(coded)
-        relative = _tone_mapped(light) / WHITE
+        light = _eotf(transfer)[(coded * (LEVELS - 1)).round().to(torch.int32)]
+        if transfer == ColorTrc.ARIB_STD_B67:
+            luminance = (light @ torch.tensor(LUMINANCE)).unsqueeze(-1)
+            light = SOURCE_PEAK * luminance.clamp(min=1e-9).pow(HLG_GAMMA - 1) * light
+        brightest = light.amax(dim=-1, keepdim=True)
+        relative = light * _gain()[_gain_index(brightest)] / WHITE
         primaries = ColorPrimaries.BT2020 if primaries == ColorPrimaries.UNSPECIFIED else primaries
     else:
         relative = coded.pow(GAMMA)
@@ -58,9 +66,26 @@ def to_sdr(coded: Tensor, transfer: int, primaries: int) -> Tensor:
     return relative.clamp(0, 1).pow(1 / GAMMA)
 
 
-def _tone_mapped(light: Tensor) -> Tensor:
-    """cd/m2 up to SOURCE_PEAK -> cd/m2 up to WHITE, each pixel scaled as a whole."""
-    brightest = light.amax(dim=-1, keepdim=True).clamp(1e-4, SOURCE_PEAK)
+@cache
+def _eotf(transfer: int) -> Tensor:
+    """By 16-bit code: PQ's light in cd/m2, or HLG's of the scene in [0, 1]. Computed once: pow is slow."""
+    code = torch.linspace(0, 1, LEVELS, dtype=torch.float64)
+    if transfer == ColorTrc.SMPTE2084:
+        return _pq_to_light(code).float()
+    return torch.where(code <= 0.5, code**2 / 3, (((code - HLG_C) / HLG_A).exp() + HLG_B) / 12).float()
+
+
+def _gain_index(brightest: Tensor) -> Tensor:
+    """Where `_gain` has the entry for a brightest channel in cd/m2: finer where it is dark, as PQ is."""
+    relative = (brightest / SOURCE_PEAK).clamp(max=1)
+    return (relative.sqrt().sqrt() * (LEVELS - 1)).round().to(torch.int32)
+
+
+@cache
+def _gain() -> Tensor:
+    """What a pixel is multiplied by, so that its brightest channel follows the EETF to WHITE."""
+    brightest = SOURCE_PEAK * torch.linspace(0, 1, LEVELS, dtype=torch.float64) ** 4
+    brightest = brightest.clamp(min=1e-4)
     peak, white = (_light_to_pq(torch.tensor(level)) for level in (SOURCE_PEAK, WHITE))
     code, most = _light_to_pq(brightest) / peak, float(white / peak)
     knee = 1.5 * most - 0.5
@@ -69,7 +94,7 @@ def _tone_mapped(light: Tensor) -> Tensor:
         (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) + (-2 * t**3 + 3 * t**2) * most
     )
     mapped = torch.where(code < knee, code, spline)
-    return light * (_pq_to_light(mapped * peak) / brightest)
+    return (_pq_to_light(mapped * peak) / brightest).float()
 
 
 def _pq_to_light(code: Tensor) -> Tensor:
@@ -80,9 +105,3 @@ def _pq_to_light(code: Tensor) -> Tensor:
 def _light_to_pq(light: Tensor) -> Tensor:
     power = (light / 10000).pow(PQ_M1)
     return ((PQ_C1 + PQ_C2 * power) / (1 + PQ_C3 * power)).pow(PQ_M2)
-
-
-def _hlg_to_light(code: Tensor) -> Tensor:
-    scene = torch.where(code <= 0.5, code**2 / 3, (((code - HLG_C) / HLG_A).exp() + HLG_B) / 12)
-    luminance = (scene @ torch.tensor(LUMINANCE)).unsqueeze(-1)
-    return SOURCE_PEAK * luminance.clamp(min=1e-9).pow(HLG_GAMMA - 1) * scene
