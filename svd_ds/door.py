@@ -104,7 +104,7 @@ def run_door(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, MemoryError) as error:
         if wants_traceback():
             raise
         print_error(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from svd_ds.data import latents, states
 from svd_ds.data.clips import fills, read_frames
-from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.data.quarantine import Fault, Quarantine, is_out_of_memory
 from svd_ds.data.reader import captions_of
 from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
+from svd_ds.data.sidecar import clean_text
 from svd_ds.data.writer import pack_shard, remove_shards, replace_file, shard_name, whole_members, write_index
 from svd_ds.fsync_io import read_json
 from svd_ds.model.autoencoder import Autoencoder
@@ -111,25 +112,38 @@ def encode_shards(
     encoders: Encoders,
     rank: int,
     world: int,
-    max_refused: float,
+    refused: Quarantine,
     advance: Callable[[int], None],
 ) -> None:
     """Write this rank's shards, but those that are there already. `advance` is told of each sample.
 
-    Samples that cannot be encoded are left out and listed. Raises ValueError, naming shard and sample, for
-    one more than the share `max_refused` of all, OSError where a shard cannot be read or written.
+    Samples that cannot be encoded are left out and listed. Shards of which no sample is left are written too:
+    the index lists as many as the source's.
+
+    Args:
+        source: of sound lines alone (`Index.checked`).
+        refused: the samples that are refused already; it allows so many.
+
+    Raises:
+        ValueError: more samples are unreadable than `refused` allows; the message names shard and sample.
+        OSError: a shard cannot be read or written.
     """
-    refused = Quarantine(max_refused, len(source), key="--max-refused")
-    for number, group in groupby(source.samples(), key=lambda sample: sample.shard):
+    grouped = groupby(source.samples(), key=lambda sample: sample.shard)
+    of_shard = ((number, list(group)) for number, group in grouped)
+    upcoming = next(of_shard, None)
+    for number in range(len(source.shards)):
+        samples: list[Sample] = []
+        if upcoming is not None and upcoming[0] == number:
+            samples, upcoming = upcoming[1], next(of_shard, None)
+        path = out / shard_name(number)
         if number % world != rank:
             continue
-        samples, path = list(group), out / shard_name(number)
         if whole_members(path) is not None:
             advance(len(samples))
             continue
         faults: list[Fault] = []
         packed = pack_shard(_encoded(source, samples, encoders, faults, refused, advance))
-        _note(out / REFUSED, faults)
+        note_refused(out, faults)
         replace_file(path, packed)
 
 
@@ -146,27 +160,44 @@ def _encoded(
         try:
             with source.open(sample) as read:
                 contents = {member: read(member) for member in sample.members if member not in CACHED}
+                captions_of(read, sample)  # A sample whose captions cannot be read is one that cannot be.
                 if fills((sample.height, sample.width), encoders.size):
                     contents |= encoders.encode(read, sample)
             yield sample.id, contents
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except (OSError, AssertionError):
+            raise
+        except Exception as error:
+            # RuntimeError is how torch tells a fault of the device.
+            if is_out_of_memory(error) or isinstance(error, RuntimeError):
+                raise
             shard = source.folder.name(source.shards[sample.shard].name)
-            faults.append(Fault(sample.id, shard, str(error)))
+            cause = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            faults.append(Fault(sample.id, shard, clean_text(" ".join(cause.split()))))
             refused.add(faults)
         advance(1)
 
 
-def _note(path: Path, faults: list[Fault]) -> None:
-    """Append to the list that all ranks write: whole lines at once."""
-    if not faults:
-        return
+def note_refused(out: Path, faults: Sequence[Fault]) -> None:
+    """Append to the list that all ranks write: whole lines at once, and those alone that it lacks."""
+    path = out / REFUSED
+    listed = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [] if listed else [("sample", "shard", "reason")]
+    rows += [(clean_text(fault.id), clean_text(fault.shard), fault.cause) for fault in faults]
     text = io.StringIO()
-    table = csv.writer(text)
-    if not path.exists():
-        table.writerow(("sample", "shard", "reason"))
-    table.writerows((fault.id, fault.shard, fault.cause) for fault in faults)
-    with open(path, "a", newline="") as file:
-        file.write(text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    new = [line for line in text.getvalue().splitlines(keepends=True) if line not in listed]
+    if faults and new:
+        with open(path, "a", newline="") as file:
+            file.write("".join(new))
+
+
+def count_uncaptioned(index: Index) -> int:
+    """Samples of an encoded index that have no caption, or only empty ones."""
+    count = 0
+    for sample in index.samples():
+        with index.open(sample) as read:
+            count += not any(captions_of(read, sample).values())
+    return count
 
 
 def finish(source: Index, out: Path) -> bool:

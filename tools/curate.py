@@ -161,9 +161,9 @@ def sweep_thresholds() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="curated without --where")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     out = parser.parse_args(sys.argv[2:]).out
-    subsets, missing = write_subsets(out)
-    for name in missing:
-        Console(stderr=True).print(f"{name}: no subsets, not all clips have it", style="yellow")
+    subsets, notes = write_subsets(out)
+    for note in notes:
+        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False)
     for subset in subsets:
         print(f"+subset={subset.name}: {subset.num_kept} clips")
     print(f"python -m svd_ds.train --config-dir {out / 'thresholds'} +experiment=curation +subset=NAME ...")

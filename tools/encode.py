@@ -14,10 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from svd_ds.data.clips import fills
 from svd_ds.data.latents import MEMBER, Origin
+from svd_ds.data.quarantine import Quarantine
 from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.data.states import StatesOrigin
 from svd_ds.door import run_door
-from svd_ds.encoding import Encoders, begin, encode_shards, finish
+from svd_ds.encoding import (
+    REFUSED,
+    Encoders,
+    begin,
+    count_uncaptioned,
+    encode_shards,
+    finish,
+    note_refused,
+)
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.clip import ImageEncoder, TextEncoder
 from svd_ds.model.frozen import fingerprint
@@ -31,8 +40,8 @@ EXAMPLE = """examples:
 
 Under srun, torchrun or tools/launch.py the ranks share out the shards. Stopped and started again, on as many
 ranks or not, it goes on with the shards that are not finished. Samples that would have to be enlarged to HxW
-are copied without latents: training leaves them out. Those that cannot be read are left out and listed in
-OUT/refused.csv."""
+are copied without latents: training leaves them out. Those that cannot be read, or whose lines of the index
+are damaged, are left out and listed in OUT/refused.csv."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,7 +51,9 @@ def main() -> None:
     env.check_gpus()
     arguments = parse_arguments(env)
     out = arguments.out
-    source = Index.load(arguments.shards)
+    loaded = Index.load(arguments.shards)
+    refused = Quarantine(arguments.max_refused, len(loaded), key="--max-refused")
+    source, faults = loaded.checked(refused)
     if out.resolve() == arguments.shards.resolve():
         raise ValueError(f"{out} cannot be both SHARDS and OUT")
     num_large = sum(fills((sample.height, sample.width), arguments.size) for sample in source.samples())
@@ -56,25 +67,37 @@ def main() -> None:
     job = {"source": source.fingerprint, **origins, "precision": arguments.precision}
     begin(out, job, arguments.overwrite)
     if not (out / INDEX_NAME).exists():
-        write_shards(source, out, encoders, env, arguments.max_refused)
+        if env.rank == 0:
+            note_refused(out, faults)
+        write_shards(source, out, encoders, env, refused)
     if finish(source, out):
-        made = Index.load(out)
-        num_encoded = sum(MEMBER in sample.members for sample in made.samples())
-        num_bytes = sum(shard.num_bytes for shard in made.shards)
-        print(
-            f"{out}: {len(made)} clips, {num_encoded} of them with latents of {encoders.origin.height}x"
-            f"{encoders.origin.width} pixels; {num_bytes / 2**20:.1f} MiB"
-        )
+        print(summary(out, len(loaded), encoders))
 
 
-def write_shards(source: Index, out: Path, encoders: Encoders, env: Env, max_refused: float) -> None:
+def summary(out: Path, num_given: int, encoders: Encoders) -> str:
+    """What was made of `num_given` samples, and a line about each thing that the user should know of it."""
+    made = Index.load(out)
+    num_encoded = sum(MEMBER in sample.members for sample in made.samples())
+    num_bytes = sum(shard.num_bytes for shard in made.shards)
+    lines = [
+        f"{out}: {len(made)} clips, {num_encoded} of them with latents of {encoders.origin.height}x"
+        f"{encoders.origin.width} pixels; {num_bytes / 2**20:.1f} MiB"
+    ]
+    if num_lost := num_given - len(made):
+        lines.append(f"{num_lost} of {num_given} samples cannot be read: {out / REFUSED} says why")
+    if num_uncaptioned := count_uncaptioned(made):
+        lines.append(f"{num_uncaptioned} of {len(made)} clips have no caption, which text-to-video needs")
+    return "\n".join(lines)
+
+
+def write_shards(source: Index, out: Path, encoders: Encoders, env: Env, refused: Quarantine) -> None:
     """This rank's; rank 0 shows how far it is with its own."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=env.rank > 0) as progress:
-        mine = source.shards[env.rank :: env.world]
-        task = progress.add_task("encoding", total=sum(shard.num_samples for shard in mine))
+        mine = source.shard_sizes[env.rank :: env.world]
+        task = progress.add_task("encoding", total=sum(mine))
         advance = partial(progress.advance, task)
-        encode_shards(source, out, encoders, env.rank, env.world, max_refused, advance)
+        encode_shards(source, out, encoders, env.rank, env.world, refused, advance)
 
 
 def load_encoders(arguments: argparse.Namespace) -> Encoders:

@@ -30,6 +30,7 @@ from rich.progress import Progress
 
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.table import Known, Row, Table
+from svd_ds.data.quarantine import is_out_of_memory
 from svd_ds.data.sidecar import clean_text
 from svd_ds.data.workers import end_with_parent
 
@@ -260,19 +261,22 @@ def work_on(work: Work, settings: Any, place: Place, job: Job) -> list[Row]:
     """All rows of a file; where it is refused, the last of them says why.
 
     Whatever a file makes a decoder, a detector or our own code raise is the refusal of this file: it costs no
-    other one. A fault of the machine, such as a full disk, ends the run: the file is read again by the next.
+    other one.
+
+    Raises:
+        OSError, MemoryError: a fault of the machine, such as a full disk; the next run reads the file again.
     """
     file, known = job
     rows: list[Row] = []
     try:
         for row in work(settings, file, known, place):
             rows.append(row)
-    except MemoryError:
-        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             raise
         reason = clean_text(" ".join(str(error).split()))
+        if is_out_of_memory(error):
+            raise MemoryError(f"memory ran out while {file.name} was read ({reason})") from error
         # A ValueError is worded for this place; of another exception its kind is half of what it says.
         if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
             reason = f"it cannot be processed ({type(error).__name__}: {reason})"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from svd_ds.curate.select import ANNOTATIONS, DUPLICATE, UNREADABLE
-from svd_ds.data.filters import satisfies
+from svd_ds.data.filters import number_of, satisfies
 from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.data.writer import replace_file
 
@@ -40,8 +40,8 @@ class Subset:
 
 
 def write_subsets(out: Path) -> tuple[list[Subset], list[str]]:
-    """Write OUT/thresholds/subset/NAME.yaml, and return the subsets, and the annotations that not all clips
-    have, of which there are none.
+    """Write OUT/thresholds/subset/NAME.yaml, and return the subsets, and one sentence for each annotation
+    that not all clips have: its quantiles are those of the clips that have it, and the others are left out.
 
     Raises FileNotFoundError where OUT was not curated, ValueError where conditions have chosen its shards.
     """
@@ -58,12 +58,15 @@ def write_subsets(out: Path) -> tuple[list[Subset], list[str]]:
     index = Index.load(out / "shards")
     samples = list(index.samples())
     subsets = [Subset("none", (), len(samples))]
-    missing = []
+    notes = []
     told = {name for sample in samples for name in sample.annotations} - {*ANNOTATIONS}
     for name in ("motion", *ANNOTATIONS, *sorted(told)):
-        if name != "motion" and any(name not in sample.annotations for sample in samples):
-            missing.append(name)
+        lacking = sum(number_of(sample, name) is None for sample in samples)
+        if lacking == len(samples):
+            notes.append(f"{name}: no subsets, no clip has it")
             continue
+        if lacking:
+            notes.append(f"{name}: {lacking} of {len(samples)} clips lack it and are in none of its subsets")
         for share in SHARES:
             worse = f"{name}<=q{100 - share:g}" if name in HIGH_IS_WORSE else f"{name}>=q{share:g}"
             keep = satisfies([worse], index)
@@ -81,4 +84,4 @@ def write_subsets(out: Path) -> tuple[list[Subset], list[str]]:
             conditions=", ".join(f'"{condition}"' for condition in subset.conditions),
         )
         replace_file(folder / f"{subset.name}.yaml", text.encode())
-    return subsets, missing
+    return subsets, notes

@@ -21,7 +21,7 @@ import av
 import numpy as np
 
 from svd_ds.data.clips import decode, open_video
-from svd_ds.data.quarantine import Fault
+from svd_ds.data.quarantine import Fault, is_out_of_memory
 from svd_ds.data.sample import MEDIA, STILLS, TAR_BLOCK, Sample, parse_sample
 from svd_ds.data.sidecar import annotations_in, captions_in, clean_text, is_utf8, parse_json, text_in
 from svd_ds.data.timeline import read_timeline
@@ -74,10 +74,14 @@ def samples_in(path: Path, name: str, motion: Motion | None) -> Iterator[Probed 
                 try:
                     yield _probe(tar, num_bytes, members, sample_id, motion)
                 except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
                     yield Fault(sample_id, shown, reason_of(error))
         if damage is not None:
             yield Fault("", shown, f"the tar cannot be read to its end: {reason_of(damage)}")
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"memory ran out while {shown} was read") from error
         yield Fault("", shown, f"the tar cannot be read: {reason_of(error)}")
 
 

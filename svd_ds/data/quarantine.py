@@ -8,7 +8,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import av
+import torch
+
 from svd_ds.fsync_io import append_row, read_json_lines
+
+CPU_ALLOCATOR = "DefaultCPUAllocator"
+"""In the message of the plain RuntimeError by which torch says that the host's memory ran out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine had no memory left: that is no fault of the sample or file that was read.
+
+    libav's own error is not meant: it refuses what a damaged header claims.
+    """
+    if isinstance(error, av.FFmpegError):
+        return False
+    told = isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+    return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from svd_ds.data import latents, states
 from svd_ds.data.clips import ClipDraws, Timing, choose_captioner, read_frames
 from svd_ds.data.config import DataConfig, Shape
 from svd_ds.data.motion import MotionMap
-from svd_ds.data.quarantine import Fault
+from svd_ds.data.quarantine import Fault, is_out_of_memory
 from svd_ds.data.sample import Sample
 from svd_ds.data.shards import Index, ReadMember
 from svd_ds.data.sidecar import DEFAULT_CAPTIONER, captions_in, parse_json, text_in
@@ -173,9 +173,11 @@ def _faults_of(
     """
     try:
         yield
-    except (UnreadableError, AssertionError, MemoryError):
+    except (UnreadableError, AssertionError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         cause = str(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
         fault = Fault(sample_id, shard, " ".join(cause.split()) or type(error).__name__, passes(error))
         raise UnreadableError(fault) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from svd_ds.curate.pipeline import progress_bar, refused
 from svd_ds.curate.raw import RawFile, find_raw
@@ -123,16 +124,28 @@ def test_any_exception_of_a_file_is_its_refusal_and_costs_no_other(folder: Path,
     assert set(Table(stage.folder(folder / "out"), COLUMNS).read()) == {"a.mp4", "b.mp4", "c.mp4"}
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError()])
-def test_a_fault_of_the_machine_refuses_no_file(folder: Path, error: BaseException) -> None:
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (MemoryError(), MemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory"), MemoryError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError),
+    ],
+    ids=str,
+)
+def test_a_fault_of_the_machine_refuses_no_file(
+    folder: Path, error: Exception, ending: type[Exception]
+) -> None:
     def work(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
         yield {"size": 1}
         if file.name == "b.mp4":
             raise error
 
     stage = Stage("first", work, COLUMNS)
-    with pytest.raises(type(error)):
+    with pytest.raises(ending) as ended:
         run(folder, stage)
+    assert ending is OSError or "memory ran out while b.mp4 was read" in str(ended.value)
     assert "b.mp4" not in Table(stage.folder(folder / "out"), COLUMNS).read()
 
 

@@ -286,7 +286,7 @@ def test_subsets_are_configs_that_training_takes(
     assert curate("sweep-thresholds", out).code == 2
     assert curate(graded, out, "--text-model", "none", "--keep-duplicates").code == 0
     ended = curate("sweep-thresholds", out)
-    assert ended.code == 0 and "text_area: no subsets, not all clips have it" in ended.err
+    assert ended.code == 0 and "text_area: no subsets, no clip has it" in ended.err
     configs = sorted(path.stem for path in (out / "thresholds" / "subset").iterdir())
     assert configs == ["motion-12.5", "motion-25", "motion-50", "none"]
     assert "+subset=motion-50: 3 clips" in ended.out and "+subset=none: 6 clips" in ended.out

@@ -270,3 +270,53 @@ def test_files_that_a_power_cut_left_empty_are_made_again(
     assert code == 0, err
     assert encoder.num_frames == [10, 10], "the damaged shard's alone"
     assert files(out) == whole
+
+
+def test_damaged_lines_of_the_index_are_set_aside_and_listed(encode: Encode, tmp_path: Path) -> None:
+    writer, frames = ShardWriter(tmp_path / "shards", samples_per_shard=2), moving_square(4)
+    for number in range(6):
+        writer.add(f"s{number}", "mp4", encode_video(frames), about(frames))
+    writer.close()
+    index = tmp_path / "shards" / "index.jsonl"
+    lines = index.read_bytes().splitlines()
+    # All of the second shard, so that nothing of it is left.
+    lines[3], lines[4] = b"{", lines[4].replace(b'"num_frames": 4', b'"num_frames": "four"')
+    index.write_bytes(b"".join(line + b"\n" for line in lines))
+
+    out = tmp_path / "out"
+    code, said, err = encode(tmp_path / "shards", out, "--size", SIZE, "--max-refused", "0.4")
+    assert code == 0, err
+    assert f"2 of 6 samples cannot be read: {out / 'refused.csv'} says why" in said
+    refused = (out / "refused.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in refused] == ["sample", "line 4", "line 5"]
+    assert "num_frames is 'four'" in refused[2]
+    assert [sample.id for sample in Index.load(out).samples()] == ["s0", "s1", "s4", "s5"]
+    before = files(out)
+    assert encode(tmp_path / "shards", out, "--size", SIZE, "--max-refused", "0.4")[0] == 0
+    assert files(out) == before
+    code, _, err = encode(tmp_path / "shards", tmp_path / "no", "--size", SIZE, "--max-refused", "0.1")
+    assert code == 2 and "line 5 of" in err and "--max-refused=0.1 allows 1" in err
+
+
+def test_clips_without_a_caption_are_counted(encode: Encode, tmp_path: Path) -> None:
+    writer, frames = ShardWriter(tmp_path / "shards"), moving_square(4)
+    for number, captions in enumerate(({"text": "a"}, {"text": ""}, {"text": " "}, {"a": "", "b": "b"})):
+        writer.add(f"s{number}", "mp4", encode_video(frames), about(frames) | {"captions": captions})
+    writer.close()
+    code, said, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE)
+    assert code == 0, err
+    assert "2 of 4 clips have no caption, which text-to-video needs" in said
+
+
+def test_a_sample_whose_captions_cannot_be_read_is_refused_even_where_none_is_encoded(
+    encode: Encode, tmp_path: Path
+) -> None:
+    writer, frames = ShardWriter(tmp_path / "shards"), moving_square(4)
+    for number in range(2):
+        captions = None if number else {"text": "a"}
+        writer.add(f"s{number}", "mp4", encode_video(frames), about(frames) | {"captions": captions})
+    writer.close()
+    code, said, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE, "--no-clip")
+    assert code == 0, err
+    assert "1 of 2 samples cannot be read" in said
+    assert "s1," in (tmp_path / "out" / "refused.csv").read_text()
