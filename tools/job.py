@@ -23,8 +23,9 @@ from svd_ds.door import print_line, run_door
 from svd_ds.fsync_io import replace_text
 from svd_ds.parallel.env import STARTED, attempt
 from svd_ds.parallel.preflight import failing_nodes, leave_out
-from svd_ds.training.attempt import FINISHED, INTERRUPTED, REFUSED, Outcome, begin
+from svd_ds.training.attempt import begin
 from svd_ds.training.folder import RunFolder
+from svd_ds.training.outcome import FINISHED, INTERRUPTED, REFUSED, Outcome
 
 EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slurm/lib.sh):
   tools/job.py --job 42 --nodes node1,node2 -- +experiment=stage2 debug=tiny

@@ -2,8 +2,7 @@
 
     logs/rank-00003.log   what rank 3 wrote to stderr, in all attempts: warnings, tracebacks, a hang's stacks
     logs/nccl-00003.*.log what its NCCL had to say: by host and process, for it begins a file anew
-    logs/outcome.json     how the newest attempt ended; missing where it was killed
-    logs/outcome-0123abcd.json  how an attempt ended that another start took the folder over from
+    logs/outcome.json     how the newest attempt ended (svd_ds.training.outcome)
     logs/attempts.jsonl   the attempts that jobs made, each with the step behind which it began
 
 The launcher reads the outcome, to know whether another attempt is worth making.
@@ -19,52 +18,27 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from svd_ds.door import OF_ANOTHER, USER_ERRORS, may_pass, print_error
-from svd_ds.fsync_io import (
-    create_text,
-    name_errors,
-    read_json,
-    read_json_lines,
-    replace_text,
-    rewrite_json_lines,
-)
+from svd_ds.fsync_io import name_errors, read_json_lines, replace_text, rewrite_json_lines
 from svd_ds.model.lives import complete_checkpoints
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env, attempt, host
 from svd_ds.training.folder import RunFolder
+from svd_ds.training.outcome import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    PREEMPTED,
+    REFUSED,
+    Outcome,
+    outcome_path,
+)
 from svd_ds.training.watchdog import Watchdog, WatchdogConfig
-
-FINISHED = "finished"
-PREEMPTED = "preempted"
-"""Asked to stop, it left a checkpoint."""
-REFUSED = "refused"
-"""A user's mistake: another attempt would end the same."""
-INTERRUPTED = "interrupted"
-"""By a person at the terminal, or with W&B's stop button."""
-FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    kind: str
-    rank: int
-    words: str
-    attempt: tuple[int, int]
-    """svd_ds.parallel.env.attempt: ranks of an earlier one, on a node that was cut off, may still speak."""
-
-    @staticmethod
-    def read(folder: RunFolder) -> Outcome | None:
-        """Of this attempt, in which the caller takes part; None where nobody has said it yet."""
-        for path in (_outcome(folder), *sorted(folder.logs.glob("outcome-*.json"))):
-            told = _told(path)
-            if told is not None and told.attempt == attempt():
-                return told
-        return None
 
 
 @dataclass(frozen=True)
@@ -131,7 +105,7 @@ class Attempt:
     def _open_log(self) -> None:
         self.folder.logs.mkdir(parents=True, exist_ok=True)
         if self.env.rank == 0 and not _begun_by_a_job(self.folder):
-            _outcome(self.folder).unlink(missing_ok=True)
+            outcome_path(self.folder).unlink(missing_ok=True)
         self.log = self.log_path.open("a", buffering=1, errors="backslashreplace")
         try:
             with name_errors(self.log_path):
@@ -154,7 +128,7 @@ class Attempt:
         self._token, self._is_taken_over = token, is_taken_over
         if self.env.rank == 0:
             # An earlier start that was still alive may have said how it ended.
-            _outcome(self.folder).unlink(missing_ok=True)
+            outcome_path(self.folder).unlink(missing_ok=True)
 
     def ended(self, finished: bool, interrupted: bool = False, by_keyboard: bool = False) -> None:
         """All ranks did what they were asked; called by each. What rank 0 says counts: it knows of W&B's stop
@@ -236,18 +210,8 @@ class Attempt:
         """Whether it falls to this rank to report how the attempt ended: it is the first to record it, or it
         cannot, because the disk fails."""
         outcome = Outcome(kind, self.env.rank, words, attempt())
-        path = _outcome(self.folder)
-        if self._is_taken_over():
-            path = path.with_name(f"outcome-{self._token}.json")
-        text = json.dumps(asdict(outcome)) + "\n"
         try:
-            try:
-                create_text(path, text)
-            except FileExistsError:
-                told = _told(path)
-                if told is None or told.attempt >= outcome.attempt:
-                    return False
-                replace_text(path, text)
+            return outcome.record(outcome_path(self.folder, self._token if self._is_taken_over() else ""))
         except OSError as error:
             self._unrecorded = str(error)
         return True
@@ -274,7 +238,7 @@ def begin(folder: RunFolder, job: str, limit: int) -> str | None:
         )
     rows = [*found.rows, {"job": job, "step": step, "time": time.time()}]
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    _outcome(folder).unlink(missing_ok=True)
+    outcome_path(folder).unlink(missing_ok=True)
     return found.damage
 
 
@@ -290,16 +254,3 @@ def _attempts(folder: RunFolder) -> Path:
 
 def _is_attempt(row: dict[str, Any]) -> bool:
     return isinstance(row.get("job"), str) and isinstance(row.get("step"), int)
-
-
-def _told(path: Path) -> Outcome | None:
-    """By whichever attempt spoke last; None where nobody did, or where what it said cannot be read."""
-    try:
-        values = read_json(path)
-        return Outcome(**values | {"attempt": tuple(values["attempt"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _outcome(folder: RunFolder) -> Path:
-    return folder.logs / "outcome.json"

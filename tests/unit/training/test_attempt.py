@@ -14,9 +14,10 @@ import torch
 
 from svd_ds.parallel.collectives import PassingSharedError, SharedError
 from svd_ds.parallel.env import Env
-from svd_ds.training import attempt as attempt_module
-from svd_ds.training.attempt import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Attempt, Outcome, begin
+from svd_ds.training import outcome as outcome_module
+from svd_ds.training.attempt import Attempt, begin
 from svd_ds.training.folder import RunFolder
+from svd_ds.training.outcome import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Outcome
 from svd_ds.training.watchdog import Watchdog, WatchdogConfig
 from tests.networks import seal
 
@@ -215,8 +216,8 @@ def fail_to_record(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def fail(path: Path, text: str) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(attempt_module, "create_text", fail)
-    monkeypatch.setattr(attempt_module, "replace_text", fail)
+    monkeypatch.setattr(outcome_module, "create_text", fail)
+    monkeypatch.setattr(outcome_module, "replace_text", fail)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])

@@ -14,9 +14,10 @@ from svd_ds.data.cursor import Cursor
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.evaluation.runs import read_run
 from svd_ds.model.lives import LIVES, lives_damage, lives_of
-from svd_ds.training.attempt import FINISHED, Outcome, begin
+from svd_ds.training.attempt import begin
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.keeping import take_over
+from svd_ds.training.outcome import FINISHED, Outcome
 from svd_ds.training.state import Progress
 from svd_ds.training.usage import WAITS, Goodput
 

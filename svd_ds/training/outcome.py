@@ -1,0 +1,72 @@
+"""How an attempt at a run ended, as its launcher reads it.
+
+logs/outcome.json           of the newest attempt; missing where it was killed
+logs/outcome-0123abcd.json  of an attempt that another start took the folder over from
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from svd_ds.fsync_io import create_text, read_json, replace_text
+from svd_ds.parallel.env import attempt
+from svd_ds.training.folder import RunFolder
+
+FINISHED = "finished"
+PREEMPTED = "preempted"
+"""Asked to stop, it left a checkpoint."""
+REFUSED = "refused"
+"""A user's mistake: another attempt would end the same."""
+INTERRUPTED = "interrupted"
+"""By a person at the terminal, or with W&B's stop button."""
+FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: str
+    rank: int
+    words: str
+    attempt: tuple[int, int]
+    """svd_ds.parallel.env.attempt: ranks of an earlier one, on a node that was cut off, may still speak."""
+
+    @staticmethod
+    def read(folder: RunFolder) -> Outcome | None:
+        """Of this attempt, in which the caller takes part; None where nobody has said it yet."""
+        for path in (outcome_path(folder), *sorted(folder.logs.glob("outcome-*.json"))):
+            told = _told(path)
+            if told is not None and told.attempt == attempt():
+                return told
+        return None
+
+    def record(self, path: Path) -> bool:
+        """Write the file where nobody has told an outcome of this attempt yet; return whether that is so.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        text = json.dumps(asdict(self)) + "\n"
+        try:
+            create_text(path, text)
+        except FileExistsError:
+            told = _told(path)
+            if told is None or told.attempt >= self.attempt:
+                return False
+            replace_text(path, text)
+        return True
+
+
+def outcome_path(folder: RunFolder, token: str = "") -> Path:
+    """The file of an outcome; `token`: of a start that another one took the folder over from."""
+    return folder.logs / (f"outcome-{token}.json" if token else "outcome.json")
+
+
+def _told(path: Path) -> Outcome | None:
+    """By whichever attempt spoke last; None where nobody did, or where what it said cannot be read."""
+    try:
+        values = read_json(path)
+        return Outcome(**values | {"attempt": tuple(values["attempt"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
