@@ -7,20 +7,20 @@ once. Beyond this file nobody sees a DictConfig.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from svd_ds import overrides as command_line
+from svd_ds import overrides as override_words
+from svd_ds.command_line import CommandLine
 from svd_ds.config import SPELLING, InitConfig, RunConfig
 from svd_ds.settings import TYPE_NAMES, Setting, all_settings, check_setting
 
@@ -31,7 +31,8 @@ OPEN = "? "
 """How the value of a key begins that must be given on the command line; what it is follows. (OmegaConf's own
 sign, ???, gives way to a default.)"""
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+ADDED = "code"
+"""What config.yaml has beside the settings: it may be given as a config again."""
 
 
 def register() -> None:
@@ -47,7 +48,12 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
             rank's clock, and again in each restart of a job: they would have run folders of their own.
     """
     OmegaConf.register_new_resolver("now", lambda pattern: now().strftime(pattern), replace=True)
+    with read_write(node), open_dict(node):
+        node.pop(ADDED, None)
     _check_keys(node, _known())
+    if OmegaConf.get_type(node, "run") is dict:
+        # A primary config of the user's does not name the schema among its defaults.
+        node = cast(DictConfig, OmegaConf.merge(_schema(), node))
     _check_written(node)
     parts: Any = OmegaConf.to_object(node)
     names = {spelling: name for name, spelling in SPELLING.items()}
@@ -55,9 +61,16 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
     return RunConfig(**parts | {"init": init})
 
 
-def compose(overrides: Sequence[str] = (), now: Callable[[], datetime] = datetime.now) -> RunConfig:
-    """The config that `python -m svd_ds.train OVERRIDES` runs with; `now` as for `to_config`."""
-    node = _compose_node(readable(overrides))
+def compose(words: Sequence[str] = (), now: Callable[[], datetime] = datetime.now) -> RunConfig:
+    """The config that `python -m svd_ds.train WORDS` runs with; `now` as for `to_config`.
+
+    Raises:
+        ValueError: the words are not those of one run, or a value is wrong.
+        HydraException, OmegaConfBaseException: see `explain`.
+    """
+    line = readable([word for word in words if word != "--debug"])
+    line.check_is_one_run()
+    node = _compose_node(line)
     # A run is named after the choices that Hydra made: ${hydra:runtime.choices...}.
     HydraConfig.instance().set_config(node)
     with read_write(node), open_dict(node):
@@ -65,9 +78,13 @@ def compose(overrides: Sequence[str] = (), now: Callable[[], datetime] = datetim
     return to_config(node, now)
 
 
-def readable(overrides: Sequence[str], multirun: bool = False) -> list[str]:
+def readable(words: Sequence[str]) -> CommandLine:
     """A command line as Hydra reads it. Raises ValueError for a key or value that cannot be meant."""
-    return debug_last(command_line.readable(overrides, settings_by_key(), _groups(), multirun))
+    line = CommandLine.parse(words)
+    read = override_words.readable(
+        [*line.option_words, *line.overrides], settings_by_key(), line.groups(), line.multirun
+    )
+    return replace(line, overrides=tuple(debug_last(read[len(line.option_words) :])))
 
 
 @cache
@@ -76,36 +93,37 @@ def settings_by_key() -> dict[str, Setting]:
     return {setting.key: setting for setting in all_settings(RunConfig)}
 
 
-def keys_without_folder(overrides: Sequence[str]) -> list[str]:
+def keys_without_folder(line: CommandLine) -> list[str]:
     """The keys that differ among the runs of a multirun while run.dir does not.
 
     Args:
-        overrides: as `readable` returns them.
+        line: as `readable` returns it.
     """
-    swept = command_line.swept(overrides, _choices)
-    fixed = [word for word in overrides if not word.startswith("-") and _key(word) not in swept]
+    swept = override_words.swept(line.overrides, line.choices)
+    fixed = [word for word in line.overrides if _key(word) not in swept]
     first = {key: words[0] for key, words in swept.items() if words}
     return [
         key
         for key, words in swept.items()
-        if len({_run_dir([*fixed, *(first | {key: word}).values()]) for word in words[:2]}) < len(words[:2])
+        if len({_run_dir(line, [*fixed, *(first | {key: word}).values()]) for word in words[:2]})
+        < len(words[:2])
     ]
 
 
 def folder_of_job(folder: str, keys: Collection[str]) -> str:
     """run.dir of one run of a multirun: with the values that it has of `keys`. Called in Hydra's task."""
     words = [word for word in HydraConfig.get().overrides.task if _key(word) in keys]
-    return f"{folder}-{command_line.folder_name(words)}" if words else folder
+    return f"{folder}-{override_words.folder_name(words)}" if words else folder
 
 
-def _compose_node(overrides: Sequence[str]) -> DictConfig:
+def _compose_node(line: CommandLine) -> DictConfig:
     register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("train", list(overrides), return_hydra_config=True)
+    with line.hydra():
+        return hydra_compose(line.config_name, list(line.overrides), return_hydra_config=True)
 
 
-def _run_dir(overrides: Sequence[str]) -> str:
-    node = _compose_node(overrides)
+def _run_dir(line: CommandLine, overrides: Sequence[str]) -> str:
+    node = _compose_node(replace(line, overrides=tuple(overrides)))
     HydraConfig.instance().set_config(node)
     # The time alone makes no difference between two runs.
     OmegaConf.register_new_resolver("now", lambda pattern: pattern, replace=True)
@@ -114,14 +132,6 @@ def _run_dir(overrides: Sequence[str]) -> str:
 
 def _key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
-
-
-def _groups() -> list[str]:
-    return [path.name for path in CONF.iterdir() if path.is_dir()]
-
-
-def _choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def debug_last(overrides: Sequence[str]) -> list[str]:

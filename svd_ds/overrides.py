@@ -208,13 +208,14 @@ def swept(words: Sequence[str], choices: Callable[[str], list[str]]) -> dict[str
         if override is None or not override.is_sweep_override():
             continue
         value, name = override.value(), word.partition("=")[0]
+        key = name.lstrip("+")
         if isinstance(value, Glob):
-            values = value.filter(choices(override.get_key_element()))
+            values = value.filter(choices(key))
         elif override.is_discrete_sweep():
             values = list(override.sweep_string_iterator())
         else:
             continue
-        found[override.get_key_element()] = [f"{name}={each}" for each in values]
+        found[key] = [f"{name}={each}" for each in values]
     return found
 
 

@@ -19,6 +19,7 @@ import hydra
 
 from svd_ds import compose
 from svd_ds.allocator import keep_freed_memory
+from svd_ds.command_line import CONF, PRIMARY, VERSION_BASE
 from svd_ds.door import USER_ERRORS, print_error, wants_traceback
 from svd_ds.parallel.env import Env, start_time
 from svd_ds.training.attempt import Attempt
@@ -43,7 +44,7 @@ def main() -> None:
         print_error(error)
         sys.exit(2)
 
-    @hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")
+    @hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name=PRIMARY)
     def task(node: Any) -> None:
         # Those of running it would announce before it raises them: it does not get to see them.
         if not errors:
@@ -53,11 +54,10 @@ def main() -> None:
                 errors.append(error)
 
     try:
-        multirun = any(word in ("-m", "--multirun") for word in sys.argv[1:])
-        words = [word for word in sys.argv[1:] if word != "--debug"]
-        sys.argv[1:] = words = compose.readable(words, multirun)
-        if multirun:
-            unnamed += compose.keys_without_folder(words)
+        line = compose.readable([word for word in sys.argv[1:] if word != "--debug"])
+        sys.argv[1:] = line.words()
+        if line.multirun:
+            unnamed += compose.keys_without_folder(line)
         with _hydra_raises():
             task()
         if errors:

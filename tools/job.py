@@ -136,7 +136,7 @@ def settle(trial: Path | None, clock: JobClock) -> None:
 def run_folder(arguments: Sequence[str], clock: JobClock) -> RunFolder:
     """Where a run with these arguments lives. Raises ValueError for a mistake in them: no rank starts."""
     try:
-        settings = compose.compose([word for word in arguments if not word.startswith("-")], clock.read)
+        settings = compose.compose(arguments, clock.read)
     except compose.COMPOSE_ERRORS as error:
         raise ValueError(compose.explain(error)) from None
     return RunFolder(Path(settings.run.dir))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hydra.errors import HydraException
 
-from svd_ds.compose import CONF, compose, debug_last, explain
+from svd_ds.command_line import CONF
+from svd_ds.compose import compose, debug_last, explain
 from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise
 from svd_ds.model.conditioner import SCALARS

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from svd_ds.compose import CONF, compose
+from svd_ds.command_line import CONF
+from svd_ds.compose import compose
 from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise
 from svd_ds.model.decoder import Decoder, DecoderConfig

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from svd_ds.compose import CONF, compose
+from svd_ds.command_line import CONF
+from svd_ds.compose import compose
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / ".ci" / "run"]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from svd_ds.compose import CONF, compose
+from svd_ds.command_line import CONF
+from svd_ds.compose import compose
 from svd_ds.data.writer import ShardWriter
 from svd_ds.evaluation.fixed_set import rank
 from svd_ds.evaluation.report import write_report

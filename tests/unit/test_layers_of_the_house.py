@@ -19,6 +19,7 @@ FLOORS = {
     "pixels": 0,
     "settings": 0,
     "overrides": 1,
+    "command_line": 0,
     "video": 1,
     "diffusion": 1,
     "model": 1,

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from svd_ds.compose import CONF, compose
+from svd_ds.command_line import CONF
+from svd_ds.compose import compose
 from svd_ds.diffusion.noise import KINDS, Discrete, NoiseConfig, build_noise, karras_sigmas, resolution_shift
 
 NAMES = sorted(path.stem for path in (CONF / "noise").glob("*.yaml"))

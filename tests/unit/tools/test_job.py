@@ -200,3 +200,32 @@ def test_a_signal_during_the_imports_is_answered(ended: Ended, tmp_path: Path) -
     out, _ = tool.communicate()
     assert (tool.returncode, out) == (0, "job 7 is queued again: SIGUSR1 asked it to end\n")
     assert (tmp_path / "log").read_text() == "requeue 7\n"
+
+
+def test_group_of_a_users_folder_names_the_run_for_the_job_as_for_its_ranks(
+    ended: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs/subset").mkdir(parents=True)
+    (tmp_path / "configs/subset/few.yaml").write_text("# @package _global_\nname: few\n")
+    monkeypatch.chdir(tmp_path)
+    words = ("run.dir=runs/${name}", "--config-dir", "configs", "+subset=few")
+    (tmp_path / "run/logs").mkdir(parents=True)
+    assert ended("", 143, *words)[1] == ["requeue 7"]
+    assert (tmp_path / "runs/few/logs/attempts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("-m", "run.seed=1,2"), "-m starts several runs"),
+        (("--cfg", "job"), "--cfg starts no run"),
+        (("--config-dir", "nowhere"), "--config-dir is .*/nowhere, and there is no such folder"),
+        (("+subset=few",), "there is no key subset"),
+    ],
+)
+def test_words_of_another_command_than_one_run_end_the_job(
+    ended: Ended, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        ended("", 0, *words)
+    assert (tmp_path / "log").read_text() == "", "it is not queued again"

@@ -1,0 +1,121 @@
+"""The words of a command line: Hydra's own options, overrides, and the folders that configs come from."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.errors import SearchPathException
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+VERSION_BASE = "1.3"
+"""Of Hydra: whose defaults it has."""
+PRIMARY = "train"
+"""The config that a run begins with, unless --config-name names another."""
+MAIN_FILE = str(Path(__file__).with_name("train.py"))
+"""Hydra reads a relative --config-path from the folder of this file."""
+NO_RUN = ("help", "hydra_help", "cfg", "resolve", "package", "shell_completion", "info", "experimental_rerun")
+"""Hydra's options with which it does something else than to run one config as it is composed."""
+OWN_FOLDER = (
+    "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"
+)  # fmt: skip
+"""What conf/train.yaml says to Hydra, for another primary config: the run folder is ours to lay out, and
+Hydra would write the overrides there as they are, with the credentials in them."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The arguments of `python -m svd_ds.train`, taken apart as Hydra does. Options may stand anywhere."""
+
+    options: Namespace
+    """Hydra's, by Hydra's names."""
+    option_words: tuple[str, ...]
+    """The same, one word each, and any option that Hydra does not know."""
+    overrides: tuple[str, ...]
+
+    @staticmethod
+    def parse(words: Sequence[str]) -> CommandLine:
+        parser = get_args_parser()
+        options, rest = parser.parse_known_args(list(words))
+        option_words = []
+        for action in parser._actions:
+            value = getattr(options, action.dest, None)
+            if action.dest != "overrides" and value:
+                name = action.option_strings[0]
+                option_words.append(name if value is True else f"{name}={value}")
+        # argparse gives the words behind the first option that follows an override back unread.
+        unknown = [word for word in rest if word.startswith("-")]
+        overrides = [*options.overrides, *(word for word in rest if not word.startswith("-"))]
+        if options.config_name or options.config_path:
+            overrides[:0] = OWN_FOLDER
+        return CommandLine(options, (*option_words, *unknown), tuple(overrides))
+
+    @property
+    def multirun(self) -> bool:
+        return bool(self.options.multirun)
+
+    @property
+    def config_name(self) -> str:
+        return self.options.config_name or PRIMARY
+
+    def words(self) -> list[str]:
+        return [*self.option_words, *self.overrides]
+
+    def check_is_one_run(self) -> None:
+        """Raises ValueError where the words ask for something else than one run."""
+        if self.multirun:
+            raise ValueError("-m starts several runs one after the other, and this command starts one")
+        if asked := next((name for name in NO_RUN if getattr(self.options, name)), None):
+            raise ValueError(f"--{asked.replace('_', '-')} starts no run, and this command starts one")
+
+    def groups(self) -> list[str]:
+        """The config groups of every folder in the search path: conf/, --config-dir, hydra.searchpath."""
+        return self._options_of("", ObjectType.GROUP)
+
+    def choices(self, group: str) -> list[str]:
+        """The configs of a group."""
+        return sorted(self._options_of(group, ObjectType.CONFIG))
+
+    @contextmanager
+    def hydra(self) -> Iterator[None]:
+        """Inside, `hydra.compose` finds what Hydra's main would find."""
+        version.setbase(VERSION_BASE)
+        before = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            Hydra.create_main_hydra2(task_name=PRIMARY, config_search_path=self._search_path())
+            yield
+        finally:
+            GlobalHydra.instance().hydra = before
+
+    def _options_of(self, group: str, kind: ObjectType) -> list[str]:
+        loader: Any = ConfigLoaderImpl(config_search_path=self._search_path())
+        told = [word for word in self.overrides if word.lstrip("+").startswith("hydra.searchpath=")]
+        with warnings.catch_warnings():
+            # Hydra itself warns, later, of a folder that is not there.
+            warnings.simplefilter("ignore")
+            found: list[str] = loader.get_group_options(group, kind, self.config_name, told)
+        return found
+
+    def _search_path(self) -> ConfigSearchPath:
+        """As hydra.main makes it."""
+        path = create_automatic_config_search_path(MAIN_FILE, None, self.options.config_path or str(CONF))
+        if (folder := self.options.config_dir) is not None:
+            folder = os.path.abspath(folder)
+            if not os.path.isdir(folder):
+                raise SearchPathException(f"--config-dir is {folder}, and there is no such folder")
+            path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+        return path
