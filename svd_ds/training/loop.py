@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
+from svd_ds.batch import Batch
+from svd_ds.data.cursor import Cursor
 from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, mean_over_ranks, told_by_first
 from svd_ds.training.checkpoint import NonFiniteError
+from svd_ds.training.compute import compute
+from svd_ds.training.evaluate import Evaluation
 from svd_ds.training.metrics import StepMetrics
 from svd_ds.training.optim import group_rates, learning_rate
 from svd_ds.training.parts import Parts, Plan
 from svd_ds.training.state import Progress
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What became of a step, the same on all ranks."""
+
+    progress: Progress
+    """Behind it."""
+    fault: str | None
+    """Why the guard skipped it; None where it was taken."""
+    asked: bool
+    """Whether a rank was asked to stop."""
 
 
 def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
@@ -18,98 +36,23 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
     ended."""
     stopped = due = False
     while progress.step < plan.total_steps and not stopped:
-        started = time.perf_counter()
-        losses: list[float] = []
-        clips: list[str] = []
-        samples = progress.samples + plan.batch_size
-        lr = learning_rate(plan.optim, samples, plan.total_steps * plan.batch_size)
-
-        accumulation = 1
-        while len(losses) < accumulation:
-            with parts.clock("data"):
-                batch, cursor = next(parts.batches)
-            accumulation = batch.accumulation
-            loss = parts.objective.loss(parts.engine, batch.to(parts.device)).mean()
-            parts.engine.backward(loss, accumulation)
-            losses.append(loss.item())
-            clips += batch.ids
-        grad_norm = parts.engine.gradient_norm()
-        waits_s, faults = parts.clock.lap(), parts.take_faults()
-        # Rank 0 writes the files, so that it looks whether they are still this start's.
-        lost = parts.metrics is not None and parts.checkpoints.is_taken_over()
-        loss_mean, waits_s["data"], asked, unreadable, taken_over = mean_over_ranks(
-            [
-                sum(losses) / len(losses),
-                waits_s["data"],
-                float(parts.stop.asked),
-                float(len(faults)),
-                float(lost),
-            ]
-        )
-        if taken_over:
-            told_by_first(parts.checkpoints.check_still_ours)
-        if unreadable:
-            faults, step = items_of_ranks(faults), progress.step + 1
-            agreed(partial(parts.quarantine.add, faults, step, write=parts.metrics is not None))
-
-        fault, guarded = parts.guard.judge(progress.guard, loss_mean, grad_norm)
-        progress = progress.advance(cursor, plan.batch_size, guarded)
-        if fault is None:
-            parts.engine.step(group_rates(plan.optim, lr))
-        else:
-            parts.engine.forget()
-            clips = items_of_ranks(clips)
-        terms = parts.objective.end_step()
-        parts.ema.update(parts.engine.local_shards(), samples, plan.batch_size)
-
-        stopped = asked > 0
-        step_s = time.perf_counter() - started
-        if parts.metrics is not None:
-            parts.metrics.log(
-                StepMetrics(
-                    step=progress.step,
-                    samples=progress.samples,
-                    loss=loss_mean,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    clips_per_s=plan.batch_size / step_s,
-                    step_s=step_s,
-                    waits_s=waits_s,
-                    skipped=guarded.skipped,
-                    terms=terms,
-                )
-            )
-            if fault is not None:
-                parts.metrics.log_skipped(progress.step, fault, clips)
-
-        if parts.guard.must_go_back(guarded):
-            why = f"{guarded.in_a_row} steps in a row were skipped, the last because {fault}"
+        step = _step(parts, plan, progress)
+        progress, stopped = step.progress, step.asked
+        if parts.guard.must_go_back(progress.guard):
+            why = f"{progress.guard.in_a_row} steps in a row were skipped, the last because {step.fault}"
             progress, due = _go_back(parts, progress, why), False
             continue
 
         last = stopped or progress.step == plan.total_steps
         ended = last and not stopped
-        if parts.evaluation is not None and (progress.step % plan.evaluate_every == 0 or ended):
-            with parts.clock("evaluation"):
-                measured = parts.evaluation.measure(parts.engine, parts.ema)
-            told_by_first(parts.checkpoints.check_still_ours)
-            if parts.metrics is not None:
-                parts.metrics.log_evaluation(progress.step, progress.samples, measured)
-                parts.metrics.log_weights(progress.step, parts.engine.local_shards())
+        if parts.evaluation is not None and (ended or progress.step % plan.evaluate_every == 0):
+            _evaluate(parts, parts.evaluation, progress)
         due = due or last or progress.step % plan.checkpoint_every == 0
         try:
             # Behind the evaluation: what is told of a step must be told before a run can go on behind it.
-            with parts.clock("checkpoint"):
-                parts.checkpoints.settle(taken=fault is None)
-                # In a streak of skipped steps the weights are in doubt: the save waits for a taken one.
-                if due and fault is None:
-                    parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
-                    due = False
-            if progress.step % plan.preview_every == 0 or ended:
-                with parts.clock("preview"):
-                    preview = parts.previews.make(progress.step, parts.engine, parts.ema)
-                if parts.metrics is not None and preview is not None:
-                    parts.metrics.log_preview(progress.step, preview)
+            due = _save(parts, progress, due, taken=step.fault is None)
+            if ended or progress.step % plan.preview_every == 0:
+                _preview(parts, progress)
             if last:
                 parts.checkpoints.finish()
         except NonFiniteError as error:
@@ -118,6 +61,103 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
         parts.beat()
     _check_end(parts, plan, progress)
     return progress
+
+
+def _step(parts: Parts, plan: Plan, progress: Progress) -> _Step:
+    """Compute the next step, and take it unless the guard skips it."""
+    started = time.perf_counter()
+    samples = progress.samples + plan.batch_size
+    lr = learning_rate(plan.optim, samples, plan.total_steps * plan.batch_size)
+
+    read: list[tuple[Batch, Cursor]] = []
+    computed = compute(parts, _read(parts, read))
+    waits_s = parts.clock.lap()
+    loss, waits_s["data"], asked = _reduce(parts, progress, computed.loss, waits_s["data"])
+
+    fault, guarded = parts.guard.judge(progress.guard, loss, computed.grad_norm)
+    progress = progress.advance(read[-1][1], plan.batch_size, guarded)
+    if fault is None:
+        parts.engine.step(group_rates(plan.optim, lr))
+    else:
+        parts.engine.forget()
+    terms = parts.objective.end_step()
+    parts.ema.update(parts.engine.local_shards(), samples, plan.batch_size)
+
+    clips = items_of_ranks([id for batch, _ in read for id in batch.ids]) if fault is not None else []
+    step_s = time.perf_counter() - started
+    if parts.metrics is not None:
+        parts.metrics.log(
+            StepMetrics(
+                step=progress.step,
+                samples=progress.samples,
+                loss=loss,
+                lr=lr,
+                grad_norm=computed.grad_norm,
+                clips_per_s=plan.batch_size / step_s,
+                step_s=step_s,
+                waits_s=waits_s,
+                skipped=guarded.skipped,
+                terms=terms,
+            )
+        )
+        if fault is not None:
+            parts.metrics.log_skipped(progress.step, fault, clips)
+    return _Step(progress, fault, asked)
+
+
+def _read(parts: Parts, read: list[tuple[Batch, Cursor]]) -> Iterator[Batch]:
+    """A step's micro-batches, each read when it is asked for, and then in `read` with the cursor behind the
+    step."""
+    while not read or len(read) < read[-1][0].accumulation:
+        with parts.clock("data"):
+            read.append(next(parts.batches))
+        yield read[-1][0]
+
+
+def _reduce(parts: Parts, progress: Progress, loss: float, data_s: float) -> tuple[float, float, bool]:
+    """A step's one exchange of numbers among the ranks: its loss, its wait for data, whether to stop.
+
+    Raises:
+        SharedError: another start has taken the run folder over, or too many clips cannot be read.
+    """
+    faults = parts.take_faults()
+    # Rank 0 writes the files, so that it looks whether they are still this start's.
+    lost = parts.metrics is not None and parts.checkpoints.is_taken_over()
+    loss, data_s, asked, unreadable, taken_over = mean_over_ranks(
+        [loss, data_s, float(parts.stop.asked), float(len(faults)), float(lost)]
+    )
+    if taken_over:
+        told_by_first(parts.checkpoints.check_still_ours)
+    if unreadable:
+        faults, step = items_of_ranks(faults), progress.step + 1
+        agreed(partial(parts.quarantine.add, faults, step, write=parts.metrics is not None))
+    return loss, data_s, asked > 0
+
+
+def _evaluate(parts: Parts, evaluation: Evaluation, progress: Progress) -> None:
+    with parts.clock("evaluation"):
+        measured = evaluation.measure(parts.engine, parts.ema)
+    told_by_first(parts.checkpoints.check_still_ours)
+    if parts.metrics is not None:
+        parts.metrics.log_evaluation(progress.step, progress.samples, measured)
+        parts.metrics.log_weights(progress.step, parts.engine.local_shards())
+
+
+def _save(parts: Parts, progress: Progress, due: bool, taken: bool) -> bool:
+    """Settle the save that is under way, and begin the one that is due; return whether it still is."""
+    with parts.clock("checkpoint"):
+        parts.checkpoints.settle(taken)
+        # In a streak of skipped steps the weights are in doubt: the save waits for a taken one.
+        if due and taken:
+            parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
+    return due and not taken
+
+
+def _preview(parts: Parts, progress: Progress) -> None:
+    with parts.clock("preview"):
+        preview = parts.previews.make(progress.step, parts.engine, parts.ema)
+    if parts.metrics is not None and preview is not None:
+        parts.metrics.log_preview(progress.step, preview)
 
 
 def _check_end(parts: Parts, plan: Plan, progress: Progress) -> None:
