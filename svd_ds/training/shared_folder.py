@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from svd_ds.door import of_its_kind
+from svd_ds.fsync_io import name_errors
 from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, told_by_first
 from svd_ds.parallel.env import Env, host
 
+TOKEN = ".seen-by-all-ranks"
+"""First part of the names of the files that are compared."""
 APPEARS_S = 10.0
 """How long a network file system may take to show a new file to another machine."""
+ABANDONED_S = 600.0
+"""The age at which a token file is that of a start that was killed, and no other start waits for it."""
 
 
 def check_shared_folder(folder: Path, env: Env) -> None:
-    """Check that every rank's run folder is the one that rank 0 writes to. All ranks call it.
+    """Make the run folder, and check that every rank's is the one that rank 0 writes to. All ranks call it.
 
     Raises:
-        SharedError: on all ranks; it names run.dir, the ranks, their hosts and their paths.
+        SharedError: on all ranks; a rank cannot make the folder or write to it, or it is another folder than
+            rank 0's. The message names run.dir, and the ranks, their hosts and their paths where they differ.
     """
     path = folder.absolute()
-    token = path / told_by_first(lambda: f".seen-by-all-ranks.{secrets.token_hex(4)}")
-    agreed(lambda: token.write_text(host()) if env.rank == 0 else 0)
+    token = path / told_by_first(lambda: f"{TOKEN}.{secrets.token_hex(4)}")
+    agreed(lambda: _make(path, token if env.rank == 0 else None))
     first, *_ = places = items_of_ranks([(str(path), host())])
     # Where the paths differ they may still lead to one folder: it is only not worth waiting for.
     seen = items_of_ranks([_appears(folder / token.name, APPEARS_S if str(path) == first[0] else 0.0)])
     if env.rank == 0:
-        token.unlink(missing_ok=True)
+        _remove(token)
     if all(seen):
         return
     rank = seen.index(False)
@@ -34,6 +42,27 @@ def check_shared_folder(folder: Path, env: Env) -> None:
         f"run.dir is {first[0]} on rank 0 (host {first[1]}) and {places[rank][0]} on rank {rank} (host "
         f"{places[rank][1]}), which are two folders: name one by run.dir=... that all ranks share"
     )
+
+
+def _make(folder: Path, token: Path | None) -> None:
+    """Make the folder, and the token file where one is given."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if token is not None:
+            with name_errors(token):
+                token.write_text(host(), encoding="utf-8")
+    except OSError as error:
+        raise of_its_kind(error, f"run.dir={folder} cannot be made or written to: {error}") from error
+
+
+def _remove(token: Path) -> None:
+    """Remove the token file, and those that killed starts have left."""
+    with suppress(OSError):
+        # By the clock of the file system, which may be another machine's.
+        now = token.stat().st_mtime
+        for other in token.parent.glob(f"{TOKEN}.*"):
+            if other == token or now - other.stat().st_mtime > ABANDONED_S:
+                other.unlink(missing_ok=True)
 
 
 def _appears(path: Path, seconds: float) -> bool:
