@@ -17,6 +17,7 @@ from svd_ds.curate.pack import HELD_OUT, ShardSettings
 from svd_ds.curate.pipeline import (
     Settings,
     annotate,
+    captions_missing,
     finish,
     progress_bar,
     refused,
@@ -77,7 +78,8 @@ def summary(out: Path, runner: Runner) -> str:
     return (
         f"{out}: {len(samples)} clips, {len(samples) - len(indexes[0])} of them held out; "
         f"{seconds / 3600:.3f} hours, {num_bytes / 2**20:.1f} MiB; "
-        f"{len(refused(runner))} of {len(runner.files)} files refused"
+        f"{len(dict(refused(runner)))} of {len(runner.files)} files in refused.csv; "
+        f"{captions_missing(runner)}"
     )
 
 

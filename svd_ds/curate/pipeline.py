@@ -25,8 +25,8 @@ from svd_ds.curate.cuts import CutSettings
 from svd_ds.curate.duplicates import DuplicateSettings, mark_duplicates
 from svd_ds.curate.embed import ClipModelSettings
 from svd_ds.curate.pack import ShardSettings, write_shards
-from svd_ds.curate.raw import FILE_NAME
 from svd_ds.curate.select import CAPTION, Clip, choose, join
+from svd_ds.curate.sidecars import FILE_NAME
 from svd_ds.curate.stages import Runner, Stage, sound
 from svd_ds.curate.text import TextSettings
 from svd_ds.data.filters import Condition
@@ -56,7 +56,7 @@ class Settings:
 
     def stages(self) -> list[Stage]:
         """The stages by file, in an order in which each comes after those that it builds on."""
-        probing = Stage("probe", probe.probe, probe.COLUMNS, version=2)
+        probing = Stage("probe", probe.probe, probe.COLUMNS, version=3)
         cutting = Stage("cuts", cuts.find_shots, cuts.COLUMNS, self.cuts, (probing,), version=2)
         clipping = Stage("clips", clips.cut_clips, clips.COLUMNS, self.clips, (probing, cutting))
         stages = [probing, cutting, clipping]

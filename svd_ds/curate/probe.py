@@ -16,9 +16,11 @@ import av
 import pyarrow as pa
 
 from svd_ds.curate.frames import video_stream
-from svd_ds.curate.raw import IMAGES, VIDEOS, RawFile, told_of
+from svd_ds.curate.raw import IMAGES, VIDEOS, RawFile
+from svd_ds.curate.sidecars import told_of
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
+from svd_ds.data.timeline import usual_rate
 from svd_ds.pixels.frame import is_plain
 from svd_ds.pixels.still import read_still
 
@@ -44,6 +46,12 @@ EVEN = 0.3
 """Share of a frame by which times may miss an even clock: containers round them to milliseconds."""
 REORDERED = 1
 """Seconds by which the times of packets may go back for the order in which they are decoded."""
+USUAL_RATES = (
+    *(Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30)),
+    *(Fraction(50), Fraction(60000, 1001), Fraction(60), Fraction(10), Fraction(12), Fraction(15)),
+)
+ROUNDING = 0.003
+"""Share by which rounded times may move the rate of the usual gap from the true one."""
 MAX_RATE = 240
 """Of a video whose clock is uneven: two frames that lie close do not make it a slow-motion camera's."""
 
@@ -64,11 +72,11 @@ class Packets:
 
 def probe(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
     """A row for the file. Raises ValueError with the reason where it is of no use."""
+    if file.fault is not None:
+        raise ValueError(file.fault)
     suffix = file.path.suffix.lower()
     if suffix not in VIDEOS + IMAGES:
         raise ValueError(f"it is neither a video nor an image by its suffix {suffix!r}")
-    if not file.path.is_file():
-        raise ValueError("it is listed, and there is no such file")
     told = json.dumps(told_of(file.path, file.listed), ensure_ascii=False)
     yield {**(probe_video(file.path) if suffix in VIDEOS else probe_image(file.path)), "told": told}
 
@@ -172,15 +180,19 @@ def _onwards(times: Sequence[int], tick: Fraction) -> list[int]:
 def clock_of(times: Sequence[float], told: Fraction | None) -> tuple[Fraction, bool]:
     """The even clock of ascending times in seconds, from 0, and whether all of them lie on it.
 
-    That is the rate which the file tells, where its frames keep to it; else that of the usual gap.
+    That is the rate which the file tells, where its frames keep to it; else the usual one near that of the
+    usual gap; else that of the gap.
     """
     gaps = [after - before for before, after in pairwise(times) if after > before]
     if not gaps:
         raise ValueError("all its frames have one time")
-    if told and all(abs(time * told - number) < EVEN for number, time in enumerate(times)):
-        return told, True
-    usual = Fraction(min(MAX_RATE, 1 / statistics.median(gaps))).limit_denominator(1001)
-    return usual, all(abs(time * usual - number) < EVEN for number, time in enumerate(times))
+    usual = Fraction(min(MAX_RATE, usual_rate(gaps))).limit_denominator(1001)
+    rates = [rate for rate in USUAL_RATES if abs(rate / usual - 1) < ROUNDING]
+    rates = [*sorted(rates, key=lambda rate: abs(rate - usual)), usual]
+    for rate in [told, *rates] if told else rates:
+        if all(abs(time * rate - number) < EVEN for number, time in enumerate(times)):
+            return rate, True
+    return rates[0], False
 
 
 def closed_keyframes(numbers: Sequence[int], is_key: Sequence[bool]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The raw files: which there are, what they are called, and what the files beside them tell."""
+"""The raw files: which there are, and what they are called."""
 
 from __future__ import annotations
 
@@ -10,28 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
-from svd_ds.curate.listing import Listed, read_listing
-from svd_ds.data.sidecar import (
-    DEFAULT_CAPTIONER,
-    annotations_in,
-    captions_in,
-    clean_text,
-    decode_text,
-    is_number,
-    parse_json,
-    text_in,
-)
+from svd_ds.curate.listing import Finder, Listing, merged, read_listing
+from svd_ds.curate.sidecars import SUFFIXES, sidecars_of
+from svd_ds.data.sidecar import clean_text, decode_text
 
 VIDEOS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif"),
     *(".mts", ".m2ts", ".wmv", ".flv", ".3gp"),
 )
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-SIDECARS = (".txt", ".caption", ".json")
-FILE_NAME = "name"
-"""The captioner of a file that has no caption: its name stands in."""
+MAX_KEY = 120
+"""Bytes of a key: names of files that begin with it have room for more."""
 
 
 @dataclass(frozen=True)
@@ -45,46 +37,65 @@ class RawFile:
     """Its name as the beginning of sample ids: unique, letters, digits, `_` and `-`."""
     listed: Mapping[str, Any] = field(default_factory=dict)
     """What a list of the folder's files says of it (svd_ds/curate/listing.py)."""
+    fault: str | None = None
+    """Why it cannot be read, where that was found before it was opened."""
 
     def stamp(self) -> int:
         """Another number when the file is another, or is called otherwise: what is known of it is then
         stale."""
-        sidecars = [self.path.with_suffix(suffix) for suffix in SIDECARS]
-        about = [path.stat() for path in (self.path, *sidecars) if path.is_file()]
-        state = [(each.st_size, each.st_mtime_ns) for each in about]
+        about = [_state(path) for path in (self.path, *sidecars_of(self.path))]
+        state = [(each.st_size, each.st_mtime_ns) for each in about if each is not None]
         listed = f" {json.dumps(self.listed, sort_keys=True)}" if self.listed else ""
-        return zlib.crc32(f"{self.key} {state}{listed}".encode())
+        return zlib.crc32(f"{self.key} {state}{listed}{self.fault or ''}".encode())
 
 
 def find_raw(raw: Path, out: Path) -> list[RawFile]:
     """The raw files of a folder, or of a manifest: a text file with a path a line, relative to its folder.
 
-    Raises FileNotFoundError or ValueError where there is neither, or the manifest names a file twice.
+    What cannot be read is among them, with its fault: a broken link, a folder that cannot be looked into, a
+    list with rows that cannot be used, a file that is listed and missing.
+
+    Raises:
+        FileNotFoundError: there is neither a folder nor a manifest.
+        ValueError: it lists or holds no file.
     """
-    listed: Listed = {}
+    faults: dict[Path, str] = {}
+    listed: dict[Path, list[dict[str, Any]]] = {}
     if raw.is_dir():
-        listed, lists = read_listing(raw)
-        root, paths = raw, [path for path in find_files(raw, out) if path not in lists]
-        # A file that is listed and missing is refused by name, and costs no other file.
-        there = set(paths)
-        paths += [root / name for name in listed if root / name not in there and not (root / name).is_file()]
-        if not paths:
-            raise ValueError(f"there is no file in {raw}")
+        root, paths = raw, find_files(raw, out, faults)
+        listing = read_listing(raw)
+        paths = [path for path in paths if path not in listing.lists]
+        listed = _paths_of(listing, root, paths)
+        paths += sorted(listed.keys() - set(paths))
+        faults |= dict(listing.reasons())
+        paths += [path for path in faults if path not in paths]
     elif raw.is_file() and raw.suffix == ".txt":
         root = raw.parent
-        lines = clean_text(decode_text(raw.read_bytes())).splitlines()
-        paths = [root / line.strip() for line in lines if line.strip()]
-        if missing := next((path for path in paths if not path.is_file()), None):
-            raise FileNotFoundError(f"{raw} lists {missing}, and there is no such file")
+        lines = decode_text(raw.read_bytes()).splitlines()
+        paths = list(dict.fromkeys(root / line.strip() for line in lines if line.strip()))
     else:
         raise FileNotFoundError(f"there is no folder or manifest (.txt) {raw}")
+    if not paths:
+        raise ValueError(f"there is no file in {raw}")
     names = [str(path.relative_to(root) if path.is_relative_to(root) else path) for path in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{raw} lists {len(names)} files of which {len(set(names))} are different")
-    return name_files(names, paths, listed)
+    return name_files(names, paths, {path: merged(rows) for path, rows in listed.items()}, faults)
 
 
-def name_files(names: Sequence[str], paths: Sequence[Path], listed: Listed | None = None) -> list[RawFile]:
+def _paths_of(listing: Listing, root: Path, paths: Sequence[Path]) -> dict[Path, list[dict[str, Any]]]:
+    """The rows of each file that is listed, whether it is there or not."""
+    finder = Finder(root, (str(path.relative_to(root)) for path in paths))
+    listed: dict[Path, list[dict[str, Any]]] = {}
+    for name, row in listing.rows:
+        listed.setdefault(root / (finder.find(name) or name), []).append(row)
+    return listed
+
+
+def name_files(
+    names: Sequence[str],
+    paths: Sequence[Path],
+    listed: Mapping[Path, Mapping[str, Any]] | None = None,
+    faults: Mapping[Path, str] | None = None,
+) -> list[RawFile]:
     """Give each file its key: all files at once, since two names may look alike without their signs.
 
     Names are made encodable here: a file system may hold names that are no UTF-8.
@@ -98,70 +109,60 @@ def name_files(names: Sequence[str], paths: Sequence[Path], listed: Listed | Non
             each for each in chain([clean], (f"{clean}_{n}" for n in count(2))) if each not in shown
         )
         shown.add(unique)
-        files.append(RawFile(unique, path, _free_key(clean, keys), (listed or {}).get(name, {})))
+        about, fault = (listed or {}).get(path, {}), (faults or {}).get(path) or _fault_of(path)
+        files.append(RawFile(unique, path, _free_key(clean, keys), about, fault))
     return files
 
 
-def find_files(folder: Path, out: Path) -> list[Path]:
+def _state(path: Path) -> os.stat_result | None:
+    """None where there is nothing, or it may not be looked at."""
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
+
+
+def _fault_of(path: Path) -> str | None:
+    """Why a file cannot be opened."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError) as error:
+        if os.path.islink(path):
+            return "it is a link that leads to no file"
+        reason = error.strerror if isinstance(error, OSError) else error
+        missing = isinstance(error, FileNotFoundError)
+        return "it is listed, and there is no such file" if missing else f"it cannot be opened ({reason})"
+    return None if S_ISREG(state.st_mode) else "it is no regular file"
+
+
+def find_files(folder: Path, out: Path, faults: dict[Path, str]) -> list[Path]:
     """Everything in `folder`, at any depth, but hidden files, sidecars, and what lies under `out`.
 
-    Linked folders are followed, each place once.
+    Linked folders are followed, each place once. `faults` gets the folders that cannot be looked into.
     """
     files: list[Path] = []
     visited: set[Path] = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        faults[Path(error.filename)] = f"it is a folder that cannot be looked into ({error.strerror})"
+
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         place = Path(here).resolve()
         if place in visited or place == out.resolve() or out.resolve() in place.parents:
             folders.clear()
             continue
         visited.add(place)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        files += [path for name in names if name[0] != "." and (path := Path(here, name)).is_file()]
-    media = {path.with_suffix("") for path in files if path.suffix.lower() in VIDEOS + IMAGES}
-    return sorted(p for p in files if p.suffix not in SIDECARS or p.with_suffix("") not in media)
+        files += [Path(here, name) for name in names if name[0] != "."]
+    media = {path for path in files if path.suffix.lower() in VIDEOS + IMAGES}
+    media |= {path.with_suffix("") for path in media}
+    return sorted(p for p in files if p.suffix.lower() not in SUFFIXES or p.with_suffix("") not in media)
 
 
 def _free_key(name: str, taken: set[str]) -> str:
     """A key from a file's name, added to `taken`; numbered where another file has it already."""
     stem = re.sub(r"[^\w-]+", "_", str(Path(name).with_suffix("")))
+    stem = stem.encode()[:MAX_KEY].decode(errors="ignore")
     key = next(key for key in chain([stem], (f"{stem}_{n}" for n in count(2))) if key not in taken)
     taken.add(key)
     return key
-
-
-def told_of(path: Path, listed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Captions, and what else the files next to `path` say of it, as a sample's json holds it.
-
-    `clip.json` may hold captions, annotations (svd_ds/data/sidecar.py has the rules) and "elevation", the
-    camera's in degrees; `clip.txt` or `clip.caption` holds a caption; `listed` is the file's row in a list of
-    the folder's files. Captions come from the first of these that has any, else the file's own name is one.
-
-    Raises:
-        ValueError: the json is unreadable, or its elevation is no angle.
-    """
-    table, note = path.with_suffix(".json"), _caption_file(path)
-    sidecar = parse_json(table.read_bytes(), table.name) if table.is_file() else {}
-    row = dict(listed or {})
-    captions = captions_in(sidecar)
-    if not any(captions.values()) and note is not None:
-        captions = {DEFAULT_CAPTIONER: " ".join(text_in(note.read_bytes()).split())}
-    if not any(captions.values()):
-        captions = captions_in(row)
-    if not any(captions.values()):
-        captions = {FILE_NAME: re.sub(r"[\W_]+", " ", clean_text(path.stem)).strip()}
-    told: dict[str, Any] = {"captions": captions}
-
-    elevation = (row | sidecar if isinstance(sidecar, dict) else row).get("elevation")
-    if elevation is not None:
-        if not is_number(elevation) or not -90 <= elevation <= 90:
-            raise ValueError(f'"elevation" is {elevation!r} in {table.name}: no angle, -90 to 90 degrees')
-        told["elevation"] = float(elevation)
-    annotations = annotations_in(row)[0] | annotations_in(sidecar)[0]
-    if annotations:
-        told["annotations"] = annotations
-    return told
-
-
-def _caption_file(path: Path) -> Path | None:
-    notes = (path.with_suffix(suffix) for suffix in (".txt", ".caption"))
-    return next((note for note in notes if note.is_file()), None)

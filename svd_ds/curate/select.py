@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from svd_ds.curate.clips import COLUMNS as CUT
-from svd_ds.curate.raw import FILE_NAME, RawFile
+from svd_ds.curate.raw import RawFile
+from svd_ds.curate.sidecars import FILE_NAME
 from svd_ds.curate.stages import Found, sound
 from svd_ds.curate.table import Row, write_parquet
 from svd_ds.data.filters import Condition

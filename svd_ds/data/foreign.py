@@ -23,12 +23,18 @@ import numpy as np
 from svd_ds.data.clips import decode, open_video
 from svd_ds.data.quarantine import Fault, is_out_of_memory
 from svd_ds.data.sample import MEDIA, STILLS, TAR_BLOCK, Sample, parse_sample
-from svd_ds.data.sidecar import annotations_in, captions_in, clean_text, is_utf8, parse_json, text_in
+from svd_ds.data.sidecar import (
+    TEXTS,
+    annotations_in,
+    captions_in,
+    clean_text,
+    is_utf8,
+    parse_json,
+    text_in,
+)
 from svd_ds.data.timeline import read_timeline
 from svd_ds.pixels.frame import to_rgb
 
-TEXTS = ("txt", "text", "caption", "prompt")
-"""Extensions of a caption, the preferred ones first."""
 MAC_FOLDER = "__MACOSX"
 
 NO_CAPTION = "without a caption"

@@ -14,6 +14,8 @@ CAPTION_KEYS = ("captions", "caption", "text", "texts", "prompt", "prompts", "ti
 """Names under which a json has its captions, the preferred ones first; upper and lower case are the same."""
 MAX_DEPTH = 4
 """Levels of lists and objects in which captions are looked for."""
+TEXTS = ("txt", "text", "caption", "prompt")
+"""Extensions of a file that is a caption, the preferred ones first."""
 DEFAULT_CAPTIONER = "text"
 """Name of the captioner where a sample names none."""
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")

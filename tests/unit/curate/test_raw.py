@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from svd_ds.curate.raw import find_raw, name_files, told_of
+from svd_ds.curate.raw import find_raw, name_files
+from svd_ds.curate.sidecars import told_of
 
 
 def test_captions(tmp_path: Path) -> None:
@@ -104,11 +106,74 @@ def test_captions_come_from_a_list_of_prompts_next_to_a_list_of_videos(tmp_path:
         find_raw(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("row", ["{", '{"text": "a"}', '{"file_name": 3}', "[1]"])
-def test_a_bad_row_of_a_table_is_named(tmp_path: Path, row: str) -> None:
-    (tmp_path / "metadata.jsonl").write_text(row + "\n")
-    with pytest.raises(ValueError, match=r"(row|line) 1 of .*metadata\.jsonl"):
-        find_raw(tmp_path, tmp_path / "out")
+@pytest.mark.parametrize("row", ["{", '{"text": "a"}', '{"file_name": 3}', "[1]", '{"file_name": null}'])
+def test_a_bad_row_of_a_table_is_named_and_costs_no_other(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.mp4").touch()
+    table = tmp_path / "metadata.jsonl"
+    table.write_text(f'{row}\n{{"file_name": "a.mp4", "text": "a car"}}\n{row}\n')
+    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
+    assert files["a.mp4"].listed == {"text": "a car"} and files["a.mp4"].fault is None
+    fault = files["metadata.jsonl"].fault
+    assert fault is not None and fault.endswith("; so it is with 1 more")
+    assert re.match(r"(row|its line) 1 ", fault)
+    assert len(files) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "file_name;text\na.mp4;a red car\n",
+        "File Name\tCaption\na.mp4\ta red car\n",
+        'filename,text\r\n"a.mp4","a red\r\ncar"\r\n',
+        "path,text\n./a.mp4,a red car\n",
+        "path,text\nsome\\where\\a.mp4,a red car\n",
+        "path,text\n/home/else/a.mp4,a red car\n",
+        "video,text\na,a red car\n",
+        "video,text\n%61.mp4,a red car\n",
+    ],
+)
+def test_tables_name_files_in_many_ways(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "metadata.csv").write_text(content, newline="")
+    (file,) = find_raw(tmp_path, tmp_path / "out")
+    (caption,) = told_of(file.path, file.listed)["captions"].values()
+    assert caption.split() == ["a", "red", "car"]
+
+
+def test_all_captions_of_a_file_that_has_several_rows_count(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    rows = "file_name,text,aesthetic\na.mp4,a car,5\na.mp4,a red car,6\na.mp4,a car,7\n"
+    (tmp_path / "metadata.csv").write_text(rows)
+    (file,) = find_raw(tmp_path, tmp_path / "out")
+    told = told_of(file.path, file.listed)
+    assert told == {
+        "captions": {"text": "a car", "text_2": "a red car"},
+        "annotations": {"aesthetic": 5.0},
+    }
+
+
+def test_commas_and_quotes_of_a_caption_lose_none_without_a_word(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.mp4").touch()
+    table = tmp_path / "metadata.csv"
+    table.write_text('file_name,text\na.mp4,a red car, turning left\nb.mp4,"a blue car\nc.mp4,a cat\n')
+    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
+    assert files["a.mp4"].listed == {"text": "a red car, turning left"}
+    assert files["metadata.csv"].fault == (
+        "row 2 has a quote that is never closed, and what follows is not read"
+    )
+    table.write_text("text,file_name\na red car, turning left,a.mp4\na cat,b.mp4\n")
+    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
+    assert files["metadata.csv"].fault == "row 1 has 3 cells, and the header 2"
+    assert files["b.mp4"].listed == {"text": "a cat"}
+
+
+def test_a_listed_file_is_not_taken_for_another_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,text\ngone/a.mp4,a red car\n")
+    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
+    assert files["a.mp4"].listed == {}
+    assert files["gone/a.mp4"].fault == "it is listed, and there is no such file"
 
 
 def test_a_listed_file_that_is_missing_costs_no_other(tmp_path: Path) -> None:
@@ -116,7 +181,55 @@ def test_a_listed_file_that_is_missing_costs_no_other(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,text\ngone.mp4,x\na.mp4,y\n")
     files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
     assert files.keys() == {"a.mp4", "gone.mp4"}
+    assert files["gone.mp4"].fault == "it is listed, and there is no such file"
     assert files["gone.mp4"].stamp() == files["gone.mp4"].stamp()
+
+
+def test_what_is_no_file_is_told_and_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "raw" / "folder.mp4").mkdir(parents=True)
+    os.mkfifo(tmp_path / "raw" / "pipe.mp4")
+    (tmp_path / "raw" / "link.mp4").symlink_to("nowhere")
+    (tmp_path / "raw" / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "raw" / "folder.mp4" / "inside.mp4").touch()
+    faults = {file.name: file.fault for file in find_raw(tmp_path / "raw", tmp_path / "out")}
+    assert faults == {
+        "folder.mp4/inside.mp4": None,
+        "link.mp4": "it is a link that leads to no file",
+        "loop.mp4": "it is a link that leads to no file",
+        "pipe.mp4": "it is no regular file",
+    }
+
+
+def test_the_longest_names_have_room_for_sidecars_and_clips(tmp_path: Path) -> None:
+    for letter in ("a", "b", "é"):
+        name = letter * (251 // len(letter.encode())) + ".mp4"
+        (tmp_path / name).touch()
+    files = find_raw(tmp_path, tmp_path / "out")
+    assert [told_of(file.path)["captions"].keys() for file in files] == [{"name"}] * 3
+    assert len({file.key for file in files}) == 3
+    assert all(len(file.key.encode()) < 130 and isinstance(file.stamp(), int) for file in files)
+
+
+@pytest.mark.parametrize("name", ["a.TXT", "a.Caption", "a.mp4.txt", "a.mp4.json", "a.JSON", "a.prompt"])
+def test_sidecars_of_any_spelling_are_read_and_are_no_raw_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.mp4").touch()
+    is_json = name.lower().endswith("json")
+    (tmp_path / name).write_text('"a red car"' if is_json else "a red car")
+    (file,) = find_raw(tmp_path, tmp_path / "out")
+    assert told_of(file.path) == {"captions": {"text": "a red car"}}
+
+
+def test_a_text_of_no_file_is_told(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.txt", "a.b.txt"):
+        (tmp_path / name).touch()
+    assert [file.name for file in find_raw(tmp_path, tmp_path / "out")] == ["a.b.txt", "a.mp4", "b.txt"]
+
+
+def test_a_damaged_sidecar_costs_no_caption_of_another(tmp_path: Path) -> None:
+    video = tmp_path / "a.mp4"
+    video.with_suffix(".json").write_text("{")
+    video.with_suffix(".txt").write_text("a red car")
+    assert told_of(video) == {"captions": {"text": "a red car"}}
 
 
 def test_an_empty_folder_is_called_so(tmp_path: Path) -> None:
@@ -156,12 +269,9 @@ def test_a_folder_or_a_manifest(tmp_path: Path) -> None:
     manifest = tmp_path / "list.txt"
     manifest.write_text("b.mkv\n\na/one.mp4\n")
     assert [file.name for file in find_raw(manifest, tmp_path / "out")] == ["b.mkv", "a/one.mp4"]
-    manifest.write_text("b.mkv\nb.mkv\n")
-    with pytest.raises(ValueError, match="lists 2 files of which 1 are different"):
-        find_raw(manifest, tmp_path / "out")
-    manifest.write_text("gone.mkv\n")
-    with pytest.raises(FileNotFoundError, match=r"gone\.mkv, and there is no such file"):
-        find_raw(manifest, tmp_path / "out")
+    manifest.write_text("b.mkv\ngone.mkv\nb.mkv\n")
+    faults = {file.name: file.fault for file in find_raw(manifest, tmp_path / "out")}
+    assert faults == {"b.mkv": None, "gone.mkv": "it is listed, and there is no such file"}
 
 
 def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:

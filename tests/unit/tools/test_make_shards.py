@@ -46,7 +46,7 @@ def test_shapes_images_and_junk(make_shards: Callable[..., Ended], folder: Path,
     out = tmp_path / "shards"
     ended = make_shards(folder, out, "--length", 24, "--stride", "0.5s", "--size", 32, "--clips-per-shard", 4)
     assert ended.code == 0, ended.err
-    assert "13 clips, 0 of them held out" in ended.out and "5 of 9 files refused" in ended.out
+    assert "13 clips, 0 of them held out" in ended.out and "5 of 9 files in refused.csv" in ended.out
     with open(out / "refused.csv") as file:
         refused = {row["video"]: row["reason"] for row in csv.DictReader(file)}
     assert sorted(refused) == ["empty.mp4", "notes.md", "short.mp4", "text.mp4", "truncated.mp4"]
@@ -80,7 +80,7 @@ def test_shards_inside_the_folder_are_not_cut_again(
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         ended = make_shards(tmp_path, "shards", "--length", 4, "--overwrite")
-        assert "0 of 1 files refused" in ended.out
+        assert "0 of 1 files in refused.csv" in ended.out
 
 
 def test_hold_out_overwrite_and_repeatability(

@@ -1,0 +1,37 @@
+"""The clock of a video, from the times of its packets."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import accumulate, pairwise
+
+import pytest
+
+from svd_ds.curate.probe import clock_of
+from svd_ds.data.timeline import usual_rate
+
+FILM = Fraction(24000, 1001)
+
+
+def rounded(times: list[float]) -> list[float]:
+    """As Matroska stores them: whole milliseconds."""
+    return [round(time, 3) for time in times]
+
+
+@pytest.mark.parametrize("rate", [FILM, Fraction(24), Fraction(30000, 1001), Fraction(60), Fraction(13)])
+def test_rounded_times_of_a_file_that_tells_another_rate_keep_theirs(rate: Fraction) -> None:
+    times = rounded([float(number / rate) for number in range(2000)])
+    assert clock_of(times, Fraction(1000)) == (rate, True)
+
+
+def test_a_variable_rate_has_that_of_its_usual_gap() -> None:
+    """Some frames are held twice as long: one clock in 100 frames would miss one at the rate of 42 ms."""
+    gaps = [1 / 24] * 700 + [2 / 24] * 20 + [1 / 24] * 30
+    times = rounded([0.0, *accumulate(gaps)])
+    assert clock_of(times, Fraction(1000)) == (24, False)
+
+
+def test_the_usual_rate_is_not_that_of_the_rounded_median() -> None:
+    times = rounded([number / 24 for number in range(200)])
+    gaps = [after - before for before, after in pairwise(times)]
+    assert usual_rate([*gaps, 5.0]) == pytest.approx(24, rel=1e-3)
