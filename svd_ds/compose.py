@@ -7,21 +7,26 @@ once. Beyond this file nobody sees a DictConfig.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from svd_ds import overrides as override_words
 from svd_ds.command_line import CommandLine
 from svd_ds.config import SPELLING, InitConfig, RunConfig
+from svd_ds.credentials import redact, remember_tree
+from svd_ds.fsync_io import replace_text
 from svd_ds.settings import TYPE_NAMES, Setting, all_settings, check_setting
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
@@ -58,7 +63,9 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
     parts: Any = OmegaConf.to_object(node)
     names = {spelling: name for name, spelling in SPELLING.items()}
     init = InitConfig(**{names.get(key, key): value for key, value in parts["init"].items()})
-    return RunConfig(**parts | {"init": init})
+    config = RunConfig(**parts | {"init": init})
+    remember_tree(config.as_dict())
+    return config
 
 
 def compose(words: Sequence[str] = (), now: Callable[[], datetime] = datetime.now) -> RunConfig:
@@ -114,6 +121,16 @@ def folder_of_job(folder: str, keys: Collection[str]) -> str:
     """run.dir of one run of a multirun: with the values that it has of `keys`. Called in Hydra's task."""
     words = [word for word in HydraConfig.get().overrides.task if _key(word) in keys]
     return f"{folder}-{override_words.folder_name(words)}" if words else folder
+
+
+def mask_multirun_file() -> None:
+    """Mask the credentials in the file in which Hydra keeps the overrides of a multirun. Called in Hydra's
+    task."""
+    path = Path(HydraConfig.get().sweep.dir, "multirun.yaml")
+    if HydraConfig.get().mode is RunMode.MULTIRUN and (text := path.read_text()) != (masked := redact(text)):
+        # Every rank does so, with the same text.
+        with suppress(FileNotFoundError):
+            replace_text(path, masked)
 
 
 def _compose_node(line: CommandLine) -> DictConfig:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
+
+from svd_ds.credentials import redact
 
 OF_ANOTHER = 1
 """Code of a rank that ends because another did. The lowest: srun reports the highest of all ranks."""
@@ -31,14 +35,25 @@ def of_its_kind(error: BaseException, sentence: str) -> ValueError | OSError:
     return OSError(sentence) if may_pass(error) else ValueError(sentence)
 
 
+def mask_tracebacks() -> None:
+    """Mask the credentials in the tracebacks with which Python ends this process."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        text = redact("".join(traceback.format_exception(kind, error, trace)))
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    sys.excepthook = show
+
+
 def wants_traceback() -> bool:
     return "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 class LossyStream:
-    """stdout or stderr of a command that must not end because nobody reads it any more: a closed pipe
-    (`| head`), a terminal that hung up, a log file on a full disk. After the first write that fails, it
-    writes nothing."""
+    """stdout or stderr of a command, with credentials masked. The command must not end because nobody reads
+    it any more: a closed pipe (`| head`), a terminal that hung up, a log file on a full disk. After the first
+    write that fails, nothing is written."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -47,7 +62,7 @@ class LossyStream:
     def write(self, text: str) -> int:
         if not self._lost:
             try:
-                self._stream.write(text)
+                self._stream.write(redact(text))
             except OSError:
                 self._lose()
         return len(text)
@@ -100,6 +115,7 @@ def run_door(main: Callable[[], None]) -> None:
 
     A traceback is shown for our own bugs, and for everything with `--debug` or HYDRA_FULL_ERROR=1.
     """
+    mask_tracebacks()
     try:
         main()
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from svd_ds.credentials import redact
 from svd_ds.settings import TYPE_NAMES, Setting, Text
 
 WORD = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
@@ -225,7 +226,7 @@ def folder_name(words: Sequence[str]) -> str:
 
 
 def _folder_part(word: str) -> str:
-    key, _, value = word.lstrip("+").partition("=")
+    key, _, value = redact(word).lstrip("+").partition("=")
     value = value.strip("'\"")
     plain = re.sub(r"[^\w.+-]+", "_", value, flags=re.ASCII)[-40:]
     if plain != value:

@@ -20,6 +20,9 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
+from svd_ds.credentials import MASK
+
+WHOLE = f"whole: its credentials were masked ({MASK}) where it was stored, give it on the command line"
 INT64_MAX = 2**63 - 1
 """What tensors and files hold of a whole number: the upper bound where a field has none of its own."""
 FLOAT32_MAX = 3.4e38
@@ -79,7 +82,9 @@ class Text:
     def check(self, value: Any) -> str:
         if not value.strip():
             return "a path, and not empty" if self.is_path else "a text, and not empty"
-        return "one line without control characters" if not value.isprintable() else ""
+        if not value.isprintable():
+            return "one line without control characters"
+        return WHOLE if self.is_path and MASK in value else ""
 
 
 Rule = Range | Choice | Text
@@ -207,6 +212,10 @@ def check_setting(setting: Setting, value: Any) -> None:
     container = list | tuple if setting.is_list else Mapping if setting.is_dict else None
     if container is not None and not isinstance(value, container):
         raise ValueError(f"{setting.key} is {value!r}: it must be a {'list' if setting.is_list else 'dict'}")
+    if isinstance(setting.rule, Range) and setting.rule.path_keys:
+        for name in value:
+            if MASK in name:
+                raise ValueError(f"{setting.key} has {name!r}: it must be {WHOLE}")
     for key, element in _elements(setting, value):
         if wrong := _fault(setting, element):
             raise ValueError(f"{key} is {_show(element)}: it must be {wrong}")

@@ -20,7 +20,8 @@ import hydra
 from svd_ds import compose
 from svd_ds.allocator import keep_freed_memory
 from svd_ds.command_line import CONF, PRIMARY, VERSION_BASE
-from svd_ds.door import USER_ERRORS, print_error, wants_traceback
+from svd_ds.credentials import redact
+from svd_ds.door import USER_ERRORS, mask_tracebacks, print_error, wants_traceback
 from svd_ds.parallel.env import Env, start_time
 from svd_ds.training.attempt import Attempt
 from svd_ds.training.folder import RunFolder
@@ -32,6 +33,7 @@ def main() -> None:
     """Compose, run, and end with 0; with 2 and one sentence on bad input; with 1 when another rank was lost;
     with 130 when interrupted."""
     keep_freed_memory()
+    mask_tracebacks()
     debug = wants_traceback()
     compose.register()
     errors: list[Exception] = []
@@ -89,6 +91,9 @@ def _hydra_raises() -> Iterator[None]:
 
 def _run(node: Any, env: Env, debug: bool, unnamed: Collection[str]) -> None:
     """Run one config; `unnamed`: keys that differ among the runs of a multirun, but not in run.dir."""
+    compose.mask_multirun_file()
+    # W&B's client stores them.
+    sys.argv[1:] = map(redact, sys.argv[1:])
     settings = compose.to_config(node, cache(lambda: start_time(env)))
     if unnamed:
         # Two runs in one folder would overwrite each other.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
+from svd_ds.credentials import redact
 from svd_ds.data.cache import FileCache
 from svd_ds.data.sample import Shard
 from svd_ds.door import of_its_kind
@@ -162,7 +163,7 @@ def check_cache(sets: Sequence[tuple[Folder, Sequence[Shard]]], window: int, cac
 
 def _file_name(url: str) -> str:
     """A file's name in the cache: hashed, because two data sets' shards have the same names."""
-    tail = re.sub(r"[^A-Za-z0-9_.-]", "_", url)[-40:]
+    tail = re.sub(r"[^A-Za-z0-9_.-]", "_", redact(url))[-40:]
     return f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}-{tail}"
 
 

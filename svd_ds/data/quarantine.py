@@ -11,6 +11,7 @@ from typing import Any
 import av
 import torch
 
+from svd_ds.credentials import redact
 from svd_ds.fsync_io import append_row, read_json_lines
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"
@@ -38,6 +39,11 @@ class Fault:
     cause: str
     may_pass: bool = False
     """Whether it may be read another time: its file system has failed, not the sample."""
+
+    def __post_init__(self) -> None:
+        # Of a URL: it is listed in a file, and compared with what is listed there.
+        object.__setattr__(self, "shard", redact(self.shard))
+        object.__setattr__(self, "cause", redact(self.cause))
 
     def error(self, sentence: str) -> ValueError | OSError:
         """For where it is one too many: of a kind that svd_ds.door.may_pass judges as this."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from svd_ds.credentials import redact_tree
 from svd_ds.fsync_io import read_json_lines, read_yaml
 
 Row = dict[str, Any]
@@ -54,7 +55,7 @@ def read_run(path: Path) -> Run:
     evaluations = read_json_lines(path / "evaluation.jsonl", _is_evaluation, skip_bad=True)
     return Run(
         name=path.resolve().name,
-        settings=_flat(config),
+        settings=_flat(redact_tree(config)),
         metrics=metrics.rows,
         evaluations=evaluations.rows,
         sample_folders={int(folder.name.removeprefix("step-")): folder for folder in folders},

@@ -21,9 +21,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
-from svd_ds.door import OF_ANOTHER, USER_ERRORS, may_pass, print_error
+from svd_ds.credentials import redact
+from svd_ds.door import OF_ANOTHER, USER_ERRORS, LossyStream, may_pass, print_error
 from svd_ds.fsync_io import name_errors, read_json_lines, replace_text, rewrite_json_lines
 from svd_ds.model.lives import complete_checkpoints
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
@@ -89,9 +90,10 @@ class Attempt:
         # The descriptor, not sys.stderr: what libraries write belongs here too.
         with suppress(OSError):
             sys.stderr.flush()
-        self._console = os.dup(2)
+        self._console, self._stderr = os.dup(2), sys.stderr
         try:
             os.dup2(self.log.fileno(), 2)
+            sys.stderr = cast(TextIO, LossyStream(sys.stderr))
             # NCCL writes to stdout otherwise, which is the console of all ranks. A % is one of its patterns.
             logs = str(self.folder.logs).replace("%", "%%")
             os.environ.setdefault("NCCL_DEBUG_FILE", f"{logs}/nccl-{self.env.rank:05d}.%h.%p.log")
@@ -147,7 +149,7 @@ class Attempt:
 
     def _print(self, line: str) -> None:
         with suppress(OSError):
-            os.write(self._console, f"{line}\n".encode())
+            os.write(self._console, f"{redact(line)}\n".encode())
 
     @contextmanager
     def outcome(self) -> Iterator[None]:
@@ -167,6 +169,7 @@ class Attempt:
         # The console first: it needs no disk.
         with suppress(OSError):
             sys.stderr.flush()
+        sys.stderr = self._stderr
         os.dup2(self._console, 2)
         os.close(self._console)
         verdict = None
@@ -176,7 +179,7 @@ class Attempt:
                 print_error(verdict.sentence, verdict.who)
         with suppress(OSError):
             if error is not None:
-                traceback.print_exception(error, file=self.log)
+                self.log.write(redact("".join(traceback.format_exception(error))))
         with suppress(OSError):
             self.log.close()
         if verdict is not None and not self.debug:

@@ -3,6 +3,9 @@
 config.yaml  metrics.jsonl  evaluation.jsonl  report.html
 checkpoints/step-0000100/  samples/step-0000100/  logs/  wandb/
 
+In config.yaml credentials are masked, and so they are where it is compared: a renewed token makes no other
+config.
+
 logs/config.yaml is a second copy of config.yaml: with one of the two damaged the run is still checked against
 the config that it began with.
 """
@@ -16,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from svd_ds.credentials import redact_tree
 from svd_ds.fsync_io import read_yaml, replace_text, rewrite_json_lines, set_aside
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
@@ -108,6 +112,7 @@ class RunFolder:
         Raises:
             ValueError: naming the first key that differs, with both values.
         """
+        config = redact_tree(config)
         saved, damage = self._read_config()
         if saved is None or (difference := _difference(saved, config)) is None:
             return damage
@@ -134,6 +139,7 @@ class RunFolder:
         Raises:
             OSError: a file cannot be written; the message names it.
         """
+        config = redact_tree(config)
         check_still_ours()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
@@ -198,7 +204,8 @@ class RunFolder:
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first key, of those that must not change, that differs between two configs, and both values."""
-    theirs, ours = _flat(there), _flat(here)
+    # One that an earlier version has written may have credentials in it.
+    theirs, ours = _flat(redact_tree(there)), _flat(here)
     for key in sorted(theirs.keys() | ours.keys()):
         if not _is_free(key) and theirs.get(key) != ours.get(key):
             return key, theirs.get(key), ours.get(key)

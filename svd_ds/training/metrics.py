@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from svd_ds.credentials import redact
 from svd_ds.door import open_console
 from svd_ds.fsync_io import LineFile, append_row
 from svd_ds.settings import Settings, choice, number, text
@@ -134,7 +135,7 @@ class Metrics:
     def _keep(self, line: str) -> None:
         # A copy of what the console shows: a full disk ends a run where metrics or checkpoints are lost.
         with suppress(OSError):
-            self.lines.append(line)
+            self.lines.append(redact(line))
 
     def log(self, metrics: StepMetrics) -> None:
         self.recent.append(metrics)

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from svd_ds.credentials import redact
 from svd_ds.fsync_io import create_text, read_json, replace_text
 from svd_ds.parallel.env import attempt
 from svd_ds.training.folder import RunFolder
@@ -47,7 +48,7 @@ class Outcome:
         Raises:
             OSError: it cannot be written.
         """
-        text = json.dumps(asdict(self)) + "\n"
+        text = json.dumps(asdict(self) | {"words": redact(self.words)}) + "\n"
         try:
             create_text(path, text)
         except FileExistsError:

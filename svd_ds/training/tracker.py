@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from svd_ds.credentials import redact, redact_tree
 from svd_ds.fsync_io import replace_text, set_aside
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
@@ -125,9 +126,9 @@ def open_tracker(
         "project": project,
         "entity": entity,
         "id": _run_id(folder, say),
-        "name": folder.path.name,
+        "name": redact(folder.path.name),
         "dir": str(folder.path),
-        "config": dict(settings),
+        "config": redact_tree(dict(settings)),
         "resume": "allow",
         "settings": wandb.Settings(
             console="off",

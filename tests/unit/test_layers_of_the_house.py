@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "svd_ds"
 
 FLOORS = {
+    "credentials": -1,
     "svd_ds": 0,
     "allocator": 0,
     "batch": 0,
@@ -19,7 +20,7 @@ FLOORS = {
     "pixels": 0,
     "settings": 0,
     "overrides": 1,
-    "command_line": 0,
+    "command_line": 1,
     "video": 1,
     "diffusion": 1,
     "model": 1,
