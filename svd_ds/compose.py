@@ -36,7 +36,7 @@ OPEN = "? "
 """How the value of a key begins that must be given on the command line; what it is follows. (OmegaConf's own
 sign, ???, gives way to a default.)"""
 
-ADDED = "code"
+ADDED = ("code", "contents")
 """What config.yaml has beside the settings: it may be given as a config again."""
 
 
@@ -54,7 +54,8 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
     """
     OmegaConf.register_new_resolver("now", lambda pattern: now().strftime(pattern), replace=True)
     with read_write(node), open_dict(node):
-        node.pop(ADDED, None)
+        for name in ADDED:
+            node.pop(name, None)
     _check_keys(node, _known())
     if OmegaConf.get_type(node, "run") is dict:
         # A primary config of the user's does not name the schema among its defaults.

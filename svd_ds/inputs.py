@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch
 from svd_ds.config import RunConfig
+from svd_ds.contents import contents_of
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
@@ -35,6 +37,8 @@ class Inputs:
     """All of it is checked."""
 
     folder: RunFolder
+    contents: dict[str, Any]
+    """See svd_ds.contents."""
     checkpoints: Checkpoints
     resume: Path | None
     progress: Progress
@@ -83,7 +87,11 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     for bucket, micro in config.data.buckets.items():
         config.batch.accumulation(env.world, bucket, micro)
     folder = RunFolder(Path(config.run.dir))
-    folder.check_belongs(config.as_dict())
+    contents = contents_of(config, folder.begun_with())
+    folder.check_belongs(config.as_dict() | {"contents": contents})
+    if resume is None:
+        # Those that a start before has read, without a checkpoint behind it, are read anew.
+        contents = contents_of(config, None)
     progress = Progress.read(resume / "state.json") if resume else None
 
     loader = _loader(config, env, progress.cursor if progress else None)
@@ -107,6 +115,7 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     check_fit(config, loader, autoencoder, conditioner)
     return Inputs(
         folder=folder,
+        contents=contents,
         checkpoints=checkpoints_of(config, env),
         resume=resume,
         progress=progress or Progress(loader.cursor),

@@ -75,7 +75,7 @@ def _train(
     checkpoints.begin(inputs.progress.step, resume.origin)
     # At once: the sooner the files are this start's, the less an earlier one still writes there.
     damage = told_by_first(
-        lambda: folder.open(_settings(config), inputs.progress.step, checkpoints.check_still_ours)
+        lambda: folder.open(_settings(config, inputs), inputs.progress.step, checkpoints.check_still_ours)
     )
     if attempt is not None:
         attempt.owns_folder(checkpoints.token, checkpoints.is_taken_over)
@@ -155,9 +155,9 @@ def _report(folder: RunFolder, metrics: Metrics) -> None:
         metrics.say(f"warning: {folder.report} cannot be written: {error}")
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """As config.yaml and W&B show them."""
-    return config.as_dict() | {"code": code_version()}
+    return config.as_dict() | {"contents": inputs.contents, "code": code_version()}
 
 
 def _plan(config: RunConfig, env: Env) -> Plan:
@@ -193,7 +193,7 @@ def _open_metrics(
     return Metrics(
         inputs.folder,
         config.logger,
-        _settings(config),
+        _settings(config, inputs),
         config.run.steps,
         inputs.progress.step,
         _speed(config, env),

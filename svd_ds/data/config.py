@@ -120,8 +120,10 @@ class DataConfig(Settings, section="data"):
 
     @property
     def set_names(self) -> str:
-        """The data sets, as errors name them."""
-        return " and ".join(self.sets)
+        """The data sets, as errors name them; with their weights, where there are several."""
+        if len(self.sets) == 1:
+            return next(iter(self.sets))
+        return " and ".join(f"{path} ({weight:g})" for path, weight in self.sets.items())
 
 
 def _check_weights(name: str, weights: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ the config that it began with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from svd_ds.fsync_io import read_yaml, replace_text, rewrite_json_lines, set_asi
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
 # is; and the guard's bounds, so that a run that it ended can go on. Where its data are as well: the cursor of
-# a checkpoint has the fingerprint of the samples, and refuses others.
+# a checkpoint has the fingerprint of the samples and their weights, and refuses others.
 FREE_KEYS = (
     "code",
     "run.dir",
@@ -42,6 +42,7 @@ FREE_KEYS = (
     "ema.on_host",
     "batch.micro",
     "data.path",
+    "data.mixture",
     "data.num_workers",
     "data.prefetch",
     "data.max_quarantined",
@@ -52,6 +53,9 @@ FREE_KEYS = (
 )
 
 
+MOVABLE = ("frozen.path", "init.from")
+"""May differ too, where config.yaml has fingerprints of what stands there: see svd_ds.contents."""
+CONTENTS = "contents."
 YAML_END = "...\n"
 """The last line of a whole config.yaml: one that was cut short may be valid YAML too."""
 
@@ -117,12 +121,21 @@ class RunFolder:
         if saved is None or (difference := _difference(saved, config)) is None:
             return damage
         key, there, here = difference
+        if key.startswith(CONTENTS):
+            raise ValueError(
+                f"run folder {self.path} began with other weights: {key.removeprefix(CONTENTS)} has the "
+                f"fingerprint {there!r} there and {here!r} here; name another folder with run.dir=..."
+            )
         if damage is None and self._copy_agrees(config):
             return f"{self.config} is damaged: {key} is {there!r} there, and {here!r} in {self.config_copy}"
         raise ValueError(
             f"run folder {self.path} belongs to another config: {key} is {there!r} there and {here!r} here; "
             "name another folder with run.dir=..."
         )
+
+    def begun_with(self) -> dict[str, Any] | None:
+        """The config that made the folder; None where there is none that can be read."""
+        return self._read_config()[0]
 
     def open(
         self, config: dict[str, Any], step: int, check_still_ours: Callable[[], None] = lambda: None
@@ -206,8 +219,9 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, 
     """The first key, of those that must not change, that differs between two configs, and both values."""
     # One that an earlier version has written may have credentials in it.
     theirs, ours = _flat(redact_tree(there)), _flat(here)
+    free = FREE_KEYS + MOVABLE if "contents" in there and "contents" in here else (*FREE_KEYS, "contents")
     for key in sorted(theirs.keys() | ours.keys()):
-        if not _is_free(key) and theirs.get(key) != ours.get(key):
+        if not _is_free(key, free) and theirs.get(key) != ours.get(key):
             return key, theirs.get(key), ours.get(key)
     return None
 
@@ -226,8 +240,8 @@ def _has_step(row: dict[str, Any]) -> bool:
     return type(row.get("step")) is int
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+def _is_free(key: str, free_keys: Sequence[str]) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in free_keys)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

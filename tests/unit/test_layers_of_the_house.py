@@ -35,6 +35,7 @@ FLOORS = {
     "config": 4,
     "compose": 5,
     "fit": 5,
+    "contents": 5,
     "inputs": 6,
     "tasks": 7,
     "run": 8,
