@@ -11,10 +11,11 @@ its manifest can be read, and is whole where every file has the size and the che
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -24,10 +25,16 @@ from svd_ds.fsync_io import read_json
 COMPLETE = "COMPLETE"
 """File name of the manifest, which a checkpoint gets last."""
 FORMAT = 1
+OLD_CONTENT = re.compile(rb"[0-9a-f]{8}\n?")
+"""What COMPLETE had before it was a manifest: the token alone."""
 CHUNK = 2**22
 """Bytes that are read and hashed at once; in between, other threads may run."""
 NUM_THREADS = 4
 """Files of a folder that are hashed at the same time."""
+
+
+class _OtherFormat(ValueError):
+    """The manifest is whole, and of a format that this version does not know."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +70,30 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read the manifest of a checkpoint folder.
 
     Raises:
-        ValueError: the manifest is missing, empty or damaged; the message names the file.
+        ValueError: the manifest is missing, empty, damaged or of another format, or names a file outside the
+            folder; the message names the manifest.
         OSError: it cannot be read.
     """
     path = checkpoint / COMPLETE
     if not path.is_file():
         raise ValueError(f"the checkpoint {checkpoint} is not complete: it has no file {COMPLETE}")
+    if OLD_CONTENT.fullmatch(path.read_bytes()):
+        raise ValueError(f"{path} has no checksums: the checkpoint was saved by an older version of svd_ds")
     values = read_json(path)
     try:
         checksum = values.pop("xxh3_128")
-        if checksum != _checksum(values) or values.pop("format") != FORMAT:
+        if checksum != _checksum(values):
             raise ValueError("its own checksum differs")
+        if (version := values.pop("format")) != FORMAT:
+            raise _OtherFormat(
+                f"{path} has the format {version} of another version of svd_ds, and this one reads {FORMAT}"
+            )
         files = {str(name): FileDigest(**digest) for name, digest in values.pop("files").items()}
+        if outside := [name for name in files if not _is_inside(name)]:
+            raise ValueError(f"it lists {outside[0]!r}, which is not inside the checkpoint")
         return Manifest(**values, files=files)
+    except _OtherFormat:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: it is no manifest of a checkpoint ({error})") from None
 
@@ -159,6 +177,11 @@ def _difference(path: Path, expected: FileDigest | None, checksums: bool) -> str
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _checksum(values: Mapping[str, Any]) -> str:

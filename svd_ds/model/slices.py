@@ -283,8 +283,14 @@ def _slices_of(folder: Path) -> dict[str, list[Piece]]:
 
 
 def _files_of_ranks(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("rank-*-of-*.safetensors"))
+    """The ranks' files in a folder of a checkpoint, in order: those that the manifest lists.
+
+    Other files of ranks may lie there, such as those of a checkpoint that was copied over this one.
+    """
+    names = folders_of(folder.parent).get(folder.name, [])
+    files = sorted(folder.parent / name for name in names if name.endswith(".safetensors"))
     ranks = int(files[0].stem.rpartition("-")[2]) if files else 0
-    if not files or len(files) != ranks:
-        raise ValueError(f"{folder} has the files of {len(files)} ranks out of {ranks}")
-    return files
+    present = [file for file in files if file.exists()]
+    if not present or len(present) != ranks:
+        raise ValueError(f"{folder} has the files of {len(present)} ranks out of {ranks}")
+    return present

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,11 +61,11 @@ def take_over(folder: Path, step: int, origin: str = "", attempt: tuple[int, int
         replace_file(draft, folder / LIVES)
     except FileNotFoundError as error:
         raise ValueError(_taken_over(folder)) from error
-    if lives_of(folder)[-1] != life:
+    if not _is_last(folder, life.token):
         raise ValueError(_taken_over(folder))
     # Of former lives. A later one's are not here yet: it would first have taken over from this one.
     for draft in folder.glob("*.tmp"):
-        shutil.rmtree(draft, ignore_errors=True)
+        _remove(draft)
     for kept in (folder.parent / KEPT_AVERAGES).glob("step-*"):
         _strip(kept)
     return life.token
@@ -76,9 +77,21 @@ def draft_name(name: str, life: str) -> str:
 
 
 def check_still_ours(folder: Path, life: str) -> None:
-    """Raises ValueError where another life has taken over."""
-    if lives_of(folder)[-1].token != life:
+    """Raises ValueError where another start has taken over, or where the folder is gone."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is gone: it was moved or removed while the run was training")
+    if not _is_last(folder, life):
         raise ValueError(_taken_over(folder))
+
+
+def _is_last(folder: Path, life: str) -> bool:
+    """Whether no other start has taken over.
+
+    One that does writes the whole file anew. So where the file is gone, or its last line is damaged, none
+    has: the line was this start's.
+    """
+    lives = lives_of(folder)
+    return not lives or lives[-1].token == life or lives_damage(folder) is not None
 
 
 def _taken_over(folder: Path) -> str:
@@ -120,7 +133,7 @@ def _put_in_place(draft: Path, final: Path, life: str) -> None:
     count."""
     check_still_ours(final.parent, life)
     aside = final.with_name(draft_name(f"{final.name}.old", life))
-    if final.exists():
+    if os.path.lexists(final):
         os.replace(final, aside)
         try:
             # A process may be held up for hours between two lines. If it is ours still, so was what has been
@@ -130,7 +143,7 @@ def _put_in_place(draft: Path, final: Path, life: str) -> None:
             os.replace(aside, final)
             raise
     os.replace(draft, final)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
 
 
 def _prune(folder: Path, life: str, config: CheckpointConfig, good: int) -> None:
@@ -145,14 +158,14 @@ def _prune(folder: Path, life: str, config: CheckpointConfig, good: int) -> None
         else:
             old = path.with_name(draft_name(f"{path.name}.old", life))
             os.replace(path, old)
-            shutil.rmtree(old)
+            _remove(old)
 
 
 def _keep_averages(checkpoint: Path, kept: Path) -> None:
     """Move a checkpoint to where state.json, the power-function averages and the manifest stay of it: other
     averages can be made of them."""
     # One may be there since before the run went on from an earlier step.
-    shutil.rmtree(kept, ignore_errors=True)
+    _remove(kept)
     kept.parent.mkdir(exist_ok=True)
     os.replace(checkpoint, kept)
     _strip(kept)
@@ -164,3 +177,12 @@ def _strip(kept: Path) -> None:
             shutil.rmtree(path)
         elif path.is_file() and path.name not in ("state.json", COMPLETE):
             path.unlink()
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder as far as that is possible, or a link and not what it leads to, or a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ RECORD gets a line for each micro-batch: [[ordinal, id], ...].
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -15,22 +16,24 @@ from torch import Tensor
 
 from svd_ds import train
 from svd_ds.batch import Batch
-from svd_ds.training.step import Diffusion
 
 
-def main() -> None:
-    record = open(sys.argv.pop(1), "a")  # noqa: SIM115 (until the end)
+def record_clips(path: str) -> None:
+    """From now on, append each micro-batch of this process to the record."""
+    from svd_ds.training.step import Diffusion
+
+    record = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     loss = Diffusion.loss
 
     def recorded(self: Diffusion, net: Any, batch: Batch) -> Tensor:
         # In one write, which no other rank's comes into.
-        record.write(json.dumps(list(zip(batch.ordinals, batch.ids, strict=True))) + "\n")
-        record.flush()
+        line = json.dumps(list(zip(batch.ordinals, batch.ids, strict=True))) + "\n"
+        os.write(record, line.encode())
         return loss(self, net, batch)
 
     Diffusion.loss = recorded  # type: ignore[method-assign]
-    train.main()
 
 
 if __name__ == "__main__":
-    main()
+    record_clips(sys.argv.pop(1))
+    train.main()

@@ -1,30 +1,19 @@
-"""Runs that are stopped at will, killed, and gone on with on other numbers of ranks."""
+"""Runs that are stopped, and gone on with on other numbers of ranks."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import random
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from svd_ds.model.lives import LIVES, complete_checkpoints, lives_of
-from svd_ds.model.slices import SliceFiles
 from svd_ds.model.weights import load_unet
-from svd_ds.training.state import Progress
 from tests.runs import metrics
 
 BATCH = 12
-RANKS = 2
-"""Of a run that is killed."""
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -77,103 +66,3 @@ def test_a_run_goes_on_with_any_number_of_ranks(
         ours, theirs = (load_unet(tmp_path / name, which) for name in ("elastic", "whole"))
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             assert (a - b).abs().max() < 1e-5, (which, name)
-
-
-def one_rank(log: str, rank: int, world: int, port: int, overrides: tuple[str, ...]) -> None:
-    """The trainer, in a process of its own."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()} | {"WANDB_MODE": "disabled"}
-    sys.argv = ["train", *overrides]
-    from svd_ds.train import main
-
-    main()
-
-
-@pytest.fixture
-def start(tmp_path: Path, settings: tuple[str, ...]) -> Iterator[Callable[..., list[Any]]]:
-    """start(run, *overrides) begins a life of a run on two ranks, at once: their processes are forked from
-    one that has imported everything."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["svd_ds.train", "svd_ds.run"])
-    started = []
-
-    def begin(run: Path, *overrides: str) -> list[Any]:
-        small = ("model.widths=[32]", "model.attention_levels=[true]", f"batch.size={RANKS}")
-        told = (*settings, *small, f"run.dir={run}", "checkpoint.every=1", *overrides)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        log = str(tmp_path / "log")
-        ranks = [
-            server.Process(target=one_rank, args=(log, rank, RANKS, port, told)) for rank in range(RANKS)
-        ]
-        for process in ranks:
-            process.start()
-        started.extend(ranks)
-        return ranks
-
-    yield begin
-    for process in started:
-        process.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_run_that_is_killed_again_and_again_loses_nothing(
-    start: Callable[..., list[Any]], tmp_path: Path
-) -> None:
-    """Every step is saved, so that most of the kills come upon a save; some upon the start. One rank is
-    killed or the other, and the one that is left ends by itself; or both are. While they still meet, none
-    sees that another has gone: that is their launcher's part, so that a start is of both."""
-    run, seed = tmp_path / "run", random.randrange(10**6)
-    moments, newest = random.Random(seed), 0
-    for kill in range(10):
-        life = start(run, "run.steps=100000")
-        begins = kill % 4 == 3
-        victims = life if begins else moments.choice([life[:1], life[1:], life])
-        story = f"seed {seed}, kill {kill} of {len(victims)}"
-        least, before = newest + moments.randint(1, 4), len(lives_of(run / "checkpoints"))
-        deadline = time.monotonic() + 100
-
-        def has_come_to_it(least: int = least, before: int = before, begins: bool = begins) -> bool:
-            # A draft of its own: those of lives before lie about until it clears them.
-            own = [life.token for life in lives_of(run / "checkpoints")[before:]]
-            drafts = [draft for token in own for draft in (run / "checkpoints").glob(f"step-*.{token}.tmp")]
-            return bool(own) if begins else any(draft.name >= f"step-{least:07d}" for draft in drafts)
-
-        while not has_come_to_it():
-            assert all_alive(life) and time.monotonic() < deadline, (story, (tmp_path / "log").read_text())
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 1))
-        assert all_alive(life), (story, (tmp_path / "log").read_text())
-        for process in victims:
-            process.kill()
-        for process in life:
-            process.join(60)
-            assert process.exitcode, f"{story}: a rank that is left must not wait for the other"
-        complete = complete_checkpoints(run / "checkpoints")
-        assert max(complete, default=0) >= newest, f"{story}: a checkpoint was lost"
-        newest = max(complete, default=0)
-        for step, path in complete.items():
-            assert Progress.read(path / "state.json").step == step, story
-            for folder in path.iterdir():
-                if folder.is_dir():
-                    SliceFiles(folder)
-    assert newest > 5, "it got on"
-
-    last = f"run.steps={newest + 2}"
-    for name in (run, tmp_path / "whole"):
-        for process in start(name, last):
-            process.join(120)
-            assert process.exitcode == 0, (seed, (tmp_path / "log").read_text())
-    rows = metrics(run)
-    assert [row["step"] for row in rows] == list(range(1, newest + 3)), f"seed {seed}"
-    assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(tmp_path / "whole")]
-    assert (run / "checkpoints" / LIVES).read_text().count("\n") == 11
-
-
-def all_alive(processes: list[Any]) -> bool:
-    return all(process.is_alive() for process in processes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
 from svd_ds.training.keeping import CheckpointConfig
 from svd_ds.training.verify import newest_whole
+from tests.forked import fork_server
 from tests.unit.training.test_checkpoint import Adversary, Shards, progress
 
 KILLED = 77
@@ -90,9 +90,7 @@ def _one_rank() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+    return fork_server()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,107 @@
+"""Runs that end in a streak of skipped steps: what they say, what they leave, where the next start begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from svd_ds.batch import Batch
+from svd_ds.model.lives import complete_checkpoints
+from svd_ds.model.manifest import check_whole
+from svd_ds.parallel.collectives import SharedError
+from svd_ds.parallel.groups import destroy_groups
+from svd_ds.training.preempt import SIGNALS
+from svd_ds.training.preview import Previews
+from svd_ds.training.step import Diffusion
+from tests.one_rank import start
+from tests.runs import metrics
+
+SETTINGS = ("checkpoint.every=1", "checkpoint.keep_last=9", "guard.max_skips=9")
+GOOD = 3
+"""Steps before the streak."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Previews, "make", lambda *_: None)
+    monkeypatch.setattr("svd_ds.run.write_report", lambda *_: None)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    destroy_groups()  # which a run that ends with an error leaves to the end of its process
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """spoil(steps, then): the loss of the steps after the first GOOD is NaN; `then` is called with the number
+    of such steps."""
+
+    def patch(then: Callable[[int], None] = lambda number: None) -> None:
+        loss, calls = Diffusion.loss, []
+
+        def spoiled(self: Diffusion, net: Any, batch: Batch) -> Tensor:
+            calls.append(batch)
+            if (number := len(calls) - GOOD) <= 0:
+                return loss(self, net, batch)
+            then(number)
+            return loss(self, net, batch) * float("nan")
+
+        monkeypatch.setattr(Diffusion, "loss", spoiled)
+
+    return patch
+
+
+def check_saved(run: Path, outcome: str) -> None:
+    found = complete_checkpoints(run / "checkpoints")
+    assert list(found) == list(range(1, GOOD + 1)), "none of a skipped step"
+    for path in found.values():
+        check_whole(path)
+    assert not list(run.rglob("*.tmp"))
+    assert json.loads((run / "logs/outcome.json").read_text())["kind"] == outcome
+
+
+def test_run_whose_last_steps_were_skipped_is_not_done(
+    shards: Path,
+    tmp_path: Path,
+    spoil: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    spoil()
+    with pytest.raises(SharedError, match=rf"run\.steps=5 with its last 2 steps skipped, .* step {GOOD};"):
+        start(shards, run, "run.steps=5", *SETTINGS)
+    assert "done" not in capfd.readouterr().out
+    check_saved(run, "refused")
+    skipped = [json.loads(line)["step"] for line in (run / "logs/skipped.jsonl").read_text().splitlines()]
+    assert skipped == [4, 5]
+
+
+def test_stop_within_a_streak_saves_nothing_in_doubt_and_resumes_before_it(
+    shards: Path,
+    tmp_path: Path,
+    spoil: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run, loss = tmp_path / "run", Diffusion.loss
+    spoil(lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 2 else None)
+    ended = start(shards, run, "run.steps=9", *SETTINGS)
+    assert ended.step == GOOD + 2
+    told = capfd.readouterr().out
+    assert f"step {GOOD + 2}  not saved, for the last 2 steps were skipped" in told
+    check_saved(run, "preempted")
+
+    monkeypatch.setattr(Diffusion, "loss", loss)
+    start(shards, run, "run.steps=5", *SETTINGS)
+    assert f"resuming at step {GOOD}" in capfd.readouterr().out
+    start(shards, tmp_path / "whole", "run.steps=5", *SETTINGS)
+    expected = {row["step"]: row["loss"] for row in metrics(tmp_path / "whole")}
+    assert {row["step"]: pytest.approx(row["loss"], rel=0, abs=1e-5) for row in metrics(run)} == expected

@@ -1,0 +1,124 @@
+"""tools/convert.py --verify: which checkpoints of a run are whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from svd_ds.model.manifest import COMPLETE
+from tests.networks import seal
+
+STEPS = (100, 200, 300)
+RANK_FILE = "unet/rank-00001-of-00002.safetensors"
+Verify = Callable[..., int]
+
+
+@pytest.fixture
+def verify(run_tool: Callable[..., int]) -> Verify:
+    return partial(run_tool, "convert.py", "--verify")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three checkpoints of two ranks."""
+    for step in STEPS:
+        checkpoint = tmp_path / f"run/checkpoints/step-{step:07d}"
+        for folder in ("unet", "ema-power-0.050"):
+            (checkpoint / folder).mkdir(parents=True)
+            for rank in range(2):
+                values = {"a": torch.full((500,), float(step + rank))}
+                save_file(values, checkpoint / folder / f"rank-{rank:05d}-of-00002.safetensors")
+        (checkpoint / "state.json").write_text(f'{{"step": {step}}}\n')
+        seal(checkpoint, world_size=2)
+    return tmp_path / "run"
+
+
+def lines(text: str) -> dict[str, str]:
+    """Name of a checkpoint -> what is told of it."""
+    return {Path(path).name: told for path, _, told in (line.partition("  ") for line in text.splitlines())}
+
+
+def test_whole_run_ends_with_0(verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(run) == 0
+    assert lines(capsys.readouterr().out) == {f"step-{step:07d}": "whole" for step in STEPS}
+    assert verify(run / "checkpoints/step-0000200") == 0, "a checkpoint by itself"
+    assert lines(capsys.readouterr().out) == {"step-0000200": "whole"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("flipped", f"{RANK_FILE} has another checksum than what was written"),
+        ("cut", f"{RANK_FILE} has 100 bytes, and "),
+        ("deleted", f"{RANK_FILE} is missing"),
+    ],
+)
+def test_damaged_checkpoint_is_named_with_its_file(
+    verify: Verify, run: Path, capsys: pytest.CaptureFixture[str], damage: str, told: str
+) -> None:
+    file = run / "checkpoints/step-0000200" / RANK_FILE
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    if damage == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flipped" else content[:100])
+    assert verify(run) == 2
+    out, err = capsys.readouterr()
+    found = lines(out)
+    assert found["step-0000200"].startswith(f"damaged: {told}")
+    assert found["step-0000100"] == found["step-0000300"] == "whole"
+    assert f"error: 1 of 3 checkpoints in {run} are damaged: step-0000200" in err and "Traceback" not in err
+
+
+def test_unfinished_checkpoint_and_one_without_checksums_are_damaged(
+    verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints/step-0000100" / COMPLETE).unlink()
+    # As COMPLETE was before it had checksums: the token of the start that saved it.
+    (run / "checkpoints/step-0000200" / COMPLETE).write_text("5f0c12ab\n")
+    assert verify(run) == 2
+    out, err = capsys.readouterr()
+    found = lines(out)
+    assert f"has no file {COMPLETE}" in found["step-0000100"]
+    assert "COMPLETE has no checksums: the checkpoint was saved by an older version" in found["step-0000200"]
+    assert found["step-0000300"] == "whole"
+    assert "2 of 3 checkpoints" in err and "step-0000100, step-0000200" in err
+
+
+def test_checkpoint_that_was_set_aside_is_listed_and_no_error(
+    verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints/step-0000300").rename(run / "checkpoints/step-0000300.damaged")
+    assert verify(run) == 0
+    assert lines(capsys.readouterr().out)["step-0000300.damaged"] == "set aside as damaged, and not used"
+
+
+def test_kept_averages_are_verified_without_the_files_that_were_removed(
+    verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = run / "averages/step-0000100"
+    kept.parent.mkdir()
+    (run / "checkpoints/step-0000100").rename(kept)
+    shutil.rmtree(kept / "unet")
+    assert verify(run) == 0
+    assert lines(capsys.readouterr().out)["step-0000100"] == "whole"
+    (kept / "ema-power-0.050/rank-00000-of-00002.safetensors").write_bytes(b"")
+    assert verify(run) == 2
+    assert "damaged: ema-power-0.050/rank-00000" in capsys.readouterr().out
+
+
+def test_run_without_checkpoints_is_one_sentence(
+    verify: Verify, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new/checkpoints").mkdir(parents=True)
+    for place, told in (("new", "has no checkpoint"), ("nothing", "there is nothing at")):
+        assert verify(tmp_path / place) == 2
+        err = capsys.readouterr().err
+        assert told in err and str(tmp_path / place) in err and "Traceback" not in err
