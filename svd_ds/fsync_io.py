@@ -1,8 +1,8 @@
 """Durable files: on disk, and not only in the page cache, before a caller goes on; and readable errors.
 
-Every small file of a run (JSON, JSON lines, YAML) is written and read here. A file is replaced atomically: a
-reader sees the old content or the new one, and a power cut leaves one of the two. An error names the file.
-What is damaged all the same is not deleted: `set_aside` keeps a copy next to the file.
+Every small file of a run is written here, and read here (JSON, YAML) or in json_lines.py. A file is replaced
+atomically: a reader sees the old content or the new one, and a power cut leaves one of the two. An error
+names the file. What is damaged all the same is not deleted: `set_aside` keeps a copy next to the file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,6 @@ NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What some FUSE and network file systems answer to an fsync that they do not offer."""
 NO_FOLDER_FSYNC = (*NO_FSYNC, errno.EBADF, errno.EISDIR, errno.EACCES)
 """The same for a folder, which some cannot even open. PostgreSQL accepts them too (fd.c, fsync_fname_ext)."""
-
-
-@dataclass(frozen=True)
-class JsonLines:
-    """The rows of a JSON lines file."""
-
-    rows: list[dict[str, Any]]
-    damage: str | None
-    """One sentence about lines that cannot be read, None where the whole file is readable."""
 
 
 @contextmanager
@@ -235,77 +225,6 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it is no YAML ({_reason(error)})") from error
-
-
-def read_json_lines(
-    path: Path, valid: Callable[[dict[str, Any]], bool] = lambda row: True, skip_bad: bool = False
-) -> JsonLines:
-    """Parse a file with a JSON object on each line; a missing file has no rows.
-
-    A killed writer or a power cut may leave an unreadable tail: it is left out and reported in `damage`.
-
-    Args:
-        valid: whether an object has what a row must have; one that has not counts as unreadable.
-        skip_bad: leave out unreadable lines that readable ones follow as well, and report them in `damage`.
-
-    Raises:
-        ValueError: a line that readable lines follow is unreadable, and `skip_bad` is not set; the message
-            names file and line.
-        OSError: the file cannot be read.
-    """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    while lines and not lines[-1]:
-        lines.pop()
-    rows: list[dict[str, Any]] = []
-    bad: list[int] = []
-    is_tail = True
-    for number, line in enumerate(lines, 1):
-        row = _json_object(line)
-        if row is None or not valid(row):
-            bad.append(number)
-            continue
-        is_tail = not bad
-        rows.append(row)
-    if not bad:
-        return JsonLines(rows, None)
-    if is_tail:
-        return JsonLines(
-            rows, f"{path} is unreadable from line {bad[0]} on: what it had after that line is lost"
-        )
-    if not skip_bad:
-        raise ValueError(f"{path} is damaged: line {bad[0]} cannot be read, and readable ones follow")
-    which = "line" if len(bad) == 1 else f"{len(bad)} lines, the first is line"
-    return JsonLines(rows, f"{path} is damaged: {which} {bad[0]} cannot be read, and is left out")
-
-
-def rewrite_json_lines(
-    path: Path,
-    keep: Callable[[dict[str, Any]], bool],
-    valid: Callable[[dict[str, Any]], bool] = lambda row: True,
-) -> JsonLines:
-    """Replace a JSON lines file by the rows of it that `keep` accepts, atomically. Where some of its lines
-    cannot be read the file is set aside first, and `damage` names the copy.
-
-    Args:
-        valid: as in `read_json_lines`.
-
-    Raises:
-        OSError: the file cannot be read or written; the message names it.
-    """
-    found = read_json_lines(path, valid, skip_bad=True)
-    damage = found.damage and f"{found.damage}; it was kept as {set_aside(path)}"
-    rows = [row for row in found.rows if keep(row)]
-    if path.exists():
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return JsonLines(rows, damage)
-
-
-def _json_object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _reason(error: BaseException) -> str:

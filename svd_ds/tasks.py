@@ -24,7 +24,7 @@ from svd_ds.model.unet import UNet
 from svd_ds.parallel.env import Env
 from svd_ds.sample import frozen_folder
 from svd_ds.training.adversary import Adversary
-from svd_ds.training.checkpoint import Settings
+from svd_ds.training.checkpoint_files import Settings
 from svd_ds.training.objective import Objective
 from svd_ds.training.preview import Measures, Render, Sampling
 from svd_ds.training.reconstruction import Reconstruction, Redecoding, psnr

@@ -26,7 +26,8 @@ from svd_ds.data.quarantine import Fault
 from svd_ds.data.sample import Sample, Shard, check_local_name, parse_sample
 from svd_ds.data.sidecar import clean_text
 from svd_ds.data.writer import write_index
-from svd_ds.fsync_io import read_json_lines, replace_text
+from svd_ds.fsync_io import replace_text
+from svd_ds.json_lines import read_json_lines
 
 PARTS = ".index-parts"
 """In the folder of the index, while it is made: what was found in each shard."""

@@ -12,7 +12,8 @@ import av
 import torch
 
 from svd_ds.credentials import redact
-from svd_ds.fsync_io import append_row, read_json_lines
+from svd_ds.fsync_io import append_row
+from svd_ds.json_lines import read_json_lines
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 """In the message of the plain RuntimeError by which torch says that the host's memory ran out."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from svd_ds.credentials import redact_tree
-from svd_ds.fsync_io import read_json_lines, read_yaml
+from svd_ds.fsync_io import read_yaml
+from svd_ds.json_lines import read_json_lines
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from svd_ds.fsync_io import read_json_lines
+from svd_ds.json_lines import read_json_lines
 from svd_ds.model.manifest import COMPLETE, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)

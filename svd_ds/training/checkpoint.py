@@ -27,21 +27,16 @@ A save has four stages; only the first one holds the training up.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
-from svd_ds.fsync_io import read_json
 from svd_ds.model.lives import complete_checkpoints
 from svd_ds.model.manifest import Manifest
-from svd_ds.model.slices import SliceFiles, network_of, slice_name
+from svd_ds.model.slices import network_of
 from svd_ds.parallel.collectives import (
     SharedError,
     agreed,
@@ -51,7 +46,8 @@ from svd_ds.parallel.collectives import (
 )
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, attempt
-from svd_ds.training.draft import DONE, NOT_FINITE, HostCopies, PendingSave, stage_of, write_draft
+from svd_ds.training.checkpoint_files import Settings, elements_of, own_tensors, read_files, shared_files
+from svd_ds.training.draft import DONE, NOT_FINITE, Files, HostCopies, PendingSave, stage_of, write_draft
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.folder import step_name
 from svd_ds.training.keeping import (
@@ -64,11 +60,6 @@ from svd_ds.training.keeping import (
 from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
 from svd_ds.training.verify import newest_whole
-
-OBJECTIVE = "objective.safetensors"
-ADAM = "adam.json"
-Settings = Mapping[str, Mapping[str, Any]]
-"""The files beside a network's weights, by name: config.json, and lora.json where adapters are trained."""
 
 
 class NonFiniteError(SharedError):
@@ -147,25 +138,15 @@ class Checkpoints:
         """
         self._note_taken()
         self._wait_for_writers()
-        slices = {self.network: {**engine.local_shards(), **engine.frozen_shards()}}
-        slices |= {f"adam-{moment}": shards for moment, shards in engine.moments().items()}
-        slices |= {f"ema-{profile}": ema.shards(profile) for profile in ema.config.names}
-        own = slice_name(self.env.rank, self.env.world)
-        tensors, texts = {f"{folder}/{own}": values for folder, values in slices.items()}, {}
+        tensors: Files = own_tensors(self.network, self.env, engine, ema)
+        texts: dict[str, str] = {}
         if self.env.rank == 0:
-            if state := objective.state():
-                tensors[OBJECTIVE] = state
-            texts = {f"{self.network}/{name}": _json(values) for name, values in settings.items()}
-            texts |= {"state.json": progress.as_json(), ADAM: _json({"updates": engine.updates})}
-        if self.config.asynchronous:
-            tensors = self._host.copy(tensors)
+            shared, texts = shared_files(self.network, progress, engine, objective, settings)
+            tensors = {**tensors, **shared}
+        files = self._host.copy(tensors) if self.config.asynchronous else tensors
         draft = self.folder / draft_name(step_name(progress.step), self.token)
-        # What a rank's slice has beyond the parameter's end means nothing.
-        used = {
-            name: shape.numel() - self.env.rank * -(-shape.numel() // self.env.world)
-            for name, shape in engine.shapes.items()
-        }
-        job = self._submit(lambda: write_draft(draft, tensors, texts, used))
+        used = elements_of(self.env, engine)
+        job = self._submit(lambda: write_draft(draft, files, texts, used))
         self._pending = PendingSave(progress.step, draft, job)
         if not self.config.asynchronous:
             wait([job])
@@ -198,16 +179,7 @@ class Checkpoints:
 
     def load(self, path: Path, engine: Engine, ema: ShardEMA, objective: Objective) -> Progress:
         """Put a checkpoint of any number of ranks into the engine, the averages and the objective."""
-        engine.load_shards(self._own_slices(path / self.network, engine, engine.shapes))
-        for moment, shards in engine.moments().items():
-            for name, values in self._own_slices(path / f"adam-{moment}", engine, shards):
-                shards[name].copy_(values)
-        engine.updates = read_json(path / ADAM)["updates"]
-        for profile in ema.config.names:
-            ema.load(profile, dict(self._own_slices(path / f"ema-{profile}", engine, ema.names)))
-        if (path / OBJECTIVE).exists():
-            objective.load_state(load_file(path / OBJECTIVE))
-        progress = Progress.read(path / "state.json")
+        progress = read_files(path, self.network, self.env, engine, ema, objective)
         self._unproven = progress.step
         return progress
 
@@ -288,14 +260,6 @@ class Checkpoints:
         if self.env.rank == 0:
             shutil.rmtree(pending.draft, ignore_errors=True)
 
-    def _own_slices(self, folder: Path, engine: Engine, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """This rank's slice of each parameter, whoever wrote it."""
-        files = SliceFiles(folder)
-        for name in names:
-            numel = engine.shapes[name].numel()
-            each = -(-numel // self.env.world)
-            yield name, files.read(name, numel, self.env.rank * each, (self.env.rank + 1) * each)
-
     def _wait_for_writers(self) -> None:
         """Until every rank has written the save before, whose copies are then free."""
         if self._pending is not None and not self._pending.written:
@@ -312,7 +276,3 @@ class Checkpoints:
             return work()
 
         return self._thread.submit(job)
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=1) + "\n"

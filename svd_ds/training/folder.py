@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from svd_ds.credentials import redact_tree
-from svd_ds.fsync_io import read_yaml, replace_text, rewrite_json_lines, set_aside
+from svd_ds.fsync_io import read_yaml, replace_text, set_aside
+from svd_ds.json_lines import rewrite_json_lines
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
 # is; and the guard's bounds, so that a run that it ended can go on. Where its data are as well: the cursor of

@@ -11,7 +11,8 @@ from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.parallel.engine import Engine
-from svd_ds.training.checkpoint import Checkpoints, Settings
+from svd_ds.training.checkpoint import Checkpoints
+from svd_ds.training.checkpoint_files import Settings
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation
 from svd_ds.training.guard import Guard

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from svd_ds.fsync_io import read_json_lines
+from svd_ds.json_lines import read_json_lines
 from svd_ds.model.lives import lives_of
 from svd_ds.model.unet import PIXELS_PER_LATENT, UNet, UNetConfig
 from svd_ds.training.folder import RunFolder

@@ -12,7 +12,6 @@ from svd_ds.fsync_io import (
     LineFile,
     fsync_path,
     read_json,
-    read_json_lines,
     read_yaml,
     replace_text,
     set_aside,
@@ -53,25 +52,6 @@ def test_damaged_json_and_yaml_are_errors_that_name_the_file(tmp_path: Path, con
         read_yaml(path)
 
 
-def test_an_unreadable_tail_of_json_lines_is_reported_and_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert read_json_lines(path).rows == []
-    for tail in (b'{"step": 2', b"\0" * 30, b"\xff\xff\n", b"[1]\n"):
-        path.write_bytes(b'{"step": 1}\n' + tail)
-        lines = read_json_lines(path)
-        assert lines.rows == [{"step": 1}]
-        assert lines.damage is not None and "metrics.jsonl is unreadable from line 2" in lines.damage
-    path.write_bytes(b'{"step": 1}\n')
-    assert read_json_lines(path).damage is None
-
-
-def test_a_bad_line_between_good_ones_is_an_error_with_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "lives.jsonl"
-    path.write_bytes(b'{"step": 1}\nhalf\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"lives\.jsonl is damaged: line 2"):
-        read_json_lines(path)
-
-
 def test_fsync_that_a_file_system_does_not_offer_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,14 +89,6 @@ def test_lines_are_whole_after_each_append(tmp_path: Path) -> None:
     lines.append_row({"a": 1})
     lines.close()
     assert (tmp_path / "log").read_text().splitlines() == ["one", "two \\ud800", '{"a": 1}']
-
-
-def test_bad_lines_can_be_left_out_and_are_reported(tmp_path: Path) -> None:
-    path = tmp_path / "quarantine.jsonl"
-    path.write_bytes(b'{"id": 1}\nhalf\n{"other": 2}\n{"id": 3}\n')
-    lines = read_json_lines(path, lambda row: "id" in row, skip_bad=True)
-    assert lines.rows == [{"id": 1}, {"id": 3}]
-    assert lines.damage is not None and "2 lines, the first is line 2" in lines.damage
 
 
 def test_damaged_files_are_all_kept(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ PACKAGE = ROOT / "svd_ds"
 
 FLOORS = {
     "credentials": -1,
+    "fsync_io": -1,
     "svd_ds": 0,
     "allocator": 0,
     "batch": 0,
     "door": 0,
-    "fsync_io": 0,
+    "json_lines": 0,
     "pixels": 0,
     "settings": 0,
     "overrides": 1,
