@@ -134,6 +134,7 @@ def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
     assert len({tuple(signal) for signal in together}) == 3, "independently of each other"
 
 
+@pytest.mark.slow
 def test_one_clip_can_be_overfitted(diffusion: Diffusion) -> None:
     """The proof that signal and gradient reach every part: the loss falls by more than ten."""
     unet = UNet(replace(SMALL, attention_levels=(True, True), context_width=64))
