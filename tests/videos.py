@@ -39,13 +39,13 @@ def encode(
     keyframe_every: int = 8,
     suffix: str = "mp4",
     muxing: dict[str, str] | None = None,
+    options: dict[str, str] | None = None,
 ) -> bytes:
     """The frames as a video file with B-frames, as encoders make them by default."""
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format=suffix, options=muxing or {}) as container:
-        stream = container.add_stream(
-            "libx264", rate=fps, options={"crf": "12", "g": str(keyframe_every), "mbtree": "0"}
-        )
+        given = {"crf": "12", "g": str(keyframe_every), "mbtree": "0"} | (options or {})
+        stream = container.add_stream("libx264", rate=fps, options=given)
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1

@@ -43,6 +43,12 @@ REPEAT = 0.7
 """Levels by which an encoded copy of a frame may differ from it; what moves differs by 2 and more."""
 HELD = Fraction(1, 2)
 """Seconds from which on a picture that repeats is a still, and not a lower rate shown at a higher one."""
+JUMPS = 3
+"""Other changes near a find, as large as it, that make it one jump of a low rate and no cut ..."""
+JUMP_RATIO = 2.0
+"""... as large: the find is less than so many times each of them."""
+CERTAIN = 40.0
+"""Levels by which thumbnails differ across a change that is a cut whatever is near: in a montage all are."""
 FLASH = 3
 """Distinct frames that a flash lasts at most: the picture after it is the one before it, so it is no cut."""
 
@@ -155,6 +161,8 @@ class Cascade:
         distinct_THWC = thumbnails_THWC[self._distinct]
         found = self._hard.finish(len(self._distinct))
         hard = [self._distinct[at] for at in found if not _is_flash(distinct_THWC, at)]
+        changes = np.abs(np.diff(thumbnails_THWC.astype(np.int16), axis=0)).mean((1, 2, 3))
+        hard = [at for at in hard if not is_judder(changes, at - 1, round(HELD * self._rate))]
         out, back = self._out.finish(self.num_frames), self._in.finish(self.num_frames)
         cuts = [Cut(at, at, "hard") for at in hard]
         cuts += [Cut(begin, end, "black") for begin, end in zip_longest(out, back, fillvalue=self.num_frames)]
@@ -203,6 +211,18 @@ def blends(frames_THWC: np.ndarray, near: range, half: int, level: float, most: 
         if change >= level and np.abs(middle - (before + after) / 2).mean() <= most * change:
             inside.append(number)
     return inside
+
+
+def is_judder(changes: np.ndarray, at: int, near: int) -> bool:
+    """Does the picture jump as much elsewhere, within `near` frames of change number `at`, again and again?
+
+    A low rate shown at a higher one jumps so. Its copies are no exact ones where the encoding is coarse or
+    grain was added after them: then they are distinct, and every jump is far above the changes around it.
+    """
+    others = np.concatenate([changes[max(0, at - near) : at], changes[at + 1 : at + 1 + near]])
+    if len(others) < JUMPS or changes[at] >= CERTAIN:
+        return False
+    return bool(changes[at] < JUMP_RATIO * np.sort(others)[-JUMPS])
 
 
 def _is_flash(frames_THWC: np.ndarray, at: int) -> bool:

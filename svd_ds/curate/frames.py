@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import torch
-from av.stream import Disposition
 from av.video.frame import VideoFrame
 
 from svd_ds.data.clips import Box, fit
+from svd_ds.data.decoding import shown_stream
 from svd_ds.pixels.frame import is_turned, progressive, to_rgb
 
 MAX_GAP = 10.0
@@ -42,7 +41,7 @@ def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple
     size: tuple[int, int] | None = None
     try:
         with av.open(str(path), mode="r") as container:
-            stream = video_stream(container)
+            stream = shown_stream(container)
             stream.thread_type = "AUTO"
             clock = Clock(rate, counts=container.format.name == "avi")
             decoded = 0
@@ -97,18 +96,6 @@ class Clock:
             self._first = time - (before + 1) / self._rate
         self._last = time
         return round((time - self._first) * self._rate)
-
-
-def video_stream(container: Any) -> Any:
-    """The video stream that a player shows: the default one, then the largest; no cover picture of a song.
-
-    Raises:
-        ValueError: there is none.
-    """
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-        raise ValueError("it has no video stream")
-    return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
 
 
 def upright(frame: VideoFrame, pixel_aspect: Fraction, size: int) -> np.ndarray:

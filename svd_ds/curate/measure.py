@@ -13,7 +13,7 @@ from svd_ds.curate.flow import FLOW_FPS, motion_score
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
-from svd_ds.data.clips import decode
+from svd_ds.data.decoding import decode
 from svd_ds.pixels.frame import to_rgb
 
 MOTION = {"id": pa.string(), "motion": pa.float64()}

@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from svd_ds.curate.frames import video_stream
+from svd_ds.data.decoding import shown_stream
 from svd_ds.pixels.frame import HD_HEIGHT
 
 KEYFRAME_EVERY = 12
@@ -63,7 +63,7 @@ def copy_frames(path: Path, rate: Fraction, first: int, begin: int, end: int) ->
     """
     buffer = io.BytesIO()
     with av.open(str(path), mode="r") as source, av.open(buffer, mode="w", format="mp4") as target:
-        stream = video_stream(source)
+        stream = shown_stream(source)
         assert stream.time_base is not None, "a stream with packets has a time base"
         copied = target.add_stream_from_template(stream)
         num_copied = 0

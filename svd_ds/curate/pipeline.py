@@ -57,7 +57,7 @@ class Settings:
     def stages(self) -> list[Stage]:
         """The stages by file, in an order in which each comes after those that it builds on."""
         probing = Stage("probe", probe.probe, probe.COLUMNS, version=3)
-        cutting = Stage("cuts", cuts.find_shots, cuts.COLUMNS, self.cuts, (probing,), version=2)
+        cutting = Stage("cuts", cuts.find_shots, cuts.COLUMNS, self.cuts, (probing,), version=3)
         clipping = Stage("clips", clips.cut_clips, clips.COLUMNS, self.clips, (probing, cutting))
         stages = [probing, cutting, clipping]
         stages.append(Stage("motion", measure.score_motion, measure.MOTION, None, (clipping,)))
@@ -140,7 +140,10 @@ def refused(runner: Runner) -> list[tuple[str, str]]:
     for found in runner.found.values():
         for name, rows in found.items():
             reasons.setdefault(name, []).extend(row["error"] for row in rows if row["error"])
-    return [(file.name, reason) for file in runner.files for reason in reasons.get(file.name, ())]
+    # Stages that read the same file may refuse it for the same reason.
+    return [
+        (file.name, reason) for file in runner.files for reason in dict.fromkeys(reasons.get(file.name, ()))
+    ]
 
 
 def captions_missing(runner: Runner) -> str:

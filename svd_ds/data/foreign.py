@@ -1,8 +1,7 @@
 """Shards that others wrote: what their samples hold, probed from the files themselves.
 
-The members of a sample share a folder and the name up to its first dot, wherever in the tar they are; files
-of macOS (`._NAME`, `__MACOSX/`) and hidden ones are no members. Pixels are whatever PyAV decodes; captions
-and annotations are read by sidecar.py.
+Their members are found by tars.py. Pixels are whatever PyAV decodes; captions and annotations are read by
+sidecar.py.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,9 +19,9 @@ from typing import Any
 import av
 import numpy as np
 
-from svd_ds.data.clips import decode, open_video
+from svd_ds.data.decoding import MAX_COUNTED, decode, open_video
 from svd_ds.data.quarantine import Fault, is_out_of_memory
-from svd_ds.data.sample import MEDIA, STILLS, TAR_BLOCK, Sample, parse_sample
+from svd_ds.data.sample import MEDIA, STILLS, Sample, parse_sample
 from svd_ds.data.sidecar import (
     TEXTS,
     annotations_in,
@@ -32,10 +31,9 @@ from svd_ds.data.sidecar import (
     parse_json,
     text_in,
 )
+from svd_ds.data.tars import Members, read_contents, read_member
 from svd_ds.data.timeline import read_timeline
 from svd_ds.pixels.frame import to_rgb
-
-MAC_FOLDER = "__MACOSX"
 
 NO_CAPTION = "without a caption"
 NOT_UTF8 = "with a caption that is no UTF-8"
@@ -66,25 +64,21 @@ def samples_in(path: Path, name: str, motion: Motion | None) -> Iterator[Probed 
         name: of the shard in its folder; samples are named after it, as keys may be the same in each.
         motion: scores a video; None leaves all at 0.
     """
-    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     shown = clean_text(name)
     try:
-        num_bytes = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            replaced: list[str] = []
-            damage = _group(tar, groups, replaced)
-            for member in replaced:
-                yield Fault(member, shown, "the tar has a later file of this name, which counts")
-            for key, members in groups.items():
-                sample_id = id_of(shown, key)
-                try:
-                    yield _probe(tar, num_bytes, members, sample_id, motion)
-                except Exception as error:
-                    if is_out_of_memory(error):
-                        raise
-                    yield Fault(sample_id, shown, reason_of(error))
-        if damage is not None:
-            yield Fault("", shown, f"the tar cannot be read to its end: {reason_of(damage)}")
+        contents = read_contents(path)
+        for member, reason in contents.refused:
+            yield Fault(member, shown, reason)
+        for key, members in contents.samples.items():
+            sample_id = id_of(shown, key)
+            try:
+                yield _probe(path, members, sample_id, motion)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                yield Fault(sample_id, shown, reason_of(error))
+        if contents.damage is not None:
+            yield Fault("", shown, f"the tar cannot be read to its end: {contents.damage}")
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(f"memory ran out while {shown} was read") from error
@@ -106,43 +100,9 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _group(
-    tar: tarfile.TarFile, groups: dict[str, dict[str, tarfile.TarInfo]], replaced: list[str]
-) -> Exception | None:
-    """Add the files of a tar to `groups`: key -> extension -> entry, and return what ended the reading.
-
-    Of files of one name the last counts, as where a tar is unpacked; `replaced` gets the names of the others.
-    """
-    try:
-        for entry in tar:
-            path = PurePosixPath(entry.name)
-            if not entry.isfile() or path.name.startswith(".") or MAC_FOLDER in path.parts:
-                continue
-            stem, _, extension = path.name.partition(".")
-            key = str(path.parent / stem).lstrip("./")
-            members = groups.setdefault(key, {})
-            if extension.lower() in members:
-                replaced.append(clean_text(entry.name))
-            members[extension.lower()] = entry
-    except Exception as error:
-        return error
-    # The module tarfile takes a header that is damaged or cut short for the end of the tar.
-    assert tar.fileobj is not None, "it is open"
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(TAR_BLOCK) != bytes(TAR_BLOCK):
-        return ValueError(f"it is cut short or damaged at byte {tar.offset}")
-    return None
-
-
-def _probe(
-    tar: tarfile.TarFile,
-    num_bytes: int,
-    members: Mapping[str, tarfile.TarInfo],
-    sample_id: str,
-    motion: Motion | None,
-) -> Probed:
+def _probe(path: Path, members: Members, sample_id: str, motion: Motion | None) -> Probed:
     """Raises ValueError, and whatever a damaged file makes of its decoder, where a sample cannot be used."""
-    read = partial(_read, tar, num_bytes)
+    read = partial(read_member, path)
     notes: Counter[str] = Counter()
     media = choose_media(members)
     if len(_media_in(members)) > 1:
@@ -200,7 +160,7 @@ def _kind(extension: str) -> str:
 
 
 def _add_sidecar(
-    members: Mapping[str, tarfile.TarInfo],
+    members: Members,
     read: Callable[[tarfile.TarInfo], bytes],
     used: dict[str, tarfile.TarInfo],
     notes: Counter[str],
@@ -246,7 +206,7 @@ def _add_sidecar(
 
 
 def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
-    """(frames, frames a second, shown height, width) of a file, its frames numbered as in `clips.decode`.
+    """(frames, frames a second, shown height, width) of a file, its frames numbered as in `decoding.decode`.
 
     Raises:
         ValueError: it cannot be decoded to its end, or its pixels are not square.
@@ -262,8 +222,7 @@ def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
     if timeline is not None:
         num_frames, fps = len(timeline.times), timeline.rate
     else:
-        with open_video(content) as (container, stream):
-            num_frames = sum(1 for _ in container.decode(stream))
+        num_frames = _count(content)
     if not num_frames:
         raise ValueError("none of its frames can be decoded")
     if aspect not in (None, 0, 1):
@@ -273,6 +232,19 @@ def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
     *_, last = _of_one_size(decode(content, sorted({0, num_frames - 1})))
     height, width = to_rgb(last).shape[:2]
     return num_frames, fps, height, width
+
+
+def _count(content: bytes) -> int:
+    """Frames of a video whose packets do not say when they are shown. Raises ValueError for too many."""
+    count = 0
+    with open_video(content) as (container, stream):
+        for count, _ in enumerate(container.decode(stream), 1):
+            if count > MAX_COUNTED:
+                raise ValueError(
+                    f"it does not say when its frames are shown, and has more than {MAX_COUNTED}: they could "
+                    "only be found by decoding all before them; convert it to mp4"
+                )
+    return count
 
 
 def _check_whole(stream: Any, num_bytes: int) -> None:
@@ -294,15 +266,3 @@ def _of_one_size(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
 
 def _pixels(content: bytes, numbers: range) -> Iterator[np.ndarray]:
     return (to_rgb(frame).numpy() for frame in _of_one_size(decode(content, numbers)))
-
-
-def _read(tar: tarfile.TarFile, num_bytes: int, entry: tarfile.TarInfo) -> bytes:
-    """A member's bytes, from a tar of `num_bytes`."""
-    if entry.issparse():
-        raise ValueError(f"{entry.name} is stored with holes (sparse), so its bytes are not in one place")
-    there = max(0, num_bytes - entry.offset_data)
-    if there < entry.size:
-        raise ValueError(f"the shard ends after {there} of {entry.size} bytes of {entry.name}")
-    file = tar.extractfile(entry)
-    assert file is not None, "only files are members"
-    return file.read()

@@ -20,18 +20,19 @@ from pathlib import Path
 from stat import S_ISREG
 
 from svd_ds.data.folders import INDEX_NAME
-from svd_ds.data.foreign import MAC_FOLDER, Motion, Probed, reason_of, samples_in
+from svd_ds.data.foreign import Motion, Probed, reason_of, samples_in
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault
 from svd_ds.data.sample import Sample, Shard, check_local_name, parse_sample
 from svd_ds.data.sidecar import clean_text
+from svd_ds.data.tars import MAC_FOLDER, UNPACK, is_compressed_name
 from svd_ds.data.writer import write_index
 from svd_ds.fsync_io import replace_text
 from svd_ds.json_lines import read_json_lines
 
 PARTS = ".index-parts"
 """In the folder of the index, while it is made: what was found in each shard."""
-PART_VERSION = 1
+PART_VERSION = 2
 REFUSED = "refused.csv"
 LINK = "shards"
 """In a folder of its own for the index: a link to the folder of the shards."""
@@ -101,11 +102,12 @@ def find_shards(folder: Path) -> tuple[list[str], list[Fault]]:
         if _seen(place, seen):
             folders.clear()
             continue
-        names += [
-            os.path.relpath(os.path.join(place, name), folder)
-            for name in files
-            if name[0] != "." and name.lower().endswith(".tar")
-        ]
+        for name in files:
+            below = os.path.relpath(os.path.join(place, name), folder)
+            if name[0] != "." and name.lower().endswith(".tar"):
+                names.append(below)
+            elif name[0] != "." and is_compressed_name(name):
+                faults.append(Fault("", clean_text(below), UNPACK))
     names.sort(key=lambda name: (os.path.islink(folder / name), name))
     return sorted(name for name in names if not _seen(folder / name, seen)), faults
 

@@ -41,6 +41,14 @@ class Timeline:
     keyframes: Sequence[tuple[int, int]]
     """(time shown, time to seek to) of each frame at which decoding can start, both in ticks, ascending."""
 
+    by_dts: bool = False
+    """The times are those at which frames are decoded: no others are known, and they come in that order."""
+
+    def time_of(self, frame: Any) -> int | None:
+        """When a decoded frame is shown; None where it does not say."""
+        time: int | None = frame.dts if self.by_dts else frame.pts
+        return time
+
     def seek_time(self, time: int) -> int:
         """Where to seek to, to decode the frame shown at `time`."""
         return max((key for key in self.keyframes if key[0] <= time), default=(0, self.keyframes[0][1]))[1]
@@ -49,12 +57,15 @@ class Timeline:
 def read_timeline(container: Any, stream: Any) -> Timeline | None:
     """The timeline of an open video, whose packets are read to their end.
 
-    None where packets do not say when their frames are shown, as in AVI: frames are counted as they are
-    decoded.
+    None where packets do not say when their frames are shown, as in AVI with B-frames: frames are counted as
+    they are decoded.
 
     Raises:
         ValueError: the video's clock is broken.
     """
+    is_avi = container.format.name == "avi"
+    if is_avi and stream.codec_context.has_b_frames:
+        return None
     is_vp8 = stream.codec_context.name.startswith("vp8")
     by_pts = "matroska" in container.format.name
     shown: list[int] = []
@@ -62,7 +73,8 @@ def read_timeline(container: Any, stream: Any) -> Timeline | None:
     for packet in container.demux(stream):
         if not packet.size or (is_vp8 and not memoryview(packet)[0] & VP8_SHOWN):
             continue
-        time = packet.pts
+        # In an AVI without B-frames a packet's place in the file is its time.
+        time = packet.dts if is_avi else packet.pts
         if time is None:
             return None
         if packet.is_keyframe:
@@ -70,7 +82,7 @@ def read_timeline(container: Any, stream: Any) -> Timeline | None:
         # Frames before the first keyframe cannot be decoded; those that an edit list hides are not shown.
         if keyframes and time >= keyframes[0][0] and not packet.is_discard:
             shown.append(time)
-    if not shown or container.format.name == "avi" or len(set(shown)) < len(shown):
+    if not shown or len(set(shown)) < len(shown):
         return None
     shown.sort()
     rate, is_even = clock_of(
@@ -78,7 +90,7 @@ def read_timeline(container: Any, stream: Any) -> Timeline | None:
         [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate],
     )
     times = shown if is_even else _on_clock(shown, rate * float(stream.time_base))
-    return Timeline(times, rate, sorted(keyframes))
+    return Timeline(times, rate, sorted(keyframes), by_dts=is_avi)
 
 
 def clock_of(seconds: Sequence[float], told: Sequence[float]) -> tuple[float, bool]:

@@ -125,7 +125,7 @@ def _drained(graph: Graph, originals: deque[VideoFrame], is_end: bool = False) -
         except (av.BlockingIOError, av.EOFError):
             return
         original = originals.popleft()
-        frame.pts, frame.time_base = original.pts, original.time_base
+        frame.pts, frame.dts, frame.time_base = original.pts, original.dts, original.time_base
         yield frame
 
 

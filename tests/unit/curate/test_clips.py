@@ -13,7 +13,8 @@ from PIL import Image
 
 from svd_ds.curate.clips import ClipSettings, Window, count_frames, plan
 from svd_ds.curate.media import copy_frames
-from svd_ds.data.clips import decode, read_frames
+from svd_ds.data.clips import read_frames
+from svd_ds.data.decoding import decode
 from svd_ds.pixels.frame import to_rgb
 from tests.curation import known_of
 from tests.videos import counting, encode, moving_square, write_video

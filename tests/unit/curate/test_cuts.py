@@ -11,8 +11,10 @@ import pytest
 
 from svd_ds.curate.clips import ClipSettings
 from svd_ds.curate.cuts import VIEW, Cascade, Cut, CutSettings
+from svd_ds.data.decoding import decode
+from svd_ds.pixels.frame import to_rgb
 from tests.curation import cross_fade, fade_through_black, known_of, real_shots
-from tests.videos import write_video
+from tests.videos import encode, write_video
 
 JOINED = [
     ("rabbit", "man"),
@@ -106,6 +108,32 @@ def test_repeated_frames_are_no_cuts(names: tuple[str, str], times: tuple[int, .
     counts = np.resize(times, len(frames))
     (cut,) = cuts_of(np.repeat(frames, counts, axis=0), rate=round(25 * counts.mean()))
     assert abs(cut.begin - counts[: len(shots[0])].sum()) <= 2 * max(times)
+
+
+@pytest.mark.parametrize(
+    ("names", "step", "times"),
+    [(("man", "street4"), 5, (5,)), (("man", "street4"), 3, (3,)), (("street1", "street2"), 2, (1, 4))],
+    ids=str,
+)
+def test_repeated_frames_that_are_no_exact_copies_are_no_cuts(
+    names: tuple[str, str], step: int, times: tuple[int, ...]
+) -> None:
+    """Low rates shown at higher ones, with grain that was added afterwards."""
+    first, second = (real_shots()[name][:60:step] for name in names)
+    counts = np.resize(times, len(first) + len(second))
+    frames = np.repeat(np.concatenate([first, second]), counts, axis=0)
+    rate = round(25 / step * counts.mean())
+    frames = np.clip(frames + np.random.default_rng(0).normal(0, 8, frames.shape), 0, 255).astype(np.uint8)
+    content = encode(frames, rate, options={"crf": "20", "g": "250"})
+    frames = np.stack([to_rgb(frame).numpy() for frame in decode(content, range(len(frames)))])
+    (cut,) = (cut for cut in cuts_of(frames, rate) if cut.kind == "hard")
+    assert cut.begin == counts[: len(first)].sum()
+
+
+def test_a_montage_of_short_shots_is_cut_everywhere() -> None:
+    names = ("street1", "man", "rabbit", "street3", "street0")
+    shots = [real_shots()[name][begin : begin + 4] for begin in (0, 8, 16) for name in names]
+    assert [cut.begin for cut in cuts_of(np.concatenate(shots))] == list(range(4, 60, 4))
 
 
 def test_pictures_of_a_slide_show_are_shots() -> None:

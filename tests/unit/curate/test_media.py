@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 
 from svd_ds.curate.media import ClipEncoder
-from svd_ds.data.clips import decode
+from svd_ds.data.decoding import decode
 from svd_ds.pixels.frame import to_rgb
 from tests.videos import moving_square
 

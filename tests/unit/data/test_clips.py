@@ -8,20 +8,20 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from svd_ds.data.clips import (
-    PADDING,
     Box,
     ClipDraws,
     Timing,
     choose_captioner,
-    decode,
     fit,
     read_frames,
 )
+from svd_ds.data.decoding import PADDING, decode
 from svd_ds.data.sample import MAX_PIXELS
 from svd_ds.pixels.frame import to_rgb
 from tests.videos import counting, encode, moving_square
@@ -51,6 +51,21 @@ def test_timing_meets_the_wanted_rate() -> None:
     assert Timing.of(100, 24.0, 8, 30.0, 0.0).stride == 1
     assert Timing.of(15, 24.0, 8, 6.0, 0.0) == Timing(0, 2, 12.0), "too short for 6 a second"
     assert Timing.of(100, 24.0, 8, 6.0, 0.9999).frames(8)[-1] == 99
+
+
+def test_the_default_stream_counts_before_larger_ones_and_first_ones() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="matroska") as container:
+        streams = [container.add_stream("ffv1", rate=24) for _ in range(2)]
+        for stream, height in zip(streams, (24, 48), strict=True):
+            stream.height, stream.width, stream.pix_fmt = height, 64, "yuv420p"
+        streams[0].disposition, streams[1].disposition = 0, Disposition.default
+        for stream in streams:
+            for frame in counting(3, stream.height):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    (frame,) = decode(buffer.getvalue(), [1])
+    assert frame.height == 48
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "matroska"])

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import io
 import json
+import lzma
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 
 from svd_ds.data import foreign
 from svd_ds.data.foreign import NO_CAPTION, NOT_UTF8, OF_SEVERAL, Probed, choose_media, samples_in
+from svd_ds.data.indexing import index_folder
 from svd_ds.data.quarantine import Fault
 from svd_ds.data.reader import captions_of
 from svd_ds.data.sample import Sample
 from tests.unit.data.test_fuzz import picture
+from tests.videos import counting, encode
 
 IMAGE = picture(1, 8)
 Files = list[tuple[str, bytes]]
@@ -135,7 +141,13 @@ def test_annotations_of_several_jsons_are_merged(probe: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [AttributeError("x"), MemoryError(), RecursionError("deep"), SyntaxError("png")]
+    "error",
+    [
+        AttributeError("x"),
+        RecursionError("deep"),
+        SyntaxError("png"),
+        av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
 )
 def test_any_error_of_a_sample_is_its_refusal(
     probe: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -149,7 +161,75 @@ def test_any_error_of_a_sample_is_its_refusal(
 
     monkeypatch.setattr(foreign, "measure", measure)
     found, (fault,) = probe([("0.png", b"bad"), ("1.png", IMAGE)])
-    assert list(found) == ["a-1"] and fault.id == "a-0" and type(error).__name__ in fault.cause
+    assert list(found) == ["a-1"] and fault.id == "a-0"
+    assert type(error).__name__ in fault.cause or "cannot be decoded" in fault.cause
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_sample(
+    probe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(foreign, "measure", measure)
+    with pytest.raises(MemoryError, match=r"memory ran out while a\.tar was read"):
+        probe([("0.png", IMAGE)])
+
+
+def test_tars_that_were_joined_are_read_as_one(tmp_path: Path) -> None:
+    first, second = (
+        pack(tmp_path / f"{name}.tar", [(f"{name}.png", IMAGE), (f"{name}.txt", name.encode())])
+        for name in "ab"
+    )
+    bare = first.read_bytes().rstrip(b"\0")
+    bare += bytes(-len(bare) % 512)
+    for between in (bytes(0), bytes(512), bytes(1024), bytes(10240)):
+        path = tmp_path / "joined.tar"
+        path.write_bytes(bare + between + second.read_bytes())
+        items = [item for item in samples_in(path, "joined.tar", None) if isinstance(item, Probed)]
+        assert [item.sample.id for item in items] == ["joined-a", "joined-b"]
+        content = path.read_bytes()
+        for item, text in zip(items, (b"a", b"b"), strict=True):
+            offset, size = item.sample.members["txt"]
+            assert content[offset : offset + size] == text
+    path.write_bytes(first.read_bytes() + b"junk" * 300)
+    *kept, fault = samples_in(path, "joined.tar", None)
+    assert [type(item) for item in kept] == [Probed]
+    assert isinstance(fault, Fault) and "cannot be read to its end" in fault.cause
+
+
+def test_links_in_a_tar_are_told(tmp_path: Path) -> None:
+    with tarfile.open(pack(tmp_path / "a.tar", [("0.png", IMAGE)]), "a") as tar:
+        for number, kind in enumerate((tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE), 1):
+            entry = tarfile.TarInfo(f"{number}.png")
+            entry.type, entry.linkname = kind, "0.png"
+            tar.addfile(entry)
+    items = list(samples_in(tmp_path / "a.tar", "a.tar", None))
+    faults = {item.id: item.cause for item in items if isinstance(item, Fault)}
+    assert faults.keys() == {"1.png", "2.png", "3.png"} and "it is a link in the tar" in faults["1.png"]
+    assert len(items) == 4
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.xz"])
+def test_compressed_tars_are_told(tmp_path: Path, suffix: str) -> None:
+    whole = pack(tmp_path / "whole.tar", [("0.png", IMAGE)]).read_bytes()
+    compress = lzma.compress if suffix.endswith("xz") else gzip.compress
+    (tmp_path / f"packed.{suffix}").write_bytes(compress(whole))
+    found = index_folder(tmp_path, tmp_path, None, False, list)
+    assert [sample.id for sample in found.samples] == ["whole-0"]
+    (fault,) = found.faults
+    assert fault.shard == f"packed.{suffix}" and "it is compressed" in fault.cause
+
+
+def test_long_videos_that_do_not_say_when_frames_are_shown_are_refused(
+    probe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign, "MAX_COUNTED", 10)
+    with_b_frames = encode(counting(12), suffix="avi", options={"bf": "2"})
+    without = encode(counting(12), suffix="avi", options={"bf": "0"})
+    found, (fault,) = probe([("0.avi", with_b_frames), ("1.avi", without)])
+    assert list(found) == ["a-1"] and found["a-1"].sample.num_frames == 12
+    assert "it does not say when its frames are shown, and has more than 10" in fault.cause
 
 
 def test_files_of_macos_and_hidden_ones_are_no_members(tmp_path: Path, probe: Callable) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from svd_ds.data import foreign
-from svd_ds.data.clips import decode, open_video
+from svd_ds.data.decoding import decode, open_video
 from svd_ds.data.foreign import measure
 from svd_ds.data.timeline import clock_of, read_timeline
 from svd_ds.pixels.frame import to_rgb

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from svd_ds.curate.clips import ClipSettings
-from svd_ds.data.clips import decode, read_frames
+from svd_ds.data.clips import read_frames
+from svd_ds.data.decoding import decode
 from svd_ds.data.foreign import measure
 from svd_ds.pixels.frame import is_plain, is_turned, progressive, to_rgb
 from tests.curation import known_of

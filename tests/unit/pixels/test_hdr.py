@@ -12,7 +12,7 @@ import torch
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
 from svd_ds.curate.clips import ClipSettings
-from svd_ds.data.clips import decode
+from svd_ds.data.decoding import decode
 from svd_ds.pixels.frame import is_plain, to_rgb
 from svd_ds.pixels.hdr import TO_709, to_sdr
 from tests.curation import known_of

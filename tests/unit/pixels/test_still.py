@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from svd_ds.data.clips import decode
+from svd_ds.data.decoding import decode
 from svd_ds.pixels.frame import to_rgb
 from svd_ds.pixels.still import ORIENTATION, TRANSPOSITIONS, is_still, read_still
 from svd_ds.video import read_image
