@@ -94,13 +94,16 @@ def open_console(stderr: bool = False) -> Console:
 
 def print_line(text: str) -> None:
     """Print a line on stdout at once; raises nothing where nobody reads it."""
-    open_console().print(text, markup=False)
+    open_console().print(printable(text), markup=False)
 
 
 def printable(text: str) -> str:
-    """Replace what a terminal would obey rather than show: names of files come from strangers."""
+    """Replace what a terminal would obey rather than show, except ends of lines: names of files come from
+    strangers."""
     hidden = ("Cc", "Cf", "Cs")
-    return "".join("\ufffd" if unicodedata.category(char) in hidden else char for char in text)
+    return "".join(
+        "\ufffd" if char != "\n" and unicodedata.category(char) in hidden else char for char in text
+    )
 
 
 def print_error(error: BaseException | str, who: str = "") -> None:

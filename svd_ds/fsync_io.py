@@ -1,6 +1,6 @@
 """Durable files: on disk, and not only in the page cache, before a caller goes on; and readable errors.
 
-Every small file of a run is written here, and read here (JSON, YAML) or in json_lines.py. A file is replaced
+Every small file of a run is written here; small_files.py and json_lines.py read. A file is replaced
 atomically: a reader sees the old content or the new one, and a power cut leaves one of the two. An error
 names the file. What is damaged all the same is not deleted: `set_aside` keeps a copy next to the file.
 """
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -199,33 +198,3 @@ def set_aside(path: Path) -> Path:
         shutil.copyfile(path, copy)
     fsync_path(copy)
     return copy
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        ValueError: the content is no JSON; the message names the file.
-        OSError: the file cannot be read.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is no JSON ({_reason(error)})") from error
-
-
-def read_yaml(path: Path) -> Any:
-    """Parse a YAML file, without any object construction.
-
-    Raises:
-        ValueError: the content is no YAML; the message names the file.
-        OSError: the file cannot be read.
-    """
-    try:
-        return yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is no YAML ({_reason(error)})") from error
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svd_ds.fsync_io import replace_text, set_aside
+from svd_ds.small_files import read_regular
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_json_lines(
             names file and line.
         OSError: the file cannot be read.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = read_regular(path).split(b"\n") if path.exists() else []
     while lines and not lines[-1]:
         lines.pop()
     rows: list[dict[str, Any]] = []

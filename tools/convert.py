@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from svd_ds.door import run_door
-from svd_ds.fsync_io import read_json
+from svd_ds.door import print_line, run_door
 from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.decoder import load_decoder, save_parts
 from svd_ds.model.lora import save_lora
@@ -29,6 +28,7 @@ from svd_ds.model.sources import network_parameters
 from svd_ds.model.unet import UNetConfig
 from svd_ds.model.weights import load_unet, read_weights, write_weights
 from svd_ds.sample import frozen_folder, run_settings
+from svd_ds.small_files import read_json
 
 EXAMPLE = """examples:
   python tools/convert.py runs/small pipeline --layout diffusers
@@ -83,12 +83,12 @@ def verify(source: Path) -> None:
     damaged = []
     for folder in track(found, "verify", console=Console(stderr=True)):
         if SET_ASIDE in folder.name:
-            print(f"{folder}  set aside as damaged, and not used")
+            print_line(f"{folder}  set aside as damaged, and not used")
         elif damage := damage_in(folder):
             damaged.append(folder)
-            print(f"{folder}  damaged: {damage}")
+            print_line(f"{folder}  damaged: {damage}")
         else:
-            print(f"{folder}  whole")
+            print_line(f"{folder}  whole")
     if damaged:
         names = ", ".join(folder.name for folder in damaged)
         raise ValueError(f"{len(damaged)} of {len(found)} checkpoints in {source} are damaged: {names}")

@@ -26,7 +26,7 @@ from svd_ds.curate.pipeline import (
 from svd_ds.curate.raw import find_raw
 from svd_ds.curate.stages import Runner
 from svd_ds.data.shards import INDEX_NAME, Index
-from svd_ds.door import run_door
+from svd_ds.door import printable, run_door
 
 EXAMPLE = """examples:
   python tools/make_shards.py my_videos data/shards --length 2s --size 320 --hold-out 0.05
@@ -64,7 +64,7 @@ def main() -> None:
         finish(runner, settings, out)
     shutil.rmtree(work)
     for name, reason in refused(runner):
-        console.print(f"refused: {name}: {reason}", style="yellow", markup=False, highlight=False)
+        console.print(printable(f"refused: {name}: {reason}"), style="yellow", markup=False, highlight=False)
     print(summary(out, runner))
 
 

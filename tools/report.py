@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from svd_ds.door import run_door
+from svd_ds.door import print_line, run_door
 from svd_ds.evaluation.report import write_report
 
 EXAMPLE = """example:
@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or arguments.runs[0] / "report.html"
     for damage in write_report(arguments.runs, out):
-        print(f"warning: {damage}")
+        print_line(f"warning: {damage}")
     print(f"wrote {out}")
 
 

@@ -22,7 +22,8 @@ import wandb
 from wandb.wandb_agent import Agent, AgentProcess
 
 from svd_ds.door import print_line, run_door
-from svd_ds.fsync_io import read_json, replace_text, set_aside
+from svd_ds.fsync_io import replace_text, set_aside
+from svd_ds.small_files import read_json
 
 EXAMPLE = """slurm/sweep.sh calls it with the allocation's own values:
   wandb sweep conf/sweep/lr.yaml

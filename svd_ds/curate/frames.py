@@ -18,6 +18,7 @@ from av.video.frame import VideoFrame
 
 from svd_ds.data.clips import Box, fit
 from svd_ds.data.decoding import shown_stream
+from svd_ds.pixels.container import open_container
 from svd_ds.pixels.frame import is_turned, progressive, to_rgb
 
 MAX_GAP = 10.0
@@ -40,7 +41,7 @@ def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple
     number, held = -1, None
     size: tuple[int, int] | None = None
     try:
-        with av.open(str(path), mode="r") as container:
+        with open_container(path) as container:
             stream = shown_stream(container)
             stream.thread_type = "AUTO"
             clock = Clock(rate, counts=container.format.name == "avi")

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-from svd_ds.data.sidecar import CAPTION_KEYS, captions_in, clean_text, decode_text, is_number, parse_json
+from svd_ds.data.sidecar import CAPTION_KEYS, captions_in, clean_text, decode_text, parse_json
+from svd_ds.small_files import is_number
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 NAME_COLUMNS = (

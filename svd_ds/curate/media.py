@@ -13,6 +13,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from svd_ds.data.decoding import shown_stream
+from svd_ds.pixels.container import open_container
 from svd_ds.pixels.frame import HD_HEIGHT
 
 KEYFRAME_EVERY = 12
@@ -62,7 +63,7 @@ def copy_frames(path: Path, rate: Fraction, first: int, begin: int, end: int) ->
     its even clock (`probe.Packets`). None where the video does not give all of them.
     """
     buffer = io.BytesIO()
-    with av.open(str(path), mode="r") as source, av.open(buffer, mode="w", format="mp4") as target:
+    with open_container(path) as source, av.open(buffer, mode="w", format="mp4") as target:
         stream = shown_stream(source)
         assert stream.time_base is not None, "a stream with packets has a time base"
         copied = target.add_stream_from_template(stream)

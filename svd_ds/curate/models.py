@@ -11,11 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svd_ds.model.weight_files import check_files
+
 
 def load(kind: str, reader: str, folder: str, device: str) -> tuple[Any, Any]:
     """The model in `folder` and what prepares its input, as the transformers classes `kind` and `reader`.
 
-    Raises FileNotFoundError where it is no model's folder; what transformers raises where it is another's.
+    Raises FileNotFoundError where it is no model's folder, ValueError where an index leads out of it, and
+    what transformers raises where it is another's.
     """
     import transformers  # takes seconds, and curation may need none
 
@@ -23,6 +26,7 @@ def load(kind: str, reader: str, folder: str, device: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: it has no config.json")
+    check_files(Path(folder))
     network = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
     processor = getattr(transformers, reader).from_pretrained(folder, local_files_only=True)
     return network.to(device).eval(), processor

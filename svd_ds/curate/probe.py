@@ -21,6 +21,7 @@ from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
 from svd_ds.data.decoding import shown_stream
 from svd_ds.data.timeline import usual_rate
+from svd_ds.pixels.container import open_container
 from svd_ds.pixels.frame import is_plain
 from svd_ds.pixels.still import read_still
 
@@ -97,7 +98,7 @@ def probe_image(path: Path) -> Row:
 def probe_video(path: Path) -> Row:
     """Raises ValueError where it has no video, no frame rate, one frame, or a first frame that is no use."""
     try:
-        with av.open(str(path), mode="r") as container:
+        with open_container(path) as container:
             stream = shown_stream(container)
             packets = read_packets(container, stream)
             container.seek(stream.start_time or 0, stream=stream)

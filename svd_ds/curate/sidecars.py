@@ -14,10 +14,10 @@ from svd_ds.data.sidecar import (
     annotations_in,
     captions_in,
     clean_text,
-    is_number,
     parse_json,
     text_in,
 )
+from svd_ds.small_files import is_number
 
 FILE_NAME = "name"
 """The captioner of a file that has no caption: its name stands in."""

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svd_ds.data.decoding import decode
-from svd_ds.data.sample import MAX_PIXELS
 from svd_ds.pixels.frame import to_rgb
+from svd_ds.pixels.still import MAX_PIXELS
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +10,12 @@ from typing import Any
 import av
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from PIL import Image
 
-from svd_ds.data.sample import MAX_PIXELS
 from svd_ds.data.timeline import Timeline, read_timeline
+from svd_ds.pixels.container import open_container
 from svd_ds.pixels.frame import progressive
-from svd_ds.pixels.still import is_still, read_still
+from svd_ds.pixels.still import MAX_PIXELS, TooLargeError, is_still, read_still, too_large
 
-PADDING = 2**20
-"""Pixels that libav may add to a frame of its own: it counts whole blocks."""
 MAX_COUNTED = 3000
 """Frames of a video whose packets have no times: to find one, all before it are decoded."""
 
@@ -81,26 +76,25 @@ def open_video(content: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[A
     # stand from their decoding order. An mp4's header tells it, unless the file is in fragments.
     blindly = content[4:8] == b"ftyp" and b"moof" not in content
     options = {"skip_frame": "all"} if blindly else {}
-    limit = {"max_pixels": str(max_pixels + PADDING)}
-    with av.open(io.BytesIO(content), mode="r", options=options | limit) as container:
-        stream = shown_stream(container)
-        if stream.width * stream.height > max_pixels:
-            raise ValueError(_too_large(stream.height, stream.width, max_pixels))
+    with open_container(content, max_pixels, options) as container:
+        stream = shown_stream(container, max_pixels)
         stream.thread_count = 1
-        stream.codec_context.options = limit
         yield container, stream
 
 
-def shown_stream(container: Any) -> Any:
+def shown_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
     """The video stream that a player shows: the default one, then the largest; no cover picture of a song.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or its frames have more than `max_pixels`.
     """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         raise ValueError("it has no video stream")
-    return max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
+    shown = max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
+    if shown.width * shown.height > max_pixels:
+        raise too_large(shown.height, shown.width, max_pixels)
+    return shown
 
 
 def _at(times: Sequence[int], frames: Iterable[VideoFrame], timeline: Timeline) -> Iterator[VideoFrame]:
@@ -132,29 +126,11 @@ def _nth(wanted: Sequence[int], frames: Iterable[VideoFrame]) -> Iterator[VideoF
                 return
 
 
-def _check_still(content: bytes, max_pixels: int) -> None:
-    """Raises ValueError for an image whose header claims more pixels: decoders would allocate them first."""
-    try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            width, height = Image.open(io.BytesIO(content)).size
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the file is not decoded ({error})") from error
-    except Exception:
-        return  # The decoder says what is wrong with it.
-    if width * height > max_pixels:
-        raise ValueError(_too_large(height, width, max_pixels))
-
-
-def _too_large(height: int, width: int, max_pixels: int) -> str:
-    return (
-        f"the file claims {height} x {width} pixels, and its frames may have {max_pixels}: it is not decoded"
-    )
-
-
 def _decode_still(content: bytes, wanted: Sequence[int], max_pixels: int) -> Iterator[VideoFrame]:
-    _check_still(content, max_pixels)
     try:
-        frame = VideoFrame.from_ndarray(read_still(content), format="rgb24")
+        frame = VideoFrame.from_ndarray(read_still(content, max_pixels), format="rgb24")
+    except TooLargeError:
+        raise
     except ValueError as error:
         raise ValueError(f"the file cannot be decoded: {error}") from error
     for found, number in enumerate(wanted):

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from svd_ds.data.motion import MAX_BUCKET, MotionMap
-from svd_ds.data.sidecar import is_number
+from svd_ds.pixels.still import MAX_PIXELS
+from svd_ds.small_files import is_number
 
 FORMAT = "svd_ds shards"
 VERSION = 1
@@ -30,9 +31,6 @@ MAX_TEXT = 2**24
 """Bytes of a caption, or of a sample's json."""
 TAR_BLOCK = 512
 """Bytes: a tar's members begin at multiples of it, after a header of that size."""
-MAX_PIXELS = 89_478_485
-"""Pixels a frame: the limit at which Pillow warns of a decompression bomb, a quarter GiB of RGB. A frame of
-8K video has 33 million."""
 MAX_SIDE = 65_535
 MAX_FRAMES = 2**31
 MAX_BYTES = 2**62

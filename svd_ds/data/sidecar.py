@@ -6,9 +6,10 @@ Every text that this module returns can be encoded as UTF-8; every number is fin
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
+
+from svd_ds.small_files import is_number
 
 CAPTION_KEYS = ("captions", "caption", "text", "texts", "prompt", "prompts", "title", "description")
 """Names under which a json has its captions, the preferred ones first; upper and lower case are the same."""
@@ -97,16 +98,6 @@ def annotations_in(about: Any) -> tuple[dict[str, float], int]:
     given = {clean_text(str(name)): value for name, value in values.items() if value is not None}
     kept = {name: value for name, value in given.items() if is_number(value)}
     return kept, len(given) - len(kept)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is an int or a float that a float can hold: neither a bool, nor NaN, nor infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def _captions(value: Any, captioner: str, depth: int) -> Iterator[tuple[str, str]]:

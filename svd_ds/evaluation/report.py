@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from svd_ds.evaluation import fixed_set
 from svd_ds.evaluation.charts import Chart, Curve, colours, draw, draw_small, smoothed
 from svd_ds.evaluation.runs import Run, read_runs, short_names
-from svd_ds.fsync_io import read_json, replace_text
+from svd_ds.fsync_io import replace_text
+from svd_ds.small_files import is_number, read_json, read_regular
 
 MAX_SAMPLED_STEPS = 6
 """Sampled steps shown, evenly chosen, the newest always: videos make the file large."""
@@ -26,6 +28,11 @@ MAX_COMPARED_STEPS = 2
 """The same, of several runs."""
 MAX_SHEETS = 3
 """Runs side by side that leave room for a sheet of frames each."""
+
+MAX_MEDIA = 2**28
+"""Bytes of a picture or a video."""
+PNG_MARK, MP4_MARK = (0, b"\x89PNG\r\n\x1a\n"), (4, b"ftyp")
+"""Where a file of this kind has which bytes."""
 
 CHARTS = {
     "loss": ("Training loss", "weighted error", True),
@@ -189,11 +196,21 @@ def _samples(run: Run, steps: Sequence[int]) -> dict[int, Sample]:
     for step in steps:
         if (folder := run.sample_folders.get(step)) is not None:
             sheet = folder / "contact_sheet.png"
-            videos = {path.stem: _base64(path) for path in sorted(folder.glob("*.mp4"))}
+            videos = {path.stem: _base64(path, MP4_MARK) for path in sorted(folder.glob("*.mp4"))}
             measures = folder / "measures.json"
             measured = read_json(measures) if measures.is_file() else {}
-            samples[step] = Sample(_base64(sheet) if sheet.is_file() else None, videos, measured)
+            samples[step] = Sample(
+                sheet=_base64(sheet, PNG_MARK) if sheet.exists() else None,
+                videos=videos,
+                measured=_numbers(measures, measured),
+            )
     return samples
+
+
+def _numbers(path: Path, values: Any) -> dict[str, float]:
+    if not isinstance(values, dict) or not all(map(is_number, values.values())):
+        raise ValueError(f"{path} is damaged: it must hold numbers by name")
+    return values
 
 
 def _clips(samples: Sequence[dict[int, Sample]], step: int) -> list[str]:
@@ -201,5 +218,14 @@ def _clips(samples: Sequence[dict[int, Sample]], step: int) -> list[str]:
     return sorted({name for of_run in samples if step in of_run for name in of_run[step].videos})
 
 
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode("ascii")
+def _base64(path: Path, mark: tuple[int, bytes]) -> str:
+    """A picture or video in base64.
+
+    Raises:
+        ValueError: it is another file, as where it is a link to one: a report is handed on.
+    """
+    content = read_regular(path, MAX_MEDIA)
+    begin, expected = mark
+    if content[begin : begin + len(expected)] != expected:
+        raise ValueError(f"{path} is no {path.suffix.removeprefix('.').upper()} file")
+    return base64.b64encode(content).decode("ascii")

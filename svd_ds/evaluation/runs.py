@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from svd_ds.credentials import redact_tree
-from svd_ds.fsync_io import read_yaml
 from svd_ds.json_lines import read_json_lines
+from svd_ds.small_files import is_number, read_yaml
 
 Row = dict[str, Any]
+STEP = re.compile(r"step-[0-9]{1,15}")
+"""Name of the folder of a step's samples."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Run:
     """A sentence for each of its files that is damaged: the report lacks what cannot be read."""
 
     def column(self, key: str) -> list[float]:
-        """One number a line of the metrics, NaN where a line lacks it."""
-        return [float(line[key]) if line.get(key) is not None else math.nan for line in self.metrics]
+        """One number a line of the metrics, NaN where a line has no finite number."""
+        return [float(line[key]) if is_number(line.get(key)) else math.nan for line in self.metrics]
 
 
 def read_run(path: Path) -> Run:
@@ -48,7 +50,7 @@ def read_run(path: Path) -> Run:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} has no {name}, so it is not the folder of a run that has begun")
     samples = path / "samples"
-    folders = sorted(samples.glob("step-*")) if samples.is_dir() else []
+    folders = [path for path in sorted(samples.glob("step-*")) if STEP.fullmatch(path.name)]
     config = read_yaml(path / "config.yaml")
     if not isinstance(config, dict):
         raise ValueError(f"{path / 'config.yaml'} is damaged: it is no config of a run")
@@ -84,12 +86,23 @@ def short_names(names: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _has_step(row: Row) -> bool:
-    return type(row.get("step")) is int
+    counts = (row.get(name, 0) for name in ("samples", "skipped"))
+    return type(row.get("step")) is int and all(type(count) is int for count in counts)
 
 
 def _is_evaluation(row: Row) -> bool:
-    lists = ("sigma", "loss", "loss_average", "grad_norm")
-    return _has_step(row) and all(isinstance(row.get(name), list) for name in lists)
+    by_sigma = [row.get(name) for name in ("sigma", "loss", "loss_average", "grad_norm")]
+    by_frame = [row.get(name) for name in ("loss_by_frame", "grad_norm_by_frame")]
+    return (
+        _has_step(row)
+        and {"samples", "set", "clips"} <= row.keys()
+        and all(isinstance(each, list) and all(map(_is_real, each)) for each in (*by_sigma, *by_frame))
+        and len({len(each) for each in by_sigma if each}) == 1
+    )
+
+
+def _is_real(value: Any) -> bool:
+    return is_number(value) or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:

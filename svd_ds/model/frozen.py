@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from svd_ds.fsync_io import read_json
+from svd_ds.model.weight_files import check_files
+from svd_ds.small_files import read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -34,6 +35,7 @@ def load_frozen(
         weights = [file.name for file in folder.glob("*.safetensors")]
         if not weights:
             raise FileNotFoundError(f"{folder} holds no *.safetensors weights")
+        check_files(folder)
         if all(".fp16." in name for name in weights):
             options["variant"] = "fp16"
     network: nn.Module = from_pretrained(kind, path, part, **options)

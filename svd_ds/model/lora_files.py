@@ -21,13 +21,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from svd_ds.fsync_io import read_json
 from svd_ds.model.names import LAYOUTS, ORIGINAL_PREFIX, public_modules
-from svd_ds.model.slices import Piece, tensors_of
+from svd_ds.model.slices import Piece, is_finite, tensors_of
 from svd_ds.model.unet import UNetConfig
+from svd_ds.small_files import is_number, read_json
 
 HEADER = "lora_adapter_metadata"
 """Where diffusers keeps PEFT's settings in a file."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's settings next to its file."""
+OTHER_SETTINGS = ("use_dora", "use_qalora", "fan_in_fan_out", "alora_invocation_tokens")
+"""Settings of PEFT with which an adapter is not W + B A."""
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names in a folder of adapters: diffusers' and PEFT's."""
 WRAPPERS = ("unet.", "base_model.", ORIGINAL_PREFIX, "model.", "diffusion_model.", "module.", "_orig_mod.")
@@ -94,7 +98,9 @@ def read_lora(path: Path, config: UNetConfig, shapes: Mapping[str, Sequence[int]
             )
         wanted = (shape[0] // num_parts, shape[1])
         a, b = _matrices(path, halves, wanted)
-        alpha = float(alphas[written].read()) if written in alphas else _alpha(settings, name, len(a))
+        alpha = (
+            _alpha_of(path, alphas[written]) if written in alphas else _alpha(path, settings, name, len(a))
+        )
         update = Update(written, part, num_parts, a, b, alpha)
         updates.setdefault(f"{module}.weight", []).append(update)
     return updates
@@ -139,6 +145,9 @@ def _matrices(path: Path, halves: Mapping[str, Piece], wanted: tuple[int, int]) 
         raise ValueError(f"{path} holds {piece.name} without its other half")
     # kohya writes the 1 x 1 convolutions that older networks have in place of linear layers.
     a, b = (halves[half].read().flatten(1) for half in "AB")
+    for half, found in (("A", a), ("B", b)):
+        if not is_finite(found):
+            raise ValueError(f"{path}: {halves[half].name} has a value that is not finite")
     for half, found, fitting in (("A", a, (len(a), wanted[1])), ("B", b, (wanted[0], len(a)))):
         if tuple(found.shape) != fitting:
             raise ValueError(
@@ -171,16 +180,44 @@ def _public(written: str) -> str:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """PEFT's settings: of the file's header, or of the adapter_config.json that PEFT writes next to it."""
+    """PEFT's settings: of the file's header, or of the adapter_config.json that PEFT writes next to it.
+
+    Raises:
+        ValueError: they are no JSON object, or of another kind of adapter.
+    """
     with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-    settings = {key.removeprefix("unet."): value for key, value in header.items()}
-    config = path.with_name("adapter_config.json")
-    return read_json(config) if not settings and config.is_file() else settings
+        written = (file.metadata() or {}).get(HEADER, "{}")
+    where, beside = path, path.with_name(ADAPTER_CONFIG)
+    try:
+        settings = json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a header {HEADER} that is no JSON: {error}") from error
+    if not settings and beside.is_file():
+        where, settings = beside, read_json(beside)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} has no settings of adapters by name")
+    settings = {key.removeprefix("unet."): value for key, value in settings.items()}
+    if other := next((key for key in OTHER_SETTINGS if settings.get(key)), None):
+        raise ValueError(f"{where} has {other}: such adapters are no plain LoRA, and not read")
+    return settings
 
 
-def _alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
+def _alpha(path: Path, settings: Mapping[str, Any], name: str, rank: int) -> float:
     """By PEFT's settings; without any, alpha is the rank."""
-    by_module = settings.get("alpha_pattern") or {}
-    alpha = float(by_module.get(name, settings.get("lora_alpha", rank)))
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path}: alpha_pattern is {str(patterns)[:40]}, and must be an object")
+    # PEFT takes the end of a module's name as well.
+    fitting = (value for key, value in patterns.items() if f".{name}".endswith(f".{_public(key)}"))
+    alpha = next(fitting, settings.get("lora_alpha", rank))
+    if not is_number(alpha):
+        raise ValueError(f"{path}: the alpha of {name} is {str(alpha)[:40]}, and must be a finite number")
+    return float(alpha) * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
+
+
+def _alpha_of(path: Path, piece: Piece) -> float:
+    """From kohya's tensor of one number."""
+    value = piece.read()
+    if value.numel() != 1 or not value.isfinite():
+        raise ValueError(f"{path}: {piece.name} has the shape {piece.shape}, and must be one finite number")
+    return float(value)

@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from svd_ds.fsync_io import read_json
+from svd_ds.small_files import read_json
 
 COMPLETE = "COMPLETE"
 """File name of the manifest, which a checkpoint gets last."""

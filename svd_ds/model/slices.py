@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svd_ds.fsync_io import read_json
 from svd_ds.model.averages import Profile, weights_of
 from svd_ds.model.lives import complete_checkpoints, manifest_or_none, newest_checkpoint
 from svd_ds.model.manifest import check_whole, folders_of
+from svd_ds.small_files import check_regular, read_json
 
 NETWORKS = ("unet", "decoder")
 """What a run may train, as its checkpoints call it."""
@@ -198,6 +198,7 @@ def join_slices(pieces: Sequence[Piece | Blend], shape: torch.Size) -> Tensor:
 
 def tensors_of(path: Path) -> dict[str, Piece]:
     """Every tensor in a safetensors file, by name. ValueError where it is none."""
+    check_regular(path)
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:

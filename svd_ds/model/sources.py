@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +16,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from svd_ds.fsync_io import read_json
 from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
 from svd_ds.model.lora import LoraConfig, add_lora, is_adapter, low_rank_update
 from svd_ds.model.names import ORIGINAL_PREFIX, from_public, public_modules, public_names, to_public
-from svd_ds.model.slices import Blend, Piece, join_slices, network_of, open_checkpoint, tensors_of
+from svd_ds.model.slices import Blend, Piece, is_finite, join_slices, network_of, open_checkpoint, tensors_of
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.model.weight_files import diffusers_files
+from svd_ds.small_files import read_json
 
 CONFIG_KEY = "svd_ds.config"
 """Where a single file of ours keeps its config: shapes alone do not tell how wide a head is."""
@@ -65,7 +67,7 @@ class Source:
         if self.flat:
             tensor = join_slices(self.pieces[name], network_parameters(self.config, self.lora)[name].shape)
         else:
-            tensor = from_public(name, torch.cat([piece.read() for piece in self.pieces[name]]))
+            tensor = from_public(name, torch.cat([_read_sound(piece) for piece in self.pieces[name]]))
         # Inputs that the network has and the disk does not are last in our weights' last dimension.
         return F.pad(tensor, (0, shape[-1] - tensor.shape[-1])).contiguous()
 
@@ -132,6 +134,20 @@ class Source:
             )
 
 
+def _read_sound(piece: Piece | Blend) -> Tensor:
+    """A tensor of a public file. Raises ValueError where its values cannot be weights."""
+    tensor = piece.read()
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{piece.path}: {piece.name} has the type {tensor.dtype}: weights of integers "
+            "(quantised ones) are not read"
+        )
+    # Types of 8 bits have no arithmetic.
+    if not is_finite(tensor.float() if tensor.element_size() == 1 else tensor):
+        raise ValueError(f"{piece.path}: {piece.name} has a value that is not finite")
+    return tensor
+
+
 class Parameter(NamedTuple):
     shape: torch.Size
     tag: str
@@ -168,8 +184,10 @@ def open_source(path: Path, which: str | None) -> Source:
 
 def _open_checkpoint(path: Path, which: str | None) -> Source:
     settings, pieces = open_checkpoint(path, "unet", which)
-    config = UNetConfig(**settings["config.json"])
-    lora = LoraConfig(**settings["lora.json"]) if "lora.json" in settings else None
+    with _errors_of(path / "unet" / "config.json"):
+        config = UNetConfig(**settings["config.json"])
+    with _errors_of(path / "unet" / "lora.json"):
+        lora = LoraConfig(**settings["lora.json"]) if "lora.json" in settings else None
     return Source(path, config, pieces, flat=True, lora=lora)
 
 
@@ -183,30 +201,43 @@ def _open_original(path: Path) -> Source:
     }
     with safe_open(path, framework="pt") as file:
         written = (file.metadata() or {}).get(CONFIG_KEY)
-    try:
+    with _errors_of(path):
         if written:
             config = UNetConfig(**json.loads(written))
         else:
             config = config_from_original({name: piece.shape for name, piece in tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return _public_source(path, config, "original", tensors)
 
 
 def _open_diffusers(folder: Path) -> Source:
     fields = read_json(folder / "config.json")
-    try:
+    with _errors_of(folder / "config.json"):
         config = config_from_diffusers(fields)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     found: dict[str, Piece] = {}
-    for file in _diffusers_files(folder):
+    for file in diffusers_files(folder):
         found |= tensors_of(file)
     prefix = _prefix(folder, found, "conv_in.weight", "")
     tensors = {name.removeprefix(prefix): piece for name, piece in found.items()}
     # An image UNet has no temporal half beside its residual blocks, so it does not name the spatial one.
     infix = "spatial_res_block." if fields["_class_name"] == IMAGE_CLASS else ""
     return _public_source(folder, config, "diffusers", tensors, leave_out=infix)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Name `path` in what a description of a network that is none raises.
+
+    Raises:
+        ValueError: in place of whatever is raised inside.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    # Of another type than a network's description has, or with names that this version does not know.
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ZeroDivisionError) as error:
+        told = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} describes no network that svd_ds knows: {told}") from error
 
 
 def _prefix(path: Path, names: Iterable[str], first_layer: str, usual: str) -> str:
@@ -223,40 +254,6 @@ def _prefix(path: Path, names: Iterable[str], first_layer: str, usual: str) -> s
             f"layout; its first tensor is {min(names, default='missing')}"
         )
     return usual if usual in found else min(found, key=len)
-
-
-def _diffusers_files(folder: Path) -> list[Path]:
-    """The one file, or the several of an index; else those of the one variant (fp16) that is there."""
-    stem = "diffusion_pytorch_model"
-    if (whole := folder / f"{stem}.safetensors").exists():
-        return [whole]
-    if (index := folder / f"{stem}.safetensors.index.json").exists():
-        return _files_of_index(index)
-    # diffusers names a variant's index NAME.safetensors.index.fp16.json; older versions moved the fp16.
-    indices = sorted(folder.glob(f"{stem}*.index*.json"))
-    parts = {file for index in indices for file in _files_of_index(index)}
-    variants = [*indices, *sorted(set(folder.glob(f"{stem}.*.safetensors")) - parts)]
-    if len(variants) != 1:
-        pickles = ", ".join(file.name for file in sorted(folder.glob("*.bin")))
-        others = f"; {pickles} is a pickle, which is not read" if pickles else ""
-        names = ", ".join(file.name for file in variants) or "none"
-        raise ValueError(
-            f"{folder} needs one {stem}.safetensors, its index, or one variant of these, "
-            f"and has {names}{others}"
-        )
-    return _files_of_index(variants[0]) if indices else variants
-
-
-def _files_of_index(index: Path) -> list[Path]:
-    content = read_json(index)
-    try:
-        names = sorted({str(name) for name in content["weight_map"].values()})
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} has no weight_map: it is no index of weights") from None
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{index} lists {name}, which is no file in {index.parent}")
-    return [index.parent / name for name in names]
 
 
 def _public_source(

@@ -7,10 +7,13 @@ shards and of a first frame agree.
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from svd_ds.small_files import read_regular
 
 ORIENTATION = 0x0112
 """EXIF tag (CIPA DC-008, 4.6.5): how the stored rows and columns are to be shown."""
@@ -23,8 +26,24 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Formats that are read. Pillow knows others that make it start a program (EPS), or open what they name."""
+MAX_PIXELS = 89_478_485
+"""Pixels a picture or frame: the limit at which Pillow warns of a decompression bomb, a quarter GiB of RGB. A
+frame of 8K video has 33 million."""
+HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 BACKGROUND = 255
 """Level of the white on which transparent pixels are shown, as browsers show them."""
+
+
+class TooLargeError(ValueError):
+    """A file claims frames of more pixels than it may have: it is not decoded."""
+
+
+def too_large(height: int, width: int, max_pixels: int) -> TooLargeError:
+    return TooLargeError(
+        f"the file claims {height} x {width} pixels, and its frames may have {max_pixels}: it is not decoded"
+    )
 
 
 def is_still(content: bytes) -> bool:
@@ -34,7 +53,7 @@ def is_still(content: bytes) -> bool:
     )
 
 
-def read_still(source: Path | bytes) -> np.ndarray:
+def read_still(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file as it is shown: uint8 sRGB, (H, W, 3).
 
     The EXIF orientation is applied, transparent pixels are composited on white, 16 bits a channel are scaled
@@ -42,21 +61,32 @@ def read_still(source: Path | bytes) -> np.ndarray:
 
     Args:
         source: a path, or the file's bytes.
+        max_pixels: of the image; a file that claims more is refused before anything is decoded.
 
     Raises:
         ValueError: the file is no image that can be read; the caller adds its name.
     """
+    content = source if isinstance(source, bytes) else read_regular(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _opened(content) as image:
+            if image.width * image.height > max_pixels:
+                raise too_large(image.height, image.width, max_pixels)
             image.load()
             orientation = _orientation(image)
             shown = _to_srgb(_to_eight_bits(image))
         if orientation in TRANSPOSITIONS:
             shown = shown.transpose(TRANSPOSITIONS[orientation])
         return np.array(shown)
+    except TooLargeError:
+        raise
     # Pillow's decoders raise SyntaxError, struct.error, DecompressionBombError and others on damaged files.
     except Exception as error:
-        raise ValueError(f"it cannot be read as an image ({_reason(error)})") from error
+        raise ValueError(f"it cannot be read as an image ({_reason(error, content)})") from error
+
+
+def _opened(content: bytes) -> Image.Image:
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -112,5 +142,9 @@ def _converted(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
     return converted or image
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, content: bytes) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        if content[4:8] == b"ftyp" and content[8:12] in HEIC:
+            return "it is HEIC; convert it to JPEG or PNG"
+        return f"it is none of {', '.join(FORMATS)}"
     return " ".join(str(error).split()) or type(error).__name__

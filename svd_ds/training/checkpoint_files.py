@@ -10,10 +10,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svd_ds.fsync_io import read_json
 from svd_ds.model.slices import SliceFiles, slice_name
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
+from svd_ds.small_files import read_json
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress

@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 from svd_ds.credentials import redact_tree
-from svd_ds.fsync_io import read_yaml, replace_text, set_aside
+from svd_ds.fsync_io import replace_text, set_aside
 from svd_ds.json_lines import rewrite_json_lines
+from svd_ds.small_files import read_yaml
 
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
 # is; and the guard's bounds, so that a run that it ended can go on. Where its data are as well: the cursor of

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from svd_ds.credentials import redact
-from svd_ds.door import open_console
+from svd_ds.door import open_console, printable
 from svd_ds.fsync_io import LineFile, append_row
 from svd_ds.settings import Settings, choice, number, text
 from svd_ds.training.evaluate import Measured
@@ -125,6 +125,7 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """A line for the person, above the bar and in the log file."""
+        text = printable(text)
         self.console.print(text, markup=False)
         self._keep(text)
 

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svd_ds.credentials import redact
-from svd_ds.fsync_io import create_text, read_json, replace_text
+from svd_ds.fsync_io import create_text, replace_text
 from svd_ds.parallel.env import attempt
+from svd_ds.small_files import read_json
 from svd_ds.training.folder import RunFolder
 
 FINISHED = "finished"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from svd_ds.data.cursor import Cursor
-from svd_ds.fsync_io import read_json
+from svd_ds.small_files import read_json
 from svd_ds.training.guard import GuardState
 
 

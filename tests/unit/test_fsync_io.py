@@ -8,16 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svd_ds.fsync_io import (
-    LineFile,
-    fsync_path,
-    read_json,
-    read_yaml,
-    replace_text,
-    set_aside,
-    write_tensors,
-    write_text,
-)
+from svd_ds.fsync_io import LineFile, fsync_path, replace_text, set_aside, write_tensors, write_text
+from svd_ds.small_files import read_json, read_yaml
 
 
 def test_slices_of_a_buffer_are_written_with_their_folder(tmp_path: Path) -> None:

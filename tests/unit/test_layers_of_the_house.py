@@ -13,6 +13,7 @@ PACKAGE = ROOT / "svd_ds"
 FLOORS = {
     "credentials": -1,
     "fsync_io": -1,
+    "small_files": -1,
     "svd_ds": 0,
     "allocator": 0,
     "batch": 0,

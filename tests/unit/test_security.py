@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import pickle
 import re
 import sys
+import tarfile
 from collections.abc import Callable
+from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from svd_ds.compose import compose
 from svd_ds.curate import craft, embed
-from svd_ds.door import print_error
+from svd_ds.curate.media import encode_still
+from svd_ds.curate.select import Clip
+from svd_ds.data.foreign import Probed, samples_in
+from svd_ds.data.quarantine import Fault
+from svd_ds.door import print_error, print_line
+from svd_ds.evaluation.data_card import write_card
 from svd_ds.evaluation.report import write_report
-from svd_ds.fsync_io import read_json, read_yaml
 from svd_ds.model.weights import load_unet
+from svd_ds.small_files import read_json, read_yaml
 from svd_ds.training.folder import RunFolder
+from svd_ds.training.metrics import LoggerConfig, Metrics
+from tests.unit.data.test_reader import picture
+
+PICTURE = picture(0, 16)
 
 
 class Exploit:
@@ -99,7 +115,61 @@ def test_markup_in_names_and_values_is_text_in_a_report(tmp_path: Path) -> None:
     write_report([run], tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
     assert "alert(2)" in html, "the setting is shown"
-    assert not re.search(r"<script>alert|<img src=x|</style><script", html)
+    assert Code(html).found == []
+
+
+class Code(HTMLParser):
+    """Where a page has code: its script elements and its event attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [tag] if tag in ("script", "iframe", "object", "embed") else []
+        self.found += [name for name, value in attrs if name.startswith("on") or "script:" in str(value)]
+
+
+ATTACK = (
+    """--></title></table><script>alert(1)</script><img src=x onerror=alert(2)>" onload="alert(3) $\\foo{$"""
+)
+
+
+def test_markup_of_strangers_is_text_in_a_data_card(tmp_path: Path) -> None:
+    (tmp_path / "clip.jpg").write_bytes(encode_still(np.zeros((32, 32, 3), np.uint8)))
+    clips = [
+        Clip(
+            id=ATTACK, video=ATTACK, start_frame=0, end_frame=1, fps=24, height=32, width=32,
+            method="encoded", media="clip.jpg", motion=0.5, annotations={ATTACK: number},
+            captions={ATTACK: ATTACK}, elevation=None, reason=reason,
+        )
+        for number, reason in ((1.0, None), (2.0, f"{ATTACK}: {ATTACK}"), (3.0, None))
+    ]  # fmt: skip
+    write_card(clips, [(ATTACK, ATTACK)], 1, [ATTACK], tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("alert(1)") > 5, "it is shown"
+    assert Code(html).found == []
+    assert Code(f"<p>{ATTACK}</p><a href='javascript:1'>").found == ["script", "onerror", "href"]
+
+
+@pytest.mark.parametrize("name", ["contact_sheet.png", "video-0.mp4", "measures.json"])
+@pytest.mark.timeout(30)
+def test_a_link_in_a_run_brings_no_other_file_into_its_report(tmp_path: Path, name: str) -> None:
+    run, secret = tmp_path / "run", tmp_path / "id_rsa"
+    folder = run / "samples" / "step-0000001"
+    folder.mkdir(parents=True)
+    secret.write_text("PRIVATE KEY")
+    (run / "config.yaml").write_text("a: 1\n")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    for target in (secret, Path("/dev/zero")):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+        if name == "measures.json" and target != secret:
+            continue  # no file: there are no measures
+        with pytest.raises(ValueError, match=re.escape(name)):
+            write_report([run], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("name", ["report.html.jinja", "data_card.html.jinja"])
@@ -113,6 +183,62 @@ def test_control_sequences_of_a_name_do_not_reach_the_terminal(capsys: pytest.Ca
     printed = capsys.readouterr().err
     assert "file" in printed and "name" in printed and "视频" in printed
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", printed)
+
+
+def test_control_sequences_do_not_reach_the_terminal_by_other_lines(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    attack = "\x1b]0;owned\x07\x1b[2Jfile \x9b31m\u202e.mp4"
+    print_line(f"warning: {attack}")
+    folder = RunFolder(tmp_path)
+    folder.open({}, 0)
+    with Metrics(folder, LoggerConfig(wandb="disabled"), {}, 1, 0) as metrics:
+        metrics.say(attack)
+    shown = capsys.readouterr().out + (folder.logs / "train.log").read_text()
+    assert shown.count("owned") == 3 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
+
+
+TARS = {
+    "symlink": (tarfile.SYMTYPE, "/etc/passwd"),
+    "hard link": (tarfile.LNKTYPE, "other.mp4"),
+    "device": (tarfile.CHRTYPE, ""),
+    "pipe": (tarfile.FIFOTYPE, ""),
+    "folder": (tarfile.DIRTYPE, ""),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", TARS)
+def test_members_that_are_no_files_are_neither_read_nor_made(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("a.tar", "w") as tar:
+        for name in ("a.mp4", "../b.mp4", f"{tmp_path}/c.mp4"):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = TARS[kind]
+            tar.addfile(entry)
+    assert list(samples_in(Path("a.tar"), "a.tar", None)) == []
+    assert os.listdir() == ["a.tar"] and not (tmp_path.parent / "b.mp4").exists()
+
+
+def test_names_of_members_lead_nowhere(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("../b.png", f"{tmp_path}/c.png"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(PICTURE)
+            tar.addfile(entry, io.BytesIO(PICTURE))
+    found = list(samples_in(tmp_path / "a.tar", "a.tar", None))
+    assert [type(each) for each in found] == [Probed, Probed], "their pixels are read where they are"
+    assert os.listdir(tmp_path) == ["a.tar"] and not (tmp_path.parent / "b.png").exists()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_is_not_unpacked(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """A gibibyte of zeros has a mebibyte in it."""
+    (tmp_path / "a.tar").write_bytes(pack(bytes(2**24)))
+    (found,) = samples_in(tmp_path / "a.tar", "a.tar", None)
+    assert isinstance(found, Fault) and "the tar cannot be read" in found.cause
 
 
 def test_only_known_places_unpickle_start_a_shell_or_trust_remote_code() -> None:

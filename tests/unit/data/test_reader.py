@@ -20,9 +20,9 @@ from svd_ds.data import latents, reader
 from svd_ds.data.clips import read_frames
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
-from svd_ds.data.sample import MAX_PIXELS
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
+from svd_ds.pixels.still import MAX_PIXELS
 from tests.unit.data.test_fuzz import ABOUT, picture, write
 from tests.videos import about, encode, moving_square
 

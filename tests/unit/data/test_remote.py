@@ -271,3 +271,25 @@ def test_whatever_a_storage_client_raises_is_told(tmp_path: Path) -> None:
         OSError, match=r"^s3://a/b/index\.jsonl cannot be fetched: ClientError: Access Denied$"
     ):
         folder.index()
+
+
+class Redirect(Quiet):
+    """Answers every request with a redirection to a file of the client's machine."""
+
+    target = ""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", f"file://{self.target}/{self.path.rpartition('/')[2]}")
+        self.end_headers()
+
+
+def test_a_server_cannot_redirect_to_local_files(shards: Path, tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("_", (Redirect,), {"target": str(shards)}))
+    threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True).start()
+    try:
+        with pytest.raises(OSError, match=r"^http://127\.0\.0\.1:\d+/index\.jsonl cannot be fetched: "):
+            ids(f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,179 @@
+"""Files of weights from strangers: where an index may lead, and headers that are no sound ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLTemporalDecoder
+from safetensors.torch import save_file
+from transformers import CLIPVisionModelWithProjection
+
+from svd_ds.curate.models import load
+from svd_ds.model.frozen import load_frozen
+from svd_ds.model.lora_files import HEADER
+from svd_ds.model.sources import CONFIG_KEY
+from svd_ds.model.unet import UNet
+from svd_ds.model.weight_files import files_of_index
+from svd_ds.model.weights import load_unet, merge_lora_file
+from tests.networks import SMALL
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+ADAPTED = "unet.mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q"
+
+
+def in_folder(folder: Path) -> None:
+    """Everything that an index of a stranger may name."""
+    (folder / "pipe.safetensors").unlink(missing_ok=True)
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "endless.safetensors").symlink_to("/dev/zero")
+    (folder / "sub").mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "sub" / "x.safetensors")
+    save_file({"a": torch.zeros(1)}, folder.parent / "outside.safetensors")
+
+
+OUTSIDE = (
+    *("/etc/passwd", "../outside.safetensors", "sub/../../outside.safetensors", "sub/x.safetensors", "", "."),
+    *("..", "pipe.safetensors", "endless.safetensors", "absent.safetensors", "a\0b.safetensors"),
+)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    in_folder(folder)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match=r"index\.json lists .*, which is no file in"):
+        files_of_index(index)
+    # Parts that a library opens by itself are looked at before.
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json lists|is no regular file"):
+        load_frozen(AutoencoderKLTemporalDecoder, tmp_path, "vae", "cpu", torch.float32)
+    (folder / "pipe.safetensors").unlink()
+    (folder / "endless.safetensors").unlink()
+    index.rename(folder / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match=r"index\.json lists"):
+        load("CLIPModel", "CLIPProcessor", str(folder), "cpu")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_among_weights_is_not_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    os.mkfifo(folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="is no regular file, but a pipe"):
+        load_frozen(AutoencoderKLTemporalDecoder, tmp_path, "vae", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_config_brings_no_code_of_a_hub(tmp_path: Path, key: str, inside: bool) -> None:
+    folder = tmp_path / "image_encoder"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    fields: dict[str, Any] = {key: "somebody/kernel"}
+    (folder / "config.json").write_text(json.dumps({"text_config": fields} if inside else fields))
+    with pytest.raises(ValueError, match=rf"config\.json names code of a hub, {key} somebody/kernel"):
+        load_frozen(CLIPVisionModelWithProjection, tmp_path, "image_encoder", "cpu", torch.float32)
+    with pytest.raises(ValueError, match="names code of a hub"):
+        load("CLIPModel", "CLIPProcessor", str(folder), "cpu")
+
+
+def tensor(begin: int, end: int, *shape: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def file_of(header: bytes | dict[str, Any], num_bytes: int = 0, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(num_bytes)
+
+
+HEADERS = {
+    "empty file": b"",
+    "header of 2^63 bytes": file_of(b"{}", length=2**63),
+    "header beyond the end": file_of(b"{}", length=1000),
+    "deeply nested": file_of(b'{"a":' + b"[" * 50_000),
+    "overlap": file_of({FIRST: tensor(0, 8, 2), "b": tensor(4, 12, 2)}, 12),
+    "hole": file_of({FIRST: tensor(0, 8, 2), "b": tensor(12, 20, 2)}, 20),
+    "one name twice": file_of(
+        b'{"a":%b,"a":%b}' % tuple(json.dumps(tensor(n, n + 8, 2)).encode() for n in (0, 8)), 16
+    ),
+    "shape that overflows": file_of({FIRST: tensor(0, 8, 2**40, 2**40)}, 8),
+    "negative shape": file_of({FIRST: tensor(0, 8, -2)}, 8),
+    "shape larger than the data": file_of({FIRST: tensor(0, 8, 2**30)}, 8),
+    "unknown type": file_of({FIRST: tensor(0, 8, 2, dtype="F31")}, 8),
+    "cut short": file_of({FIRST: tensor(0, 8, 2)}, 4),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_unsound_headers_are_refused_by_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(HEADERS[kind])
+    with pytest.raises(ValueError, match=rf"{path} is not a safetensors file"):
+        load_unet(path)
+
+
+TEXTS = {
+    "deeply nested": "[" * 100_000,
+    "no object": "[]",
+    "a number": "1e5",
+    "no json": "x",
+    "an unknown field": '{"a": 1}',
+    "a type": '{"widths": 5}',
+    "out of range": '{"widths": [1e9]}',
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_description_in_a_header_is_checked(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({FIRST: torch.zeros(1)}, path, {CONFIG_KEY: TEXTS[kind]})
+    with pytest.raises(ValueError, match=rf"^{path}"):
+        load_unet(path)
+
+
+@pytest.mark.parametrize("fields", [[], {}, {"_class_name": "X"}, {"_class_name": None, "in_channels": []}])
+@pytest.mark.parametrize("class_name", ["UNetSpatioTemporalConditionModel", "UNet2DConditionModel", None])
+def test_a_config_that_lacks_fields_is_refused_by_file(
+    tmp_path: Path, fields: Any, class_name: str | None
+) -> None:
+    if class_name and isinstance(fields, dict):
+        fields = {**fields, "_class_name": class_name}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_unet(tmp_path)
+
+
+SETTINGS = {
+    "deeply nested": ("[" * 100_000, "is no JSON"),
+    "no json": ("{", "is no JSON"),
+    "no object": ("[1]", "no settings of adapters by name"),
+    "alpha is a text": ('{"unet.lora_alpha": "8"}', "is 8, and must be a finite number"),
+    "alpha is a list": ('{"lora_alpha": [1]}', r"is \[1\], and must be a finite"),
+    "alpha is infinite": ('{"lora_alpha": 1e999}', "is inf, and must be a finite"),
+    "alpha beyond floats": ('{"lora_alpha": 1%s}' % ("0" * 400), "is 10000.*, and must be a finite"),
+    "patterns are a list": ('{"alpha_pattern": [1]}', r"alpha_pattern is \[1\], and must be"),
+    "DoRA": ('{"use_dora": true}', "has use_dora: such adapters are no plain LoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("beside", [False, True])
+def test_settings_of_adapters_are_checked(tmp_path: Path, kind: str, beside: bool) -> None:
+    path, (text, words) = tmp_path / "x.safetensors", SETTINGS[kind]
+    state = {f"{ADAPTED}.lora_A.weight": torch.zeros(1, 64), f"{ADAPTED}.lora_B.weight": torch.zeros(64, 1)}
+    save_file(state, path, None if beside else {HEADER: text})
+    if beside:
+        (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/.*{words}"):
+        merge_lora_file(UNet(SMALL), path)
