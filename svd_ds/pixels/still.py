@@ -32,6 +32,11 @@ MAX_PIXELS = 89_478_485
 """Pixels a picture or frame: the limit at which Pillow warns of a decompression bomb, a quarter GiB of RGB. A
 frame of 8K video has 33 million."""
 HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+PHOTOMETRIC, WHITE_IS_ZERO = 0x0106, 0
+"""TIFF tag, and its value where 0 is white."""
+SRGB_GAMMA = 1 / 2.2
+SAME_GAMMA = 0.05
+"""Share by which a gAMA chunk may differ from sRGB's without a visible change."""
 BACKGROUND = 255
 """Level of the white on which transparent pixels are shown, as browsers show them."""
 
@@ -71,6 +76,7 @@ def read_still(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray
         with _opened(content) as image:
             if image.width * image.height > max_pixels:
                 raise too_large(image.height, image.width, max_pixels)
+            _mend_transparency(image)
             image.load()
             orientation = _orientation(image)
             shown = _to_srgb(_to_eight_bits(image))
@@ -97,6 +103,13 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _mend_transparency(image: Image.Image) -> None:
+    """Give the transparent colour of a PNG of 16 bits a channel in 8, as Pillow gives the pixels."""
+    colour = image.info.get("transparency")
+    if isinstance(colour, tuple) and any("RGB;16" in str(tile) for tile in getattr(image, "tile", ())):
+        image.info["transparency"] = tuple(level >> 8 for level in colour)
+
+
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """The image in a mode of 8 bits a channel: Pillow itself clips wider grey, and makes it white."""
     is_pgm = image.mode == "I" and image.format == "PPM"
@@ -105,6 +118,9 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
             raise ValueError(f"the range of its pixels, of mode {image.mode!r}, is not known")
         return image
     levels_HW = np.asarray(image).astype(np.uint32)
+    if image.format == "TIFF" and image.getexif().get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        # Pillow inverts those of 8 bits only.
+        levels_HW = 65535 - levels_HW
     grey = Image.fromarray(((levels_HW * 255 + 32767) // 65535).astype(np.uint8))
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -115,7 +131,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
+    profile, gamma = image.info.get("icc_profile"), image.info.get("gamma", 0.0)
     has_alpha = image.has_transparency_data
     if has_alpha:
         image = image.convert("RGBA")
@@ -123,10 +139,18 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     if profile:
         image = _converted(image, profile, "RGBA" if has_alpha else "RGB")
+    elif gamma and "srgb" not in image.info and abs(gamma / SRGB_GAMMA - 1) > SAME_GAMMA:
+        image = _with_gamma(image.convert("RGBA" if has_alpha else "RGB"), gamma)
     if has_alpha:
         background = Image.new("RGBA", image.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
         image = Image.alpha_composite(background, image)
     return image.convert("RGB")
+
+
+def _with_gamma(image: Image.Image, gamma: float) -> Image.Image:
+    """RGB or RGBA that a PNG's gAMA chunk says to be of another gamma than sRGB's, as browsers show it."""
+    curve = [round(255 * (level / 255) ** (SRGB_GAMMA / gamma)) for level in range(256)]
+    return image.point(curve * 3 + list(range(256)) * (len(image.mode) - 3))
 
 
 def _converted(image: Image.Image, profile: bytes, mode: str) -> Image.Image:

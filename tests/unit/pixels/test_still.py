@@ -104,9 +104,6 @@ def test_a_transparent_colour_is_shown_on_white() -> None:
 def png16(samples: np.ndarray) -> bytes:
     """A PNG of 16 bits a channel, grey (H, W) or RGB (H, W, 3), which Pillow cannot write in colour."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     height, width = samples.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 16, 0 if samples.ndim == 2 else 2, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
@@ -133,6 +130,106 @@ def test_a_16_bit_tiff_and_pgm_are_scaled(tmp_path: Path) -> None:
     (tmp_path / "a.pgm").write_bytes(b"P5 32 4 65535\n" + ramp.astype(">u2").tobytes())
     for name in ("a.tiff", "a.pgm"):
         assert largest_error(read_still(tmp_path / name)[..., 0], (ramp / 257).astype(np.uint8)) <= 1
+
+
+@pytest.mark.parametrize("photometric", [0, 1], ids=["white is 0", "black is 0"])
+def test_a_16_bit_tiff_says_which_end_is_white(photometric: int) -> None:
+    ramp = np.broadcast_to(np.linspace(0, 65535, 32).astype(np.uint16), (4, 32))
+    content = bytearray(saved(Image.fromarray(np.ascontiguousarray(ramp)), "TIFF"))
+    place = content.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    content[place : place + 2] = struct.pack("<H", photometric)
+    wanted = (ramp / 257).round()
+    assert (
+        largest_error(
+            read_still(bytes(content))[..., 0], (wanted if photometric else 255 - wanted).astype(np.uint8)
+        )
+        <= 1
+    )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunk(content: bytes, kind: bytes, data: bytes) -> bytes:
+    """A PNG with a chunk before its pixels."""
+    place = content.index(b"IDAT") - 4
+    return content[:place] + chunk(kind, data) + content[place:]
+
+
+def test_a_transparent_colour_of_16_bits_is_shown_on_white() -> None:
+    samples = np.full((4, 8, 3), 40_000, np.uint16)
+    samples[:, :4] = (300, 20_000, 60_000)
+    content = with_chunk(png16(samples), b"tRNS", struct.pack(">HHH", 300, 20_000, 60_000))
+    shown = read_still(content)
+    assert (shown[:, :4] == 255).all() and largest_error(shown[:, 4:], np.full((4, 4, 3), 156, np.uint8)) <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_the_gamma_of_a_png_is_applied(mode: str) -> None:
+    """Browsers show a linear picture (gAMA 1.0) by the curve of a display."""
+    image = Image.fromarray(picture()).convert(mode)
+    plain = saved(image)
+    stored = read_still(plain)
+    linear = read_still(with_chunk(plain, b"gAMA", struct.pack(">I", 100_000)))
+    wanted = 255 * (stored.astype(np.float64) / 255) ** (1 / 2.2)
+    assert largest_error(linear, wanted.round().astype(np.uint8)) <= 1
+    usual = with_chunk(plain, b"gAMA", struct.pack(">I", 45_455))
+    assert largest_error(read_still(usual), stored) == 0
+    srgb = with_chunk(with_chunk(plain, b"sRGB", b"\0"), b"gAMA", struct.pack(">I", 100_000))
+    assert largest_error(read_still(srgb), stored) == 0, "sRGB counts before gAMA"
+
+
+def lab() -> Image.Image:
+    srgb, space = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    converted = ImageCms.profileToProfile(Image.fromarray(picture()), srgb, space, outputMode="LAB")
+    assert converted is not None
+    return converted
+
+
+def premultiplied() -> bytes:
+    """A TIFF of half-transparent pixels, its colours multiplied by their alpha."""
+    pixels = np.dstack([picture().astype(int) * 128 // 255, np.full((24, 40), 128)]).astype(np.uint8)
+    content = bytearray(saved(Image.fromarray(pixels), "TIFF"))
+    place = content.index(struct.pack("<HHI", 338, 3, 1)) + 8
+    content[place : place + 2] = struct.pack("<H", 1)
+    return bytes(content)
+
+
+PHOTO = Image.fromarray(picture())
+ON_WHITE = ((picture().astype(int) * 128 + 255 * 127 + 127) // 255).astype(np.uint8)
+FURTHER = {
+    "Lab": (saved(lab(), "TIFF"), picture(), 5),
+    "YCbCr": (saved(PHOTO.convert("YCbCr"), "TIFF"), picture(), 4),
+    "CMYK TIFF": (saved(PHOTO.convert("CMYK"), "TIFF"), picture(), 1),
+    "1 bit": (saved(PHOTO.convert("1")), np.array(PHOTO.convert("1").convert("RGB")), 0),
+    "half-transparent TIFF": (
+        saved(Image.fromarray(np.dstack([picture(), np.full((24, 40), 128, np.uint8)])), "TIFF"),
+        ON_WHITE,
+        1,
+    ),
+    "premultiplied TIFF": (premultiplied(), ON_WHITE, 2),
+    "progressive": (saved(PHOTO, "JPEG", quality=100, subsampling=0, progressive=True), picture(), 3),
+    "MPO": (
+        saved(PHOTO, "MPO", save_all=True, append_images=[PHOTO.rotate(180)], quality=100, subsampling=0),
+        picture(),
+        3,
+    ),
+    **{
+        f"animated {kind}": (
+            saved(PHOTO, kind, save_all=True, append_images=[PHOTO.rotate(180)], **options),
+            picture(),
+            0,
+        )
+        for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}))
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_kinds_of_pictures(kind: str) -> None:
+    content, wanted, tolerance = FURTHER[kind]
+    assert largest_error(read_still(content), wanted) <= tolerance
 
 
 def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
