@@ -22,8 +22,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from svd_ds.model.names import LAYOUTS, ORIGINAL_PREFIX, public_modules
-from svd_ds.model.slices import Piece, is_finite, tensors_of
+from svd_ds.model.slices import Piece, tensors_of
 from svd_ds.model.unet import UNetConfig
+from svd_ds.model.weight_files import read_sound
 from svd_ds.small_files import is_number, read_json
 
 HEADER = "lora_adapter_metadata"
@@ -39,7 +40,7 @@ WRAPPERS = ("unet.", "base_model.", ORIGINAL_PREFIX, "model.", "diffusion_model.
 OTHER_KINDS = ("hada_", "lokr_", "lora_mid", "dora_scale", "lora_magnitude_vector", "oft_")
 """Parts of names in files of adapters that are not W + B A."""
 HALF = re.compile(
-    r"(?P<module>.+?)(?:\.lora_linear_layer\.|\.lora[._]|_lora\.)(?P<half>A|B|down|up)(?:\.default)?\.weight"
+    r"(?P<module>.+?)(?:\.lora_linear_layer\.|\.lora[._]|_lora\.)(?P<half>A|B|down|up)(?:\.[\w-]+)?\.weight"
 )
 EXPECTED = (
     "expected are unet.MODULE.lora_A.weight (PEFT, diffusers), unet.MODULE.lora.down.weight "
@@ -128,13 +129,20 @@ def _paired(path: Path, pieces: Mapping[str, Piece]) -> tuple[dict[str, dict[str
             )
         if match := HALF.fullmatch(key):
             half = {"down": "A", "up": "B"}.get(match["half"], match["half"])
-            pairs.setdefault(match["module"], {})[half] = piece
+            halves = pairs.setdefault(match["module"], {})
+            if half in halves:
+                raise ValueError(
+                    f"{path} holds {halves[half].name} and {key}: it must have one adapter a layer"
+                )
+            halves[half] = piece
         elif key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha")] = piece
         else:
             raise ValueError(f"{path} holds {key}, which is no tensor of a LoRA: {EXPECTED}")
     if not pairs:
         raise ValueError(f"{path} holds no adapter: {EXPECTED}")
+    if alone := alphas.keys() - pairs.keys():
+        raise ValueError(f"{path} holds {min(alone)}.alpha without the adapter that it scales")
     return pairs, alphas
 
 
@@ -144,11 +152,12 @@ def _matrices(path: Path, halves: Mapping[str, Piece], wanted: tuple[int, int]) 
         (piece,) = halves.values()
         raise ValueError(f"{path} holds {piece.name} without its other half")
     # kohya writes the 1 x 1 convolutions that older networks have in place of linear layers.
-    a, b = (halves[half].read().flatten(1) for half in "AB")
-    for half, found in (("A", a), ("B", b)):
-        if not is_finite(found):
-            raise ValueError(f"{path}: {halves[half].name} has a value that is not finite")
-    for half, found, fitting in (("A", a, (len(a), wanted[1])), ("B", b, (wanted[0], len(a)))):
+    a, b = (read_sound(halves[half]) for half in "AB")
+    a, b = (half.flatten(1) if half.dim() > 2 else half for half in (a, b))
+    if not a.numel():
+        raise ValueError(f"{path}: {halves['A'].name} has the shape {halves['A'].shape}, which is of no rank")
+    rank = a.shape[0] if a.dim() else 1
+    for half, found, fitting in (("A", a, (rank, wanted[1])), ("B", b, (wanted[0], rank))):
         if tuple(found.shape) != fitting:
             raise ValueError(
                 f"{path}: {halves[half].name} has the shape {tuple(found.shape)}, "

@@ -19,9 +19,9 @@ from torch import Tensor
 from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
 from svd_ds.model.lora import LoraConfig, add_lora, is_adapter, low_rank_update
 from svd_ds.model.names import ORIGINAL_PREFIX, from_public, public_modules, public_names, to_public
-from svd_ds.model.slices import Blend, Piece, is_finite, join_slices, network_of, open_checkpoint, tensors_of
+from svd_ds.model.slices import Blend, Piece, join_slices, network_of, open_checkpoint, tensors_of
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
-from svd_ds.model.weight_files import diffusers_files
+from svd_ds.model.weight_files import diffusers_files, read_sound
 from svd_ds.small_files import read_json
 
 CONFIG_KEY = "svd_ds.config"
@@ -67,7 +67,7 @@ class Source:
         if self.flat:
             tensor = join_slices(self.pieces[name], network_parameters(self.config, self.lora)[name].shape)
         else:
-            tensor = from_public(name, torch.cat([_read_sound(piece) for piece in self.pieces[name]]))
+            tensor = from_public(name, torch.cat([read_sound(piece) for piece in self.pieces[name]]))
         # Inputs that the network has and the disk does not are last in our weights' last dimension.
         return F.pad(tensor, (0, shape[-1] - tensor.shape[-1])).contiguous()
 
@@ -132,20 +132,6 @@ class Source:
             raise ValueError(
                 f"{pieces[0].path}: {pieces[0].name} has the shape {found}, and the network takes {expected}"
             )
-
-
-def _read_sound(piece: Piece | Blend) -> Tensor:
-    """A tensor of a public file. Raises ValueError where its values cannot be weights."""
-    tensor = piece.read()
-    if not tensor.is_floating_point():
-        raise ValueError(
-            f"{piece.path}: {piece.name} has the type {tensor.dtype}: weights of integers "
-            "(quantised ones) are not read"
-        )
-    # Types of 8 bits have no arithmetic.
-    if not is_finite(tensor.float() if tensor.element_size() == 1 else tensor):
-        raise ValueError(f"{piece.path}: {piece.name} has a value that is not finite")
-    return tensor
 
 
 class Parameter(NamedTuple):

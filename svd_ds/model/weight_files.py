@@ -1,4 +1,4 @@
-"""Which files hold a public network's weights: the names in a folder, and those in an index.
+"""Public files of weights: their names in a folder and in an index, and what their tensors may be.
 
 An index cannot lead out of its folder by a name, and no pipe or device is opened. Links are followed: the
 cache of a hub client consists of them.
@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from svd_ds.model.slices import Blend, Piece, is_finite
 from svd_ds.small_files import check_regular, read_json
 
 STEM = "diffusion_pytorch_model"
@@ -51,6 +54,24 @@ def files_of_index(index: Path) -> list[Path]:
         if "\0" in name or Path(name).name != name or not (index.parent / name).is_file():
             raise ValueError(f"{index} lists {name}, which is no file in {index.parent}")
     return [index.parent / name for name in names]
+
+
+def read_sound(piece: Piece | Blend) -> Tensor:
+    """A tensor of a public file, floats of 8 bits as float32: they have no arithmetic.
+
+    Raises:
+        ValueError: it has integers (quantised weights), or a value that is not finite.
+    """
+    tensor = piece.read()
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{piece.path}: {piece.name} has the type {tensor.dtype}: weights of integers "
+            "(quantised ones) are not read"
+        )
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
+    if not is_finite(tensor):
+        raise ValueError(f"{piece.path}: {piece.name} has a value that is not finite")
+    return tensor
 
 
 def check_files(folder: Path) -> None:

@@ -161,6 +161,101 @@ def test_other_files_are_refused_by_what_they_hold(unet: UNet, key: str, words: 
         merge_lora_file(unet, tmp_path / "lora.safetensors")
 
 
+ALONE = f"unet.{ATTENTION}.to_q"
+IN_KOHYA = "lora_unet_" + f"{ATTENTION}.to_q".replace(".", "_")
+WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
+    "ranks that differ": (
+        {"lora_A": torch.ones(4, 64), "lora_B": torch.ones(64, 3)},
+        r"lora_B.weight has the shape \(64, 3\), and the network takes \(64, 4\)",
+    ),
+    "no rank": (
+        {"lora_A": torch.ones(0, 64), "lora_B": torch.ones(64, 0)},
+        r"\(0, 64\), which is of no rank",
+    ),
+    "numbers": (
+        {"lora_A": torch.ones(()), "lora_B": torch.ones(())},
+        r"lora_A.weight has the shape \(\), and the network takes \(\d+, 64\)",
+    ),
+    "vectors": (
+        {"lora_A": torch.ones(4), "lora_B": torch.ones(4)},
+        r"lora_A.weight has the shape \(4,\), and the network takes \(4, 64\)",
+    ),
+    "integers": (
+        {"lora_A": torch.ones(4, 64, dtype=torch.int8), "lora_B": torch.ones(64, 4)},
+        "lora_A.weight has the type torch.int8: weights of integers",
+    ),
+    "not finite": (
+        {"lora_A": torch.ones(4, 64), "lora_B": torch.full((64, 4), float("nan"))},
+        "lora_B.weight has a value that is not finite",
+    ),
+    "two adapters": (
+        {"lora_A.one": torch.ones(4, 64), "lora_B.one": torch.ones(64, 4), "lora_A.two": torch.ones(4, 64)},
+        "lora_A.one.weight and .*lora_A.two.weight: it must have one adapter a layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_halves_that_are_no_adapter_are_refused_by_tensor(unet: UNet, kind: str, tmp_path: Path) -> None:
+    halves, words = WRONG[kind]
+    path = tmp_path / "lora.safetensors"
+    save_file({f"{ALONE}.{name}.weight": value for name, value in halves.items()}, path)
+    with pytest.raises(ValueError, match=rf"^{path}.*{words}"):
+        merge_lora_file(unet, path)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "words"),
+    [
+        (torch.ones(2), r"to_q.alpha has the shape \(2,\), and must be one finite number"),
+        (torch.tensor(float("nan")), "to_q.alpha .* must be one finite number"),
+    ],
+)
+def test_an_alpha_is_one_finite_number(unet: UNet, alpha: Tensor, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    halves = {"lora_down.weight": torch.ones(4, 64), "lora_up.weight": torch.ones(64, 4), "alpha": alpha}
+    save_file({f"{IN_KOHYA}.{name}": value for name, value in halves.items()}, path)
+    with pytest.raises(ValueError, match=words):
+        merge_lora_file(unet, path)
+
+
+def test_an_alpha_without_its_adapter_is_refused(unet: UNet, pairs: Pairs, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(kohya(pairs) | {"lora_unet_absent.alpha": torch.ones(())}, path)
+    with pytest.raises(ValueError, match=r"holds lora_unet_absent\.alpha without the adapter"):
+        merge_lora_file(unet, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_adapters_of_few_bits_are_added_at_full_precision(
+    unet: UNet, pairs: Pairs, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    stored = {layer: (a.to(dtype), b.to(dtype)) for layer, (a, b) in pairs.items()}
+    save_file(peft(stored, "unet."), tmp_path / "lora.safetensors")
+    wanted = expected(unet, {layer: (a.float(), b.float()) for layer, (a, b) in stored.items()}, 1.0)
+    merge_lora_file(unet, tmp_path / "lora.safetensors")
+    assert_adapted(unet, wanted)
+
+
+@pytest.mark.parametrize("end", ["default", "camera-motion", "adapter_0"])
+def test_a_named_adapter_of_peft_is_read(unet: UNet, pairs: Pairs, end: str, tmp_path: Path) -> None:
+    state = {key.replace(".weight", f".{end}.weight"): value for key, value in peft(pairs).items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    wanted = expected(unet, pairs, 1.0)
+    merge_lora_file(unet, tmp_path / "lora.safetensors")
+    assert_adapted(unet, wanted)
+
+
+def test_alphas_by_module_and_the_scale_of_rslora(unet: UNet, pairs: Pairs, tmp_path: Path) -> None:
+    save_file(peft(pairs), tmp_path / "adapter_model.safetensors")
+    settings = {"r": RANK, "lora_alpha": 2, "use_rslora": True, "alpha_pattern": {"attn1.to_v": 6}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    scaled = {layer: (a, b * (3 if layer == "to_v" else 1)) for layer, (a, b) in pairs.items()}
+    wanted = expected(unet, scaled, 2 / RANK**0.5)
+    merge_lora_file(unet, tmp_path)
+    assert_adapted(unet, wanted)
+
+
 def test_a_missing_file_and_a_pointer_are_named(unet: UNet, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no LoRA file .*x\.safetensors"):
         merge_lora_file(unet, tmp_path / "x.safetensors")

@@ -239,6 +239,21 @@ class TestFilesOfOthers:
         save_file(renamed, file, metadata)
         assert torch.equal(load_unet(path).conv_out.weight, unet.conv_out.weight)
 
+    def test_only_the_network_is_taken_from_a_file_of_a_whole_pipeline(
+        self, unet: UNet, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "x.safetensors"
+        save_unet(unet, path, "original")
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata()
+        others = {"first_stage_model.a": torch.zeros(1), "conditioner.b": torch.zeros(1)}
+        averages = {
+            f"model_ema.{name.removeprefix('model.').replace('.', '')}": torch.zeros_like(tensor)
+            for name, tensor in load_file(path).items()
+        }
+        save_file(load_file(path) | others | averages | {"model_ema.decay": torch.ones(())}, path, metadata)
+        assert_same(load_unet(path), unet)
+
     @pytest.mark.parametrize(
         ("content", "words"),
         [

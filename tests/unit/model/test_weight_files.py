@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from svd_ds.curate.models import load
@@ -20,7 +22,7 @@ from svd_ds.model.lora_files import HEADER
 from svd_ds.model.sources import CONFIG_KEY
 from svd_ds.model.unet import UNet
 from svd_ds.model.weight_files import files_of_index
-from svd_ds.model.weights import load_unet, merge_lora_file
+from svd_ds.model.weights import load_unet, merge_lora_file, save_unet
 from tests.networks import SMALL
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -177,3 +179,31 @@ def test_settings_of_adapters_are_checked(tmp_path: Path, kind: str, beside: boo
         (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"{tmp_path}/.*{words}"):
         merge_lora_file(UNet(SMALL), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_few_bits_are_read_exactly(unet: UNet, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_unet(unet, tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    assert torch.equal(load_unet(tmp_path).conv_out.weight, unet.conv_out.weight.to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "has the type torch.int8: weights of integers"),
+        (lambda tensor: tensor.fill_(float("nan")), "has a value that is not finite"),
+        (lambda tensor: tensor.index_fill(0, torch.tensor([1]), float("inf")), "is not finite"),
+    ],
+)
+def test_values_that_are_no_weights_are_refused(
+    unet: UNet, change: Callable[[Tensor], Tensor], words: str, tmp_path: Path
+) -> None:
+    save_unet(unet, tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_out.bias"] = change(tensors["conv_out.bias"])
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"{file}: conv_out\.bias .*{words}"):
+        load_unet(tmp_path)
