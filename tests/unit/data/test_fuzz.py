@@ -117,7 +117,7 @@ def test_a_mixture_is_exact_in_each_of_its_sets(ours: list[int], theirs: list[in
         sets = {f"{folder}/a": 3.0, f"{folder}/b": 1.0}
         for path, sizes, mark in zip(sets, (ours, theirs), (0, 100), strict=True):
             write(Path(path), sizes, {}, mark)
-        config = DataConfig("", 1, 8, 8, fps=0, crop="center", num_workers=0, mixture=sets)
+        config = DataConfig("unused", 1, 8, 8, fps=0, crop="center", num_workers=0, mixture=sets)
         whole, _ = read(config, 1, 3, 4, None)
         first, middle = read(config, 2, 1, 1, None)
         rest, _ = read(config, 3, 2, 3, middle)
