@@ -52,6 +52,9 @@ def _make(folder: Path, token: Path | None) -> None:
             with name_errors(token):
                 token.write_text(host(), encoding="utf-8")
     except OSError as error:
+        if token is not None:
+            with suppress(OSError):
+                token.unlink(missing_ok=True)
         raise of_its_kind(error, f"run.dir={folder} cannot be made or written to: {error}") from error
 
 
