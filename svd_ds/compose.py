@@ -90,7 +90,7 @@ def readable(words: Sequence[str]) -> CommandLine:
     """A command line as Hydra reads it. Raises ValueError for a key or value that cannot be meant."""
     line = CommandLine.parse(words)
     read = override_words.readable(
-        [*line.option_words, *line.overrides], settings_by_key(), line.groups(), line.multirun
+        [*line.option_words, *line.overrides], settings_by_key(), line.groups, line.multirun
     )
     return replace(line, overrides=tuple(debug_last(read[len(line.option_words) :])))
 
@@ -172,6 +172,10 @@ def explain(error: BaseException) -> str:
         sentence = f"{error.override} cannot be read: {sentence}"
     if error.__cause__ is not None:
         sentence += f": {str(error.__cause__).splitlines()[0]}"
+    key = str(getattr(error, "full_key", None) or "")
+    if key not in sentence:
+        # As of ${...} that names nothing.
+        sentence = f"{key} cannot be read: {sentence}"
     options = [line.strip() for line in choices.partition("Config search path")[0].splitlines()[1:]]
     return sentence + (f"; there are {', '.join(filter(None, options))}" if options else "")
 

@@ -76,14 +76,14 @@ RANK_OPTIONS = ("local_rank", "local-rank")
 def readable(
     words: Sequence[str],
     settings: Mapping[str, Setting],
-    groups: Collection[str],
+    groups: Callable[[], Collection[str]],
     multirun: bool = False,
 ) -> list[str]:
     """The words of a command line as Hydra reads them.
 
     Args:
         settings: every setting by its full key.
-        groups: names of Hydra's config groups.
+        groups: gives the names of Hydra's config groups.
         multirun: whether a comma parts the values of several runs.
 
     Raises:
@@ -92,7 +92,9 @@ def readable(
     return [_readable(word, settings, groups, multirun) for word in words]
 
 
-def _readable(word: str, settings: Mapping[str, Setting], groups: Collection[str], multirun: bool) -> str:
+def _readable(
+    word: str, settings: Mapping[str, Setting], groups: Callable[[], Collection[str]], multirun: bool
+) -> str:
     if word.startswith("--"):
         _check_option(word)
         return word
@@ -127,7 +129,9 @@ def _text(setting: Setting, value: str, multirun: bool) -> str:
         # Another text with a comma is more likely a forgotten --multirun, which Hydra says.
         is_path = isinstance(setting.rule, Text) and setting.rule.is_path
         return value if multirun or not is_path else _quoted(value)
-    return _quoted(value) if isinstance(read, bool | int | float | list | dict) else value
+    # Hydra drops the blanks around a value.
+    is_other = isinstance(read, bool | int | float | list | dict) or value != value.strip()
+    return _quoted(value) if is_other else value
 
 
 def _list_of_texts(value: str) -> list[str] | None:
@@ -174,11 +178,11 @@ def _check_option(word: str) -> None:
         raise ValueError(f"there is no option --{name}: {OTHERS[name]}")
 
 
-def _check_key(key: str, settings: Mapping[str, Setting], groups: Collection[str]) -> None:
+def _check_key(key: str, settings: Mapping[str, Setting], groups: Callable[[], Collection[str]]) -> None:
     """Raise ValueError for a key that no config has, saying which one is meant."""
     parts = key.split(".")
     parents = [".".join(parts[:count]) for count in range(1, len(parts))]
-    if key in groups or parts[0] == "hydra" or any(p in settings and settings[p].is_dict for p in parents):
+    if key in groups() or parts[0] == "hydra" or any(p in settings and settings[p].is_dict for p in parents):
         return
     if known := next((parent for parent in parents if parent in settings), None):
         kind = TYPE_NAMES[settings[known].kind]
