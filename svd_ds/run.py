@@ -29,6 +29,7 @@ from svd_ds.parallel.collectives import agreed, told_by_first
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
+from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
 from svd_ds.tasks import Task, read_task
@@ -105,7 +106,9 @@ def _train(
                     f"{len(new)} tensors are not in {config.init.source} and start afresh: {new[0]}, ..."
                 )
         parts = Parts(
+            rank=env.rank,
             engine=engine,
+            local_norm=LocalNorm(engine.module),
             ema=ema,
             settings=task.settings,
             objective=task.objective,
@@ -130,14 +133,17 @@ def _train(
             metrics=metrics,
             device=env.device,
         )
-        progress = train(parts, _plan(config, env), inputs.progress)
+        # One rank looks: a shared disk may not show all of them the same.
+        of_a_job = told_by_first(lambda: attempt is not None and attempt.is_of_a_job())
+        progress = train(parts, _plan(config, of_a_job), inputs.progress)
         told_by_first(checkpoints.check_still_ours)
         if metrics is not None:
             _report(inputs.folder, metrics)
-            metrics.say(_closing(config, inputs.folder, progress, time.perf_counter() - started))
+            metrics.say(_closing(config, inputs.folder, progress, stop, time.perf_counter() - started))
             metrics.say(f"  {metrics.wall_time()}")
         if attempt is not None:
-            attempt.ended(progress.step == config.run.steps, stop.interrupted, stop.by_keyboard)
+            finished = progress.step == config.run.steps
+            attempt.ended(finished, stop.interrupted, stop.by_keyboard, stop.failing_nodes)
     return progress
 
 
@@ -160,7 +166,7 @@ def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     return config.as_dict() | {"contents": inputs.contents, "code": code_version()}
 
 
-def _plan(config: RunConfig, env: Env) -> Plan:
+def _plan(config: RunConfig, of_a_job: bool) -> Plan:
     return Plan(
         total_steps=config.run.steps,
         batch_size=config.batch.size,
@@ -168,6 +174,7 @@ def _plan(config: RunConfig, env: Env) -> Plan:
         checkpoint_every=config.checkpoint.every,
         preview_every=config.sampling.every,
         evaluate_every=config.evaluation.every,
+        leaves_nodes=of_a_job,
     )
 
 
@@ -272,7 +279,12 @@ def _opening(config: RunConfig, env: Env, inputs: Inputs, engine: Engine) -> str
     )
 
 
-def _closing(config: RunConfig, folder: RunFolder, progress: Progress, seconds: float) -> str:
+def _closing(
+    config: RunConfig, folder: RunFolder, progress: Progress, stop: StopRequest, seconds: float
+) -> str:
+    if progress.step < config.run.steps and stop.failing_nodes:
+        nodes = ", ".join(stop.failing_nodes)
+        return f"stopped at step {progress.step}: the job is to go on without {nodes}"
     if progress.step < config.run.steps:
         return f"stopped at step {progress.step} as asked; the same command resumes from there"
     return (

@@ -93,6 +93,10 @@ def main() -> None:
         sys.exit(settled)
     if not running:
         sys.exit(code)
+    bad = {node: why for node, why in outcome.nodes.items() if node in job.nodes} if outcome else {}
+    if bad:
+        leave_out(job, bad)
+        return
     print_line(f"job {job.id} is queued again: {reason(outcome, request.number, code)}")
     job.requeue()
 

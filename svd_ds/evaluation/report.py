@@ -161,6 +161,8 @@ def _facts(run: Run) -> dict[str, str]:
         facts["loss on the fixed set"] = f"{statistics.fmean(run.evaluations[-1]['loss_average']):.4f}"
     if skipped := last.get("skipped"):
         facts["steps skipped"] = f"{skipped:,}"
+    if faults := last.get("hardware_faults"):
+        facts["steps computed wrongly by failing hardware"] = f"{faults:,}"
     if rates:
         facts["clips a second, median"] = f"{statistics.median(rates):.3g}"
     if seconds:

@@ -75,7 +75,7 @@ def leave_out(job: Job, faults: dict[str, str]) -> None:
     """Queue the job again without these nodes; where all of several fail, it is hardly they."""
     if len(faults) == len(job.nodes) > 1:
         node, fault = next(iter(faults.items()))
-        print_line(f"job {job.id} is queued again: all its nodes fail the checks, {node} {fault}")
+        print_line(f"job {job.id} is queued again: all its nodes fail, {node} {fault}")
         job.requeue()
         return
     told = "; ".join(f"{node} {fault}" for node, fault in faults.items())

@@ -31,7 +31,7 @@ class Adversary:
         self.parameters = dict(self.network.named_parameters())
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=BETAS)
         self.clips = torch.zeros((), device=device)
-        self._forget()
+        self.forget()
 
     def judge(self, made_BTCHW: Tensor) -> Tensor:
         """The decoder's loss a clip, (B,): low where its frames pass for real ones. Trains nothing here."""
@@ -54,7 +54,14 @@ class Adversary:
             # As the engine does: a batch whose gradient is not finite changes nothing.
             if torch.stack([gradient.norm() for gradient in gradients]).isfinite().all():
                 self.optimizer.step()
-        self._forget()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the gradients since the last step."""
+        # Zeros, and not None: every rank has the same gradients to sum, whatever clips it had.
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.clips.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """Weights and moments by name, as `load_state` takes them."""
@@ -75,9 +82,3 @@ class Adversary:
                     m: value.clone() if m == "step" else value.to(parameter.device, copy=True)
                     for m, value in moments.items()
                 }
-
-    def _forget(self) -> None:
-        # Zeros, and not None: every rank has the same gradients to sum, whatever clips it had.
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-        self.clips.zero_()

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env, attempt, host
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.outcome import (
+    BAD_NODES,
     FAILED,
     FINISHED,
     INTERRUPTED,
@@ -133,13 +134,33 @@ class Attempt:
             # An earlier start that was still alive may have said how it ended.
             outcome_path(self.folder).unlink(missing_ok=True)
 
-    def ended(self, finished: bool, interrupted: bool = False, by_keyboard: bool = False) -> None:
+    def is_of_a_job(self) -> bool:
+        """Whether tools/job.py waits for the outcome: it can make another attempt, and on other nodes."""
+        return _begun_by_a_job(self.folder)
+
+    def ended(
+        self,
+        finished: bool,
+        interrupted: bool = False,
+        by_keyboard: bool = False,
+        bad_nodes: Mapping[str, str] | None = None,
+    ) -> None:
         """All ranks did what they were asked; called by each. What rank 0 says counts: it knows of W&B's stop
-        button, and its exit code is 130 after Ctrl-C."""
+        button, and its exit code is 130 after Ctrl-C.
+
+        Args:
+            bad_nodes: hosts that compute wrongly, and what, where that is why the ranks have stopped.
+        """
         if self.env.rank == 0:
             if not finished and by_keyboard:
                 self.code = 130
-            self._claim(FINISHED if finished else INTERRUPTED if interrupted else PREEMPTED, "")
+            if finished or interrupted:
+                self._claim(FINISHED if finished else INTERRUPTED, "")
+            elif bad_nodes:
+                told = "; ".join(f"{node} {why}" for node, why in bad_nodes.items())
+                self._claim(BAD_NODES, told, bad_nodes)
+            else:
+                self._claim(PREEMPTED, "")
             if self._unrecorded:
                 self._print(f"warning: how the run ended is not recorded: {self._unrecorded}")
 
@@ -210,10 +231,10 @@ class Attempt:
             code, sentence, f"rank {self.env.rank}: " if self.env.world > 1 and not shared else ""
         )
 
-    def _claim(self, kind: str, words: str) -> bool:
+    def _claim(self, kind: str, words: str, nodes: Mapping[str, str] | None = None) -> bool:
         """Whether it falls to this rank to report how the attempt ended: it is the first to record it, or it
         cannot, because the disk fails."""
-        outcome = Outcome(kind, self.env.rank, words, attempt())
+        outcome = Outcome(kind, self.env.rank, words, attempt(), dict(nodes or {}))
         try:
             return outcome.record(outcome_path(self.folder, self._token if self._is_taken_over() else ""))
         except OSError as error:

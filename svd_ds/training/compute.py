@@ -5,28 +5,64 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from svd_ds.batch import Batch
+from svd_ds.parallel.collectives import items_of_ranks
+from svd_ds.parallel.env import host
+from svd_ds.training.cause import Cause, Twice, find_cause
 from svd_ds.training.parts import Parts
 
 
 @dataclass(frozen=True)
 class Computed:
-    losses: tuple[float, ...]
-    """Of this rank's micro-batches."""
+    clips: tuple[str, ...]
+    """Ids of this rank's."""
+    losses: tuple[Tensor, ...]
+    """Of this rank's micro-batches, one number a clip."""
+    loss: float
+    """This rank's mean."""
     grad_norm: float
     """Over all ranks."""
+    local_norm: Tensor | None
+    """Of this rank's own gradient, where it is kept."""
 
-    @property
-    def loss(self) -> float:
-        """This rank's mean."""
-        return sum(self.losses) / len(self.losses)
+    def numbers(self) -> tuple[tuple[float, ...], float | None]:
+        """Loss of each clip, and norm of this rank's own gradient, read from the device."""
+        norm = None if self.local_norm is None else self.local_norm.item()
+        return tuple(torch.cat(self.losses).tolist()), norm
 
 
 def compute(parts: Parts, batches: Iterable[Batch]) -> Computed:
     """Forward and backward of a step's micro-batches. All ranks call it together."""
-    losses = []
+    clips: list[str] = []
+    losses, means = [], []
     for batch in batches:
-        loss = parts.objective.loss(parts.engine, batch.to(parts.device)).mean()
+        loss_B = parts.objective.loss(parts.engine, batch.to(parts.device))
+        loss = loss_B.mean()
         parts.engine.backward(loss, batch.accumulation)
-        losses.append(loss.item())
-    return Computed(tuple(losses), parts.engine.gradient_norm())
+        means.append(loss.item())
+        losses.append(loss_B.detach())
+        clips += batch.ids
+    norm, local_norm = parts.engine.gradient_norm(), parts.local_norm.take()
+    return Computed(tuple(clips), tuple(losses), sum(means) / len(means), norm, local_norm)
+
+
+def compute_again(parts: Parts, batches: Iterable[Batch], first: Computed) -> tuple[Computed, Cause]:
+    """Compute a step once more in place of the first time, and compare the two. All ranks call it together.
+
+    What is random belongs to the clip, so nothing is drawn anew.
+    """
+    parts.engine.forget()
+    parts.objective.discard()
+    second = compute(parts, batches)
+    (losses, norm), (losses_again, norm_again) = first.numbers(), second.numbers()
+    norms = None if norm is None or norm_again is None else (norm, norm_again)
+    ranks = items_of_ranks([Twice(parts.rank, host(), first.clips, (losses, losses_again), norms)])
+    tolerance = parts.guard.config.recompute_tolerance
+    cause = find_cause(ranks, (first.grad_norm, second.grad_norm), tolerance)
+    if cause.hardware:
+        # From now on a wrong gradient names its rank, too.
+        parts.local_norm.start()
+    return second, cause

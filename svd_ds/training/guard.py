@@ -1,6 +1,8 @@
 """The guard against loss spikes: a step that lies far above the run's recent level is left out. After too
 many in a row the run goes back to its last checkpoint, and on behind the clips that it has seen since.
 
+A step out of bounds is computed again (cause.py): only one that comes out the same is left out for its clips.
+
 It judges a step after its last backward and before the optimiser, from two numbers that are the same on all
 ranks: the loss and the gradient's norm. What it remembers is part of `Progress`, so a resumed run decides the
 same.
@@ -26,6 +28,10 @@ class GuardConfig(Settings, section="guard"):
     learned is lost."""
     norm_factor: float = number(50.0, above=1, off=0)
     """The same for the gradient's norm before clipping; 0 never does. It moves far more than the loss."""
+    recompute_tolerance: float = number(0.01, above=0, below=1, off=0)
+    """A step out of bounds is computed again. Losses or gradient norms that then differ by more than this
+    share are failing hardware's (svd_ds/training/cause.py). It must lie far above what the order of a GPU's
+    sums changes, and below what the factors let pass. 0 computes nothing again."""
     # Its numbers are written with every checkpoint.
     window: int = number(100, least=1, most=100_000)
     """Steps of which the median is taken. As long as there are fewer, only what is not finite is skipped."""
@@ -48,10 +54,21 @@ class GuardState:
     """Steps skipped since the last that was taken."""
     returns: int = 0
     """How often the run went back."""
+    hardware_faults: int = 0
+    """Steps that came out otherwise when they were computed again."""
+
+    def with_hardware_fault(self) -> GuardState:
+        return replace(self, hardware_faults=self.hardware_faults + 1)
 
     def gone_back(self, saved: GuardState) -> GuardState:
         """After going back to what it was when the checkpoint was saved."""
-        return replace(saved, skipped=self.skipped, in_a_row=0, returns=self.returns + 1)
+        return replace(
+            saved,
+            skipped=self.skipped,
+            hardware_faults=self.hardware_faults,
+            in_a_row=0,
+            returns=self.returns + 1,
+        )
 
 
 @dataclass(frozen=True)

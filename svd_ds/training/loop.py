@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
 from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, mean_over_ranks, told_by_first
+from svd_ds.training.cause import Cause
 from svd_ds.training.checkpoint import NonFiniteError
-from svd_ds.training.compute import compute
+from svd_ds.training.compute import Computed, compute, compute_again
 from svd_ds.training.evaluate import Evaluation
+from svd_ds.training.guard import GuardState
 from svd_ds.training.metrics import StepMetrics
 from svd_ds.training.optim import group_rates, learning_rate
 from svd_ds.training.parts import Parts, Plan
@@ -27,8 +29,25 @@ class _Step:
     """Behind it."""
     fault: str | None
     """Why the guard skipped it; None where it was taken."""
-    asked: bool
-    """Whether a rank was asked to stop."""
+    stop: bool
+    """Whether a rank was asked to stop, or nodes should be left."""
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What the guard makes of a step, the same on all ranks. The engine holds the gradients of its last
+    computation."""
+
+    loss: float
+    """Over all ranks."""
+    grad_norm: float
+    guard: GuardState
+    trip: str | None
+    """What was out of bounds in the first computation; None where nothing was."""
+    skipped: str | None
+    """Why the step is not taken; None where it is."""
+    cause: Cause | None = None
+    """None where the step was computed once."""
 
 
 def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
@@ -37,7 +56,7 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
     stopped = due = False
     while progress.step < plan.total_steps and not stopped:
         step = _step(parts, plan, progress)
-        progress, stopped = step.progress, step.asked
+        progress, stopped = step.progress, step.stop
         if parts.guard.must_go_back(progress.guard):
             why = f"{progress.guard.in_a_row} steps in a row were skipped, the last because {step.fault}"
             progress, due = _go_back(parts, progress, why), False
@@ -74,35 +93,54 @@ def _step(parts: Parts, plan: Plan, progress: Progress) -> _Step:
     waits_s = parts.clock.lap()
     loss, waits_s["data"], asked = _reduce(parts, progress, computed.loss, waits_s["data"])
 
-    fault, guarded = parts.guard.judge(progress.guard, loss, computed.grad_norm)
-    progress = progress.advance(read[-1][1], plan.batch_size, guarded)
-    if fault is None:
+    judged = _judge(parts, progress, [batch for batch, _ in read], computed, loss)
+    progress = progress.advance(read[-1][1], plan.batch_size, judged.guard)
+    if judged.skipped is None:
         parts.engine.step(group_rates(plan.optim, lr))
     else:
         parts.engine.forget()
     terms = parts.objective.end_step()
     parts.ema.update(parts.engine.local_shards(), samples, plan.batch_size)
 
-    clips = items_of_ranks([id for batch, _ in read for id in batch.ids]) if fault is not None else []
+    clips = items_of_ranks(list(computed.clips)) if judged.trip is not None else []
     step_s = time.perf_counter() - started
     if parts.metrics is not None:
         parts.metrics.log(
             StepMetrics(
                 step=progress.step,
                 samples=progress.samples,
-                loss=loss,
+                loss=judged.loss,
                 lr=lr,
-                grad_norm=computed.grad_norm,
+                grad_norm=judged.grad_norm,
                 clips_per_s=plan.batch_size / step_s,
                 step_s=step_s,
                 waits_s=waits_s,
-                skipped=guarded.skipped,
+                skipped=judged.guard.skipped,
+                hardware_faults=judged.guard.hardware_faults,
                 terms=terms,
             )
         )
-        if fault is not None:
-            parts.metrics.log_skipped(progress.step, fault, clips)
-    return _Step(progress, fault, asked)
+        if judged.trip is not None:
+            taken = judged.skipped is None
+            parts.metrics.log_fault(progress.step, judged.trip, clips, judged.cause, taken)
+    if judged.cause is not None and plan.leaves_nodes:
+        parts.stop.failing_nodes |= judged.cause.nodes
+    return _Step(progress, judged.skipped, asked or bool(parts.stop.failing_nodes))
+
+
+def _judge(
+    parts: Parts, progress: Progress, batches: Sequence[Batch], computed: Computed, loss: float
+) -> _Judged:
+    """Have the guard judge a step, a second time where failing hardware computed it the first time."""
+    trip, guard = parts.guard.judge(progress.guard, loss, computed.grad_norm)
+    if trip is None or not parts.guard.config.recompute_tolerance:
+        return _Judged(loss, computed.grad_norm, guard, trip, trip)
+    again, cause = compute_again(parts, batches, computed)
+    if not cause.hardware:
+        return _Judged(loss, computed.grad_norm, guard, trip, trip, cause)
+    (loss,) = mean_over_ranks([again.loss])
+    skipped, guard = parts.guard.judge(progress.guard.with_hardware_fault(), loss, again.grad_norm)
+    return _Judged(loss, again.grad_norm, guard, trip, skipped, cause)
 
 
 def _read(parts: Parts, read: list[tuple[Batch, Cursor]]) -> Iterator[Batch]:

@@ -2,7 +2,8 @@
 
 metrics.jsonl         every step: StepMetrics
 evaluation.jsonl      every evaluation: step, samples, Measured
-logs/skipped.jsonl    every step that the guard skipped: step, fault, clips
+logs/skipped.jsonl    every step that the guard found out of bounds: step, fault, cause (hardware, data, or
+                      unknown where it was not computed again), words, taken, clips
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from svd_ds.credentials import redact
 from svd_ds.door import open_console, printable
 from svd_ds.fsync_io import LineFile, append_row
 from svd_ds.settings import Settings, choice, number, text
+from svd_ds.training.cause import Cause
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.preview import Preview
@@ -64,6 +66,8 @@ class StepMetrics:
     """By usage.WAITS: for data within `step_s`, for the others since the step before."""
     skipped: int = 0
     """Steps that the guard has skipped so far."""
+    hardware_faults: int = 0
+    """Steps so far that came out otherwise when they were computed again."""
     terms: dict[str, float] = field(default_factory=dict)
     """What the loss was made of."""
 
@@ -172,11 +176,29 @@ class Metrics:
         told = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.005)
         return f"wall time of the run: {told}"
 
-    def log_skipped(self, step: int, fault: str, clips: list[str]) -> None:
-        """Say which step was left out and why, and keep the ids of its clips."""
+    def log_fault(
+        self, step: int, fault: str, clips: list[str], cause: Cause | None = None, taken: bool = False
+    ) -> None:
+        """Say what was wrong with a step and why, and keep the ids of its clips.
+
+        Args:
+            cause: None where the step was not computed again.
+            taken: whether the step was taken with what the second computation gave.
+        """
         self.check_still_ours()
-        append_row(self.folder.skipped, {"step": step, "fault": fault, "clips": clips})
-        self.say(f"step {step}  skipped: {fault}; its clips stand in {self.folder.skipped}")
+        words = cause.words if cause is not None else ""
+        kind = "unknown" if cause is None else "hardware" if cause.hardware else "data"
+        row = {"step": step, "fault": fault, "cause": kind, "words": words, "taken": taken, "clips": clips}
+        append_row(self.folder.skipped, row)
+        told = "; ".join(filter(None, (fault, words)))
+        kept = f"its clips stand in {self.folder.skipped}"
+        if cause is None or not cause.hardware:
+            self.say(f"step {step}  skipped: {told}; {kept}")
+            return
+        end = "the step is taken as it was computed the second time" if taken else f"skipped; {kept}"
+        self.say(f"step {step}  warning: failing hardware: {told}; {end}")
+        if self.tracker is not None:
+            self.tracker.alert("failing hardware", f"step {step}: {told}")
 
     def go_back(self, step: int, left: int) -> None:
         """The run goes on from `step`: what was told of the steps behind it, up to `left`, is dropped."""

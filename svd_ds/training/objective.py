@@ -21,6 +21,10 @@ class Objective(ABC):
         """What the step's loss was made of, by name, over all ranks: nothing, unless told. All call it."""
         return {}
 
+    def discard(self) -> None:
+        """Forget what the losses since the last `end_step` have left here: the step is computed again."""
+        return
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps for `load_state`: the same on every rank."""
         return {}

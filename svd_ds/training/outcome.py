@@ -7,7 +7,7 @@ logs/outcome-0123abcd.json  of an attempt that another start took the folder ove
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from svd_ds.credentials import redact
@@ -24,6 +24,8 @@ REFUSED = "refused"
 INTERRUPTED = "interrupted"
 """By a person at the terminal, or with W&B's stop button."""
 FAILED = "failed"
+BAD_NODES = "bad nodes"
+"""Some of its nodes compute wrongly: it goes on without them, from a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Outcome:
     words: str
     attempt: tuple[int, int]
     """svd_ds.parallel.env.attempt: ranks of an earlier one, on a node that was cut off, may still speak."""
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Hosts that another attempt should do without, and why."""
 
     @staticmethod
     def read(folder: RunFolder) -> Outcome | None:
@@ -69,6 +73,7 @@ def _told(path: Path) -> Outcome | None:
     """By whichever attempt spoke last; None where nobody did, or where what it said cannot be read."""
     try:
         values = read_json(path)
-        return Outcome(**values | {"attempt": tuple(values["attempt"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        nodes = {str(host): str(why) for host, why in values.get("nodes", {}).items()}
+        return Outcome(**values | {"attempt": tuple(values["attempt"]), "nodes": nodes})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

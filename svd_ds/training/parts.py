@@ -11,6 +11,7 @@ from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.parallel.engine import Engine
+from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.checkpoint_files import Settings
 from svd_ds.training.ema import ShardEMA
@@ -35,11 +36,15 @@ class Plan:
     checkpoint_every: int
     preview_every: int
     evaluate_every: int
+    leaves_nodes: bool = False
+    """Whether who started the ranks can start them on other nodes: the run then ends at a failing one."""
 
 
 @dataclass(frozen=True)
 class Parts:
+    rank: int
     engine: Engine
+    local_norm: LocalNorm
     ema: ShardEMA
     settings: Settings
     objective: Objective

@@ -25,6 +25,8 @@ class StopRequest:
         self.interrupted = False
         """Asked by a person, or by a sweep: another start is not wanted."""
         self.by_keyboard = False
+        self.failing_nodes: dict[str, str] = {}
+        """Why the ranks have agreed to stop without being asked: hosts that compute wrongly, and what."""
         self._say = say
         self._keyboard = signal.getsignal(signal.SIGINT)
         for number in SIGNALS:

@@ -100,10 +100,14 @@ class Reconstruction(Objective):
         names = self._names()
         sums = mean_over_ranks([self._sums.get(name, 0.0) for name in names])
         clips = mean_over_ranks([float(self._clips.get(name, 0)) for name in names])
-        self._sums.clear()
-        self._clips.clear()
+        self._clear()
         # The discriminator's terms are not there before it begins.
         return {name: a / b for name, a, b in zip(names, sums, clips, strict=True) if b > 0}
+
+    def discard(self) -> None:
+        if self.adversary is not None:
+            self.adversary.forget()
+        self._clear()
 
     def state(self) -> dict[str, Tensor]:
         return self.adversary.state() if self.adversary is not None else {}
@@ -120,6 +124,10 @@ class Reconstruction(Objective):
         if self.adversary is not None:
             names += ["adversarial", "discriminator"]
         return names
+
+    def _clear(self) -> None:
+        self._sums.clear()
+        self._clips.clear()
 
     def _note(self, name: str, values_B: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + values_B.detach().sum().item()

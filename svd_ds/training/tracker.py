@@ -76,6 +76,10 @@ class Tracker:
         told |= {path.stem: wandb.Video(str(path), format="mp4") for path in preview.videos}
         self._log_at(step, "samples", told)
 
+    def alert(self, title: str, text: str) -> None:
+        """Tell the person now, by what W&B knows of them (mail, Slack)."""
+        self._tell(lambda: self.run.alert(title, text))
+
     def finish(self, failed: bool) -> None:
         """Send what is left, for at most FINISH_S."""
         self._tell(lambda: self.run.finish(exit_code=int(failed)))

@@ -155,6 +155,25 @@ def test_a_node_that_does_not_see_the_run_is_named_and_left_out(cluster: Cluster
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
+def test_a_node_that_computes_wrongly_is_named_and_left_out(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = os.pathsep.join([str(Path(__file__).parent / "faulty"), cluster.environment["PYTHONPATH"]])
+    job = submit(cluster, run, "checkpoint.every=1000", FAULTS="loss:3", PYTHONPATH=path)
+    ended = cluster.wait(job, 300)
+    output = cluster.output(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    wrong = ended["ExcNodeList"]
+    assert f"rank 1 on {wrong} computed a loss of nan, then " in output
+    assert f"stopped at step 3: the job is to go on without {wrong}" in output
+    assert f"job {job} is queued again without {wrong}: {wrong} computed a loss of nan, then " in output
+    assert "resuming at step 3" in output, "the step was taken and saved"
+    assert steps(run) == list(range(1, STEPS + 1)), "every step once"
+    assert [row["hardware_faults"] for row in metrics(run)] == [0, 0, 1, 1, 1]
+    assert metrics(run)[-1]["skipped"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_named_checkpoint_is_only_where_the_first_start_begins(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm starts the job again with the same run.resume=PATH, whose checkpoint keep_last has removed since.
     The run folder is named after the time, which is the same in each restart."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,8 @@ if [ -n '{asked}' ]; then
   while [ -z "$asked" ]; do sleep 0.1; done
 fi
 [ -z '{kind}' ] ||
-  echo '{{"kind": "{kind}", "rank": 1, "words": "its words", "attempt": [7, 0]}}' > {run}/logs/outcome.json
+  echo '{{"kind": "{kind}", "rank": 1, "words": "its words", "attempt": [7, 0], "nodes": {bad}}}' \
+    > {run}/logs/outcome.json
 echo "$SVD_DS_STARTED" >> {run}.started
 exit {code}
 """
@@ -59,11 +61,16 @@ def ended(
         state: str = "RUNNING",
         asked: str = "",
         nodes: str = "node1",
+        bad: Sequence[str] = (),
         check: Callable[..., dict[str, str]] = lambda *_: {},
     ) -> tuple[int, list[str], bool]:
         log = scontrol(state)
         trial.touch()
-        (tmp_path / "srun").write_text(SRUN.format(kind=kind, run=run, code=code, asked=asked))
+        (tmp_path / "srun").write_text(
+            SRUN.format(
+                kind=kind, run=run, code=code, asked=asked, bad=json.dumps(dict.fromkeys(bad, "is ill"))
+            )
+        )
         (tmp_path / "srun").chmod(0o755)
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setattr(tool, "failing_nodes", check)
@@ -142,6 +149,27 @@ def test_a_job_leaves_a_node_that_fails(
         assert found == (0, asked, True)
     with pytest.raises(ValueError, match="3 times from step 0"):
         ended("", 0, nodes=nodes, check=lambda *_: dict.fromkeys(faults, "is ill"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "bad", "asked"),
+    [
+        ("node1,node2", ["node1"], WITHOUT_NODE1),
+        ("node1", ["node1"], WITHOUT_NODE1),
+        ("node1,node2", ["node1", "node2"], ["requeue 7"]),  # it is hardly they
+        ("node1,node2", ["node1", "stranger"], WITHOUT_NODE1),
+        ("node1,node2", ["stranger"], ["requeue 7"]),
+    ],
+)
+def test_a_job_leaves_a_node_that_computed_wrongly(
+    ended: Ended, nodes: str, bad: list[str], asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(3):
+        assert ended("bad nodes", 0, nodes=nodes, bad=bad) == (0, asked, True)
+    if asked == WITHOUT_NODE1:
+        assert "job 7 is queued again without node1: node1 is ill" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="3 times from step 0"):
+        ended("bad nodes", 0, nodes=nodes, bad=bad)
 
 
 def test_checks_that_end_with_the_job_blame_no_node(ended: Ended) -> None:

@@ -17,7 +17,7 @@ from svd_ds.parallel.env import Env
 from svd_ds.training import outcome as outcome_module
 from svd_ds.training.attempt import Attempt, begin
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.outcome import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Outcome
+from svd_ds.training.outcome import BAD_NODES, FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Outcome
 from svd_ds.training.watchdog import Watchdog, WatchdogConfig
 from tests.networks import seal
 
@@ -313,6 +313,41 @@ def test_file_system_without_hard_links_records_the_first_outcome(
     assert attempted(tmp_path, 0) == 0, "rank 0 begins another attempt"
     assert outcome(tmp_path) == Outcome(FINISHED, 0, "", (0, 0))
     assert sorted(path.suffix for path in (tmp_path / "logs").iterdir()) == [".json", ".log", ".log", ".log"]
+
+
+def test_outcome_names_nodes_that_compute_wrongly_unless_the_run_needs_no_other_attempt(
+    tmp_path: Path,
+) -> None:
+    bad = {"node2": "computed a loss of nan, then 0.5", "node3": "too"}
+    for finished, interrupted, kind in (
+        (False, False, BAD_NODES), (True, False, FINISHED), (False, True, INTERRUPTED)
+    ):  # fmt: skip
+        for rank in (0, 1):
+            with Attempt(RunFolder(tmp_path), env(rank), OFF) as attempt:
+                attempt.ended(finished, interrupted, bad_nodes=bad)
+        told = outcome(tmp_path)
+        assert told is not None and told.kind == kind
+        assert told.nodes == (bad if kind == BAD_NODES else {})
+        assert told.words == ("node2 computed a loss of nan, then 0.5; node3 too" if told.nodes else "")
+
+
+@pytest.mark.parametrize("nodes", ["[1]", "7", '"node1"', "null"])
+def test_outcome_with_damaged_nodes_is_none(tmp_path: Path, nodes: str) -> None:
+    (tmp_path / "logs").mkdir()
+    told = '{"kind": "bad nodes", "rank": 0, "words": "", "attempt": [0, 0], "nodes": NODES}'
+    (tmp_path / "logs/outcome.json").write_text(told.replace("NODES", nodes))
+    assert outcome(tmp_path) is None
+    (tmp_path / "logs/outcome.json").write_text(told.replace(', "nodes": NODES', ""))
+    assert outcome(tmp_path) is not None, "as earlier versions wrote it"
+
+
+def test_job_is_known_by_its_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Attempt(RunFolder(tmp_path), env(0), OFF) as attempt:
+        assert not attempt.is_of_a_job()
+        begin(RunFolder(tmp_path), "7", limit=3)
+        assert not attempt.is_of_a_job(), "another start's"
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        assert attempt.is_of_a_job()
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 40, b"{}", b"[1]", b'{"kind": "finished", "attempt": 3}'])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -54,14 +55,14 @@ def test_after_too_many_in_a_row_the_run_goes_back_so_often_and_ends() -> None:
     config = GuardConfig(loss_factor=3.0, window=2, max_skips=1, max_returns=1)
     guard, saved = Guard(config), GuardState((0.5, 0.5), (1.0, 1.0), skipped=7, in_a_row=1)
     progress = Progress(Cursor(16, "f"), step=2, samples=16, guard=saved)
-    state = GuardState(saved.losses, saved.norms, skipped=7)
+    state = GuardState(saved.losses, saved.norms, skipped=7).with_hardware_fault()
     for expected in (False, True):
         _, state = guard.judge(state, math.nan, 1.0)
         assert guard.must_go_back(state) is expected
     left = Progress(Cursor(80, "f"), step=10, samples=80, guard=state)
     again = left.gone_back(progress)
     assert (again.step, again.samples, again.cursor.position) == (2, 16, 80), "new clips at the old step"
-    assert again.guard == GuardState(saved.losses, saved.norms, skipped=9, in_a_row=0, returns=1)
+    assert again.guard == GuardState(saved.losses, saved.norms, skipped=9, returns=1, hardware_faults=1)
     state = again.guard
     for _ in range(2):
         _, state = guard.judge(state, math.nan, 1.0)
@@ -74,11 +75,23 @@ def test_what_it_remembers_survives_a_checkpoint(tmp_path: Path) -> None:
     progress = Progress(Cursor(16, "f")).advance(Cursor(24, "f"), 8, state)
     (tmp_path / "state.json").write_text(progress.as_json())
     assert Progress.read(tmp_path / "state.json") == progress
+    earlier = json.loads(progress.as_json())
+    del earlier["guard"]["hardware_faults"]
+    (tmp_path / "state.json").write_text(json.dumps(earlier))
+    assert Progress.read(tmp_path / "state.json") == progress, "of a version that counted none"
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("loss_factor", 1.0), ("norm_factor", -2.0), ("window", 0), ("max_skips", -1), ("max_returns", -1)],
+    [
+        ("loss_factor", 1.0),
+        ("norm_factor", -2.0),
+        ("window", 0),
+        ("max_skips", -1),
+        ("max_returns", -1),
+        ("recompute_tolerance", 1.0),
+        ("recompute_tolerance", -0.1),
+    ],
 )
 def test_nonsense_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"guard\.{field} "):

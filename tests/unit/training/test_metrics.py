@@ -72,7 +72,7 @@ def test_evaluations_and_skipped_steps_are_lines_and_a_resumed_run_drops_the_lat
     with Metrics(run, LoggerConfig(wandb="offline"), {}, total_steps=5, step=0) as metrics:
         for number in (1, 3):
             metrics.log_evaluation(number, 8 * number, measured(0.5))
-            metrics.log_skipped(number + 1, "the loss is nan", ["a", "b"])
+            metrics.log_fault(number + 1, "the loss is nan", ["a", "b"])
     told = capsys.readouterr().out
     assert "step 3  fixed set: loss 0.5000, of the averaged weights 1.5000" in told
     assert "step 4  skipped: the loss is nan" in told
@@ -81,7 +81,14 @@ def test_evaluations_and_skipped_steps_are_lines_and_a_resumed_run_drops_the_lat
     assert [row["step"] for row in rows] == [1, 3]
     assert rows[1]["samples"] == 24 and rows[1]["grad_norm"] == [2.0, 3.0]
     assert [json.loads(line) for line in run.skipped.read_text().splitlines()] == [
-        {"step": 2, "fault": "the loss is nan", "clips": ["a", "b"]}
+        {
+            "step": 2,
+            "fault": "the loss is nan",
+            "cause": "unknown",
+            "words": "",
+            "taken": False,
+            "clips": ["a", "b"],
+        }
     ]
 
 
@@ -118,7 +125,7 @@ def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path, name: str) ->
         with pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"):
             metrics.log(step(1))
             metrics.log_evaluation(1, 8, measured(0.5))
-            metrics.log_skipped(1, "the loss is nan", ["a"])
+            metrics.log_fault(1, "the loss is nan", ["a"])
 
 
 def test_full_disk_costs_a_line_of_train_log_and_no_run(

@@ -137,6 +137,26 @@ def test_micro_batches_make_no_difference_to_the_adversary(autoencoder: Autoenco
         assert torch.allclose(value, apart.state()[name], rtol=1e-3, atol=1e-6), name
 
 
+def test_a_step_that_is_discarded_leaves_nothing(autoencoder: Autoencoder) -> None:
+    """Behind it a step comes out bitwise as it does without it: the guard computes steps again."""
+    once, again = (reconstruction(autoencoder, adversarial_weight=1.0) for _ in range(2))
+    for number in range(2):
+        again.loss(Painter(torch.nan), clips(7))
+        again.loss(Painter(0.3), clips(8, 9))
+        again.discard()
+        told = []
+        for objective in (once, again):
+            losses = [objective.loss(Painter(0.1), clips(number, ordinal)) for ordinal in (3, 4)]
+            told.append((torch.cat(losses).tolist(), objective.end_step()))
+        assert told[0] == told[1]
+    assert all(value.equal(again.state()[name]) for name, value in once.state().items())
+    before = {name: value.clone() for name, value in once.state().items()}
+    once.loss(Painter(0.2), clips(5))
+    once.discard()
+    assert once.end_step() == {}
+    assert all(value.equal(before[name]) for name, value in once.state().items()), "no step is taken of it"
+
+
 def test_a_resumed_adversary_goes_on_bitwise(autoencoder: Autoencoder) -> None:
     def steps(objective: Reconstruction, numbers: range) -> list[dict[str, float]]:
         told = []

@@ -16,6 +16,7 @@ import torch
 import wandb
 
 from svd_ds.training import tracker as module
+from svd_ds.training.cause import Cause
 from svd_ds.training.evaluate import Measured
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
@@ -35,6 +36,9 @@ class Recorder:
 
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+
+    def alert(self, title: str, text: str) -> None:
+        self.rows.append({title: text})
 
     def finish(self, exit_code: int) -> None:
         self.rows.append({"exit": exit_code})
@@ -68,6 +72,16 @@ def test_every_row_is_told_at_our_step(recorder: Recorder, tmp_path: Path) -> No
     counts = {name: sum(it.histogram) for name, it in weights.items() if name != "train/step"}
     assert counts == {"weights/spatial": 100, "weights/temporal": 3, "weights/adapter": 2}
     assert end == {"exit": 0}
+
+
+def test_failing_hardware_is_an_alert_and_bad_data_is_none(recorder: Recorder, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open({}, step=0)
+    words = "rank 1 on node7 computed a loss of nan, then 0.5, from the same clips"
+    with Metrics(folder, LoggerConfig(), {}, 5, 0) as metrics:
+        metrics.log_fault(3, "the loss is nan", ["a"], Cause(False, "computed again it comes out the same"))
+        metrics.log_fault(4, "the loss is nan", ["a"], Cause(True, words, {"node7": ""}), taken=True)
+    assert recorder.rows == [{"failing hardware": f"step 4: the loss is nan; {words}"}, {"exit": 0}]
 
 
 def test_a_run_that_fails_says_so(recorder: Recorder, tmp_path: Path) -> None:
