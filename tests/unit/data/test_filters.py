@@ -96,8 +96,8 @@ def test_an_annotation_that_every_sample_lacks_is_named(folder: Path) -> None:
 def test_samples_that_lack_a_number_are_left_out_and_counted(tmp_path: Path) -> None:
     frames, writer = moving_square(4, 16, 16), ShardWriter(tmp_path)
     values = [1.0, float("nan"), None, True, "4", 2.0, float("inf"), 3.0]
-    for number, value in enumerate(values):
-        writer.add(f"s{number}", "mp4", encode(frames), about(frames, annotations={"a": value}))
+    for number in range(len(values)):
+        writer.add(f"s{number}", "mp4", encode(frames), about(frames, annotations={"a": 0.0}))
     writer.close()
     # As older versions wrote them: what is written now has no such values.
     index = tmp_path / "index.jsonl"
