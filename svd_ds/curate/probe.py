@@ -101,8 +101,9 @@ def probe_video(path: Path) -> Row:
         with open_container(path) as container:
             stream = shown_stream(container)
             packets = read_packets(container, stream)
-            container.seek(stream.start_time or 0, stream=stream)
-            frame = next(container.decode(stream), None)
+            # Opened anew and not sought: in MPEG-TS a seek to the first time lands after the first keyframe.
+            with open_container(path) as again:
+                frame = next(again.decode(shown_stream(again)), None)
             if frame is None:
                 raise ValueError("none of its frames can be decoded")
             context = stream.codec_context

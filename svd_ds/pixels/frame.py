@@ -27,6 +27,8 @@ HD_HEIGHT = 720
 """Untagged video is BT.709 from so many lines on and BT.601 below, as players take it."""
 UNSPECIFIED = 2
 """AVCOL_SPC_UNSPECIFIED, and the same of transfers and primaries."""
+LIMITED = 1
+"""AVCOL_RANGE_MPEG: of 8 bits, black is 16 and white 235."""
 UNREADABLE_MATRICES = {10: "BT.2020 with constant luminance", 11: "SMPTE ST 2085", 14: "ICtCp", 15: "IPT-C2"}
 """AVColorSpace values that swscale takes for another matrix, without an error."""
 DOLBY_VISION = (Type.DOVI_METADATA, Type.DOVI_RPU_BUFFER)
@@ -169,6 +171,8 @@ def _colours(frame: VideoFrame) -> Tensor:
         return _sdr(frame)
     if _has_alpha(frame.format.name):
         return _composited(frame)
+    if frame.format.name.startswith("gray") and frame.color_range == LIMITED:
+        return _limited_grey(frame)
     pixels = frame.reformat(format="rgb24", src_colorspace=_matrix(frame), threads=1).to_ndarray()
     return torch.from_numpy(pixels)
 
@@ -182,6 +186,12 @@ def _sdr(frame: VideoFrame) -> Tensor:
     wide = frame.reformat(format="rgb48le", src_colorspace=_matrix(frame), threads=1).to_ndarray()
     coded = torch.from_numpy(wide.astype(np.float32)) / 65535
     return (hdr.to_sdr(coded, frame.color_trc, frame.color_primaries) * 255).round().to(torch.uint8)
+
+
+def _limited_grey(frame: VideoFrame) -> Tensor:
+    """Grey from 16 to 235, which swscale takes for the full range."""
+    wide = frame.reformat(format="rgb48le", threads=1).to_ndarray().astype(np.float32) * (255 / 65535)
+    return torch.from_numpy(((wide - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8))
 
 
 def _composited(frame: VideoFrame) -> Tensor:

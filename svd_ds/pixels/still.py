@@ -133,7 +133,13 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def _to_srgb(image: Image.Image) -> Image.Image:
     profile, gamma = image.info.get("icc_profile"), image.info.get("gamma", 0.0)
     has_alpha = image.has_transparency_data
-    if has_alpha:
+    if has_alpha and profile and image.mode in ("L", "LA", "La"):
+        # A grey profile fits grey alone.
+        with_alpha = image.convert("LA")
+        image = _converted(with_alpha.getchannel("L"), profile, "RGB").convert("RGB")
+        image.putalpha(with_alpha.getchannel("A"))
+        profile = None
+    elif has_alpha:
         image = image.convert("RGBA")
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")

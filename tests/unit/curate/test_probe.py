@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import accumulate, pairwise
+from pathlib import Path
 
+import av
 import pytest
 
-from svd_ds.curate.probe import clock_of
+from svd_ds.curate.probe import clock_of, probe_video
 from svd_ds.data.timeline import usual_rate
+from tests.videos import moving_square
 
 FILM = Fraction(24000, 1001)
 
@@ -35,3 +38,21 @@ def test_the_usual_rate_is_not_that_of_the_rounded_median() -> None:
     times = rounded([number / 24 for number in range(200)])
     gaps = [after - before for before, after in pairwise(times)]
     assert usual_rate([*gaps, 5.0]) == pytest.approx(24, rel=1e-3)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+@pytest.mark.parametrize("suffix", ["ts", "mp4"])
+def test_the_first_frame_of_a_file_with_one_keyframe_is_found(
+    codec: str, suffix: str, tmp_path: Path
+) -> None:
+    """MPEG-TS has no index: what seeks to the first time there lands after the only keyframe."""
+    path = tmp_path / f"video.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 100
+        stream.codec_context.max_b_frames = 2
+        for pixels in moving_square(12, 48, 64):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    found = probe_video(path)
+    assert (found["num_frames"], found["height"], found["width"], found["rate"]) == (12, 48, 64, "25")

@@ -187,6 +187,15 @@ def test_transparent_video_is_shown_on_white() -> None:
     assert (shown[:8] == 255).all() and (shown[8:] == pixels[8:, :, :3]).all()
 
 
+@pytest.mark.parametrize("limited", [True, False])
+def test_grey_of_limited_range_is_expanded(limited: bool) -> None:
+    levels = np.repeat(np.array([[16, 64, 128, 200, 235, 250]], dtype=np.uint8), 16, axis=0)
+    frame = av.VideoFrame.from_ndarray(levels, format="gray")
+    frame.color_range = 1 if limited else 2
+    wanted = [0, 56, 130, 214, 255, 255] if limited else levels[0].tolist()
+    assert np.abs(to_rgb(frame).numpy()[0].astype(int) - np.array(wanted)[:, None]).max() <= 1
+
+
 @pytest.mark.parametrize(("matrix", "name"), [(10, "constant luminance"), (14, "ICtCp")])
 def test_colours_that_swscale_mistakes_are_refused(matrix: int, name: str) -> None:
     frame = av.VideoFrame(16, 16, "yuv420p")

@@ -259,6 +259,29 @@ def test_an_embedded_profile_is_converted_to_srgb() -> None:
     assert largest_error(read_still(saved(image, icc_profile=b"no profile")), picture()) == 0
 
 
+def test_a_grey_profile_is_applied_beside_transparency() -> None:
+    grey = picture()[..., 0]
+    # The RGB profile of sRGB as one of a grey space with a linear curve.
+    curve = b"curv" + bytes(8)
+    tags = {b"wtpt": b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061), b"kTRC": curve}
+    head, body = bytearray(128), b""
+    head[8:12], head[12:24], head[36:40] = b"\x02\x10\x00\x00", b"mntrGRAYXYZ ", b"acsp"
+    head[68:80] = struct.pack(">3i", 63190, 65536, 54061)
+    table, place = struct.pack(">I", len(tags)), 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, place + len(body), len(content))
+        body += content
+    head[0:4] = struct.pack(">I", place + len(body))
+    profile = bytes(head) + table + body
+    opaque = read_still(saved(Image.fromarray(grey), icc_profile=profile))
+    assert largest_error(opaque, np.repeat(grey[..., None], 3, axis=-1)) > 20, "a linear grey is brighter"
+    image = Image.merge("LA", (Image.fromarray(grey), Image.new("L", grey.shape[::-1], 255)))
+    image.putpixel((0, 0), (0, 0))
+    shown = read_still(saved(image, icc_profile=profile))
+    assert shown[0, 0].tolist() == [255, 255, 255]
+    assert largest_error(shown[1:], opaque[1:]) <= 1
+
+
 def damaged_png() -> bytes:
     content = saved(Image.fromarray(picture()))
     place = content.index(b"IDAT")
