@@ -132,41 +132,40 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     profile, gamma = image.info.get("icc_profile"), image.info.get("gamma", 0.0)
-    has_alpha = image.has_transparency_data
-    if has_alpha and profile and image.mode in ("L", "LA", "La"):
-        # A grey profile fits grey alone.
-        with_alpha = image.convert("LA")
-        image = _converted(with_alpha.getchannel("L"), profile, "RGB").convert("RGB")
-        image.putalpha(with_alpha.getchannel("A"))
-        profile = None
-    elif has_alpha:
-        image = image.convert("RGBA")
+    alpha: Image.Image | None = None
+    if image.has_transparency_data:
+        # A grey profile fits grey alone, and no profile has anything to say of transparency.
+        is_grey = image.mode in ("L", "LA", "La")
+        image = image.convert("LA" if is_grey else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("L" if is_grey else "RGB")
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     if profile:
-        image = _converted(image, profile, "RGBA" if has_alpha else "RGB")
+        image = _converted(image, profile)
     elif gamma and "srgb" not in image.info and abs(gamma / SRGB_GAMMA - 1) > SAME_GAMMA:
-        image = _with_gamma(image.convert("RGBA" if has_alpha else "RGB"), gamma)
-    if has_alpha:
-        background = Image.new("RGBA", image.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+        image = _with_gamma(image.convert("RGB"), gamma)
+    shown = image.convert("RGB")
+    if alpha is not None:
+        shown.putalpha(alpha)
+        background = Image.new("RGBA", shown.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
+        shown = Image.alpha_composite(background, shown).convert("RGB")
+    return shown
 
 
 def _with_gamma(image: Image.Image, gamma: float) -> Image.Image:
-    """RGB or RGBA that a PNG's gAMA chunk says to be of another gamma than sRGB's, as browsers show it."""
-    curve = [round(255 * (level / 255) ** (SRGB_GAMMA / gamma)) for level in range(256)]
-    return image.point(curve * 3 + list(range(256)) * (len(image.mode) - 3))
+    """RGB that a PNG's gAMA chunk says to be of another gamma than sRGB's, as browsers show it."""
+    return image.point([round(255 * (level / 255) ** (SRGB_GAMMA / gamma)) for level in range(256)] * 3)
 
 
-def _converted(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
+def _converted(image: Image.Image, profile: bytes) -> Image.Image:
     """The image in sRGB by its colour profile, or as it is where the profile does not fit it."""
     try:
         embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if ImageCms.getProfileDescription(embedded).startswith("sRGB"):
             return image
         srgb = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, embedded, srgb, outputMode=mode)
+        converted = ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
         return image
     return converted or image
