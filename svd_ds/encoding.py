@@ -7,8 +7,6 @@ any number of ranks.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +19,9 @@ from torch import Tensor
 
 from svd_ds.data import latents, states
 from svd_ds.data.clips import fills, read_frames
-from svd_ds.data.quarantine import Fault, Quarantine, is_out_of_memory
+from svd_ds.data.quarantine import REFUSED, Fault, Quarantine, is_out_of_memory, reason_of, refused_lines
 from svd_ds.data.reader import captions_of
 from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
-from svd_ds.data.sidecar import clean_text
 from svd_ds.data.writer import pack_shard, remove_shards, replace_file, shard_name, whole_members, write_index
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.clip import ImageEncoder, TextEncoder
@@ -34,7 +31,6 @@ from svd_ds.video import from_uint8
 CACHED = (latents.MEMBER, states.MEMBER)
 JOB_NAME = "encoding.json"
 """In the folder that is written: what its latents are made of and by."""
-REFUSED = "refused.csv"
 
 
 @dataclass(frozen=True)
@@ -171,8 +167,7 @@ def _encoded(
             if is_out_of_memory(error) or isinstance(error, RuntimeError):
                 raise
             shard = source.folder.name(source.shards[sample.shard].name)
-            cause = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            faults.append(Fault(sample.id, shard, clean_text(" ".join(cause.split()))))
+            faults.append(Fault(sample.id, shard, reason_of(error)))
             refused.add(faults)
         advance(1)
 
@@ -181,12 +176,7 @@ def note_refused(out: Path, faults: Sequence[Fault]) -> None:
     """Append to the list that all ranks write: whole lines at once, and those alone that it lacks."""
     path = out / REFUSED
     listed = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [] if listed else [("sample", "shard", "reason")]
-    rows += [(clean_text(fault.id), clean_text(fault.shard), fault.cause) for fault in faults]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    new = [line for line in text.getvalue().splitlines(keepends=True) if line not in listed]
-    if faults and new:
+    if faults and (new := [line for line in refused_lines(faults) if line not in listed]):
         with open(path, "a", newline="") as file:
             file.write("".join(new))
 

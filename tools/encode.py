@@ -14,12 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from svd_ds.data.clips import fills
 from svd_ds.data.latents import MEMBER, Origin
-from svd_ds.data.quarantine import Quarantine
+from svd_ds.data.quarantine import REFUSED, Quarantine
 from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.data.states import StatesOrigin
 from svd_ds.door import run_door
 from svd_ds.encoding import (
-    REFUSED,
     Encoders,
     begin,
     count_uncaptioned,

@@ -20,7 +20,7 @@ import av
 import numpy as np
 
 from svd_ds.data.decoding import MAX_COUNTED, decode, open_video
-from svd_ds.data.quarantine import Fault, is_out_of_memory
+from svd_ds.data.quarantine import Fault, is_out_of_memory, reason_of
 from svd_ds.data.sample import MEDIA, STILLS, Sample, parse_sample
 from svd_ds.data.sidecar import (
     TEXTS,
@@ -88,16 +88,6 @@ def samples_in(path: Path, name: str, motion: Motion | None) -> Iterator[Probed 
 def id_of(shard: str, key: str) -> str:
     """A sample's id from its shard's name and its key."""
     return re.sub(r"[^\w-]+", "_", f"{PurePosixPath(shard).with_suffix('')}-{clean_text(key)}")
-
-
-def reason_of(error: Exception) -> str:
-    """One line about an error, with its type where it is none that a damaged file is known to raise."""
-    if isinstance(error, av.FFmpegError):
-        return f"it cannot be decoded ({error.strerror})"
-    text = " ".join(clean_text(str(error)).split())
-    if isinstance(error, ValueError | OSError | tarfile.TarError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _probe(path: Path, members: Members, sample_id: str, motion: Motion | None) -> Probed:

@@ -7,9 +7,7 @@ renamed and removed in between.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -20,9 +18,9 @@ from pathlib import Path
 from stat import S_ISREG
 
 from svd_ds.data.folders import INDEX_NAME
-from svd_ds.data.foreign import Motion, Probed, reason_of, samples_in
+from svd_ds.data.foreign import Motion, Probed, samples_in
 from svd_ds.data.motion import MotionMap
-from svd_ds.data.quarantine import Fault
+from svd_ds.data.quarantine import REFUSED, Fault, reason_of, refused_lines
 from svd_ds.data.sample import Sample, Shard, check_local_name, parse_sample
 from svd_ds.data.sidecar import clean_text
 from svd_ds.data.tars import MAC_FOLDER, UNPACK, is_compressed_name
@@ -33,7 +31,6 @@ from svd_ds.json_lines import read_json_lines
 PARTS = ".index-parts"
 """In the folder of the index, while it is made: what was found in each shard."""
 PART_VERSION = 2
-REFUSED = "refused.csv"
 LINK = "shards"
 """In a folder of its own for the index: a link to the folder of the shards."""
 
@@ -218,7 +215,7 @@ def index_folder(
         _link(out / LINK, folder, overwrite)
     found = Found(faults=faults)
     probe_shards(folder, track(names), parts, motion, found, "" if same else f"{LINK}/")
-    _write_refused(out / REFUSED, found.faults)
+    replace_text(out / REFUSED, "".join(refused_lines(found.faults)))
     if not found.samples:
         raise ValueError(f"none of the samples in {folder} can be used: {out / REFUSED} says why")
     scores = [sample.motion for sample in found.samples if sample.num_frames > 1]
@@ -237,11 +234,3 @@ def _link(link: Path, folder: Path, overwrite: bool) -> None:
             raise ValueError(f"{link} is there, and does not lead to {target}: choose another --out")
         return
     link.symlink_to(target, target_is_directory=True)
-
-
-def _write_refused(path: Path, faults: Iterable[Fault]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("sample", "shard", "reason"))
-    table.writerows(tuple(map(clean_text, (fault.id, fault.shard, fault.cause))) for fault in faults)
-    replace_text(path, text.getvalue())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +15,12 @@ import av
 import torch
 
 from svd_ds.credentials import redact
+from svd_ds.data.sidecar import clean_text
 from svd_ds.fsync_io import append_row
 from svd_ds.json_lines import read_json_lines
 
+REFUSED = "refused.csv"
+"""In the folder of an index: which samples were left out, and why."""
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 """In the message of the plain RuntimeError by which torch says that the host's memory ran out."""
 
@@ -28,6 +34,16 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     told = isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
     return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def reason_of(error: Exception) -> str:
+    """One line about an error, with its type where it is none that a damaged file is known to raise."""
+    if isinstance(error, av.FFmpegError):
+        return f"it cannot be decoded ({error.strerror})"
+    text = " ".join(clean_text(str(error)).split())
+    if isinstance(error, ValueError | OSError | tarfile.TarError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,18 @@ class Fault:
     def error(self, sentence: str) -> ValueError | OSError:
         """For where it is one too many: of a kind that svd_ds.door.may_pass judges as this."""
         return OSError(sentence) if self.may_pass else ValueError(sentence)
+
+
+def refused_lines(faults: Iterable[Fault]) -> list[str]:
+    """The lines of a REFUSED that lists these samples: the header, and one line each."""
+    rows = [("sample", "shard", "reason")]
+    rows += [(clean_text(fault.id), clean_text(fault.shard), clean_text(fault.cause)) for fault in faults]
+    lines: list[str] = []
+    for row in rows:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(row)
+        lines.append(text.getvalue())
+    return lines
 
 
 class Quarantine:

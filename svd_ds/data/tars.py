@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from svd_ds.data.quarantine import reason_of
 from svd_ds.data.sample import TAR_BLOCK
 from svd_ds.data.sidecar import clean_text
 
@@ -72,7 +73,7 @@ def read_contents(path: Path) -> Contents:
             except Exception as error:
                 if begin == 0 and not contents.samples:
                     raise
-                contents.damage = " ".join(str(error).split()) or type(error).__name__
+                contents.damage = reason_of(error)
                 break
             # The module tarfile takes a header that is damaged or cut short for the end of the tar.
             if not _is_end(file, end):
