@@ -87,9 +87,10 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     for bucket, micro in config.data.buckets.items():
         config.batch.accumulation(env.world, bucket, micro)
     folder = RunFolder(Path(config.run.dir))
-    contents = contents_of(config, folder.begun_with())
+    begun = folder.begun_with()
+    contents = contents_of(config, begun)
     folder.check_belongs(config.as_dict() | {"contents": contents})
-    if resume is None:
+    if resume is None and begun is not None:
         # Those that a start before has read, without a checkpoint behind it, are read anew.
         contents = contents_of(config, None)
     progress = Progress.read(resume / "state.json") if resume else None

@@ -182,7 +182,7 @@ def _check_key(key: str, settings: Mapping[str, Setting], groups: Callable[[], C
     """Raise ValueError for a key that no config has, saying which one is meant."""
     parts = key.split(".")
     parents = [".".join(parts[:count]) for count in range(1, len(parts))]
-    if key in groups() or parts[0] == "hydra" or any(p in settings and settings[p].is_dict for p in parents):
+    if parts[0] == "hydra" or any(p in settings and settings[p].is_dict for p in parents) or key in groups():
         return
     if known := next((parent for parent in parents if parent in settings), None):
         kind = TYPE_NAMES[settings[known].kind]
