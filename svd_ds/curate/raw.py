@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -40,10 +40,14 @@ class RawFile:
     fault: str | None = None
     """Why it cannot be read, where that was found before it was opened."""
 
-    def stamp(self) -> int:
+    def stamp(self, is_file: Callable[[str], bool] = os.path.isfile) -> int:
         """Another number when the file is another, or is called otherwise: what is known of it is then
-        stale."""
-        about = [_state(path) for path in (self.path, *sidecars_of(self.path))]
+        stale.
+
+        Args:
+            is_file: as `FolderListings.is_file`, for the stamps of many files.
+        """
+        about = [_state(path) for path in (self.path, *sidecars_of(self.path, is_file))]
         state = [(each.st_size, each.st_mtime_ns) for each in about if each is not None]
         listed = f" {json.dumps(self.listed, sort_keys=True)}" if self.listed else ""
         return zlib.crc32(f"{self.key} {state}{listed}{self.fault or ''}".encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,32 @@ JSON = ".json"
 SUFFIXES = (JSON, *(f".{name}" for name in TEXTS))
 
 
-def sidecars_of(path: Path) -> list[Path]:
+class FolderListings:
+    """Tells which files there are from one listing of each folder: a question for each spelling of a sidecar
+    is slow on a network file system. It does not see what is written after it was first asked."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}
+
+    def is_file(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            try:
+                self._names[folder] = frozenset(os.listdir(folder or "."))
+            except OSError:
+                self._names[folder] = frozenset()
+        return name in self._names[folder] and os.path.isfile(path)
+
+
+def sidecars_of(path: Path, is_file: Callable[[str], bool] = os.path.isfile) -> list[Path]:
     """The files that say something of clip.mp4: clip.txt or clip.mp4.txt; those first that count first."""
-    return [found for suffix in SUFFIXES if (found := _beside(path, suffix)) is not None]
+    return [found for suffix in SUFFIXES if (found := _beside(path, suffix, is_file)) is not None]
 
 
-def _beside(path: Path, suffix: str) -> Path | None:
+def _beside(path: Path, suffix: str, is_file: Callable[[str], bool]) -> Path | None:
     for spelling in (suffix, suffix.upper(), suffix.title()):
         for stem in (os.path.splitext(path)[0], str(path)):
-            if os.path.isfile(stem + spelling):
+            if is_file(stem + spelling):
                 return Path(stem + spelling)
     return None
 

@@ -29,6 +29,7 @@ import torch
 from rich.progress import Progress
 
 from svd_ds.curate.raw import RawFile
+from svd_ds.curate.sidecars import FolderListings
 from svd_ds.curate.table import Known, Row, Table
 from svd_ds.data.quarantine import is_out_of_memory
 from svd_ds.data.sidecar import clean_text
@@ -109,7 +110,8 @@ class Runner:
     def run(self, stage: Stage) -> None:
         """Work on every file that is not done and that the stages before found something in."""
         table = Table(stage.folder(self.out), stage.columns)
-        stamps = {file.name: file.stamp() for file in self.files}
+        is_file = FolderListings().is_file
+        stamps = {file.name: file.stamp(is_file) for file in self.files}
         found = {
             name: rows
             for name, rows in table.read().items()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from svd_ds.curate.raw import find_raw, name_files
-from svd_ds.curate.sidecars import told_of
+from svd_ds.curate.sidecars import FolderListings, sidecars_of, told_of
 
 
 def test_captions(tmp_path: Path) -> None:
@@ -284,3 +284,16 @@ def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
     changed = file.stamp()
     path.with_suffix(".txt").write_text("a caption")
     assert len({before, changed, file.stamp()}) == 3
+
+
+def test_listings_of_folders_find_the_sidecars_that_single_questions_find(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.TXT", "b.mp4", "b.mp4.json", "c.mp4", "d.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "c.txt").mkdir()
+    (tmp_path / "d.txt").symlink_to(tmp_path / "gone")
+    is_file = FolderListings().is_file
+    videos = [tmp_path / f"{stem}.mp4" for stem in "abcd"]
+    found = [sidecars_of(video, is_file) for video in videos]
+    assert found == [[tmp_path / "a.TXT"], [tmp_path / "b.mp4.json"], [], []]
+    assert found == [sidecars_of(video) for video in videos]
+    assert sidecars_of(tmp_path / "missing" / "a.mp4", is_file) == []
