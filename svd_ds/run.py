@@ -96,15 +96,13 @@ def _train(
     opened = agreed(lambda: _open_metrics(config, env, inputs, engine, stop))
     with stop, opened as metrics, outcome, checkpoints:
         if metrics is not None:
-            opening = [_opening(config, env, inputs, engine), metrics.tracking()]
-            notes = [resume.note, *inputs.loader.notes, *task.notes]
-            metrics.say("\n".join([*opening, *filter(None, notes)]))
+            notes = [metrics.tracking(), resume.note, *inputs.loader.notes, *task.notes]
+            metrics.say("\n".join([_opening(config, env, inputs, engine), *filter(None, notes)]))
             for sentence in filter(None, (lives, *damage)):
                 metrics.say(f"warning: {sentence}")
             if new:
-                metrics.say(
-                    f"{len(new)} tensors are not in {config.init.source} and start afresh: {new[0]}, ..."
-                )
+                source = config.init.source
+                metrics.say(f"{len(new)} tensors are not in {source} and start afresh: {new[0]}, ...")
         parts = Parts(
             rank=env.rank,
             engine=engine,
@@ -118,15 +116,7 @@ def _train(
             guard=Guard(config.guard),
             checkpoints=checkpoints,
             evaluation=_evaluation(config, env, inputs, task),
-            previews=Previews(
-                inputs.preview_clips,
-                task.render,
-                task.measures,
-                config.sampling.fps,
-                folder,
-                env,
-                checkpoints.check_still_ours,
-            ),
+            previews=_previews(config, env, inputs, task),
             stop=stop,
             clock=Clock(),
             beat=attempt.watchdog.beat if attempt is not None else lambda: None,
@@ -151,6 +141,18 @@ def _say_at_once(text: str) -> None:
     """From a signal handler, which must not touch a buffer that it may have interrupted."""
     with suppress(OSError, ValueError):
         os.write(sys.stdout.fileno(), f"\n{text}\n".encode())
+
+
+def _previews(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Previews:
+    return Previews(
+        inputs.preview_clips,
+        task.render,
+        task.measures,
+        config.sampling.fps,
+        inputs.folder,
+        env,
+        inputs.checkpoints.check_still_ours,
+    )
 
 
 def _report(folder: RunFolder, metrics: Metrics) -> None:

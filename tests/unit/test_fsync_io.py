@@ -99,8 +99,12 @@ def test_damaged_files_are_all_kept(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_fsynced_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def refused(*_: object) -> int:
+    asked: list[object] = []
+
+    def refused(path: object, *_: object) -> int:
+        asked.append(path)
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "open", refused)
     fsync_path(tmp_path)
+    assert asked == [tmp_path]
