@@ -20,6 +20,7 @@ from svd_ds.data.shards import Index
 from svd_ds.model.weights import load_unet
 from svd_ds.train import main as train_door
 from tests.runs import metrics
+from tests.signals import handle_as_in_the_foreground
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -164,6 +165,7 @@ def started(shards: Path, run: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         command(shards, run, "run.steps=100000", "checkpoint.every=100000", "sampling.every=100000"),
         env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=handle_as_in_the_foreground,
     )  # fmt: skip
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("step 1/"))

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from svd_ds.training.preempt import SIGNALS, StopRequest
+from tests.signals import handle_as_in_the_foreground
 
 
 @pytest.fixture(autouse=True)
 def _signals_of_the_foreground() -> Iterator[None]:
-    """The handlers of a process in the foreground, however the tests were started: under nohup and in the
-    background some signals are ignored."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    handle_as_in_the_foreground()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,0 +1,14 @@
+"""Signals as a process in the foreground has them, however the tests were started."""
+
+from __future__ import annotations
+
+import signal
+
+from svd_ds.training.preempt import SIGNALS
+
+
+def handle_as_in_the_foreground() -> None:
+    """Undo that nohup, and a shell that starts a command in the background, have some signals ignored: so would
+    every process of the tests. Also for `preexec_fn`."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
