@@ -8,7 +8,7 @@ from svd_ds.training.preempt import SIGNALS
 
 
 def handle_as_in_the_foreground() -> None:
-    """Undo that nohup, and a shell that starts a command in the background, have some signals ignored: so would
-    every process of the tests. Also for `preexec_fn`."""
+    """Undo that nohup, or a shell that starts a command in the background, has some signals ignored: every
+    process of the tests would inherit it. Also for `preexec_fn`."""
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
