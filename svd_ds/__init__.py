@@ -10,7 +10,7 @@ __all__ = ["load_unet", "save_unet"]
 def __getattr__(name: str) -> Any:
     # On first use, so that `import svd_ds` alone does not import torch.
     if name in __all__:
-        from svd_ds.model import weights
+        from svd_ds.weights import io
 
-        return getattr(weights, name)
+        return getattr(io, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,6 @@ from svd_ds.data.config import DataConfig
 from svd_ds.diffusion.noise import NoiseConfig
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.model.lora import LoraConfig
-from svd_ds.model.slices import NETWORKS
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 from svd_ds.parallel.zero import PRECISIONS, ZeroConfig
@@ -24,6 +23,7 @@ from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import PreviewConfig
 from svd_ds.training.reconstruction import ReconstructionConfig
 from svd_ds.training.watchdog import WatchdogConfig
+from svd_ds.weights.shards import NETWORKS
 
 SPELLING = {"source": "from"}  # InitConfig declares the key as well, for its errors
 """What users write for a field of InitConfig that cannot have the name: Python keeps the word for itself."""

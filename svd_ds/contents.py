@@ -14,9 +14,9 @@ import torch
 
 from svd_ds.config import RunConfig
 from svd_ds.model.frozen import fingerprint
-from svd_ds.model.slices import Blend, Piece
-from svd_ds.model.sources import Source, open_source
 from svd_ds.sample import frozen_folder
+from svd_ds.weights.shards import TensorRef, WeightedSum
+from svd_ds.weights.source import WeightSource, open_weights
 
 NOTHING = "none"
 ENCODERS = {"image": ("image_encoder",), "ends": ("image_encoder",), "text": ("text_encoder",)}
@@ -46,20 +46,20 @@ def _initial(config: RunConfig, begun: Mapping[str, Any]) -> str:
         if known is not None:
             return str(known)
     try:
-        return source_fingerprint(open_source(Path(config.init.source), config.init.which))
+        return source_fingerprint(open_weights(Path(config.init.source), config.init.which))
     except (OSError, ValueError):
         # Where it is read, the error is told.
         return NOTHING
 
 
-def source_fingerprint(source: Source) -> str:
+def source_fingerprint(source: WeightSource) -> str:
     """12 hexadecimal digits that name weights, without loading them: of each tensor its name, its shape and
     its first numbers."""
     digest = hashlib.sha256()
-    for name in sorted(source.pieces):
-        for piece in source.pieces[name]:
-            leaves: list[Piece]
-            if isinstance(piece, Blend):
+    for name in sorted(source.tensor_refs):
+        for piece in source.tensor_refs[name]:
+            leaves: list[TensorRef]
+            if isinstance(piece, WeightedSum):
                 digest.update(f"{piece.weights}".encode())
                 leaves = [leaf for parameter in piece.parameters for leaf in parameter]
             else:
@@ -70,7 +70,7 @@ def source_fingerprint(source: Source) -> str:
     return digest.hexdigest()[:12]
 
 
-def _first_numbers(piece: Piece) -> bytes:
+def _first_numbers(piece: TensorRef) -> bytes:
     if not piece.shape:
         numbers = piece.read().reshape(1)
     else:

@@ -19,7 +19,6 @@ from svd_ds.data.loader import Loader
 from svd_ds.fit import check_elevation, check_fit, check_learns, check_scalars
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
-from svd_ds.model.sources import network_parameters, open_source
 from svd_ds.parallel.collectives import told_by_first
 from svd_ds.parallel.env import Env, supports_bf16
 from svd_ds.sample import frozen_folder
@@ -30,6 +29,7 @@ from svd_ds.training.optim import TAGS
 from svd_ds.training.resume import Resume, find_checkpoint
 from svd_ds.training.state import Progress
 from svd_ds.training.verify import check_whole_over_ranks, newest_whole
+from svd_ds.weights.source import network_parameters, open_weights
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
             check_learns(config, dict.fromkeys(TAGS, "begin at random, for init.from is null"))
         return None
     path = Path(config.init.source)
-    source = open_source(path, config.init.which)
+    source = open_weights(path, config.init.which)
     new = source.check(config.model)
     check_scalars(config, path, source.config.num_scalars)
     network = network_parameters(config.model, source.lora)

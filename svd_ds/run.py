@@ -22,7 +22,6 @@ from svd_ds.data.quarantine import Quarantine
 from svd_ds.evaluation.report import write_report
 from svd_ds.inputs import Inputs, find_resume, read_inputs
 from svd_ds.model.decoder import Decoder
-from svd_ds.model.lives import lives_damage
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import agreed, told_by_first
@@ -50,6 +49,7 @@ from svd_ds.training.shared_folder import check_shared_folder
 from svd_ds.training.state import Progress
 from svd_ds.training.step import Diffusion
 from svd_ds.training.usage import Clock, Speed, forward_flops, peak_of
+from svd_ds.weights.restarts import restarts_damage
 
 
 def run(config: RunConfig, env: Env, attempt: Attempt | None = None) -> Progress:
@@ -72,7 +72,7 @@ def _train(
     config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, attempt: Attempt | None
 ) -> Progress:
     checkpoints, folder = inputs.checkpoints, inputs.folder
-    lives = told_by_first(lambda: lives_damage(checkpoints.folder))
+    lives = told_by_first(lambda: restarts_damage(checkpoints.folder))
     checkpoints.begin(inputs.progress.step, resume.origin)
     # At once: the sooner the files are this start's, the less an earlier one still writes there.
     damage = told_by_first(

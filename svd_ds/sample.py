@@ -28,9 +28,9 @@ from svd_ds.diffusion.samplers import SAMPLERS, Progress
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
-from svd_ds.model.weights import load_unet, merge_lora_file
 from svd_ds.settings import INT64_MAX, Settings, choice, number
 from svd_ds.small_files import read_yaml
+from svd_ds.weights.io import load_unet, merge_lora_file
 
 TINY = Path(__file__).parent / "assets" / "tiny_svd"
 """The frozen parts that ship with the package: what a run calls frozen.path=tiny."""

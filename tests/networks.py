@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from svd_ds.model.manifest import COMPLETE, Manifest, digest_of
 from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.weights.manifest import COMPLETE, Manifest, digest_of
 
 SMALL = UNetConfig(
     widths=(32, 64),

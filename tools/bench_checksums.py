@@ -19,9 +19,9 @@ from torch import Tensor
 
 from svd_ds.door import run_door
 from svd_ds.fsync_io import fsync_path
-from svd_ds.model.manifest import COMPLETE, FileDigest, Manifest, damage_of, digest_of, read_manifest
-from svd_ds.model.slices import SliceFiles, slice_name
 from svd_ds.training import draft as drafts
+from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, damage_of, digest_of, read_manifest
+from svd_ds.weights.shards import WeightShards, rank_file_name
 
 EXAMPLE = """example:
   python tools/bench_checksums.py --gb 1.5 --rounds 5
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parse_arguments()
     num_tensors = max(1, round(arguments.gb * 1e9 / (4 * NUMEL * len(FOLDERS))))
     values = {f"layer{i}": torch.randn(NUMEL) for i in range(num_tensors)}
-    tensors = {f"{folder}/{slice_name(0, 1)}": values for folder in FOLDERS}
+    tensors = {f"{folder}/{rank_file_name(0, 1)}": values for folder in FOLDERS}
     size = 4 * NUMEL * num_tensors * len(FOLDERS)
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=arguments.folder))
     try:
@@ -106,7 +106,7 @@ def time_load(checkpoint: Path, names: Iterable[str], checked: bool) -> Times:
     if checked and (damage := damage_of(checkpoint, read_manifest(checkpoint))):
         raise ValueError(f"{checkpoint} is damaged: {damage}")
     for folder in FOLDERS:
-        files = SliceFiles(checkpoint / folder)
+        files = WeightShards(checkpoint / folder)
         for name in names:
             files.read(name, NUMEL, 0, NUMEL)
     return Times.now() - started
@@ -139,7 +139,7 @@ def pair(turn: int, measure: Callable[[bool], Times]) -> tuple[Times, Times]:
 
 
 def report_speeds(values: dict[str, Tensor], checkpoint: Path, size: int) -> None:
-    name = f"{FOLDERS[0]}/{slice_name(0, 1)}"
+    name = f"{FOLDERS[0]}/{rank_file_name(0, 1)}"
     memory = [value.numpy() for value in values.values()]
     speeds = {
         "in memory, one thread": speed(

@@ -20,11 +20,11 @@ from bench_contestant import Contestant, peak_of_step, run, synchronize
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from svd_ds.model.layouts import config_to_diffusers
 from svd_ds.model.unet import UNet
-from svd_ds.model.weights import save_unet
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.training.usage import forward_flops
+from svd_ds.weights.io import save_unet
+from svd_ds.weights.public_configs import config_to_diffusers
 
 AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2}
 """Largest relative difference of the two outputs. A GPU's float32 convolutions may run in tf32."""

@@ -21,14 +21,14 @@ from svd_ds.door import print_line, run_door
 from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.decoder import load_decoder, save_parts
 from svd_ds.model.lora import save_lora
-from svd_ds.model.lora_files import merged, read_lora
-from svd_ds.model.manifest import COMPLETE, damage_of, read_manifest
-from svd_ds.model.slices import KEPT_AVERAGES, SET_ASIDE, network_of
-from svd_ds.model.sources import network_parameters
 from svd_ds.model.unet import UNetConfig
-from svd_ds.model.weights import load_unet, read_weights, write_weights
 from svd_ds.sample import frozen_folder, run_settings
 from svd_ds.small_files import read_json
+from svd_ds.weights.io import load_unet, read_weights, write_weights
+from svd_ds.weights.lora_files import merged, read_lora
+from svd_ds.weights.manifest import COMPLETE, damage_of, read_manifest
+from svd_ds.weights.shards import KEPT_AVERAGES, SET_ASIDE, network_of
+from svd_ds.weights.source import network_parameters
 
 EXAMPLE = """examples:
   python tools/convert.py runs/small pipeline --layout diffusers

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svd_ds.model.weight_files import check_files
+from svd_ds.weights.public_files import check_files
 
 
 def load(kind: str, reader: str, folder: str, device: str) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock, Tempor
 from torch import Tensor, nn
 
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.slices import join_slices, network_of, open_checkpoint
+from svd_ds.weights.shards import join_shards, network_of, open_checkpoint
 
 IMAGE_BLOCKS = 2
 """Residual blocks a level, and in the middle, of an image decoder that can be taken up."""
@@ -164,7 +164,7 @@ def load_decoder(path: str | Path, which: str | None = None) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(**settings["config.json"]))
     shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
-    weights = {name: join_slices(pieces, shapes[name]) for name, pieces in slices.items()}
+    weights = {name: join_shards(pieces, shapes[name]) for name, pieces in slices.items()}
     decoder.load_state_dict(weights, assign=True)
     return decoder
 

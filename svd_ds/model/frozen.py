@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from svd_ds.model.weight_files import check_files
 from svd_ds.small_files import read_json
+from svd_ds.weights.public_files import check_files
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from svd_ds.fsync_io import replace_tensors
 from svd_ds.model.layers import CrossAttention
-from svd_ds.model.lora_files import HEADER, read_lora
-from svd_ds.model.names import public_modules
 from svd_ds.model.spatial import SpatialAttention
 from svd_ds.model.temporal import TemporalAttention
 from svd_ds.model.unet import UNet
 from svd_ds.settings import Settings, choice, number
+from svd_ds.weights.lora_files import HEADER, read_lora
+from svd_ds.weights.public_names import public_modules
 
 TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "temporal_attention": (TemporalAttention,),

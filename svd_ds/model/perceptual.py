@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svd_ds.model.slices import tensors_of
+from svd_ds.weights.shards import tensors_of
 
 WIDTHS = (64, 128, 256, 512, 512)
 """Channels of VGG16's five groups of convolutions; pictures are halved between groups."""

@@ -27,7 +27,6 @@ from svd_ds.credentials import redact
 from svd_ds.door import OF_ANOTHER, USER_ERRORS, LossyStream, may_pass, print_error
 from svd_ds.fsync_io import name_errors, replace_text
 from svd_ds.json_lines import read_json_lines, rewrite_json_lines
-from svd_ds.model.lives import complete_checkpoints
 from svd_ds.parallel.collectives import SharedError, lost_a_rank
 from svd_ds.parallel.env import Env, attempt, host
 from svd_ds.training.folder import RunFolder
@@ -42,6 +41,7 @@ from svd_ds.training.outcome import (
     outcome_path,
 )
 from svd_ds.training.watchdog import Watchdog, WatchdogConfig
+from svd_ds.weights.restarts import complete_checkpoints
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Checkpoints that a killed run can trust: written under a temporary name, made durable, then renamed.
 
-    checkpoints/lives.jsonl     a line for each start of the run (svd_ds.model.lives)
+    checkpoints/lives.jsonl     a line for each start of the run (svd_ds.weights.restarts)
     checkpoints/step-0000100/
         COMPLETE                the manifest: size and checksum of every other file. Without it the folder
                                 does not count
@@ -34,9 +34,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from svd_ds.model.lives import complete_checkpoints
-from svd_ds.model.manifest import Manifest
-from svd_ds.model.slices import network_of
 from svd_ds.parallel.collectives import (
     SharedError,
     agreed,
@@ -60,6 +57,9 @@ from svd_ds.training.keeping import (
 from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
 from svd_ds.training.verify import newest_whole
+from svd_ds.weights.manifest import Manifest
+from svd_ds.weights.restarts import complete_checkpoints
+from svd_ds.weights.shards import network_of
 
 
 class NonFiniteError(SharedError):

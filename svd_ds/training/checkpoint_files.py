@@ -10,13 +10,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svd_ds.model.slices import SliceFiles, slice_name
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.small_files import read_json
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
+from svd_ds.weights.shards import WeightShards, rank_file_name
 
 OBJECTIVE = "objective.safetensors"
 ADAM = "adam.json"
@@ -32,7 +32,7 @@ def own_tensors(network: str, env: Env, engine: Engine, ema: ShardEMA) -> dict[s
         **{f"adam-{moment}": shards for moment, shards in engine.moments().items()},
         **{f"ema-{profile}": ema.shards(profile) for profile in ema.config.names},
     }
-    own = slice_name(env.rank, env.world)
+    own = rank_file_name(env.rank, env.world)
     return {f"{folder}/{own}": values for folder, values in slices.items()}
 
 
@@ -72,7 +72,7 @@ def read_files(
 
 def _own_slices(folder: Path, env: Env, engine: Engine, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """This rank's slice of each parameter, whoever wrote it."""
-    files = SliceFiles(folder)
+    files = WeightShards(folder)
     for name in names:
         numel = engine.shapes[name].numel()
         each = -(-numel // env.world)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from svd_ds.fsync_io import write_tensors, write_text
-from svd_ds.model.manifest import FileDigest, digest_of
-from svd_ds.model.slices import is_finite
+from svd_ds.weights.manifest import FileDigest, digest_of
+from svd_ds.weights.shards import is_finite
 
 DONE, UNDER_WAY, NOT_FINITE, FAILED = range(4)
 """Stages of one rank's work for a save."""

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svd_ds.model.averages import power_exponent
 from svd_ds.settings import Settings, number
+from svd_ds.weights.posthoc_ema import power_exponent
 
 
 @dataclass(frozen=True)

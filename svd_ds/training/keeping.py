@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svd_ds.fsync_io import fsync_path, replace_file, set_aside, write_text
-from svd_ds.model.lives import LIVES, Life, complete_checkpoints, lives_damage, lives_of
-from svd_ds.model.manifest import COMPLETE, Manifest, damage_of
-from svd_ds.model.slices import KEPT_AVERAGES
 from svd_ds.settings import Settings, number
+from svd_ds.weights.manifest import COMPLETE, Manifest, damage_of
+from svd_ds.weights.restarts import RESTARTS, Restart, complete_checkpoints, read_restarts, restarts_damage
+from svd_ds.weights.shards import KEPT_AVERAGES
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ def take_over(folder: Path, step: int, origin: str = "", attempt: tuple[int, int
     From here on an earlier start that still writes, on a node that was cut off, saves nothing that counts.
 
     Args:
-        origin: the checkpoint named by run.resume that this start descends from (svd_ds.model.lives.Life).
+        origin: the checkpoint named by run.resume that this start descends from (svd_ds.weights.restarts.Restart).
         attempt: the Slurm job and its restart count.
 
     Raises:
         ValueError: another start takes the folder over at the same moment.
     """
-    life = Life(secrets.token_hex(4), step, time.time(), origin, *attempt)
-    for abandoned in folder.glob(f"{LIVES}.*.new"):
+    life = Restart(secrets.token_hex(4), step, time.time(), origin, *attempt)
+    for abandoned in folder.glob(f"{RESTARTS}.*.new"):
         abandoned.unlink(missing_ok=True)
-    lives = [*lives_of(folder), life]
-    if lives_damage(folder) is not None:
-        set_aside(folder / LIVES)
+    lives = [*read_restarts(folder), life]
+    if restarts_damage(folder) is not None:
+        set_aside(folder / RESTARTS)
     # A draft of its own: two starts at once must not write into one file.
-    draft = folder / f"{LIVES}.{life.token}.new"
+    draft = folder / f"{RESTARTS}.{life.token}.new"
     write_text(draft, "".join(json.dumps(asdict(each)) + "\n" for each in lives))
     try:
-        replace_file(draft, folder / LIVES)
+        replace_file(draft, folder / RESTARTS)
     except FileNotFoundError as error:
         raise ValueError(_taken_over(folder)) from error
     if not _is_last(folder, life.token):
@@ -90,8 +90,8 @@ def _is_last(folder: Path, life: str) -> bool:
     One that does writes the whole file anew. So where the file is gone, or its last line is damaged, none
     has: the line was this start's.
     """
-    lives = lives_of(folder)
-    return not lives or lives[-1].token == life or lives_damage(folder) is not None
+    lives = read_restarts(folder)
+    return not lives or lives[-1].token == life or restarts_damage(folder) is not None
 
 
 def _taken_over(folder: Path) -> str:

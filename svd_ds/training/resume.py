@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from svd_ds.model.lives import life_of
-from svd_ds.model.manifest import COMPLETE
 from svd_ds.parallel.env import attempt
 from svd_ds.training.checkpoint import Checkpoints
+from svd_ds.weights.manifest import COMPLETE
+from svd_ds.weights.restarts import restart_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Resume:
     path: Path | None
     """The checkpoint that it resumes from; None begins at step 0."""
     origin: str = ""
-    """The named checkpoint that the run descends from (svd_ds.model.lives.Life)."""
+    """The named checkpoint that the run descends from (svd_ds.weights.restarts.Restart)."""
     is_own: bool = False
     """Whether it is the newest of the run's own checkpoints, and not one that was chosen by name."""
     note: str = ""
@@ -42,7 +42,7 @@ def find_checkpoint(checkpoints: Checkpoints, resume: str) -> Resume:
         ValueError: the named checkpoint cannot be resumed, or `never` meets checkpoints.
     """
     own = checkpoints.latest()
-    saved_by = life_of(own) if own is not None else None
+    saved_by = restart_of(own) if own is not None else None
     origin = saved_by.origin if saved_by is not None else ""
     if resume == "auto":
         return Resume(own, origin, is_own=own is not None)

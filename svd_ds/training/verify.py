@@ -12,11 +12,11 @@ from itertools import count
 from pathlib import Path
 
 from svd_ds.fsync_io import fsync_path
-from svd_ds.model.lives import manifest_or_none, numbered_checkpoints
-from svd_ds.model.manifest import Manifest, damage_of, read_manifest
-from svd_ds.model.slices import SET_ASIDE
 from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, told_by_first
 from svd_ds.parallel.env import Env
+from svd_ds.weights.manifest import Manifest, damage_of, read_manifest
+from svd_ds.weights.restarts import numbered_checkpoints, read_manifest_or_none
+from svd_ds.weights.shards import SET_ASIDE
 
 
 def damage_over_ranks(path: Path, env: Env, checksums: bool) -> str | None:
@@ -90,7 +90,7 @@ def _candidates(folder: Path, is_good: Callable[[int, Manifest], bool]) -> dict[
     """Checkpoint -> whether it may be used, and its step."""
     found = {}
     for step, path in numbered_checkpoints(folder).items():
-        manifest = manifest_or_none(path)
+        manifest = read_manifest_or_none(path)
         found[path] = (manifest is None or is_good(step, manifest), step)
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from svd_ds.model.weights import load_unet
+from svd_ds.weights.io import load_unet
 from tests.runs import metrics
 
 BATCH = 12

@@ -13,13 +13,13 @@ import pytest
 from torch import Tensor
 
 from svd_ds.batch import Batch
-from svd_ds.model.lives import complete_checkpoints
-from svd_ds.model.manifest import check_whole
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.groups import destroy_groups
 from svd_ds.training.preempt import SIGNALS
 from svd_ds.training.preview import Previews
 from svd_ds.training.step import Diffusion
+from svd_ds.weights.manifest import check_whole
+from svd_ds.weights.restarts import complete_checkpoints
 from tests.one_rank import start
 from tests.runs import metrics
 

@@ -19,8 +19,8 @@ from svd_ds.evaluation.fixed_set import rank
 from svd_ds.evaluation.report import write_report
 from svd_ds.evaluation.runs import read_run
 from svd_ds.model.unet import UNet, parameter_tags
-from svd_ds.model.weights import load_unet
 from svd_ds.parallel.env import Env
+from svd_ds.weights.io import load_unet
 from tests.videos import about, encode, moving_square
 
 ROOT = Path(__file__).parents[2]

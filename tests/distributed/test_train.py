@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from svd_ds.data.shards import Index
-from svd_ds.model.weights import load_unet
 from svd_ds.train import main as train_door
+from svd_ds.weights.io import load_unet
 from tests.runs import metrics
 from tests.signals import handle_as_in_the_foreground
 

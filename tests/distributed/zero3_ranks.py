@@ -26,7 +26,6 @@ from svd_ds.diffusion.noise import NoiseConfig, build_noise
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.lora import LoraConfig, add_lora
-from svd_ds.model.slices import SliceFiles
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.engine import Engine
@@ -43,6 +42,7 @@ from svd_ds.training.keeping import CheckpointConfig
 from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
 from svd_ds.training.step import Diffusion
+from svd_ds.weights.shards import WeightShards
 
 SMALL = UNetConfig(
     in_channels=9,
@@ -427,7 +427,7 @@ def check_frozen_parts_are_saved_as_they_came_and_resumed(ranks: Ranks) -> None:
         saved.save(engine)
         resumed.load_full(random_weights(seed=1).items())
         saved.load(resumed)
-        files = SliceFiles(saved.store.folder / "step-0000001" / "unet")
+        files = WeightShards(saved.store.folder / "step-0000001" / "unet")
         for name, shard in resumed.frozen_shards().items():
             assert torch.equal(resumed.gather(name, shard), weights[name]), name
             numel = weights[name].numel()

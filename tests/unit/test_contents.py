@@ -15,11 +15,11 @@ from svd_ds.compose import compose
 from svd_ds.contents import source_fingerprint
 from svd_ds.data.writer import ShardWriter
 from svd_ds.inputs import Inputs, read_inputs
-from svd_ds.model.sources import open_source
 from svd_ds.model.unet import UNet
-from svd_ds.model.weights import save_unet
 from svd_ds.parallel.env import Env
 from svd_ds.sample import TINY
+from svd_ds.weights.io import save_unet
+from svd_ds.weights.source import open_weights
 from tests.videos import about, encode, moving_square
 
 CPU = replace(Env.read({}), device=torch.device("cpu"))
@@ -139,6 +139,6 @@ def test_run_of_an_earlier_version_is_compared_by_its_places(places: Path, tmp_p
 
 
 def test_fingerprint_names_weights(places: Path) -> None:
-    one = source_fingerprint(open_source(places / "weights.safetensors", None))
-    assert one != source_fingerprint(open_source(places / "other-weights.safetensors", None))
-    assert len(one) == 12 and one == source_fingerprint(open_source(places / "weights.safetensors", "raw"))
+    one = source_fingerprint(open_weights(places / "weights.safetensors", None))
+    assert one != source_fingerprint(open_weights(places / "other-weights.safetensors", None))
+    assert len(one) == 12 and one == source_fingerprint(open_weights(places / "weights.safetensors", "raw"))

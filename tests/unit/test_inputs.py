@@ -20,10 +20,10 @@ from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.model.unet import UNet
-from svd_ds.model.weights import save_unet
 from svd_ds.parallel.env import Env
 from svd_ds.sample import TINY
 from svd_ds.training.evaluate import FixedSet
+from svd_ds.weights.io import save_unet
 from tests.videos import about, encode, moving_square
 
 

@@ -11,10 +11,10 @@ import pytest
 from svd_ds import small_files
 from svd_ds.evaluation.runs import read_run
 from svd_ds.json_lines import read_json_lines
-from svd_ds.model.slices import tensors_of
 from svd_ds.pixels.container import open_container
 from svd_ds.pixels.still import read_still
 from svd_ds.small_files import MAX_JSON, read_json, read_regular, read_yaml
+from svd_ds.weights.shards import tensors_of
 
 
 def opened(path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from svd_ds.model import fused
-from svd_ds.model.layouts import config_to_diffusers
-from svd_ds.model.names import from_public as from_public_order
-from svd_ds.model.names import public_modules, public_names
 from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.weights.public_configs import config_to_diffusers
+from svd_ds.weights.public_names import from_public as from_public_order
+from svd_ds.weights.public_names import public_modules, public_names
 from tests.networks import SMALL
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from svd_ds.model.unet import UNet, parameter_tags
-from svd_ds.model.weights import load_unet, save_unet
+from svd_ds.weights.io import load_unet, save_unet
 from tests.networks import SMALL
 
 IMAGE = replace(SMALL, in_channels=4, num_scalars=0, temporal="none")

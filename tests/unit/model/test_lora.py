@@ -122,7 +122,7 @@ def test_files_are_as_diffusers_has_them(unet: UNet, tmp_path: Path) -> None:
 
     from diffusers import UNetSpatioTemporalConditionModel
 
-    from svd_ds.model.layouts import config_to_diffusers
+    from svd_ds.weights.public_configs import config_to_diffusers
 
     public = UNetSpatioTemporalConditionModel.from_config(config_to_diffusers(SMALL))
     assert all(isinstance(public.get_submodule(module), nn.Linear) for module in modules)

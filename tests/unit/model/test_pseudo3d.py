@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svd_ds.model.unet import UNet, parameter_tags
-from svd_ds.model.weights import load_unet, save_unet
+from svd_ds.weights.io import load_unet, save_unet
 from tests.networks import SMALL
 
 SVD = replace(SMALL, num_scalars=0)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from svd_ds.model.names import from_public, public_modules, public_names
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.weights.public_names import from_public, public_modules, public_names
 
 DATA = Path(__file__).parent / "data"
 FULL = UNetConfig()

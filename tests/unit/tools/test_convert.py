@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from svd_ds.model.lora import LoraConfig, add_lora, lora_state, merge_lora
 from svd_ds.model.unet import UNet, UNetConfig
-from svd_ds.model.weights import load_unet, save_unet
 from svd_ds.sample import TINY
+from svd_ds.weights.io import load_unet, save_unet
 from tests.networks import seal
 
 SMALL = UNetConfig(

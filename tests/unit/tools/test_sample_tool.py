@@ -15,8 +15,8 @@ from PIL import Image
 
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.model.unet import UNet, UNetConfig
-from svd_ds.model.weights import save_unet
 from svd_ds.sample import TINY, SampleConfig
+from svd_ds.weights.io import save_unet
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svd_ds.model.manifest import COMPLETE
+from svd_ds.weights.manifest import COMPLETE
 from tests.networks import seal
 
 STEPS = (100, 200, 300)

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
-from svd_ds.model.lives import LIVES, complete_checkpoints, lives_of
-from svd_ds.model.manifest import Manifest, read_manifest
-from svd_ds.model.slices import KEPT_AVERAGES, open_checkpoint
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
 from svd_ds.training import draft as drafts
@@ -30,6 +27,9 @@ from svd_ds.training.ema import EMAConfig, ShardEMA
 from svd_ds.training.keeping import CheckpointConfig, draft_name, publish
 from svd_ds.training.objective import Objective
 from svd_ds.training.state import Progress
+from svd_ds.weights.manifest import Manifest, read_manifest
+from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, read_restarts
+from svd_ds.weights.shards import KEPT_AVERAGES, open_checkpoint
 
 SHAPES = {"a": torch.Size((7,)), "b": torch.Size((1, 3)), "c": torch.Size((2,))}
 TRAINED = ("a", "b")
@@ -266,7 +266,7 @@ def test_two_starts_at_the_same_moment_leave_one_owner(
     assert owners[0].latest() == tmp_path / "step-0000002"
     monkeypatch.undo()
     checkpoints(tmp_path, begin=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [LIVES, "step-0000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RESTARTS, "step-0000002"]
 
 
 def test_the_next_save_tells_that_the_one_before_failed(
@@ -332,7 +332,7 @@ def test_a_prune_that_is_cut_short_loses_no_averages(
     monkeypatch.undo()
     checkpoints(tmp_path / "checkpoints", begin=3)
     assert list(complete_checkpoints(tmp_path / "checkpoints")) == [3]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [LIVES, "step-0000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [RESTARTS, "step-0000003"]
     kept = tmp_path / KEPT_AVERAGES / "step-0000002"
     assert sorted(path.name for path in kept.iterdir()) == ["COMPLETE", "ema-power-0.100", "state.json"]
 
@@ -350,7 +350,7 @@ def test_a_life_that_was_cut_off_saves_nothing_that_counts(tmp_path: Path) -> No
         save(old, 8)
     new.finish()
     assert new.latest() == tmp_path / "step-0000006"
-    assert read_manifest(tmp_path / "step-0000006").token == lives_of(tmp_path)[1].token
+    assert read_manifest(tmp_path / "step-0000006").token == read_restarts(tmp_path)[1].token
 
 
 def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
@@ -359,9 +359,9 @@ def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
     """The new life began between the old one's look at the lives and its renaming."""
     old = checkpoints(tmp_path)
     save(old, 4)
-    before = lives_of(tmp_path)
+    before = read_restarts(tmp_path)
     new = checkpoints(tmp_path, begin=4)
-    monkeypatch.setattr(keeping, "lives_of", lambda _: before)
+    monkeypatch.setattr(keeping, "read_restarts", lambda _: before)
     save(old, 6)
     monkeypatch.undo()
     assert (tmp_path / "step-0000006/COMPLETE").exists()

@@ -13,13 +13,13 @@ import pytest
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.evaluation.runs import read_run
-from svd_ds.model.lives import LIVES, lives_damage, lives_of
 from svd_ds.training.attempt import begin
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.keeping import take_over
 from svd_ds.training.outcome import FINISHED, Outcome
 from svd_ds.training.state import Progress
 from svd_ds.training.usage import WAITS, Goodput
+from svd_ds.weights.restarts import RESTARTS, read_restarts, restarts_damage
 
 CONFIG = {"batch": {"size": 4}, "optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "note": None}
 FILES = [
@@ -31,7 +31,7 @@ FILES = [
     "logs/quarantine.jsonl",
     "logs/attempts.jsonl",
     "logs/outcome.json",
-    f"checkpoints/{LIVES}",
+    f"checkpoints/{RESTARTS}",
     "state.json",
 ]
 
@@ -62,9 +62,9 @@ def start(folder: RunFolder) -> None:
     Outcome.read(folder)
     Progress.read(folder.path / "state.json")
     folder.check_belongs(CONFIG)
-    lives_damage(folder.checkpoints)
+    restarts_damage(folder.checkpoints)
     take_over(folder.checkpoints, step=3)
-    assert lives_of(folder.checkpoints)[-1].start == 3
+    assert read_restarts(folder.checkpoints)[-1].start == 3
     folder.open(CONFIG, step=3)
     folder.metrics.touch()
     Quarantine(1.0, 9, folder.quarantine)

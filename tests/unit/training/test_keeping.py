@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from svd_ds.model.lives import LIVES, complete_checkpoints, lives_of
-from svd_ds.model.manifest import FileDigest, Manifest
 from svd_ds.training.keeping import CheckpointConfig, check_still_ours, draft_name, publish, take_over
+from svd_ds.weights.manifest import FileDigest, Manifest
+from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, read_restarts
 from tests.unit.training.test_checkpoint import checkpoints, save
 
 FILE = "unet/rank-0000{}-of-00002.safetensors"
@@ -38,7 +38,7 @@ def test_draft_without_one_ranks_file_is_not_published(tmp_path: Path, missing: 
 
 
 def test_lost_list_of_starts_ends_no_run(tmp_path: Path) -> None:
-    store, lives = checkpoints(tmp_path, keep_last=9), tmp_path / LIVES
+    store, lives = checkpoints(tmp_path, keep_last=9), tmp_path / RESTARTS
     save(store, 1)
     lives.unlink()
     save(store, 2)
@@ -49,13 +49,13 @@ def test_lost_list_of_starts_ends_no_run(tmp_path: Path) -> None:
     assert not store.is_taken_over()
     assert list(complete_checkpoints(tmp_path)) == [1, 2, 3, 4]
     after = checkpoints(tmp_path, begin=4, keep_last=9)
-    assert [life.token for life in lives_of(tmp_path)] == [after.token]
+    assert [life.token for life in read_restarts(tmp_path)] == [after.token]
     assert store.is_taken_over() and not after.is_taken_over()
 
 
 def test_torn_last_line_is_that_of_the_start_that_goes_on(tmp_path: Path) -> None:
     checkpoints(tmp_path)
-    store, lives = checkpoints(tmp_path), tmp_path / LIVES
+    store, lives = checkpoints(tmp_path), tmp_path / RESTARTS
     lives.write_bytes(lives.read_bytes()[:-9])
     check_still_ours(tmp_path, store.token)
     save(store, 1)
@@ -79,7 +79,7 @@ def test_links_to_checkpoints_are_pruned_and_what_they_lead_to_stays(tmp_path: P
     (folder / "step-0000001").symlink_to(other)
     assert list(complete_checkpoints(folder)) == [1]
     save(store, 2)
-    assert {path.name for path in folder.iterdir()} == {LIVES, "step-0000002"}
+    assert {path.name for path in folder.iterdir()} == {RESTARTS, "step-0000002"}
     assert (other / "state.json").exists()
 
 
@@ -94,7 +94,7 @@ def test_what_lies_at_a_checkpoints_name_is_replaced(tmp_path: Path, kind: str) 
         path.mkdir()
     save(store, 1)
     assert list(complete_checkpoints(tmp_path)) == [1]
-    assert {path.name for path in tmp_path.iterdir()} == {LIVES, "step-0000001"}
+    assert {path.name for path in tmp_path.iterdir()} == {RESTARTS, "step-0000001"}
 
 
 def test_drafts_of_killed_starts_are_removed_whatever_they_are(tmp_path: Path) -> None:
@@ -102,4 +102,4 @@ def test_drafts_of_killed_starts_are_removed_whatever_they_are(tmp_path: Path) -
     (tmp_path / "step-0000002.ab.tmp").write_text("")
     (tmp_path / "step-0000003.ab.tmp").symlink_to(tmp_path)
     take_over(tmp_path, 0)
-    assert [path.name for path in tmp_path.iterdir()] == [LIVES]
+    assert [path.name for path in tmp_path.iterdir()] == [RESTARTS]

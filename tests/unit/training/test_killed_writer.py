@@ -13,12 +13,12 @@ import pytest
 import torch.distributed as dist
 
 from svd_ds import fsync_io
-from svd_ds.model.manifest import check_whole
 from svd_ds.parallel.env import Env
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
 from svd_ds.training.keeping import CheckpointConfig
 from svd_ds.training.verify import newest_whole
+from svd_ds.weights.manifest import check_whole
 from tests.forked import fork_server
 from tests.unit.training.test_checkpoint import Adversary, Shards, progress
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from svd_ds.model.lives import LIVES
-from svd_ds.model.manifest import COMPLETE
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.resume import Resume, find_checkpoint
+from svd_ds.weights.manifest import COMPLETE
+from svd_ds.weights.restarts import RESTARTS
 from tests.unit.training.test_checkpoint import checkpoints, save
 
 
@@ -141,5 +141,5 @@ def test_starts_of_older_folders_are_read(tmp_path: Path) -> None:
     store = checkpoints(tmp_path)
     save(store, 2)
     row = {"token": store.token, "start": 0, "started": 1.0}
-    (tmp_path / LIVES).write_text(json.dumps(row) + "\n")
+    (tmp_path / RESTARTS).write_text(json.dumps(row) + "\n")
     assert restart(tmp_path, "auto")[0] == Resume(tmp_path / "step-0000002", is_own=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.model.lives import LIVES, complete_checkpoints, newest_checkpoint
+from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, newest_checkpoint
 from tests.networks import seal
 
 
@@ -35,7 +35,7 @@ def test_what_a_later_life_has_left_behind_does_not_count(
         mark(folder, step, token)
     (folder / "step-0000009").mkdir()
     (folder / "step-0000010.b.tmp").mkdir()
-    (folder / LIVES).write_text(
+    (folder / RESTARTS).write_text(
         "".join(json.dumps({"token": t, "start": s, "started": 0.0}) + "\n" for t, s in lives)
     )
     assert list(complete_checkpoints(folder)) == counted

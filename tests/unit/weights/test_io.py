@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import svd_ds
 from svd_ds import fsync_io
 from svd_ds.model.lora import LoraConfig, add_lora, save_lora
-from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
-from svd_ds.model.weights import load_unet, read_weights, save_unet, write_weights
+from svd_ds.weights.io import load_unet, read_weights, save_unet, write_weights
+from svd_ds.weights.public_names import public_modules, public_names, to_public
 from tests.networks import SMALL, assert_same, save_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_no_half_written_file(
 
 PEAKS = """
 import os, runpy, sys, threading
-from svd_ds.model.weights import load_unet
+from svd_ds.weights.io import load_unet
 
 tool = runpy.run_path("tools/convert.py")
 

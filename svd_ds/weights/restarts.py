@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from svd_ds.json_lines import read_json_lines
-from svd_ds.model.manifest import COMPLETE, Manifest, read_manifest
+from svd_ds.weights.manifest import COMPLETE, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
-LIVES = "lives.jsonl"
+RESTARTS = "lives.jsonl"
 """Beside the checkpoints: a line for each life, in order."""
 
 
 @dataclass(frozen=True)
-class Life:
+class Restart:
     token: str
     start: int
     """The step behind which it began."""
@@ -38,29 +38,29 @@ class Life:
     """How often that job had been queued again by then."""
 
 
-def lives_of(folder: Path) -> list[Life]:
+def read_restarts(folder: Path) -> list[Restart]:
     """The lives of the run whose checkpoints are in `folder`, in order; a damaged tail is left out.
 
     Raises:
         ValueError: a line that others follow cannot be read; the message names file and line.
     """
-    known = {field.name for field in fields(Life)}
-    rows = read_json_lines(folder / LIVES, _is_life).rows
-    return [Life(**{name: value for name, value in row.items() if name in known}) for row in rows]
+    known = {field.name for field in fields(Restart)}
+    rows = read_json_lines(folder / RESTARTS, _is_life).rows
+    return [Restart(**{name: value for name, value in row.items() if name in known}) for row in rows]
 
 
-def lives_damage(folder: Path) -> str | None:
+def restarts_damage(folder: Path) -> str | None:
     """A sentence about a damaged tail of lives.jsonl; None without one. The next start sets it aside."""
-    damage = read_json_lines(folder / LIVES, _is_life).damage
+    damage = read_json_lines(folder / RESTARTS, _is_life).damage
     return damage and f"{damage}; a copy was kept next to it"
 
 
-def life_of(checkpoint: Path) -> Life | None:
+def restart_of(checkpoint: Path) -> Restart | None:
     """The start of the run that saved a checkpoint, None where it is not listed."""
-    manifest = manifest_or_none(checkpoint)
+    manifest = read_manifest_or_none(checkpoint)
     if manifest is None:
         return None
-    return next((life for life in lives_of(checkpoint.parent) if life.token == manifest.token), None)
+    return next((life for life in read_restarts(checkpoint.parent) if life.token == manifest.token), None)
 
 
 def _is_life(row: dict[str, Any]) -> bool:
@@ -74,13 +74,13 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     A checkpoint is no part of it where a later start of the run began before the checkpoint's step: what an
     earlier start left ahead of that, or still writes there, the later one never saw.
     """
-    lives = lives_of(folder)
+    lives = read_restarts(folder)
     order = {life.token: place for place, life in enumerate(lives)}
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(r"step-(\d+)", path.name)
         if match and path.is_dir():
-            manifest = manifest_or_none(path)
+            manifest = read_manifest_or_none(path)
             # Of an unknown start, as in a folder that was copied here, nothing is known against it.
             own = order.get(manifest.token, len(lives)) if manifest else len(lives)
             if all(life.start >= int(match[1]) for life in lives[own + 1 :]):
@@ -91,10 +91,10 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """Those of `numbered_checkpoints` that have a readable manifest. Whether their other files are as they
     were written is not looked at."""
-    return {step: path for step, path in numbered_checkpoints(folder).items() if manifest_or_none(path)}
+    return {step: path for step, path in numbered_checkpoints(folder).items() if read_manifest_or_none(path)}
 
 
-def manifest_or_none(checkpoint: Path) -> Manifest | None:
+def read_manifest_or_none(checkpoint: Path) -> Manifest | None:
     """The manifest of a checkpoint; None where it is missing or damaged."""
     try:
         return read_manifest(checkpoint)
@@ -109,7 +109,7 @@ def newest_checkpoint(run: Path) -> Path:
         ValueError: there is none.
     """
     numbered = numbered_checkpoints(run / "checkpoints")
-    complete = {step: path for step, path in numbered.items() if manifest_or_none(path)}
+    complete = {step: path for step, path in numbered.items() if read_manifest_or_none(path)}
     if not complete:
         names = ", ".join(path.name for path in numbered.values())
         damaged = f": no {COMPLETE} can be read in {names}" if names else ""

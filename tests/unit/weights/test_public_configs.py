@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from svd_ds.model.layouts import config_from_diffusers, config_from_original, config_to_diffusers
-from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.weights.public_configs import config_from_diffusers, config_from_original, config_to_diffusers
+from svd_ds.weights.public_names import public_modules, public_names, to_public
 
 SMALL = UNetConfig(
     widths=(32, 64), attention_levels=(True, False), num_layers=1, head_width=32, scalar_width=32

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from svd_ds.model.slices import Blend, Piece, is_finite
 from svd_ds.small_files import check_regular, read_json
+from svd_ds.weights.shards import TensorRef, WeightedSum, is_finite
 
 STEM = "diffusion_pytorch_model"
 """Of diffusers' files of weights."""
@@ -56,7 +56,7 @@ def files_of_index(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_sound(piece: Piece | Blend) -> Tensor:
+def read_sound(piece: TensorRef | WeightedSum) -> Tensor:
     """A tensor of a public file, floats of 8 bits as float32: they have no arithmetic.
 
     Raises:

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from svd_ds.model.manifest import COMPLETE
 from svd_ds.model.unet import UNet, parameter_tags
-from svd_ds.model.weights import load_unet, save_unet
+from svd_ds.weights.io import load_unet, save_unet
+from svd_ds.weights.manifest import COMPLETE
 from tests.networks import SMALL, assert_same, save_checkpoint, seal
 
 

@@ -21,11 +21,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from svd_ds.model.names import LAYOUTS, ORIGINAL_PREFIX, public_modules
-from svd_ds.model.slices import Piece, tensors_of
 from svd_ds.model.unet import UNetConfig
-from svd_ds.model.weight_files import read_sound
 from svd_ds.small_files import is_number, read_json
+from svd_ds.weights.public_files import read_sound
+from svd_ds.weights.public_names import LAYOUTS, ORIGINAL_PREFIX, public_modules
+from svd_ds.weights.shards import TensorRef, tensors_of
 
 HEADER = "lora_adapter_metadata"
 """Where diffusers keeps PEFT's settings in a file."""
@@ -49,7 +49,7 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Update:
+class LoraUpdate:
     """What a file adds to one public layer's weight: alpha / rank * B A."""
 
     name: str
@@ -65,7 +65,7 @@ class Update:
     alpha: float
 
 
-Updates = Mapping[str, Sequence[Update]]
+Updates = Mapping[str, Sequence[LoraUpdate]]
 """Name of a parameter of ours -> what is added to it."""
 
 
@@ -87,7 +87,7 @@ def read_lora(path: Path, config: UNetConfig, shapes: Mapping[str, Sequence[int]
     pieces = tensors_of(path)
     pairs, alphas = _paired(path, pieces)
     settings, places = _settings(path), _places(config)
-    updates: dict[str, list[Update]] = {}
+    updates: dict[str, list[LoraUpdate]] = {}
     for written, halves in pairs.items():
         name = _public(written)
         module, part, num_parts = places.get(name, ("", 0, 1))
@@ -102,7 +102,7 @@ def read_lora(path: Path, config: UNetConfig, shapes: Mapping[str, Sequence[int]
         alpha = (
             _alpha_of(path, alphas[written]) if written in alphas else _alpha(path, settings, name, len(a))
         )
-        update = Update(written, part, num_parts, a, b, alpha)
+        update = LoraUpdate(written, part, num_parts, a, b, alpha)
         updates.setdefault(f"{module}.weight", []).append(update)
     return updates
 
@@ -118,10 +118,12 @@ def merged(name: str, tensor: Tensor, updates: Updates, scale: float = 1.0) -> T
     return result.to(tensor.dtype)
 
 
-def _paired(path: Path, pieces: Mapping[str, Piece]) -> tuple[dict[str, dict[str, Piece]], dict[str, Piece]]:
+def _paired(
+    path: Path, pieces: Mapping[str, TensorRef]
+) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
     """Module -> its halves A and B, and module -> its alpha, by the file's own names of modules."""
-    pairs: dict[str, dict[str, Piece]] = {}
-    alphas: dict[str, Piece] = {}
+    pairs: dict[str, dict[str, TensorRef]] = {}
+    alphas: dict[str, TensorRef] = {}
     for key, piece in pieces.items():
         if other := next((kind for kind in OTHER_KINDS if kind in key), None):
             raise ValueError(
@@ -146,7 +148,7 @@ def _paired(path: Path, pieces: Mapping[str, Piece]) -> tuple[dict[str, dict[str
     return pairs, alphas
 
 
-def _matrices(path: Path, halves: Mapping[str, Piece], wanted: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _matrices(path: Path, halves: Mapping[str, TensorRef], wanted: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A and B, checked against the (out, in) of the weight that they are added to."""
     if len(halves) != 2:
         (piece,) = halves.values()
@@ -224,7 +226,7 @@ def _alpha(path: Path, settings: Mapping[str, Any], name: str, rank: int) -> flo
     return float(alpha) * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
 
 
-def _alpha_of(path: Path, piece: Piece) -> float:
+def _alpha_of(path: Path, piece: TensorRef) -> float:
     """From kohya's tensor of one number."""
     value = piece.read()
     if value.numel() != 1 or not value.isfinite():

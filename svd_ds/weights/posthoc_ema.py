@@ -38,7 +38,7 @@ def power_exponent(length: float) -> float:
     return float(roots.real.max())
 
 
-def overlap(a: Profile, b: Profile) -> float:
+def profile_inner_product(a: Profile, b: Profile) -> float:
     """The integral of the two profiles' product over time; in 1 / samples."""
     gamma_a, gamma_b = power_exponent(a.length), power_exponent(b.length)
     early = min(a.samples, b.samples)
@@ -47,18 +47,18 @@ def overlap(a: Profile, b: Profile) -> float:
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / early * math.exp(log_ratio)
 
 
-def weights_of(kept: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
+def posthoc_weights(kept: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
     """The sum of the kept averages that comes nearest to the wanted one, in the mean square over time.
 
     Returns:
         The weight of each, (len(kept),), 1 in all; and the misfit, the norm of what is missing as a share of
         the wanted profile's: 0 for an exact sum.
     """
-    gram = np.array([[overlap(a, b) for b in kept] for a in kept])
-    target = np.array([overlap(a, wanted) for a in kept])
+    gram = np.array([[profile_inner_product(a, b) for b in kept] for a in kept])
+    target = np.array([profile_inner_product(a, wanted) for a in kept])
     # Neighbours are nearly the same profile: least squares leaves alone what cannot be told apart.
     weights = np.linalg.lstsq(gram, target, rcond=1e-12)[0]
     # What falls short of 1 would scale the whole network.
     weights /= weights.sum()
-    missing = overlap(wanted, wanted) - 2 * weights @ target + weights @ gram @ weights
-    return weights, math.sqrt(max(missing, 0.0) / overlap(wanted, wanted))
+    missing = profile_inner_product(wanted, wanted) - 2 * weights @ target + weights @ gram @ weights
+    return weights, math.sqrt(max(missing, 0.0) / profile_inner_product(wanted, wanted))

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svd_ds.model.averages import Profile, overlap, power_exponent, weights_of
-from svd_ds.model.slices import KEPT_AVERAGES, join_slices, open_checkpoint
 from svd_ds.training.ema import EMAConfig, ShardEMA
+from svd_ds.weights.posthoc_ema import Profile, posthoc_weights, power_exponent, profile_inner_product
+from svd_ds.weights.shards import KEPT_AVERAGES, join_shards, open_checkpoint
 from tests.networks import seal
 
 BATCH, NUM_STEPS, EVERY = 4, 400, 20
@@ -34,12 +34,12 @@ def test_overlap_is_the_integral_of_the_product(a: tuple[int, float], b: tuple[i
     for samples, length in (a, b):
         gamma = power_exponent(length)
         product *= np.where(time < samples, (gamma + 1) / samples * (time / samples) ** gamma, 0)
-    assert overlap(Profile(*a), Profile(*b)) == pytest.approx(product.sum() / 200, rel=1e-4)
+    assert profile_inner_product(Profile(*a), Profile(*b)) == pytest.approx(product.sum() / 200, rel=1e-4)
 
 
 def test_what_is_kept_is_taken_as_it_is() -> None:
     kept = [Profile(500, 0.05), Profile(1000, 0.05), Profile(1000, 0.1)]
-    weights, misfit = weights_of(kept, Profile(1000, 0.1))
+    weights, misfit = posthoc_weights(kept, Profile(1000, 0.1))
     assert weights == pytest.approx([0, 0, 1], abs=1e-6)
     assert misfit < 1e-6
 
@@ -47,7 +47,7 @@ def test_what_is_kept_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize("length", [0.02, 0.07, 0.25])
 def test_two_lengths_at_thirty_moments_give_the_others(length: float) -> None:
     kept = [Profile(moment * 1000, each) for moment in range(1, 31) for each in (0.05, 0.10)]
-    weights, misfit = weights_of(kept, Profile(30_000, length))
+    weights, misfit = posthoc_weights(kept, Profile(30_000, length))
     assert misfit < 0.05
     assert weights.sum() == pytest.approx(1)
 
@@ -116,7 +116,7 @@ def save(flat: Tensor, folder: Path, ranks: int) -> None:
 
 def read(path: Path, which: str) -> Tensor:
     _, pieces = open_checkpoint(path, "unet", which)
-    return join_slices(pieces["w"], torch.Size([NUMEL]))
+    return join_shards(pieces["w"], torch.Size([NUMEL]))
 
 
 def load(run: Path, length: str) -> Tensor:

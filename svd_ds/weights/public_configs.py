@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svd_ds.model.names import ORIGINAL_PREFIX
 from svd_ds.model.unet import UNetConfig
+from svd_ds.weights.public_names import ORIGINAL_PREFIX
 
 VIDEO_CLASS, IMAGE_CLASS = "UNetSpatioTemporalConditionModel", "UNet2DConditionModel"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svd_ds.model.lora import load_lora, merge_lora
 from svd_ds.model.unet import UNet
-from svd_ds.model.weights import merge_lora_file
+from svd_ds.weights.io import merge_lora_file
 
 RANK = 4
 SCALE = 0.5

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from svd_ds.model.layouts import config_to_diffusers
-from svd_ds.model.names import public_modules, public_names, to_public
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
+from svd_ds.weights.public_configs import config_to_diffusers
+from svd_ds.weights.public_names import public_modules, public_names, to_public
 
 DATA = Path(__file__).parent / "data"
 FULL = UNetConfig()

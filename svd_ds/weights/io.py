@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from svd_ds.fsync_io import replace_tensors, replace_text
-from svd_ds.model.layouts import config_to_diffusers
 from svd_ds.model.lora import add_lora
-from svd_ds.model.lora_files import merged, read_lora
-from svd_ds.model.names import public_modules, public_names, to_public
-from svd_ds.model.sources import CONFIG_KEY, open_source
 from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.weights.lora_files import merged, read_lora
+from svd_ds.weights.public_configs import config_to_diffusers
+from svd_ds.weights.public_names import public_modules, public_names, to_public
+from svd_ds.weights.source import CONFIG_KEY, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def load_unet(
     with `merge=False` the adapters on it. What `path` lacks (the temporal layers of an image UNet) has
     initial values, and a warning says so.
     """
-    source = open_source(Path(path), which)
+    source = open_weights(Path(path), which)
     config = config or source.config
     new = source.check(config)
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def read_weights(
         FileNotFoundError: there is nothing at `path`.
         ValueError: it is not a UNet, or not one that fits `config`.
     """
-    source = open_source(Path(path), which)
+    source = open_weights(Path(path), which)
     config = config or source.config
     source.check(config)
     return config, source.tensors(config, merge=True)

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svd_ds.model.averages import Profile, weights_of
-from svd_ds.model.lives import complete_checkpoints, manifest_or_none, newest_checkpoint
-from svd_ds.model.manifest import check_whole, folders_of
 from svd_ds.small_files import check_regular, read_json
+from svd_ds.weights.manifest import check_whole, folders_of
+from svd_ds.weights.posthoc_ema import Profile, posthoc_weights
+from svd_ds.weights.restarts import complete_checkpoints, newest_checkpoint, read_manifest_or_none
 
 NETWORKS = ("unet", "decoder")
 """What a run may train, as its checkpoints call it."""
@@ -34,7 +34,7 @@ MAX_MISFIT = 0.1
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorRef:
     """A tensor in an open file."""
 
     path: Path
@@ -50,11 +50,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Blend:
+class WeightedSum:
     """A slice of a weighted sum: elements `start` to `stop` of a parameter in several checkpoints."""
 
     weights: tuple[float, ...]
-    parameters: tuple[list[Piece], ...]
+    parameters: tuple[list[TensorRef], ...]
     """Its slices in each checkpoint, which other numbers of ranks may have saved."""
     start: int
     stop: int
@@ -79,7 +79,7 @@ class Blend:
         return total
 
 
-def read_range(pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
+def read_range(pieces: Sequence[TensorRef], start: int, stop: int) -> Tensor:
     """Elements `start` to `stop` of joined slices, as far as there are any."""
     found, first = [], 0
     for piece in pieces:
@@ -90,13 +90,13 @@ def read_range(pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
     return torch.cat(found) if found else torch.empty(0)
 
 
-class SliceFiles:
+class WeightShards:
     """A folder of slices, of which any range of any parameter is read from the files that hold it."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ValueError where a rank's file is missing."""
         self._paths = _files_of_ranks(folder)
-        self._open: dict[int, dict[str, Piece]] = {}
+        self._open: dict[int, dict[str, TensorRef]] = {}
 
     def read(self, name: str, numel: int, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened parameter, which has `numel`; zero beyond its end.
@@ -114,7 +114,7 @@ class SliceFiles:
             raise ValueError(f"{pieces[0].path} is damaged: {name} has a value that is not finite")
         return torch.nn.functional.pad(found, (0, stop - start - len(found)))
 
-    def _piece(self, rank: int, name: str, each: int) -> Piece:
+    def _piece(self, rank: int, name: str, each: int) -> TensorRef:
         path = self._paths[rank]
         if rank not in self._open:
             self._open[rank] = tensors_of(path)
@@ -135,7 +135,7 @@ def is_finite(values: Tensor) -> bool:
     return values.numel() == 0 or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
-def slice_name(rank: int, world: int) -> str:
+def rank_file_name(rank: int, world: int) -> str:
     """The file of one rank's slices."""
     return f"rank-{rank:05d}-of-{world:05d}.safetensors"
 
@@ -144,7 +144,7 @@ def network_of(path: Path) -> str | None:
     """Which of NETWORKS a checkpoint, or a run's newest, holds; None where `path` is neither."""
     if (path / "checkpoints").is_dir():
         path = newest_checkpoint(path)
-    manifest = manifest_or_none(path)
+    manifest = read_manifest_or_none(path)
     # By the manifest, so that a checkpoint whose files are missing is still known for what it is.
     folders = {Path(name).parts[0] for name in manifest.files} if manifest else set()
     return next(
@@ -154,7 +154,7 @@ def network_of(path: Path) -> str | None:
 
 def open_checkpoint(
     path: Path, network: str, which: str | None
-) -> tuple[dict[str, dict[str, Any]], dict[str, Sequence[Piece | Blend]]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Sequence[TensorRef | WeightedSum]]]:
     """What a checkpoint, or a run's newest, says of its network, file by file; parameter -> its slices.
 
     Every file that is read is verified first. Only what is trained has an average: with one, the other
@@ -176,7 +176,7 @@ def open_checkpoint(
     averages = sorted(name.removeprefix("ema-") for name in folders if name.startswith("ema-"))
     which = which or next(iter(averages), "raw")
     check_whole(path, [*folders[network], *folders.get(f"ema-{which}", ())])
-    pieces: dict[str, Sequence[Piece | Blend]] = {**_slices_of(path / network)}
+    pieces: dict[str, Sequence[TensorRef | WeightedSum]] = {**_slices_of(path / network)}
     if which in averages:
         pieces |= _slices_of(path / f"ema-{which}")
     elif (length := _length(which)) is not None:
@@ -191,19 +191,19 @@ def open_checkpoint(
     return settings, pieces
 
 
-def join_slices(pieces: Sequence[Piece | Blend], shape: torch.Size) -> Tensor:
+def join_shards(pieces: Sequence[TensorRef | WeightedSum], shape: torch.Size) -> Tensor:
     """The parameter of `shape` whose flat slices these are, the last of them padded."""
     return torch.cat([piece.read() for piece in pieces])[: shape.numel()].view(shape)
 
 
-def tensors_of(path: Path) -> dict[str, Piece]:
+def tensors_of(path: Path) -> dict[str, TensorRef]:
     """Every tensor in a safetensors file, by name. ValueError where it is none."""
     check_regular(path)
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {_other_kind(path) or error}") from None
-    return {name: Piece(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return {name: TensorRef(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def _other_kind(path: Path) -> str | None:
@@ -228,7 +228,7 @@ def _length(which: str) -> float | None:
     return length if 0 < length <= 0.28 else None
 
 
-def _blended(checkpoint: Path, length: float) -> dict[str, list[Blend]]:
+def _blended(checkpoint: Path, length: float) -> dict[str, list[WeightedSum]]:
     """Trained parameter -> the average of `length` up to a checkpoint, of what its run kept till then."""
     wanted = Profile(_samples(checkpoint), length)
     run = checkpoint.parent.parent
@@ -249,7 +249,7 @@ def _blended(checkpoint: Path, length: float) -> dict[str, list[Blend]]:
         raise ValueError(
             f"{checkpoint} has no power-function average, of which one of {length} could be made"
         )
-    weights, misfit = weights_of(list(kept), wanted)
+    weights, misfit = posthoc_weights(list(kept), wanted)
     if misfit > MAX_MISFIT:
         raise ValueError(
             f"the {len(kept)} averages that {run} kept give one of length {length} with an error of "
@@ -258,13 +258,13 @@ def _blended(checkpoint: Path, length: float) -> dict[str, list[Blend]]:
     for folder in kept.values():
         check_whole(folder.parent, folders_of(folder.parent)[folder.name])
     slices = [_slices_of(folder) for folder in kept.values()]
-    blended: dict[str, list[Blend]] = {}
+    blended: dict[str, list[WeightedSum]] = {}
     for name, newest in slices[-1].items():
         first = 0
         for piece in newest:
             (size,) = piece.shape
             parameters = tuple(each[name] for each in slices)
-            blended.setdefault(name, []).append(Blend(tuple(weights), parameters, first, first + size))
+            blended.setdefault(name, []).append(WeightedSum(tuple(weights), parameters, first, first + size))
             first += size
     return blended
 
@@ -274,9 +274,9 @@ def _samples(moment: Path) -> int:
     return int(read_json(moment / "state.json")["samples"])
 
 
-def _slices_of(folder: Path) -> dict[str, list[Piece]]:
+def _slices_of(folder: Path) -> dict[str, list[TensorRef]]:
     """Name -> the ranks' slices in order."""
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[TensorRef]] = {}
     for file in _files_of_ranks(folder):
         for name, piece in tensors_of(file).items():
             pieces.setdefault(name, []).append(piece)

@@ -16,35 +16,35 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from svd_ds.model.layouts import IMAGE_CLASS, config_from_diffusers, config_from_original
 from svd_ds.model.lora import LoraConfig, add_lora, is_adapter, low_rank_update
-from svd_ds.model.names import ORIGINAL_PREFIX, from_public, public_modules, public_names, to_public
-from svd_ds.model.slices import Blend, Piece, join_slices, network_of, open_checkpoint, tensors_of
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
-from svd_ds.model.weight_files import diffusers_files, read_sound
 from svd_ds.small_files import read_json
+from svd_ds.weights.public_configs import IMAGE_CLASS, config_from_diffusers, config_from_original
+from svd_ds.weights.public_files import diffusers_files, read_sound
+from svd_ds.weights.public_names import ORIGINAL_PREFIX, from_public, public_modules, public_names, to_public
+from svd_ds.weights.shards import TensorRef, WeightedSum, join_shards, network_of, open_checkpoint, tensors_of
 
 CONFIG_KEY = "svd_ds.config"
 """Where a single file of ours keeps its config: shapes alone do not tell how wide a head is."""
 
-KEPT = (
+MUST_MATCH = (
     "out_channels", "widths", "num_layers", "attention_levels", "transformer_depth", "context_width",
     "head_width", "scalar_width", "temporal",
 )  # fmt: skip
 """What a network has from the weights that it starts from, where they have it at all."""
-GROWING = ("in_channels", "num_scalars")
+MAY_GROW = ("in_channels", "num_scalars")
 """Of these it may have more."""
-WIDENED = ("conv_in.weight", "embedding.scalars.linear1.weight")
+ZERO_PADDED = ("conv_in.weight", "embedding.scalars.linear1.weight")
 """May have fewer inputs (dimension 1) on disk than in the network: the added come last and start at zero."""
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Opened files, and where in them each of our parameters lies."""
 
     path: Path
     config: UNetConfig
-    pieces: Mapping[str, Sequence[Piece | Blend]]
+    tensor_refs: Mapping[str, Sequence[TensorRef | WeightedSum]]
     """Our name -> what makes up the parameter, joined along dimension 0."""
     flat: bool
     """The pieces are slices of the flattened parameter, the last ones padded."""
@@ -54,7 +54,7 @@ class Source:
     def tensors(self, config: UNetConfig, merge: bool) -> Iterator[tuple[str, Tensor]]:
         network = network_parameters(config, self.lora)
         for name, (shape, _) in network.items():
-            if name not in self.pieces or (merge and is_adapter(name)):
+            if name not in self.tensor_refs or (merge and is_adapter(name)):
                 continue
             tensor = self._read(name, shape)
             adapter = [f"{name.removesuffix('.weight')}.lora.{leaf}" for leaf in ("a.weight", "b")]
@@ -65,9 +65,11 @@ class Source:
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         if self.flat:
-            tensor = join_slices(self.pieces[name], network_parameters(self.config, self.lora)[name].shape)
+            tensor = join_shards(
+                self.tensor_refs[name], network_parameters(self.config, self.lora)[name].shape
+            )
         else:
-            tensor = from_public(name, torch.cat([read_sound(piece) for piece in self.pieces[name]]))
+            tensor = from_public(name, torch.cat([read_sound(piece) for piece in self.tensor_refs[name]]))
         # Inputs that the network has and the disk does not are last in our weights' last dimension.
         return F.pad(tensor, (0, shape[-1] - tensor.shape[-1])).contiguous()
 
@@ -79,22 +81,22 @@ class Source:
         """
         self._check_config(config)
         network = network_parameters(config, self.lora)
-        for name, pieces in self.pieces.items():
+        for name, pieces in self.tensor_refs.items():
             if name not in network:
                 raise ValueError(
                     f"{pieces[0].path} holds {pieces[0].name}, for which the network has no place"
                 )
             self._check_shape(name, network[name].shape, widens=config != self.config)
-        new = [name for name in network if name not in self.pieces]
+        new = [name for name in network if name not in self.tensor_refs]
         # What can be new as a whole: what the video model adds to the image model, the scalars, the mask.
         temporal = {name for name, parameter in network.items() if parameter.tag == "temporal"}
         scalars = {name for name in network if name.startswith("embedding.scalars.")}
         mask = {"mask_embedding.weight"}
         for name in new:
             if not any(
-                name in whole and whole.isdisjoint(self.pieces) for whole in (temporal, scalars, mask)
+                name in whole and whole.isdisjoint(self.tensor_refs) for whole in (temporal, scalars, mask)
             ):
-                where = next(iter(self.pieces.values()))[0].path
+                where = next(iter(self.tensor_refs.values()))[0].path
                 raise ValueError(f"{where} lacks {name}, of shape {tuple(network[name].shape)}")
         return new
 
@@ -102,19 +104,19 @@ class Source:
         """Refuse in words a network of another kind than these weights'."""
         absent = set() if self.config.num_scalars else {"scalar_width"}
         layers = network_parameters(self.config, self.lora).items()
-        if not any(parameter.tag == "temporal" and name in self.pieces for name, parameter in layers):
+        if not any(parameter.tag == "temporal" and name in self.tensor_refs for name, parameter in layers):
             absent.add("temporal")
-        for name in (*KEPT, *GROWING):
+        for name in (*MUST_MATCH, *MAY_GROW):
             theirs, ours = getattr(self.config, name), getattr(config, name)
-            if name in absent or theirs == ours or (name in GROWING and theirs < ours):
+            if name in absent or theirs == ours or (name in MAY_GROW and theirs < ours):
                 continue
-            rule = "it may only grow" if name in GROWING else "it must stay"
+            rule = "it may only grow" if name in MAY_GROW else "it must stay"
             raise ValueError(
                 f"{self.path} has {name} {theirs}, and the network that would start from it {ours}: {rule}"
             )
 
     def _check_shape(self, name: str, shape: torch.Size, widens: bool) -> None:
-        pieces = self.pieces[name]
+        pieces = self.tensor_refs[name]
         found: tuple[int, ...]
         expected: tuple[int, ...]
         if self.flat:
@@ -126,7 +128,7 @@ class Source:
             part = torch.empty(shape[0] // len(pieces), *shape[1:], device="meta")
             expected = tuple(to_public(name, part).shape)
             fits = found == expected
-            if widens and name in WIDENED and len(found) == len(expected):
+            if widens and name in ZERO_PADDED and len(found) == len(expected):
                 fits = found[1] <= expected[1] and (found[0], *found[2:]) == (expected[0], *expected[2:])
         if not fits:
             raise ValueError(
@@ -150,7 +152,7 @@ def network_parameters(config: UNetConfig, lora: LoraConfig | None = None) -> di
     return {name: Parameter(parameter.shape, tags[name]) for name, parameter in unet.named_parameters()}
 
 
-def open_source(path: Path, which: str | None) -> Source:
+def open_weights(path: Path, which: str | None) -> WeightSource:
     """Open what `path` is; arguments and errors are those of `weights.read_weights`."""
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}")
@@ -168,16 +170,16 @@ def open_source(path: Path, which: str | None) -> Source:
     )
 
 
-def _open_checkpoint(path: Path, which: str | None) -> Source:
+def _open_checkpoint(path: Path, which: str | None) -> WeightSource:
     settings, pieces = open_checkpoint(path, "unet", which)
     with _errors_of(path / "unet" / "config.json"):
         config = UNetConfig(**settings["config.json"])
     with _errors_of(path / "unet" / "lora.json"):
         lora = LoraConfig(**settings["lora.json"]) if "lora.json" in settings else None
-    return Source(path, config, pieces, flat=True, lora=lora)
+    return WeightSource(path, config, pieces, flat=True, lora=lora)
 
 
-def _open_original(path: Path) -> Source:
+def _open_original(path: Path) -> WeightSource:
     found = tensors_of(path)
     prefix = _prefix(path, found, "input_blocks.0.0.weight", ORIGINAL_PREFIX)
     tensors = {
@@ -195,11 +197,11 @@ def _open_original(path: Path) -> Source:
     return _public_source(path, config, "original", tensors)
 
 
-def _open_diffusers(folder: Path) -> Source:
+def _open_diffusers(folder: Path) -> WeightSource:
     fields = read_json(folder / "config.json")
     with _errors_of(folder / "config.json"):
         config = config_from_diffusers(fields)
-    found: dict[str, Piece] = {}
+    found: dict[str, TensorRef] = {}
     for file in diffusers_files(folder):
         found |= tensors_of(file)
     prefix = _prefix(folder, found, "conv_in.weight", "")
@@ -243,8 +245,8 @@ def _prefix(path: Path, names: Iterable[str], first_layer: str, usual: str) -> s
 
 
 def _public_source(
-    path: Path, config: UNetConfig, layout: str, tensors: dict[str, Piece], leave_out: str = ""
-) -> Source:
+    path: Path, config: UNetConfig, layout: str, tensors: dict[str, TensorRef], leave_out: str = ""
+) -> WeightSource:
     modules = public_modules(config, layout)
     left = dict(tensors)
     pieces = {}
@@ -255,4 +257,4 @@ def _public_source(
     if left:
         piece = next(iter(left.values()))
         raise ValueError(f"{piece.path} holds {piece.name}, for which the network has no place")
-    return Source(path, config, pieces, flat=False)
+    return WeightSource(path, config, pieces, flat=False)

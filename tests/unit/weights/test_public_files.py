@@ -18,11 +18,11 @@ from transformers import CLIPVisionModelWithProjection
 
 from svd_ds.curate.models import load
 from svd_ds.model.frozen import load_frozen
-from svd_ds.model.lora_files import HEADER
-from svd_ds.model.sources import CONFIG_KEY
 from svd_ds.model.unet import UNet
-from svd_ds.model.weight_files import files_of_index
-from svd_ds.model.weights import load_unet, merge_lora_file, save_unet
+from svd_ds.weights.io import load_unet, merge_lora_file, save_unet
+from svd_ds.weights.lora_files import HEADER
+from svd_ds.weights.public_files import files_of_index
+from svd_ds.weights.source import CONFIG_KEY
 from tests.networks import SMALL
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"

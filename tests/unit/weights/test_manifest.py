@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svd_ds.model import manifest
-from svd_ds.model.manifest import COMPLETE, FileDigest, Manifest, check_whole, damage_of, read_manifest
-from svd_ds.model.slices import SliceFiles
+from svd_ds.weights import manifest
+from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, check_whole, damage_of, read_manifest
+from svd_ds.weights.shards import WeightShards
 from tests.networks import seal
 
 
@@ -31,7 +31,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_whole_checkpoint_has_no_damage(checkpoint: Path) -> None:
     check_whole(checkpoint)
     assert read_manifest(checkpoint).world_size == 2
-    assert SliceFiles(checkpoint / "unet").read("a", 4, 1, 3).tolist() == [0.0, 1.0]
+    assert WeightShards(checkpoint / "unet").read("a", 4, 1, 3).tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["../other/state.json", "/etc/hostname", "unet/../../x", "", "."])
@@ -75,7 +75,7 @@ def test_files_of_another_number_of_ranks_are_not_read(checkpoint: Path) -> None
     for rank in range(3):
         save_file({"a": torch.full((2,), 9.0)}, checkpoint / f"unet/rank-{rank:05d}-of-00003.safetensors")
     check_whole(checkpoint)
-    assert SliceFiles(checkpoint / "unet").read("a", 4, 0, 4).tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert WeightShards(checkpoint / "unet").read("a", 4, 0, 4).tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_manifest_without_one_ranks_file_gives_no_weights(checkpoint: Path) -> None:
@@ -83,7 +83,7 @@ def test_manifest_without_one_ranks_file_gives_no_weights(checkpoint: Path) -> N
     (checkpoint / "unet/rank-00001-of-00002.safetensors").unlink()
     seal(checkpoint, world_size=2)
     with pytest.raises(ValueError, match="unet has the files of 1 ranks out of 2"):
-        SliceFiles(checkpoint / "unet")
+        WeightShards(checkpoint / "unet")
 
 
 def test_file_that_became_a_folder_or_a_dead_link_is_damage(checkpoint: Path) -> None:
