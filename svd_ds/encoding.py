@@ -24,7 +24,7 @@ from svd_ds.data.reader import captions_of
 from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
 from svd_ds.data.writer import pack_shard, remove_shards, replace_file, shard_name, whole_members, write_index
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.clip import ImageEncoder, TextEncoder
+from svd_ds.model.clip_encoders import ImageEncoder, TextEncoder
 from svd_ds.small_files import read_json
 from svd_ds.video import from_uint8
 

@@ -91,7 +91,7 @@ def _check_num_frames(config: RunConfig, shape: Shape) -> None:
             f"{named} is {shape.num_frames} and model.temporal {config.model.temporal}: "
             "images, clips of one frame, go with temporal=none, and videos with layers of time"
         )
-    if config.conditioning.takes_last and shape.num_frames < 3:
+    if config.conditioning.uses_last_frame and shape.num_frames < 3:
         raise ValueError(f"{named} is {shape.num_frames}, but a clip whose ends condition it has at least 3")
 
 

@@ -159,7 +159,7 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
         micro_batch=config.batch.micro_batch(env.world),
         cursor=cursor,
         context=config.conditioning.context if config.data.latents else None,
-        ends=config.conditioning.takes_last,
+        ends=config.conditioning.uses_last_frame,
     )
 
 

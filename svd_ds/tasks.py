@@ -14,11 +14,11 @@ from torch import Tensor
 from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise
 from svd_ds.inputs import Inputs
-from svd_ds.model.attention import check_backend
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.decoder import Decoder, DecoderConfig, decoder_of
-from svd_ds.model.fused import check_kernels
+from svd_ds.model.decoder import Decoder, DecoderConfig, build_decoder
 from svd_ds.model.lora import add_lora, is_adapter
+from svd_ds.model.ops.attention import check_backend
+from svd_ds.model.ops.fused import check_kernels
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.env import Env
@@ -98,7 +98,7 @@ def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     if inputs.resume is None:
         # A second copy: the encoder's is in the compute precision.
         whole = Autoencoder.load(frozen_folder(config.frozen.path)).network
-        decoder, new = decoder_of(whole, config.run.seed)
+        decoder, new = build_decoder(whole, config.run.seed)
         weights = ((name, parameter.detach()) for name, parameter in decoder.named_parameters())
         if new:
             notes.append(

@@ -9,8 +9,8 @@ from bench_cases import add_case_options, read_cases
 from bench_ways import compare
 
 from svd_ds.door import run_door
-from svd_ds.model.fused import triton_installed
 from svd_ds.model.layers import choose_kernels
+from svd_ds.model.ops.fused import triton_installed
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.parallel.recompute import apply_recompute
 

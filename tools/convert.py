@@ -19,7 +19,7 @@ from torch import Tensor
 
 from svd_ds.door import print_line, run_door
 from svd_ds.model.conditioner import RELEASED_SCALARS
-from svd_ds.model.decoder import load_decoder, save_parts
+from svd_ds.model.decoder import load_decoder, save_pipeline_parts
 from svd_ds.model.lora import save_lora
 from svd_ds.model.unet import UNetConfig
 from svd_ds.sample import frozen_folder, run_settings
@@ -126,7 +126,7 @@ def convert(arguments: argparse.Namespace, draft: Path) -> str:
         parts = arguments.frozen or frozen_of(run_settings(arguments.source))
         if parts is None or arguments.layout != "diffusers":
             raise ValueError(f"{arguments.source} holds a decoder: it takes --layout diffusers and --frozen")
-        save_parts(parts, load_decoder(arguments.source, arguments.ema), draft)
+        save_pipeline_parts(parts, load_decoder(arguments.source, arguments.ema), draft)
         return ""
     if arguments.layout == "lora":
         if arguments.lora:

@@ -27,7 +27,7 @@ from svd_ds.encoding import (
     note_refused,
 )
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.clip import ImageEncoder, TextEncoder
+from svd_ds.model.clip_encoders import ImageEncoder, TextEncoder
 from svd_ds.model.frozen import fingerprint
 from svd_ds.parallel.env import Env
 from svd_ds.sample import frozen_folder

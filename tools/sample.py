@@ -75,10 +75,10 @@ def make_jobs(
     arguments: argparse.Namespace, conditioning: ConditionerConfig, height: int, width: int
 ) -> list[tuple[str, Tensor, Tensor, str]]:
     """Name, first and last frame in [-1, 1] (grey where the network sees none) and caption of each video."""
-    takes_first = conditioning.takes_last or "image" in (conditioning.context, conditioning.concat)
+    takes_first = conditioning.uses_last_frame or "image" in (conditioning.context, conditioning.concat)
     options = {
         "--image": (takes_first, arguments.image),
-        "--last-image": (conditioning.takes_last, arguments.last_image),
+        "--last-image": (conditioning.uses_last_frame, arguments.last_image),
         "--caption": (conditioning.context == "text", arguments.caption),
     }
     given = {option: values for option, (takes, values) in options.items() if takes}

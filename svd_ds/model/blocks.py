@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svd_ds.model.image import ImageResidual, ImageTransformer, TransformerSizes
-from svd_ds.model.layers import Alpha, FrameConv
+from svd_ds.model.layers import AlphaBlender, FrameConv
 from svd_ds.model.temporal import FramePositions, TemporalResidual, TemporalTransformerBlock
 
 
@@ -25,7 +25,7 @@ class Residual(ImageResidual):
     def __init__(self, in_width: int, width: int, embedding_width: int, eps: float) -> None:
         super().__init__(in_width, width, embedding_width, eps)
         self.temporal = TemporalResidual(width, embedding_width, eps)
-        self.alpha = Alpha()
+        self.alpha = AlphaBlender()
 
     def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
         y = self.spatial(x_BTHWC, embedding_BE)
@@ -43,7 +43,7 @@ class Transformer(ImageTransformer):
             TemporalTransformerBlock(width, sizes.context_width, sizes.head_width, sizes.temporal_attention)
             for _ in range(sizes.depth)
         )
-        self.alpha = Alpha()
+        self.alpha = AlphaBlender()
 
     def inner(self, h_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None) -> Tensor:
         positions_T11C = self.positions(h_BTHWC.shape[1], h_BTHWC.device)
@@ -78,7 +78,7 @@ class Upsample(nn.Module):
         return self.conv(doubled_NCHW.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2]))
 
 
-class Layer(nn.Module):
+class UNetStage(nn.Module):
     """One step of the UNet's path: a residual block, a transformer, a change of size, each where there is
     one."""
 

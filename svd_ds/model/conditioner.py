@@ -28,7 +28,7 @@ from torch import Tensor
 
 from svd_ds.batch import Conditioning
 from svd_ds.model.autoencoder import Autoencoder, posterior
-from svd_ds.model.clip import ImageEncoder, TextEncoder
+from svd_ds.model.clip_encoders import ImageEncoder, TextEncoder
 from svd_ds.settings import Settings, choice, number
 
 RELEASED_SCALARS = ("fps", "motion_bucket", "augmentation")
@@ -87,7 +87,7 @@ class ConditionerConfig(Settings, section="conditioning"):
                 )
 
     @property
-    def takes_last(self) -> bool:
+    def uses_last_frame(self) -> bool:
         """Whether the last frame is given beside the first."""
         return "ends" in (self.context, self.concat)
 
@@ -210,7 +210,7 @@ class Conditioner:
         Raises ValueError for ends without a last frame, or without a frame between them.
         """
         frames = [first_frame_BCHW]
-        if self.config.takes_last:
+        if self.config.uses_last_frame:
             if last_frame_BCHW is None:
                 raise ValueError("the network is conditioned on first and last frames, and no last is given")
             if num_frames < 3:

@@ -2,7 +2,7 @@
 
 It is diffusers' TemporalDecoder (sgm temporal_ae.py): after each residual block of Stable Diffusion 2.1's
 decoder one that mixes over time, blended in by a learned share that starts at 0.5, and a convolution along
-time at the very end. An image decoder becomes one with `decoder_of`.
+time at the very end. An image decoder becomes one with `build_decoder`.
 
 Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels (H/8 x W/8).
 """
@@ -83,7 +83,7 @@ class Decoder(TemporalDecoder):
         return {name: part for name, part in self.named_modules() if isinstance(part, SpatioTemporalResBlock)}
 
     @torch.no_grad()
-    def pass_frames_through(self) -> None:
+    def init_temporal_identity(self) -> None:
         """Make the layers of time leave every frame as it is: what an image decoder's frames begin with.
 
         New ones do not: the blend takes half of what a block adds to its frames, and the last convolution has
@@ -103,7 +103,7 @@ class Decoder(TemporalDecoder):
         yield from (part for part in self.modules() if isinstance(part, (TemporalResnetBlock, AlphaBlender)))
 
 
-def decoder_of(autoencoder: Any, seed: int = 0) -> tuple[Decoder, list[str]]:
+def build_decoder(autoencoder: Any, seed: int = 0) -> tuple[Decoder, list[str]]:
     """The decoder of diffusers' `autoencoder`, float32 on the CPU, and the names of its new parameters.
 
     An image autoencoder (AutoencoderKL) has no layers of time: they are new, drawn from `seed`, and leave its
@@ -123,7 +123,7 @@ def decoder_of(autoencoder: Any, seed: int = 0) -> tuple[Decoder, list[str]]:
             f"an image autoencoder of {decoder.config.num_layers} layers a block takes no layers of time: it "
             f"needs {IMAGE_BLOCKS}, as Stable Diffusion's"
         )
-    decoder.pass_frames_through()
+    decoder.init_temporal_identity()
     weights = {
         re.sub(r"(resnets\.\d+)\.", r"\1.spatial_res_block.", name): value
         for name, value in autoencoder.decoder.state_dict().items()
@@ -169,7 +169,7 @@ def load_decoder(path: str | Path, which: str | None = None) -> Decoder:
     return decoder
 
 
-def save_parts(frozen: str | Path, decoder: Decoder, folder: str | Path) -> None:
+def save_pipeline_parts(frozen: str | Path, decoder: Decoder, folder: str | Path) -> None:
     """Write the parts of the pipeline at `frozen` anew, with `decoder` in their vae/.
 
     Of a hub id, vae/ alone. Raises ValueError where the decoder that is there has another shape.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from svd_ds.model.layers import FrameNorm, Linear, ZeroLinear
+from svd_ds.model.layers import FrameGroupNorm, Linear, ZeroLinear
 from svd_ds.model.spatial import SpatialResidual, SpatialTransformerBlock
 
 
@@ -47,7 +47,7 @@ class ImageTransformer(nn.Module):
 
     def __init__(self, width: int, sizes: TransformerSizes) -> None:
         super().__init__()
-        self.norm = FrameNorm(width, eps=1e-6, silu=False)
+        self.norm = FrameGroupNorm(width, eps=1e-6, silu=False)
         self.proj_in = Linear(width, width)
         self.spatial = nn.ModuleList(
             SpatialTransformerBlock(width, sizes.context_width, sizes.head_width, sizes.spatial_attention)

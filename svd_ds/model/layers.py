@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svd_ds.model.attention import attention
-from svd_ds.model.fused import conv, geglu, group_norm_silu
+from svd_ds.model.ops.attention import attention
+from svd_ds.model.ops.fused import conv, geglu, group_norm_silu
 
 NORM_GROUPS = 32
 
@@ -82,21 +82,21 @@ class Linear(nn.Linear):
         return y_NHWC.view(*x.shape[:-1], -1)
 
 
-class _StartAtZero(nn.Module):
+class _ZeroInit(nn.Module):
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
 
-class ZeroFrameConv(_StartAtZero, FrameConv):
+class ZeroFrameConv(_ZeroInit, FrameConv):
     """A FrameConv that starts at zero."""
 
 
-class ZeroTemporalConv(_StartAtZero, TemporalConv):
+class ZeroTemporalConv(_ZeroInit, TemporalConv):
     """A TemporalConv that starts at zero."""
 
 
-class ZeroLinear(_StartAtZero, Linear):
+class ZeroLinear(_ZeroInit, Linear):
     """A linear layer that starts at zero."""
 
 
@@ -116,14 +116,14 @@ class _Norm(nn.GroupNorm):
         return y_NSC.view(x.shape)
 
 
-class FrameNorm(_Norm):
+class FrameGroupNorm(_Norm):
     """Group norm with the statistics of each frame, over H x W, then SiLU."""
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
         return super().forward(x_BTHWC.flatten(0, 1)).view(x_BTHWC.shape)
 
 
-class ClipNorm(_Norm):
+class VideoGroupNorm(_Norm):
     """Group norm with the statistics of each clip, over T x H x W, then SiLU."""
 
 
@@ -148,7 +148,7 @@ class EmbeddingMLP(nn.Module):
         return self.linear2(F.silu(self.linear1(x.to(self.linear1.weight.dtype))))
 
 
-class MaskEmbedding(_StartAtZero):
+class MaskEmbedding(_ZeroInit):
     """What a frame that is not given has for its latents: the m of arXiv 2311.15127 D.5.
 
     One number a channel, the same at every pixel. The paper's m is of the latents' shape, which would tie the
@@ -169,7 +169,7 @@ class MaskEmbedding(_StartAtZero):
         return torch.cat([others, torch.where(mask == 1, given, self.weight[:, None, None]), mask], dim=2)
 
 
-class Alpha(nn.Module):
+class AlphaBlender(nn.Module):
     """The learned share of the spatial path in a block's output: alpha = sigmoid(mix_factor).
 
     An image, a frame without neighbours in time, has alpha = 1 (sgm's merge strategy `learned_with_images`).

@@ -12,7 +12,7 @@ from svd_ds.model.layers import (
     CrossAttention,
     FeedForward,
     FrameConv,
-    FrameNorm,
+    FrameGroupNorm,
     Linear,
     SelfAttention,
     ZeroFrameConv,
@@ -26,10 +26,10 @@ class SpatialResidual(nn.Module):
 
     def __init__(self, in_width: int, width: int, embedding_width: int, eps: float) -> None:
         super().__init__()
-        self.norm1 = FrameNorm(in_width, eps)
+        self.norm1 = FrameGroupNorm(in_width, eps)
         self.conv1 = FrameConv(in_width, width)
         self.time_projection = Linear(embedding_width, width)
-        self.norm2 = FrameNorm(width, eps)
+        self.norm2 = FrameGroupNorm(width, eps)
         self.conv2 = ZeroFrameConv(width, width)
         self.shortcut = Linear(in_width, width) if in_width != width else nn.Identity()
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from svd_ds.model.layers import (
-    ClipNorm,
     CrossAttention,
     EmbeddingMLP,
     FeedForward,
     Linear,
     SelfAttention,
     TemporalConv,
+    VideoGroupNorm,
     ZeroTemporalConv,
     sinusoid,
 )
@@ -32,10 +32,10 @@ class TemporalResidual(nn.Module):
 
     def __init__(self, width: int, embedding_width: int, eps: float) -> None:
         super().__init__()
-        self.norm1 = ClipNorm(width, eps)
+        self.norm1 = VideoGroupNorm(width, eps)
         self.conv1 = TemporalConv(width, width)
         self.time_projection = Linear(embedding_width, width)
-        self.norm2 = ClipNorm(width, eps)
+        self.norm2 = VideoGroupNorm(width, eps)
         self.conv2 = ZeroTemporalConv(width, width)
 
     def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor) -> Tensor:

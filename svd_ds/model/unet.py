@@ -14,20 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svd_ds.model.attention import BACKENDS
-from svd_ds.model.blocks import Downsample, Layer, Residual, Transformer, Upsample
-from svd_ds.model.fused import KERNELS
+from svd_ds.model.blocks import Downsample, Residual, Transformer, UNetStage, Upsample
 from svd_ds.model.image import ImageResidual, ImageTransformer, TransformerSizes
 from svd_ds.model.layers import (
     NORM_GROUPS,
     EmbeddingMLP,
     FrameConv,
-    FrameNorm,
+    FrameGroupNorm,
     MaskEmbedding,
     ZeroFrameConv,
     choose_kernels,
     sinusoid,
 )
+from svd_ds.model.ops.attention import BACKENDS
+from svd_ds.model.ops.fused import KERNELS
 from svd_ds.model.pseudo3d import PseudoResidual, PseudoTransformer
 from svd_ds.settings import Settings, choice, number
 
@@ -113,7 +113,7 @@ class ScalarEmbedding(EmbeddingMLP):
     tag = "condition"
 
 
-class ClipEmbedding(nn.Module):
+class TimestepEmbedding(nn.Module):
     """The noise level and the scalars of a clip as one vector that every residual block receives."""
 
     tag = "embedding"
@@ -144,7 +144,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = ClipEmbedding(config)
+        self.embedding = TimestepEmbedding(config)
         if config.masked:
             self.mask_embedding = MaskEmbedding(config.in_channels - config.out_channels - 1)
         self.conv_in = FrameConv(config.in_channels, config.widths[0])
@@ -167,25 +167,25 @@ class UNet(nn.Module):
             for _ in range(config.num_layers):
                 # diffusers' choice of eps, block by block; sgm has 1e-5 everywhere. See docs/numerics.md.
                 block = residual(width, level_width, eps=1e-6 if attends else 1e-5)
-                self.encoder.append(Layer(block, transformer(level_width, attends)))
+                self.encoder.append(UNetStage(block, transformer(level_width, attends)))
                 width = level_width
                 skips.append(width)
             if level < len(levels) - 1:
-                self.encoder.append(Layer(resize=Downsample(width)))
+                self.encoder.append(UNetStage(resize=Downsample(width)))
                 skips.append(width)
 
-        self.middle.append(Layer(residual(width, width, eps=1e-5), transformer(width, True)))
-        self.middle.append(Layer(residual(width, width, eps=1e-5)))
+        self.middle.append(UNetStage(residual(width, width, eps=1e-5), transformer(width, True)))
+        self.middle.append(UNetStage(residual(width, width, eps=1e-5)))
 
         for level, (level_width, attends) in reversed(list(enumerate(levels))):
             for index in range(config.num_layers + 1):
                 block = residual(width + skips.pop(), level_width, eps=1e-6)
                 last_of_level = level > 0 and index == config.num_layers
                 resize = Upsample(level_width) if last_of_level else None
-                self.decoder.append(Layer(block, transformer(level_width, attends), resize))
+                self.decoder.append(UNetStage(block, transformer(level_width, attends), resize))
                 width = level_width
 
-        self.norm_out = FrameNorm(width, eps=1e-5)
+        self.norm_out = FrameGroupNorm(width, eps=1e-5)
         self.conv_out = ZeroFrameConv(width, config.out_channels)
         choose_kernels(self, config.kernels)
 

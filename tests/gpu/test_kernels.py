@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from svd_ds.model.attention import KERNELS, MAX_BATCH, SHORT, attention, flash_attn_installed
-from svd_ds.model.fused import conv, geglu, group_norm_silu, triton_installed
 from svd_ds.model.layers import choose_kernels
+from svd_ds.model.ops.attention import KERNELS, MAX_BATCH, SHORT, attention, flash_attn_installed
+from svd_ds.model.ops.fused import conv, geglu, group_norm_silu, triton_installed
 from svd_ds.model.unet import UNet, UNetConfig
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

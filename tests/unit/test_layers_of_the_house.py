@@ -45,8 +45,8 @@ FLOORS = {
 }
 ONLY_HOME = {
     "deepspeed": "parallel/engine.py",
-    "flash_attn": "model/attention.py",
-    "triton": "model/kernels.py",
+    "flash_attn": "model/ops/attention.py",
+    "triton": "model/ops/kernels.py",
     "wandb": "training/tracker.py",
     "webdataset": "data/loader.py",
     "omegaconf": "compose.py",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svd_ds.compose import compose
-from svd_ds.model import attention, fused
+from svd_ds.model.ops import attention, fused
 from svd_ds.tasks import read_task
 
 
@@ -19,7 +19,7 @@ def test_kernels_that_the_machine_lacks_are_refused(monkeypatch: pytest.MonkeyPa
     env: Any = SimpleNamespace(device=torch.device("cpu"))
     config = compose(["debug=tiny", "model.kernels=triton"])
     monkeypatch.setattr(fused, "triton_installed", lambda: True)
-    monkeypatch.setitem(sys.modules, "svd_ds.model.kernels", SimpleNamespace(INTERPRETED=False))
+    monkeypatch.setitem(sys.modules, "svd_ds.model.ops.kernels", SimpleNamespace(INTERPRETED=False))
     with pytest.raises(ValueError, match=r"model.kernels is triton, which runs on a GPU, and this is a CPU"):
         read_task(config, env, inputs)
 

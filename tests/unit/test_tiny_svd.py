@@ -15,7 +15,7 @@ from PIL import Image
 
 import svd_ds
 from svd_ds.model.autoencoder import Autoencoder, posterior
-from svd_ds.model.clip import ImageEncoder
+from svd_ds.model.clip_encoders import ImageEncoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 
 TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svd_ds.model import fused
+from svd_ds.model.ops import fused
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.weights.public_configs import config_to_diffusers
 from svd_ds.weights.public_names import from_public as from_public_order

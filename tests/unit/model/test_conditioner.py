@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import svd_ds
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.clip import clip_pixels, resize_antialiased
+from svd_ds.model.clip_encoders import clip_pixels, resize_antialiased
 from svd_ds.model.conditioner import SCALARS, Conditioner, ConditionerConfig
 
 TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import nn
 
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.decoder import Decoder, DecoderConfig, decoder_of, fold, save_parts
+from svd_ds.model.decoder import Decoder, DecoderConfig, build_decoder, fold, save_pipeline_parts
 from svd_ds.model.unet import parameter_tags
 from svd_ds.sample import TINY
 
@@ -33,7 +33,7 @@ def image_autoencoder(num_layers: int = 2) -> Any:
 @torch.no_grad()
 def test_it_is_diffusers_decoder_for_every_clip() -> None:
     theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(TINY, subfolder="vae")
-    ours, new = decoder_of(theirs)
+    ours, new = build_decoder(theirs)
     assert new == []
     latents = torch.randn(2, 3, 4, 8, 8)
     frames = ours(latents)
@@ -60,7 +60,7 @@ def test_what_video_adds_is_tagged_temporal() -> None:
 def test_an_image_decoder_begins_with_its_own_frames() -> None:
     image = image_autoencoder()
     nn.init.zeros_(image.post_quant_conv.bias)
-    decoder, new = decoder_of(image)
+    decoder, new = build_decoder(image)
     tags = parameter_tags(decoder)
     assert sorted(new) == sorted(name for name, tag in tags.items() if tag == "temporal")
     latents = torch.randn(3, 4, 8, 8)
@@ -77,7 +77,7 @@ def test_an_image_decoder_begins_with_its_own_frames() -> None:
 @torch.no_grad()
 def test_the_new_layers_are_the_same_on_every_rank_and_learn() -> None:
     image = image_autoencoder()
-    (one, new), (other, _) = decoder_of(image, seed=3), decoder_of(image, seed=3)
+    (one, new), (other, _) = build_decoder(image, seed=3), build_decoder(image, seed=3)
     assert all(a.equal(b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     with torch.enable_grad():
         one(torch.randn(1, 3, 4, 4, 4)).square().mean().backward()
@@ -105,7 +105,7 @@ def test_a_fold_is_exact_but_for_the_bias_at_the_border() -> None:
 
 def test_an_image_decoder_of_another_depth_is_refused() -> None:
     with pytest.raises(ValueError, match="of 1 layers a block takes no layers of time: it needs 2"):
-        decoder_of(image_autoencoder(num_layers=1))
+        build_decoder(image_autoencoder(num_layers=1))
 
 
 @torch.no_grad()
@@ -127,11 +127,11 @@ def test_a_written_autoencoder_is_one_of_diffusers(kind: str, tmp_path: Path) ->
         image_autoencoder().save_pretrained(frozen / "vae")
         (frozen / "model_index.json").write_text("{}")
     source = Autoencoder.load(frozen).network
-    decoder, _ = decoder_of(source)
+    decoder, _ = build_decoder(source)
     for parameter in decoder.parameters():
         parameter += 0.01
     out = tmp_path / "out"
-    save_parts(frozen, decoder, out)
+    save_pipeline_parts(frozen, decoder, out)
     theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(out, subfolder="vae")
     latents, frames = torch.randn(2, 4, 4, 4), torch.randn(1, 3, 32, 32)
     assert torch.allclose(theirs.decode(latents, num_frames=2).sample, decoder(latents[None])[0], atol=1e-5)
@@ -143,4 +143,4 @@ def test_a_written_autoencoder_is_one_of_diffusers(kind: str, tmp_path: Path) ->
     with torch.device("meta"):
         other = Decoder(DecoderConfig())
     with pytest.raises(ValueError, match=r"widths=\(32, .*trained.*\(128, 256, 512, 512\)"):
-        save_parts(frozen, other, out)
+        save_pipeline_parts(frozen, other, out)

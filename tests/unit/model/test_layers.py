@@ -8,22 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svd_ds.model.attention import attention
 from svd_ds.model.layers import (
-    Alpha,
-    ClipNorm,
+    AlphaBlender,
     CrossAttention,
     EmbeddingMLP,
     FeedForward,
     FrameConv,
-    FrameNorm,
+    FrameGroupNorm,
     Linear,
     TemporalConv,
+    VideoGroupNorm,
     ZeroFrameConv,
     ZeroLinear,
     ZeroTemporalConv,
     sinusoid,
 )
+from svd_ds.model.ops.attention import attention
 
 B, T, H, W, C = 2, 3, 4, 6, 64
 
@@ -93,7 +93,7 @@ def test_linear_is_torchs(rows: int, dtype: torch.dtype) -> None:
 
 
 def test_norms_take_their_statistics_per_frame_and_per_clip(x_BTHWC: Tensor) -> None:
-    frame, clip = FrameNorm(C, 1e-6), ClipNorm(C, 1e-6)
+    frame, clip = FrameGroupNorm(C, 1e-6), VideoGroupNorm(C, 1e-6)
     x = channels_first(x_BTHWC)
     per_clip = F.silu(F.group_norm(x, 32, eps=1e-6))
     torch.testing.assert_close(channels_first(clip(x_BTHWC)), per_clip, rtol=1e-4, atol=1e-5)
@@ -112,7 +112,7 @@ def test_sinusoid_is_cosines_then_sines() -> None:
 
 
 def test_alpha_is_one_on_images_and_learned_elsewhere() -> None:
-    alpha = Alpha()
+    alpha = AlphaBlender()
     learned = torch.sigmoid(torch.tensor(0.5))
     assert alpha(None).item() == pytest.approx(learned.item())
     image_only = torch.tensor([[True, False]])

@@ -121,7 +121,7 @@ def test_the_same_losses_with_and_without_the_cache(
             seed=0,
         )
         data = DataConfig(str(path), 3, 32, 48, fps=12, crop="center", latents=latents, num_workers=0)
-        loader = Loader(data, 0, 0, 1, 2, 2, context=wanted, ends=config.takes_last)
+        loader = Loader(data, 0, 0, 1, 2, 2, context=wanted, ends=config.uses_last_frame)
         assert loader.context == wanted
         batches = [batch for batch, _ in islice(loader, 4)]
         assert all((batch.context_BLD is not None) == (wanted is not None) for batch in batches)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svd_ds.batch import Batch, Clip
 from svd_ds.model.autoencoder import Autoencoder, posterior
-from svd_ds.model.decoder import decoder_of
+from svd_ds.model.decoder import build_decoder
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.sample import TINY
 from svd_ds.training.adversary import Adversary
@@ -82,7 +82,7 @@ def test_the_loss_is_what_its_terms_say(autoencoder: Autoencoder) -> None:
 
 
 def test_one_clip_can_be_overfitted(autoencoder: Autoencoder) -> None:
-    decoder, _ = decoder_of(autoencoder.network)
+    decoder, _ = build_decoder(autoencoder.network)
     objective, optimizer = reconstruction(autoencoder), torch.optim.Adam(decoder.parameters(), lr=4e-3)
     still = clips(0, size=16)
     losses = []
@@ -183,7 +183,7 @@ def test_a_batch_that_is_not_finite_leaves_the_adversary_alone(autoencoder: Auto
 
 
 def test_previews_are_decoded_from_the_means(autoencoder: Autoencoder) -> None:
-    decoder, _ = decoder_of(autoencoder.network)
+    decoder, _ = build_decoder(autoencoder.network)
     batch = clips(0, 1)
     with torch.no_grad():
         made = Redecoding(autoencoder)(decoder, batch, [0, 1])

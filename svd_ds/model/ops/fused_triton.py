@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svd_ds.model.kernels import (
+from svd_ds.model.ops.kernels import (
     gate_halves,
     gradient_sums,
     join_gradient_sums,

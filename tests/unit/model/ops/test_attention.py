@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from svd_ds.model import attention as module
-from svd_ds.model.attention import attention
-from svd_ds.model.fused import triton_installed
+from svd_ds.model.ops.attention import attention
+from svd_ds.model.ops.fused import triton_installed
 
 
 def draw(*shape: int, keys: int | None = None) -> list[torch.Tensor]:

@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from svd_ds.model.attention_triton import attention_among_few
-from svd_ds.model.fused_triton import GEGLU, GroupNormSiLU
+from svd_ds.model.ops.attention_triton import short_attention
+from svd_ds.model.ops.fused_triton import GEGLU, GroupNormSiLU
 
 CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
 
@@ -38,7 +38,7 @@ def main() -> None:
                 weight, bias = torch.empty(2, channels, dtype=dtype)
                 GroupNormSiLU.apply(x, weight, bias, 32, 1e-5, True).sum().backward()
             qkv = torch.empty(3, 1, 2, 25, 2, 64, dtype=dtype, requires_grad=True)
-            attention_among_few(*qkv).sum().backward()
+            short_attention(*qkv).sum().backward()
             GEGLU.apply(torch.empty(64, 2560, dtype=dtype, requires_grad=True)).sum().backward()
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svd_ds.model import fused
-from svd_ds.model.fused import check_kernels, conv, geglu, group_norm_silu
+from svd_ds.model.ops import fused
+from svd_ds.model.ops.fused import check_kernels, conv, geglu, group_norm_silu
 
 
 def expected(x_NSC: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
@@ -148,10 +148,10 @@ def test_what_group_norm_and_geglu_run_on(
     runs_on: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = ModuleType("svd_ds.model.fused_triton")
+    module = ModuleType("svd_ds.model.ops.fused_triton")
     module.GEGLU = module.GroupNormSiLU = SimpleNamespace(apply=lambda *inputs: "triton")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(sys.modules, "svd_ds.model.kernels", SimpleNamespace(INTERPRETED=False))
+    monkeypatch.setitem(sys.modules, "svd_ds.model.ops.kernels", SimpleNamespace(INTERPRETED=False))
     monkeypatch.setattr(fused, "triton_installed", lambda: installed)
     for torchs in ("_GEGLU", "_GroupNormSiLU"):
         monkeypatch.setattr(fused, torchs, SimpleNamespace(apply=lambda *inputs: "torch"))
@@ -174,7 +174,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ValueError, match=r"model.kernels is triton, which is not installed"):
             check_kernels("triton", device)
     monkeypatch.setattr(fused, "triton_installed", lambda: True)
-    monkeypatch.setitem(sys.modules, "svd_ds.model.kernels", SimpleNamespace(INTERPRETED=False))
+    monkeypatch.setitem(sys.modules, "svd_ds.model.ops.kernels", SimpleNamespace(INTERPRETED=False))
     check_kernels("triton", gpu)
     with pytest.raises(ValueError, match=r"model.kernels is triton, which runs on a GPU"):
         geglu(torch.randn(2, 4), kernels="triton")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svd_ds.model.fused import PRECISIONS
-from svd_ds.model.fused_triton import OPTIONS, next_power_of_two
-from svd_ds.model.kernels import INTERPRETED, attend, attend_backward
+from svd_ds.model.ops.fused import PRECISIONS
+from svd_ds.model.ops.fused_triton import OPTIONS, next_power_of_two
+from svd_ds.model.ops.kernels import INTERPRETED, attend, attend_backward
 
 MOST_TOKENS = 64
 """Of a program: all its scores are in registers."""
@@ -23,14 +23,14 @@ SMALLEST_TILE = 16
 """Of the GPU's matrix units: fewer tokens are padded."""
 
 
-def takes(q: Tensor, k: Tensor) -> bool:
+def supports(q: Tensor, k: Tensor) -> bool:
     """Whether the kernel can have these queries and keys."""
     runs = (q.is_cuda or INTERPRETED) and q.dtype in PRECISIONS
     return runs and q.shape == k.shape and q.shape[-3] <= MOST_TOKENS and q.shape[-1] in HEAD_WIDTHS
 
 
-def attention_among_few(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """attention.attention, where `takes` says yes."""
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attention.attention, where `supports` says yes."""
     if q.dim() == 4:
         return _Attention.apply(q[:, None], k[:, None], v[:, None])[:, 0]
     return _Attention.apply(q, k, v)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svd_ds.model.fused import triton_installed
+from svd_ds.model.ops.fused import triton_installed
 
 MAX_BATCH = 65_535
 """CUDA kernels put the batch on a grid dimension of 16 bits."""
@@ -43,9 +43,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """
     backend = _choose(backend, q, k)
     if backend == "triton":
-        from svd_ds.model.attention_triton import attention_among_few
+        from svd_ds.model.ops.attention_triton import short_attention
 
-        return attention_among_few(q, k, v)
+        return short_attention(q, k, v)
     kernel = KERNELS[backend]
     if q.dim() == 4:
         return _in_chunks(kernel, q, k, v)
@@ -120,11 +120,11 @@ def _choose(backend: str, q: Tensor, k: Tensor) -> str:
     if backend == "auto":
         if not q.is_cuda:
             return "short" if k.shape[-3] <= SHORT else "sdpa"
-        if _triton_takes(q, k):
+        if _triton_supports(q, k):
             return "triton"
         return "flash_attn" if q.dtype in HALF and flash_attn_installed() else "sdpa"
     check_backend(backend, q.device, q.dtype)
-    if backend == "triton" and not _triton_takes(q, k):
+    if backend == "triton" and not _triton_supports(q, k):
         raise ValueError(
             f"attention is to run on triton, which cannot have {k.shape[-3]} keys for "
             f"{q.shape[-3]} queries in {q.dtype} on {q.device}: choose auto or sdpa"
@@ -132,9 +132,9 @@ def _choose(backend: str, q: Tensor, k: Tensor) -> str:
     return backend
 
 
-def _triton_takes(q: Tensor, k: Tensor) -> bool:
+def _triton_supports(q: Tensor, k: Tensor) -> bool:
     if not triton_installed():
         return False
-    from svd_ds.model.attention_triton import takes
+    from svd_ds.model.ops.attention_triton import supports
 
-    return takes(q, k)
+    return supports(q, k)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.model.fused import triton_installed
+from svd_ds.model.ops.fused import triton_installed
 
 KERNELS = {
     "statistics", "join_statistics", "normalise", "gradient_sums", "join_gradient_sums", "through_norm",

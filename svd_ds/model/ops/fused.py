@@ -50,7 +50,7 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         return
     if not triton_installed():
         raise ValueError("model.kernels is triton, which is not installed: choose auto or torch")
-    from svd_ds.model.kernels import INTERPRETED
+    from svd_ds.model.ops.kernels import INTERPRETED
 
     if device.type == "cpu" and not INTERPRETED:
         raise ValueError("model.kernels is triton, which runs on a GPU, and this is a CPU: choose auto")
@@ -123,7 +123,7 @@ def group_norm_silu(
     kernels: one of KERNELS. Raises ValueError as `check_kernels` does.
     """
     if _on_triton(kernels, x_NSC):
-        from svd_ds.model.fused_triton import GroupNormSiLU
+        from svd_ds.model.ops.fused_triton import GroupNormSiLU
 
         return GroupNormSiLU.apply(x_NSC, weight_C, bias_C, groups, eps, silu)
     if x_NSC.is_cpu and x_NSC.numel() <= FEW:
@@ -138,7 +138,7 @@ def geglu(proj: Tensor, kernels: str = "auto") -> Tensor:
     kernels: one of KERNELS. Raises ValueError as `check_kernels` does.
     """
     if _on_triton(kernels, proj):
-        from svd_ds.model.fused_triton import GEGLU
+        from svd_ds.model.ops.fused_triton import GEGLU
 
         return GEGLU.apply(proj)
     return _GEGLU.apply(proj)

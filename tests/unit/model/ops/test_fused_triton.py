@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svd_ds.model.fused import geglu, group_norm_silu, triton_installed
+from svd_ds.model.ops.fused import geglu, group_norm_silu, triton_installed
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.recompute import apply_recompute
 from tests.networks import SMALL
@@ -18,7 +18,8 @@ from tests.networks import SMALL
 if not triton_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from svd_ds.model import fused_triton, layers
+from svd_ds.model import layers
+from svd_ds.model.ops import fused_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts bfloat16 off where a GPU rounds it.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from svd_ds.model import attention as module
-from svd_ds.model.attention import attention
-from svd_ds.model.fused import triton_installed
+from svd_ds.model.ops.attention import attention
+from svd_ds.model.ops.fused import triton_installed
 
 if not triton_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from svd_ds.model import attention_triton
-from svd_ds.model.attention_triton import takes
+from svd_ds.model.ops.attention_triton import supports
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -73,11 +73,11 @@ def test_auto_takes_it_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=shape)
 
     frames = (1, 99, 14, 5, 64)
-    assert takes(tensor(True, *frames), tensor(True, *frames))
-    assert not takes(tensor(False, *frames), tensor(False, *frames))
-    assert not takes(tensor(True, *frames), tensor(True, 1, 99, 2, 5, 64)), "keys of another number"
+    assert supports(tensor(True, *frames), tensor(True, *frames))
+    assert not supports(tensor(False, *frames), tensor(False, *frames))
+    assert not supports(tensor(True, *frames), tensor(True, 1, 99, 2, 5, 64)), "keys of another number"
     for shape in ((1, 99, 65, 5, 64), (1, 99, 14, 5, 40)):
-        assert not takes(tensor(True, *shape), tensor(True, *shape))
+        assert not supports(tensor(True, *shape), tensor(True, *shape))
     double = tensor(True, *frames, dtype=torch.float64)
-    assert not takes(double, double)
+    assert not supports(double, double)
     assert module._choose("auto", *[tensor(True, *frames)] * 2) == "triton"  # type: ignore[arg-type]
