@@ -8,6 +8,7 @@ from typing import Any
 
 from svd_ds.data.config import DataConfig
 from svd_ds.diffusion.noise import NoiseConfig
+from svd_ds.jobs.watchdog import WatchdogConfig
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.model.lora import LoraConfig
 from svd_ds.model.unet import UNetConfig
@@ -22,7 +23,6 @@ from svd_ds.training.metrics import LoggerConfig
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import PreviewConfig
 from svd_ds.training.reconstruction import ReconstructionConfig
-from svd_ds.training.watchdog import WatchdogConfig
 from svd_ds.weights.shards import NETWORKS
 
 SPELLING = {"source": "from"}  # InitConfig declares the key as well, for its errors

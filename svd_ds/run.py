@@ -21,6 +21,8 @@ from svd_ds.config import RunConfig
 from svd_ds.data.quarantine import Quarantine
 from svd_ds.evaluation.report import write_report
 from svd_ds.inputs import Inputs, find_resume, read_inputs
+from svd_ds.jobs.rank_session import RankSession
+from svd_ds.jobs.signals import StopRequest
 from svd_ds.model.decoder import Decoder
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel import env as environment
@@ -32,7 +34,6 @@ from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
 from svd_ds.tasks import Task, read_task
-from svd_ds.training.attempt import Attempt
 from svd_ds.training.code import code_version
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation, fixed
@@ -42,7 +43,6 @@ from svd_ds.training.loop import train
 from svd_ds.training.metrics import Metrics
 from svd_ds.training.optim import parameter_groups
 from svd_ds.training.parts import Parts, Plan
-from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
 from svd_ds.training.resume import Resume
 from svd_ds.training.shared_folder import check_shared_folder
@@ -52,7 +52,7 @@ from svd_ds.training.usage import Clock, Speed, forward_flops, peak_of
 from svd_ds.weights.restarts import restarts_damage
 
 
-def run(config: RunConfig, env: Env, attempt: Attempt | None = None) -> Progress:
+def run(config: RunConfig, env: Env, attempt: RankSession | None = None) -> Progress:
     """Train as the config says, on this process's rank, and tell where it ended. All ranks call it, with the
     same config; `attempt`: told of every step and of the end."""
     environment.init(env, config.watchdog.patience)
@@ -69,7 +69,7 @@ def run(config: RunConfig, env: Env, attempt: Attempt | None = None) -> Progress
 
 
 def _train(
-    config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, attempt: Attempt | None
+    config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, attempt: RankSession | None
 ) -> Progress:
     checkpoints, folder = inputs.checkpoints, inputs.folder
     lives = told_by_first(lambda: restarts_damage(checkpoints.folder))
@@ -119,7 +119,7 @@ def _train(
             previews=_previews(config, env, inputs, task),
             stop=stop,
             clock=Clock(),
-            beat=attempt.watchdog.beat if attempt is not None else lambda: None,
+            heartbeat=attempt.watchdog.heartbeat if attempt is not None else lambda: None,
             metrics=metrics,
             device=env.device,
         )

@@ -22,8 +22,8 @@ from svd_ds.allocator import keep_freed_memory
 from svd_ds.command_line import CONF, PRIMARY, VERSION_BASE
 from svd_ds.credentials import redact
 from svd_ds.door import USER_ERRORS, mask_tracebacks, print_error, wants_traceback
+from svd_ds.jobs.rank_session import RankSession
 from svd_ds.parallel.env import Env, start_time
-from svd_ds.training.attempt import Attempt
 from svd_ds.training.folder import RunFolder
 
 HYDRA_SWITCH = "HYDRA_FULL_ERROR"
@@ -99,7 +99,7 @@ def _run(node: Any, env: Env, debug: bool, unnamed: Collection[str]) -> None:
         # Two runs in one folder would overwrite each other.
         folder = compose.folder_of_job(settings.run.dir, unnamed)
         settings = replace(settings, run=replace(settings.run, dir=folder))
-    with Attempt(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as attempt:
+    with RankSession(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as attempt:
         # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
         from svd_ds.run import run
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from svd_ds.compose import compose
+from svd_ds.jobs.rank_session import RankSession
 from svd_ds.parallel.env import Env
-from svd_ds.training.attempt import Attempt
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.state import Progress
 
@@ -31,5 +31,5 @@ def start(shards: Path, run_dir: Path, *overrides: str) -> Progress:
     config = compose([*SMALLEST, f"data.path={shards}", f"run.dir={run_dir}", *overrides])
     env = Env.read({})
     # With `debug` an error is raised, and not turned into an exit code.
-    with Attempt(RunFolder(run_dir), env, config.watchdog, debug=True) as attempt:
+    with RankSession(RunFolder(run_dir), env, config.watchdog, debug=True) as attempt:
         return run(config, env, attempt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from svd_ds.training.preempt import SIGNALS
+from svd_ds.jobs.signals import SIGNALS
 
 
 def handle_as_in_the_foreground() -> None:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from svd_ds.door import run_door
-from svd_ds.parallel.preflight import failing_nodes, leave_out
-from svd_ds.parallel.slurm import Job
+from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
+from svd_ds.jobs.slurm import Job
 
 EXAMPLE = """slurm/encode.sh and curate.sh call it with the allocation's own values (slurm/lib.sh):
   tools/check_nodes.py --job 42 --nodes node1,node2 --gpus 8
@@ -28,7 +28,7 @@ def main() -> None:
         return
     # Checks that were ended with the job tell nothing of its nodes.
     if job.is_running():
-        leave_out(job, faults)
+        exclude_nodes(job, faults)
     sys.exit(1)
 
 

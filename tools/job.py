@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from svd_ds.parallel.slurm import ENDING, Job, hold_signals, release_signals
+from svd_ds.jobs.slurm import ENDING, Job, hold_signals, release_signals
 
 if __name__ == "__main__":
     # The other imports take seconds, in which a signal would end this process.
@@ -21,11 +21,11 @@ if __name__ == "__main__":
 from svd_ds import compose
 from svd_ds.door import print_line, run_door
 from svd_ds.fsync_io import replace_text
+from svd_ds.jobs.outcome import FINISHED, INTERRUPTED, REFUSED, JobOutcome
+from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
+from svd_ds.jobs.rank_session import record_queued_restart
 from svd_ds.parallel.env import STARTED, attempt
-from svd_ds.parallel.preflight import failing_nodes, leave_out
-from svd_ds.training.attempt import begin
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.outcome import FINISHED, INTERRUPTED, REFUSED, Outcome
 
 EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slurm/lib.sh):
   tools/job.py --job 42 --nodes node1,node2 -- +experiment=stage2 debug=tiny
@@ -66,7 +66,7 @@ def main() -> None:
     clock = JobClock(job.id, options.arguments)
     try:
         folder = run_folder(options.arguments, clock)
-        if (damage := begin(folder, job.id, job.starts)) is not None:
+        if (damage := record_queued_restart(folder, job.id, job.starts)) is not None:
             print_line(f"warning: {damage}")
     except ValueError:
         settle(options.trial, clock)
@@ -75,13 +75,13 @@ def main() -> None:
     faults = failing_nodes(job, folder.path) if job.preflight and not request.number else {}
     # Checks that were ended with the job tell nothing of its nodes.
     if faults and not request.number and job.is_running():
-        leave_out(job, faults)
+        exclude_nodes(job, faults)
         return
     if not faults and not request.number:
         step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments], **clock.variables)
         request.hand_to(step)
         code = step.wait()
-    outcome = Outcome.read(folder)
+    outcome = JobOutcome.read(folder)
     settled = settled_code(outcome, code)
     # Cancelled, out of time, or taken away: Slurm queues it again where it means to.
     running = job.is_running()
@@ -95,7 +95,7 @@ def main() -> None:
         sys.exit(code)
     bad = {node: why for node, why in outcome.nodes.items() if node in job.nodes} if outcome else {}
     if bad:
-        leave_out(job, bad)
+        exclude_nodes(job, bad)
         return
     print_line(f"job {job.id} is queued again: {reason(outcome, request.number, code)}")
     job.requeue()
@@ -146,7 +146,7 @@ def run_folder(arguments: Sequence[str], clock: JobClock) -> RunFolder:
     return RunFolder(Path(settings.run.dir))
 
 
-def settled_code(outcome: Outcome | None, code: int) -> int | None:
+def settled_code(outcome: JobOutcome | None, code: int) -> int | None:
     """The job's exit code where the run needs no other life; None where it does.
 
     `code` is srun's: of a step that it ended itself it says 143, whatever the rank that failed first said.
@@ -159,7 +159,7 @@ def settled_code(outcome: Outcome | None, code: int) -> int | None:
     return INTERRUPT_CODE if kind == INTERRUPTED else None
 
 
-def reason(outcome: Outcome | None, asked: int, code: int) -> str:
+def reason(outcome: JobOutcome | None, asked: int, code: int) -> str:
     if asked:
         return f"{signal.Signals(asked).name} asked it to end"
     if outcome is not None:

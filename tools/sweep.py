@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from svd_ds.parallel.slurm import Job, hold_signals, release_signals
+from svd_ds.jobs.slurm import Job, hold_signals, release_signals
 
 if __name__ == "__main__":
     # The other imports take seconds, in which a signal would end this process.

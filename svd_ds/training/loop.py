@@ -77,7 +77,7 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
         except NonFiniteError as error:
             parts.guard.check_may_go_back(progress.guard, str(error))
             progress, due = _go_back(parts, progress, str(error)), False
-        parts.beat()
+        parts.heartbeat()
     _check_end(parts, plan, progress)
     return progress
 

@@ -10,6 +10,7 @@ import torch
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.jobs.signals import StopRequest
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.training.checkpoint import Checkpoints
@@ -20,7 +21,6 @@ from svd_ds.training.guard import Guard
 from svd_ds.training.metrics import Metrics
 from svd_ds.training.objective import Objective
 from svd_ds.training.optim import OptimConfig
-from svd_ds.training.preempt import StopRequest
 from svd_ds.training.preview import Previews
 from svd_ds.training.usage import Clock
 
@@ -60,7 +60,7 @@ class Parts:
     previews: Previews
     stop: StopRequest
     clock: Clock
-    beat: Callable[[], None]
+    heartbeat: Callable[[], None]
     """Tells the watchdog that a step is done."""
     metrics: Metrics | None
     """Rank 0's; None elsewhere."""

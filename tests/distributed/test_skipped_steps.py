@@ -13,9 +13,9 @@ import pytest
 from torch import Tensor
 
 from svd_ds.batch import Batch
+from svd_ds.jobs.signals import SIGNALS
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.groups import destroy_groups
-from svd_ds.training.preempt import SIGNALS
 from svd_ds.training.preview import Previews
 from svd_ds.training.step import Diffusion
 from svd_ds.weights.manifest import check_whole

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from svd_ds.parallel.env import Env, init
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.attempt import Attempt
-from svd_ds.training.watchdog import WatchdogConfig
+from svd_ds.jobs.rank_session import Attempt
+from svd_ds.jobs.watchdog import WatchdogConfig
 
 def wait_for_a_file_system():
     time.sleep(1000)

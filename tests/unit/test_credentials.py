@@ -21,11 +21,11 @@ from svd_ds.data.folders import open_folder
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.door import open_console, print_error, print_line
 from svd_ds.evaluation.runs import read_run
+from svd_ds.jobs.rank_session import RankSession
+from svd_ds.jobs.watchdog import WatchdogConfig
 from svd_ds.overrides import folder_name
 from svd_ds.parallel.env import Env
-from svd_ds.training.attempt import Attempt
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.watchdog import WatchdogConfig
 
 SECRET = "hunter2hunter2"
 PLACES = [
@@ -150,7 +150,7 @@ def test_console_and_logs_of_a_run_that_fails(
 ) -> None:
     url = place.format(SECRET)
     env = Env(0, 1, 0, 1, "127.0.0.1", 0, torch.device("cpu"), "gloo")
-    with pytest.raises(SystemExit), Attempt(RunFolder(tmp_path), env, WatchdogConfig()):
+    with pytest.raises(SystemExit), RankSession(RunFolder(tmp_path), env, WatchdogConfig()):
         print(f"retrying {url}", file=sys.stderr)
         try:
             raise KeyError(url)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.parallel import preflight
+from svd_ds.jobs import preflight
 
 WITHOUT_NODE2 = ["requeuehold 7", "update JobId=7 ExcNodeList=node2", "release 7"]
 

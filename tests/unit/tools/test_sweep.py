@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from wandb.apis.public import sweeps
 
-from svd_ds.parallel.slurm import Job
+from svd_ds.jobs.slurm import Job
 
 TOOL = Path(__file__).parents[3] / "tools" / "sweep.py"
 SCONTROL = """#!/bin/sh

@@ -13,10 +13,10 @@ import pytest
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.evaluation.runs import read_run
-from svd_ds.training.attempt import begin
+from svd_ds.jobs.outcome import FINISHED, JobOutcome
+from svd_ds.jobs.rank_session import record_queued_restart
 from svd_ds.training.folder import RunFolder
 from svd_ds.training.keeping import take_over
-from svd_ds.training.outcome import FINISHED, Outcome
 from svd_ds.training.state import Progress
 from svd_ds.training.usage import WAITS, Goodput
 from svd_ds.weights.restarts import RESTARTS, read_restarts, restarts_damage
@@ -48,7 +48,7 @@ def whole(tmp_path: Path) -> RunFolder:
     folder.skipped.write_text('{"step": 2, "fault": "the loss is nan", "clips": ["a"]}\n')
     Quarantine(1.0, 9, folder.quarantine).add([Fault("a", "s.tar", "cut")], step=1, write=True)
     for _ in range(2):
-        begin(folder, "7", limit=9)
+        record_queued_restart(folder, "7", limit=9)
         take_over(folder.checkpoints, step=0)
     ended = {"kind": FINISHED, "rank": 0, "words": "", "attempt": [0, 0]}
     (folder.logs / "outcome.json").write_text(json.dumps(ended))
@@ -58,8 +58,8 @@ def whole(tmp_path: Path) -> RunFolder:
 
 def start(folder: RunFolder) -> None:
     """What a start of the run reads and repairs, in its order."""
-    begin(folder, "7", limit=9)
-    Outcome.read(folder)
+    record_queued_restart(folder, "7", limit=9)
+    JobOutcome.read(folder)
     Progress.read(folder.path / "state.json")
     folder.check_belongs(CONFIG)
     restarts_damage(folder.checkpoints)

@@ -2,7 +2,7 @@
 
     logs/rank-00003.log   what rank 3 wrote to stderr, in all attempts: warnings, tracebacks, a hang's stacks
     logs/nccl-00003.*.log what its NCCL had to say: by host and process, for it begins a file anew
-    logs/outcome.json     how the newest attempt ended (svd_ds.training.outcome)
+    logs/outcome.json     how the newest attempt ended (svd_ds.jobs.outcome)
     logs/attempts.jsonl   the attempts that jobs made, each with the step behind which it began
 
 The launcher reads the outcome, to know whether another attempt is worth making.
@@ -26,21 +26,21 @@ from typing import Any, TextIO, cast
 from svd_ds.credentials import redact
 from svd_ds.door import OF_ANOTHER, USER_ERRORS, LossyStream, may_pass, print_error
 from svd_ds.fsync_io import name_errors, replace_text
-from svd_ds.json_lines import read_json_lines, rewrite_json_lines
-from svd_ds.parallel.collectives import SharedError, lost_a_rank
-from svd_ds.parallel.env import Env, attempt, host
-from svd_ds.training.folder import RunFolder
-from svd_ds.training.outcome import (
+from svd_ds.jobs.outcome import (
     BAD_NODES,
     FAILED,
     FINISHED,
     INTERRUPTED,
     PREEMPTED,
     REFUSED,
-    Outcome,
+    JobOutcome,
     outcome_path,
 )
-from svd_ds.training.watchdog import Watchdog, WatchdogConfig
+from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
+from svd_ds.json_lines import read_json_lines, rewrite_json_lines
+from svd_ds.parallel.collectives import SharedError, lost_a_rank
+from svd_ds.parallel.env import Env, attempt, host
+from svd_ds.training.folder import RunFolder
 from svd_ds.weights.restarts import complete_checkpoints
 
 
@@ -55,7 +55,7 @@ class _Verdict:
     who: str = ""
 
 
-class Attempt:
+class RankSession:
     """A context around everything that a rank does: its stderr goes to the rank's log, and an error becomes
     an outcome, one line on the console, and an exit code.
 
@@ -70,7 +70,7 @@ class Attempt:
         self.folder = folder
         self.env = env
         self.log_path = folder.logs / f"rank-{env.rank:05d}.log"
-        self.watchdog = Watchdog(watchdog, self.told_hang)
+        self.watchdog = Watchdog(watchdog, self.record_hang)
         self.code = 0
         """Exit code of a rank that ends well."""
         self._token = ""
@@ -79,7 +79,7 @@ class Attempt:
         self._unrecorded = ""
         """Why the outcome cannot be written, where it cannot."""
 
-    def __enter__(self) -> Attempt:
+    def __enter__(self) -> RankSession:
         try:
             self._open_log()
         except USER_ERRORS as error:
@@ -108,7 +108,7 @@ class Attempt:
 
     def _open_log(self) -> None:
         self.folder.logs.mkdir(parents=True, exist_ok=True)
-        if self.env.rank == 0 and not _begun_by_a_job(self.folder):
+        if self.env.rank == 0 and not _is_managed_by_job(self.folder):
             outcome_path(self.folder).unlink(missing_ok=True)
         self.log = self.log_path.open("a", buffering=1, errors="backslashreplace")
         try:
@@ -136,7 +136,7 @@ class Attempt:
 
     def is_of_a_job(self) -> bool:
         """Whether tools/job.py waits for the outcome: it can make another attempt, and on other nodes."""
-        return _begun_by_a_job(self.folder)
+        return _is_managed_by_job(self.folder)
 
     def ended(
         self,
@@ -164,7 +164,7 @@ class Attempt:
             if self._unrecorded:
                 self._print(f"warning: how the run ended is not recorded: {self._unrecorded}")
 
-    def told_hang(self, sentence: str) -> None:
+    def record_hang(self, sentence: str) -> None:
         """Tell, from the watchdog's thread, that this rank is about to be ended."""
         if self._claim(FAILED, sentence):
             self._print(f"error: rank {self.env.rank}: {sentence}; stacks are in {self.log_path}")
@@ -234,7 +234,7 @@ class Attempt:
     def _claim(self, kind: str, words: str, nodes: Mapping[str, str] | None = None) -> bool:
         """Whether it falls to this rank to report how the attempt ended: it is the first to record it, or it
         cannot, because the disk fails."""
-        outcome = Outcome(kind, self.env.rank, words, attempt(), dict(nodes or {}))
+        outcome = JobOutcome(kind, self.env.rank, words, attempt(), dict(nodes or {}))
         try:
             return outcome.record(outcome_path(self.folder, self._token if self._is_taken_over() else ""))
         except OSError as error:
@@ -242,7 +242,7 @@ class Attempt:
         return True
 
 
-def begin(folder: RunFolder, job: str, limit: int) -> str | None:
+def record_queued_restart(folder: RunFolder, job: str, limit: int) -> str | None:
     """Note that `job` attempts the run once more.
 
     Returns:
@@ -267,8 +267,8 @@ def begin(folder: RunFolder, job: str, limit: int) -> str | None:
     return found.damage
 
 
-def _begun_by_a_job(folder: RunFolder) -> bool:
-    """Whether `begin` was called for this attempt: before any rank of it could speak, it forgot the last."""
+def _is_managed_by_job(folder: RunFolder) -> bool:
+    """Whether `record_queued_restart` was called for this attempt: before any rank of it could speak, it forgot the last."""
     rows = read_json_lines(_attempts(folder), _is_attempt, skip_bad=True).rows
     return bool(rows) and rows[-1]["job"] == str(attempt()[0])
 

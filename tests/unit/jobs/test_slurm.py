@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.parallel import slurm
-from svd_ds.parallel.slurm import Job
+from svd_ds.jobs import slurm
+from svd_ds.jobs.slurm import Job
 
 SCONTROL = """#!/bin/sh
 kill -TERM $$  # as Slurm does, once the job is queued again

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from svd_ds.training.preempt import SIGNALS, StopRequest
+from svd_ds.jobs.signals import SIGNALS, StopRequest
 from tests.signals import handle_as_in_the_foreground
 
 

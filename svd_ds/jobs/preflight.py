@@ -1,6 +1,6 @@
 """Is every node of a job fit to train on? Each tries its GPUs, its disks, and the way to the others.
 
-    srun --ntasks-per-node=1 python -m svd_ds.parallel.preflight alone RUN_FOLDER NOTES --gpus 8
+    srun --ntasks-per-node=1 python -m svd_ds.jobs.preflight alone RUN_FOLDER NOTES --gpus 8
 
 is what each node runs, and the same with `together`; `failing_nodes` starts it from the batch host and finds
 who is to blame. A node tells by a file of its name in the folder NOTES: that it is fit, or what is wrong.
@@ -37,7 +37,7 @@ END_S = 10.0
 
 
 class Job(Protocol):
-    """svd_ds.parallel.slurm.Job, as far as it is needed here."""
+    """svd_ds.jobs.slurm.Job, as far as it is needed here."""
 
     @property
     def id(self) -> str: ...
@@ -71,7 +71,7 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
     )
 
 
-def leave_out(job: Job, faults: dict[str, str]) -> None:
+def exclude_nodes(job: Job, faults: dict[str, str]) -> None:
     """Queue the job again without these nodes; where all of several fail, it is hardly they."""
     if len(faults) == len(job.nodes) > 1:
         node, fault = next(iter(faults.items()))
@@ -106,7 +106,7 @@ def _try(
     notes = folder / "logs" / "preflight"
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
-    command = [sys.executable, "-m", "svd_ds.parallel.preflight", check, str(folder), str(notes)]
+    command = [sys.executable, "-m", "svd_ds.jobs.preflight", check, str(folder), str(notes)]
     command += ["--gpus", str(job.gpus)]
     steps = [
         job.step(
@@ -144,7 +144,7 @@ def _wait(steps: Sequence[subprocess.Popen[bytes]]) -> None:
         step.wait()
 
 
-def check_alone(folder: Path, gpus: int) -> None:
+def check_node(folder: Path, gpus: int) -> None:
     """Try what this machine has. Raises OSError or RuntimeError, saying what does not work."""
     if gpus:
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -161,7 +161,7 @@ def check_alone(folder: Path, gpus: int) -> None:
             fsync_path(Path(file.name))
 
 
-def check_together(env: Env) -> None:
+def check_interconnect(env: Env) -> None:
     """Meet the other nodes of the step. Raises RuntimeError where that fails."""
     environment.init(env, timeout=timedelta(seconds=MEET_S))
     ones = torch.ones(1 << 20, device=env.device)
@@ -181,9 +181,9 @@ def main() -> None:
     fault = None
     try:
         if options.check == "alone":
-            check_alone(options.folder, options.gpus)
+            check_node(options.folder, options.gpus)
         else:
-            check_together(Env.read())
+            check_interconnect(Env.read())
     except (OSError, RuntimeError) as error:
         fault = " ".join(str(error).split())
     write_text(options.notes / environment.host(), fault or FIT)

@@ -43,7 +43,7 @@ class WatchdogConfig(Settings, section="watchdog"):
 
 
 class Watchdog:
-    """Ends this process, with code 1, when `beat` is not called for too long."""
+    """Ends this process, with code 1, when `heartbeat` is not called for too long."""
 
     def __init__(self, config: WatchdogConfig, tell: Callable[[str], None]) -> None:
         self.config = config
@@ -60,7 +60,7 @@ class Watchdog:
         self._arm(self.config.first_minutes)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """A step is done."""
         if self.config.minutes != 0:
             self._arm(self.config.minutes)

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from svd_ds.training.watchdog import WatchdogConfig
+from svd_ds.jobs.watchdog import WatchdogConfig
 
 
 @pytest.mark.parametrize("wrong", [{"minutes": -1.0}, {"minutes": 10.0, "first_minutes": 5.0}])

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from svd_ds.jobs.outcome import BAD_NODES, FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, JobOutcome
+from svd_ds.jobs.rank_session import RankSession, record_queued_restart
+from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
 from svd_ds.parallel.collectives import PassingSharedError, SharedError
 from svd_ds.parallel.env import Env
 from svd_ds.training import outcome as outcome_module
-from svd_ds.training.attempt import Attempt, begin
 from svd_ds.training.folder import RunFolder
-from svd_ds.training.outcome import BAD_NODES, FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, Outcome
-from svd_ds.training.watchdog import Watchdog, WatchdogConfig
 from tests.networks import seal
 
 OFF = WatchdogConfig(minutes=0)
@@ -30,7 +30,7 @@ def env(rank: int, world: int = 2) -> Env:
 
 def attempted(folder: Path, rank: int, error: BaseException | None = None, finished: bool = True) -> int:
     """One rank's attempt; its exit code."""
-    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(folder), env(rank), OFF) as attempt:
+    with pytest.raises(SystemExit) as ended, RankSession(RunFolder(folder), env(rank), OFF) as attempt:
         if error is not None:
             raise error
         attempt.ended(finished)
@@ -38,20 +38,20 @@ def attempted(folder: Path, rank: int, error: BaseException | None = None, finis
     return ended.value.code
 
 
-def outcome(folder: Path) -> Outcome | None:
-    return Outcome.read(RunFolder(folder))
+def outcome(folder: Path) -> JobOutcome | None:
+    return JobOutcome.read(RunFolder(folder))
 
 
 @pytest.mark.parametrize(("finished", "kind"), [(True, FINISHED), (False, PREEMPTED)])
 def test_rank_0_says_how_an_attempt_ended_well(tmp_path: Path, finished: bool, kind: str) -> None:
     assert attempted(tmp_path, 0, finished=finished) == 0
     assert attempted(tmp_path, 1, finished=finished) == 0
-    assert outcome(tmp_path) == Outcome(kind, 0, "", (0, 0))
+    assert outcome(tmp_path) == JobOutcome(kind, 0, "", (0, 0))
 
 
 def test_a_run_that_is_stopped_for_good_says_so(tmp_path: Path) -> None:
     for finished, kind in ((False, INTERRUPTED), (True, FINISHED)):
-        with Attempt(RunFolder(tmp_path), env(0), OFF) as attempt:
+        with RankSession(RunFolder(tmp_path), env(0), OFF) as attempt:
             attempt.ended(finished, interrupted=True)
         ended = outcome(tmp_path)
         assert ended is not None and ended.kind == kind
@@ -85,14 +85,14 @@ def test_an_outcome_does_not_wait_for_what_is_left_behind_it(
     """W&B may take a minute to leave; by then Slurm may have ended a rank of which another has gone."""
     with (
         pytest.raises(SystemExit),
-        Attempt(RunFolder(tmp_path), env(0), OFF) as attempt,
+        RankSession(RunFolder(tmp_path), env(0), OFF) as attempt,
         ExitStack() as stack,
     ):
         stack.callback(lambda: left.append(outcome(tmp_path)))
-        left: list[Outcome | None] = []
+        left: list[JobOutcome | None] = []
         with attempt.outcome():
             raise SharedError("data.path is nowhere")
-    assert left == [Outcome(REFUSED, 0, "data.path is nowhere", (0, 0))]
+    assert left == [JobOutcome(REFUSED, 0, "data.path is nowhere", (0, 0))]
     assert capsys.readouterr().err.splitlines() == ["error: data.path is nowhere"]
 
 
@@ -113,7 +113,7 @@ def test_what_libraries_write_to_stderr_is_in_the_log_of_every_attempt(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for word in ("one", "two"):
-        with Attempt(RunFolder(tmp_path), env(0), OFF):
+        with RankSession(RunFolder(tmp_path), env(0), OFF):
             os.write(2, f"{word} from C\n".encode())
     os.write(2, b"behind it\n")
     log = (tmp_path / "logs/rank-00000.log").read_text()
@@ -124,15 +124,15 @@ def test_what_libraries_write_to_stderr_is_in_the_log_of_every_attempt(
 def test_a_job_that_gets_no_further_is_not_started_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for _ in range(3):
-        begin(folder, "7", limit=3)
+        record_queued_restart(folder, "7", limit=3)
     with pytest.raises(ValueError, match=r"job 7 .* 3 times from step 0"):
-        begin(folder, "7", limit=3)
-    begin(folder, "8", limit=3)  # someone has submitted it anew
+        record_queued_restart(folder, "7", limit=3)
+    record_queued_restart(folder, "8", limit=3)  # someone has submitted it anew
     for name, marker in (("step-0000020", True), ("step-0000040", False)):
         (folder.checkpoints / name).mkdir(parents=True)
         if marker:
             seal(folder.checkpoints / name)
-    begin(folder, "7", limit=3)
+    record_queued_restart(folder, "7", limit=3)
     attempts = [json.loads(line) for line in (tmp_path / "logs/attempts.jsonl").read_text().splitlines()]
     assert [attempt["step"] for attempt in attempts] == [0, 0, 0, 0, 20], (
         "a checkpoint without its marker does not count"
@@ -141,9 +141,9 @@ def test_a_job_that_gets_no_further_is_not_started_again(tmp_path: Path) -> None
 
 def test_a_line_that_was_cut_short_costs_no_more_than_itself(tmp_path: Path) -> None:
     folder, path = RunFolder(tmp_path), tmp_path / "logs/attempts.jsonl"
-    begin(folder, "7", limit=3)
+    record_queued_restart(folder, "7", limit=3)
     path.write_text(path.read_text() + '{"job": "7", "st')
-    begin(folder, "7", limit=3)
+    record_queued_restart(folder, "7", limit=3)
     assert [json.loads(line)["job"] for line in path.read_text().splitlines()] == ["7", "7"]
 
 
@@ -159,7 +159,7 @@ def test_nccl_writes_to_a_file_of_its_rank_unless_told_where(
 
 def test_a_new_attempt_forgets_how_the_last_ended(tmp_path: Path) -> None:
     attempted(tmp_path, 0)
-    begin(RunFolder(tmp_path), "7", limit=3)
+    record_queued_restart(RunFolder(tmp_path), "7", limit=3)
     assert outcome(tmp_path) is None
 
 
@@ -168,7 +168,7 @@ def test_rank_0_does_not_forget_who_failed_before_it_came(
 ) -> None:
     """As where one node of several has too few GPUs."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    begin(RunFolder(tmp_path), "7", limit=3)
+    record_queued_restart(RunFolder(tmp_path), "7", limit=3)
     for rank in (3, 0):
         assert attempted(tmp_path, rank, ValueError("4 ranks need a GPU each, and it has 2")) == 2
     told = outcome(tmp_path)
@@ -196,7 +196,7 @@ def test_a_rank_of_an_earlier_attempt_has_no_say(tmp_path: Path, monkeypatch: py
         # Rank 0 of an attempt forgets what was told before it: these are others.
         with (
             pytest.raises(SystemExit),
-            Attempt(RunFolder(tmp_path), env(0 if error is None else 1), OFF) as it,
+            RankSession(RunFolder(tmp_path), env(0 if error is None else 1), OFF) as it,
         ):
             if error is not None:
                 raise ValueError(str(error))
@@ -230,7 +230,7 @@ def test_failing_disk_still_gets_one_sentence_and_a_code(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     fail_to_record(monkeypatch, code)
-    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(tmp_path), env(rank), OFF) as attempt:
+    with pytest.raises(SystemExit) as ended, RankSession(RunFolder(tmp_path), env(rank), OFF) as attempt:
         # From here on the log is on a disk that is full: its text layer keeps what it cannot write.
         os.dup2(os.open("/dev/full", os.O_WRONLY), attempt.log.fileno())
         with attempt.outcome():
@@ -265,7 +265,7 @@ def test_log_that_cannot_be_opened_is_one_sentence(
     tmp_path: Path, world: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "logs").write_text("a file")
-    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(tmp_path), env(0, world), OFF):
+    with pytest.raises(SystemExit) as ended, RankSession(RunFolder(tmp_path), env(0, world), OFF):
         pass
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -275,7 +275,7 @@ def test_log_that_cannot_be_opened_is_one_sentence(
 def test_log_on_a_full_disk_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank-00000.log").symlink_to("/dev/full")
-    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(tmp_path), env(0), OFF):
+    with pytest.raises(SystemExit) as ended, RankSession(RunFolder(tmp_path), env(0), OFF):
         pass
     assert ended.value.code == 2
     assert "No space left on device: '" in (told := capsys.readouterr().err) and "rank-00000.log" in told
@@ -289,7 +289,7 @@ def test_start_that_fails_after_the_console_was_taken_gives_it_back(
         raise error
 
     monkeypatch.setattr(Watchdog, "start", fail)
-    with pytest.raises(SystemExit) as ended, Attempt(RunFolder(tmp_path), env(0, 1), OFF):
+    with pytest.raises(SystemExit) as ended, RankSession(RunFolder(tmp_path), env(0, 1), OFF):
         pass
     assert ended.value.code == (2 if isinstance(error, OSError) else 1)
     (line,) = capfd.readouterr().err.splitlines()
@@ -311,7 +311,7 @@ def test_file_system_without_hard_links_records_the_first_outcome(
     assert told is not None and (told.kind, told.rank) == (FAILED, 1)
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert attempted(tmp_path, 0) == 0, "rank 0 begins another attempt"
-    assert outcome(tmp_path) == Outcome(FINISHED, 0, "", (0, 0))
+    assert outcome(tmp_path) == JobOutcome(FINISHED, 0, "", (0, 0))
     assert sorted(path.suffix for path in (tmp_path / "logs").iterdir()) == [".json", ".log", ".log", ".log"]
 
 
@@ -323,7 +323,7 @@ def test_outcome_names_nodes_that_compute_wrongly_unless_the_run_needs_no_other_
         (False, False, BAD_NODES), (True, False, FINISHED), (False, True, INTERRUPTED)
     ):  # fmt: skip
         for rank in (0, 1):
-            with Attempt(RunFolder(tmp_path), env(rank), OFF) as attempt:
+            with RankSession(RunFolder(tmp_path), env(rank), OFF) as attempt:
                 attempt.ended(finished, interrupted, bad_nodes=bad)
         told = outcome(tmp_path)
         assert told is not None and told.kind == kind
@@ -342,9 +342,9 @@ def test_outcome_with_damaged_nodes_is_none(tmp_path: Path, nodes: str) -> None:
 
 
 def test_job_is_known_by_its_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Attempt(RunFolder(tmp_path), env(0), OFF) as attempt:
+    with RankSession(RunFolder(tmp_path), env(0), OFF) as attempt:
         assert not attempt.is_of_a_job()
-        begin(RunFolder(tmp_path), "7", limit=3)
+        record_queued_restart(RunFolder(tmp_path), "7", limit=3)
         assert not attempt.is_of_a_job(), "another start's"
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         assert attempt.is_of_a_job()
@@ -359,9 +359,9 @@ def test_damaged_outcome_is_none(tmp_path: Path, content: bytes) -> None:
 
 def test_damaged_attempts_are_kept_and_reported(tmp_path: Path) -> None:
     folder, path = RunFolder(tmp_path), tmp_path / "logs/attempts.jsonl"
-    assert begin(folder, "7", limit=3) is None
+    assert record_queued_restart(folder, "7", limit=3) is None
     path.write_bytes(b"\xff\n{}\n" + path.read_bytes())
-    damage = begin(folder, "7", limit=3)
+    damage = record_queued_restart(folder, "7", limit=3)
     assert damage is not None and damage.endswith("attempts.jsonl.damaged-1")
     assert [json.loads(line)["job"] for line in path.read_text().splitlines()] == ["7", "7"]
 
@@ -369,7 +369,7 @@ def test_damaged_attempts_are_kept_and_reported(tmp_path: Path) -> None:
 def test_ctrl_c_ends_rank_0_with_130_after_its_checkpoint(tmp_path: Path) -> None:
     for rank, code in ((0, 130), (1, 0)):
         try:
-            with Attempt(RunFolder(tmp_path), env(rank), OFF) as attempt:
+            with RankSession(RunFolder(tmp_path), env(rank), OFF) as attempt:
                 attempt.ended(finished=False, interrupted=True, by_keyboard=True)
             ended = 0
         except SystemExit as error:
@@ -393,7 +393,7 @@ def test_start_that_lost_the_folder_leaves_the_outcome_to_the_other(
     for job, error, owner in (("9", lost, False), ("7", None, True)):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         for rank in range(2 if error else 1):
-            with pytest.raises(SystemExit), Attempt(RunFolder(tmp_path), env(rank), OFF) as it:
+            with pytest.raises(SystemExit), RankSession(RunFolder(tmp_path), env(rank), OFF) as it:
                 it.owns_folder(f"token{job}", lambda owner=owner: not owner)  # type: ignore[misc]
                 if error is not None:
                     raise error
@@ -408,7 +408,7 @@ def test_start_that_lost_the_folder_leaves_the_outcome_to_the_other(
 
 
 def test_start_that_takes_the_folder_over_forgets_what_an_earlier_one_said_meanwhile(tmp_path: Path) -> None:
-    with Attempt(RunFolder(tmp_path), env(0), OFF) as later:
+    with RankSession(RunFolder(tmp_path), env(0), OFF) as later:
         attempted(tmp_path, 1, OSError("no space left"))
         later.owns_folder("token", lambda: False)
         later.ended(finished=True)

@@ -29,7 +29,7 @@ BAD_NODES = "bad nodes"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     kind: str
     rank: int
     words: str
@@ -39,7 +39,7 @@ class Outcome:
     """Hosts that another attempt should do without, and why."""
 
     @staticmethod
-    def read(folder: RunFolder) -> Outcome | None:
+    def read(folder: RunFolder) -> JobOutcome | None:
         """Of this attempt, in which the caller takes part; None where nobody has said it yet."""
         for path in (outcome_path(folder), *sorted(folder.logs.glob("outcome-*.json"))):
             told = _told(path)
@@ -69,11 +69,11 @@ def outcome_path(folder: RunFolder, token: str = "") -> Path:
     return folder.logs / (f"outcome-{token}.json" if token else "outcome.json")
 
 
-def _told(path: Path) -> Outcome | None:
+def _told(path: Path) -> JobOutcome | None:
     """By whichever attempt spoke last; None where nobody did, or where what it said cannot be read."""
     try:
         values = read_json(path)
         nodes = {str(host): str(why) for host, why in values.get("nodes", {}).items()}
-        return Outcome(**values | {"attempt": tuple(values["attempt"]), "nodes": nodes})
+        return JobOutcome(**values | {"attempt": tuple(values["attempt"]), "nodes": nodes})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

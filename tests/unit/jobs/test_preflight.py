@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.parallel import preflight
-from svd_ds.parallel.preflight import FIT, check_alone, failing_nodes
+from svd_ds.jobs import preflight
+from svd_ds.jobs.preflight import FIT, check_node, failing_nodes
 
 
 @dataclass
@@ -120,8 +120,8 @@ def test_steps_that_hang_are_ended_at_one_time(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_fit_machine_passes_and_a_missing_gpu_or_disk_is_told(tmp_path: Path) -> None:
-    check_alone(tmp_path, gpus=0)
+    check_node(tmp_path, gpus=0)
     with pytest.raises(OSError, match="GPUs of its 1000"):
-        check_alone(tmp_path, gpus=1000)
+        check_node(tmp_path, gpus=1000)
     with pytest.raises(OSError, match="nowhere"):
-        check_alone(tmp_path / "nowhere", gpus=0)
+        check_node(tmp_path / "nowhere", gpus=0)
