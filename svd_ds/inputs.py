@@ -19,7 +19,7 @@ from svd_ds.data.loader import Loader
 from svd_ds.fit import check_elevation, check_fit, check_learns, check_scalars
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
-from svd_ds.parallel.collectives import told_by_first
+from svd_ds.parallel.collectives import broadcast_from_rank0
 from svd_ds.parallel.env import Env, supports_bf16
 from svd_ds.sample import frozen_folder
 from svd_ds.training.checkpoint import Checkpoints
@@ -68,11 +68,11 @@ def find_resume(config: RunConfig, env: Env) -> Resume:
         SharedError: run.resume names none, or what there is is damaged.
     """
     checkpoints, verify = checkpoints_of(config, env), config.checkpoint.verify
-    found = told_by_first(lambda: find_checkpoint(checkpoints, config.run.resume))
+    found = broadcast_from_rank0(lambda: find_checkpoint(checkpoints, config.run.resume))
     if config.run.resume == "auto" or (found.path is not None and found.is_own):
         path = newest_whole(checkpoints.folder, env, verify)
         # Damaged ones are set aside by now: the choice is between those that are left.
-        found = told_by_first(lambda: find_checkpoint(checkpoints, config.run.resume))
+        found = broadcast_from_rank0(lambda: find_checkpoint(checkpoints, config.run.resume))
         if found.path == path:
             return found
     if found.path is not None:

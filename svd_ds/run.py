@@ -26,7 +26,7 @@ from svd_ds.jobs.signals import StopRequest
 from svd_ds.model.decoder import Decoder
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel import env as environment
-from svd_ds.parallel.collectives import agreed, told_by_first
+from svd_ds.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
@@ -54,13 +54,13 @@ from svd_ds.weights.restarts import restarts_damage
 
 def run(config: RunConfig, env: Env, attempt: RankSession | None = None) -> Progress:
     """Train as the config says, on this process's rank, and tell where it ended. All ranks call it, with the
-    same config; `attempt`: told of every step and of the end."""
+    same config; `restart_id`: told of every step and of the end."""
     environment.init(env, config.watchdog.patience)
     try:
         check_shared_folder(Path(config.run.dir), env)
         resume = find_resume(config, env)
-        inputs = agreed(lambda: read_inputs(config, env, resume.path))
-        task = agreed(lambda: read_task(config, env, inputs))
+        inputs = raise_on_all_ranks(lambda: read_inputs(config, env, resume.path))
+        task = raise_on_all_ranks(lambda: read_task(config, env, inputs))
         progress = _train(config, env, resume, inputs, task, attempt)
         destroy_groups()
     finally:
@@ -72,10 +72,10 @@ def _train(
     config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, attempt: RankSession | None
 ) -> Progress:
     checkpoints, folder = inputs.checkpoints, inputs.folder
-    lives = told_by_first(lambda: restarts_damage(checkpoints.folder))
+    lives = broadcast_from_rank0(lambda: restarts_damage(checkpoints.folder))
     checkpoints.begin(inputs.progress.step, resume.origin)
     # At once: the sooner the files are this start's, the less an earlier one still writes there.
-    damage = told_by_first(
+    damage = broadcast_from_rank0(
         lambda: folder.open(_settings(config, inputs), inputs.progress.step, checkpoints.check_still_ours)
     )
     if attempt is not None:
@@ -93,7 +93,7 @@ def _train(
     # W&B is left last, which may take long: by then it is told how the run ended.
     outcome = attempt.outcome() if attempt is not None else nullcontext()
     stop = StopRequest(_say_at_once if env.rank == 0 else lambda text: None)
-    opened = agreed(lambda: _open_metrics(config, env, inputs, engine, stop))
+    opened = raise_on_all_ranks(lambda: _open_metrics(config, env, inputs, engine, stop))
     with stop, opened as metrics, outcome, checkpoints:
         if metrics is not None:
             notes = [metrics.tracking(), resume.note, *inputs.loader.notes, *task.notes]
@@ -124,9 +124,9 @@ def _train(
             device=env.device,
         )
         # One rank looks: a shared disk may not show all of them the same.
-        of_a_job = told_by_first(lambda: attempt is not None and attempt.is_of_a_job())
+        of_a_job = broadcast_from_rank0(lambda: attempt is not None and attempt.is_of_a_job())
         progress = train(parts, _plan(config, of_a_job), inputs.progress)
-        told_by_first(checkpoints.check_still_ours)
+        broadcast_from_rank0(checkpoints.check_still_ours)
         if metrics is not None:
             _report(inputs.folder, metrics)
             metrics.say(_closing(config, inputs.folder, progress, stop, time.perf_counter() - started))

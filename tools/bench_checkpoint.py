@@ -17,7 +17,7 @@ from svd_ds.config import RunConfig
 from svd_ds.door import run_door
 from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.parallel import env as environment
-from svd_ds.parallel.collectives import told_by_first
+from svd_ds.parallel.collectives import broadcast_from_rank0
 from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import destroy_groups
 from svd_ds.run import build_engine
@@ -101,7 +101,7 @@ def main() -> None:
     environment.init(env)
     try:
         inputs = read_inputs(config, env, None)
-        folder = Path(told_by_first(lambda: tempfile.mkdtemp(prefix="bench-", dir=arguments.folder)))
+        folder = Path(broadcast_from_rank0(lambda: tempfile.mkdtemp(prefix="bench-", dir=arguments.folder)))
         training = Training(config, env, inputs, read_task(config, env, inputs), folder)
         for kind in KINDS:
             training.block(kind, 1)  # the first is slower: memory is found, kernels are chosen

@@ -24,7 +24,7 @@ from svd_ds.fsync_io import replace_text
 from svd_ds.jobs.outcome import FINISHED, INTERRUPTED, REFUSED, JobOutcome
 from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
 from svd_ds.jobs.rank_session import record_queued_restart
-from svd_ds.parallel.env import STARTED, attempt
+from svd_ds.parallel.env import STARTED, restart_id
 from svd_ds.training.folder import RunFolder
 
 EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slurm/lib.sh):
@@ -114,7 +114,7 @@ class JobClock:
         self.path = CLOCKS / f"{job}-{digest}"
         self.variables: dict[str, str] = {}
         """For the ranks."""
-        self._restarted = attempt()[1] > 0
+        self._restarted = restart_id()[1] > 0
 
     def read(self) -> datetime:
         """The time, kept from the first start on."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from svd_ds.credentials import redact
 from svd_ds.fsync_io import create_text, replace_text
-from svd_ds.parallel.env import attempt
+from svd_ds.parallel.env import restart_id
 from svd_ds.small_files import read_json
 from svd_ds.training.folder import RunFolder
 
@@ -33,8 +33,8 @@ class JobOutcome:
     kind: str
     rank: int
     words: str
-    attempt: tuple[int, int]
-    """svd_ds.parallel.env.attempt: ranks of an earlier one, on a node that was cut off, may still speak."""
+    restart_id: tuple[int, int]
+    """svd_ds.parallel.env.restart_id: ranks of an earlier one, on a node that was cut off, may still speak."""
     nodes: dict[str, str] = field(default_factory=dict)
     """Hosts that another attempt should do without, and why."""
 
@@ -43,7 +43,7 @@ class JobOutcome:
         """Of this attempt, in which the caller takes part; None where nobody has said it yet."""
         for path in (outcome_path(folder), *sorted(folder.logs.glob("outcome-*.json"))):
             told = _told(path)
-            if told is not None and told.attempt == attempt():
+            if told is not None and told.restart_id == restart_id():
                 return told
         return None
 
@@ -58,7 +58,7 @@ class JobOutcome:
             create_text(path, text)
         except FileExistsError:
             told = _told(path)
-            if told is None or told.attempt >= self.attempt:
+            if told is None or told.restart_id >= self.restart_id:
                 return False
             replace_text(path, text)
         return True
@@ -74,6 +74,6 @@ def _told(path: Path) -> JobOutcome | None:
     try:
         values = read_json(path)
         nodes = {str(host): str(why) for host, why in values.get("nodes", {}).items()}
-        return JobOutcome(**values | {"attempt": tuple(values["attempt"]), "nodes": nodes})
+        return JobOutcome(**values | {"restart_id": tuple(values["restart_id"]), "nodes": nodes})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -38,8 +38,8 @@ from svd_ds.jobs.outcome import (
 )
 from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
 from svd_ds.json_lines import read_json_lines, rewrite_json_lines
-from svd_ds.parallel.collectives import SharedError, lost_a_rank
-from svd_ds.parallel.env import Env, attempt, host
+from svd_ds.parallel.collectives import SharedError, is_peer_failure
+from svd_ds.parallel.env import Env, host, restart_id
 from svd_ds.training.folder import RunFolder
 from svd_ds.weights.restarts import complete_checkpoints
 
@@ -211,7 +211,7 @@ class RankSession:
 
     def _judge(self, error: BaseException) -> _Verdict:
         """Claim the outcome, where that falls to this rank."""
-        if lost_a_rank(error):
+        if is_peer_failure(error):
             return _Verdict(OF_ANOTHER)
         if isinstance(error, KeyboardInterrupt):
             self._claim(INTERRUPTED, "")
@@ -234,7 +234,7 @@ class RankSession:
     def _claim(self, kind: str, words: str, nodes: Mapping[str, str] | None = None) -> bool:
         """Whether it falls to this rank to report how the attempt ended: it is the first to record it, or it
         cannot, because the disk fails."""
-        outcome = JobOutcome(kind, self.env.rank, words, attempt(), dict(nodes or {}))
+        outcome = JobOutcome(kind, self.env.rank, words, restart_id(), dict(nodes or {}))
         try:
             return outcome.record(outcome_path(self.folder, self._token if self._is_taken_over() else ""))
         except OSError as error:
@@ -270,7 +270,7 @@ def record_queued_restart(folder: RunFolder, job: str, limit: int) -> str | None
 def _is_managed_by_job(folder: RunFolder) -> bool:
     """Whether `record_queued_restart` was called for this attempt: before any rank of it could speak, it forgot the last."""
     rows = read_json_lines(_attempts(folder), _is_attempt, skip_bad=True).rows
-    return bool(rows) and rows[-1]["job"] == str(attempt()[0])
+    return bool(rows) and rows[-1]["job"] == str(restart_id()[0])
 
 
 def _attempts(folder: RunFolder) -> Path:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from svd_ds.parallel.groups import ModelParallelUnit
-from svd_ds.parallel.leaves import ensure_input_gradient, largest_leaf
+from svd_ds.parallel.zero_leaf_modules import ensure_input_gradient, largest_leaf_module
 
 # Said aloud, or DeepSpeed warns on every rank that it had to look for itself.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +84,7 @@ class Engine:
                 )
             self._adam = DeepSpeedCPUAdam(list(groups), lr=0.0, betas=betas, eps=eps)
         _start_communication()
-        live = {"stage3_max_live_parameters": 2 * largest_leaf(leaves)}
+        live = {"stage3_max_live_parameters": 2 * largest_leaf_module(leaves)}
         config = {**config, "zero_optimization": live | config["zero_optimization"]}
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._adam, config=config, mpu=mpu
@@ -160,7 +160,7 @@ class Engine:
         self._engine.step()
         self._backwards = 0
 
-    def forget(self) -> None:
+    def discard_gradients(self) -> None:
         """Drop the gradients since the last step, as if they had never been computed."""
         # What DeepSpeed itself does with a gradient that is not finite; its argument is only logged.
         self._zero._overflow_clean_up(prev_scale=1.0)

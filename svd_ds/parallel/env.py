@@ -75,7 +75,7 @@ def host(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
-def attempt(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def restart_id(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Of a Slurm job, its number and how often it was queued again: a later start of a run has a higher one.
     Other launchers have none, (0, 0)."""
     return (
@@ -95,7 +95,7 @@ def start_time(env: Env, environ: Mapping[str, str] = os.environ) -> datetime:
     if env.world == 1:
         return now
     # Rank 0 may host the store: it stays open, so that no rank comes too late.
-    _stores.append(_meet(env, WAIT)[0])
+    _stores.append(_rendezvous(env, WAIT)[0])
     key = f"start-time-{len(_stores)}"
     if env.rank == 0:
         _stores[-1].set(key, now.isoformat())
@@ -120,7 +120,7 @@ def init(env: Env, timeout: timedelta = WAIT) -> None:
             env.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
         )
     else:
-        store, rank, world = _meet(env, timeout)
+        store, rank, world = _rendezvous(env, timeout)
         dist.init_process_group(
             env.backend,
             # A launcher's store outlives a run, and the next of these processes must not read its addresses.
@@ -132,7 +132,7 @@ def init(env: Env, timeout: timedelta = WAIT) -> None:
         )
 
 
-def _meet(env: Env, timeout: timedelta) -> tuple[dist.Store, int, int]:
+def _rendezvous(env: Env, timeout: timedelta) -> tuple[dist.Store, int, int]:
     """The store that all ranks share, this rank and their number."""
     # torch reads them; torchrun has set them, srun has not.
     os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from svd_ds.model.discriminator import Discriminator, hinge
-from svd_ds.parallel.collectives import sum_over_ranks
+from svd_ds.parallel.collectives import all_reduce_sum
 
 BETAS = (0.5, 0.9)
 """Of the discriminators of Stable Diffusion's own autoencoders (CompVis/latent-diffusion autoencoder.py)."""
@@ -31,7 +31,7 @@ class Adversary:
         self.parameters = dict(self.network.named_parameters())
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=BETAS)
         self.clips = torch.zeros((), device=device)
-        self.forget()
+        self.discard_gradients()
 
     def judge(self, made_BTCHW: Tensor) -> Tensor:
         """The decoder's loss a clip, (B,): low where its frames pass for real ones. Trains nothing here."""
@@ -48,15 +48,15 @@ class Adversary:
     def step(self) -> None:
         """Take the step of the mean over every clip on every rank, if there are any. All ranks call it."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        sum_over_ranks([*gradients, self.clips])
+        all_reduce_sum([*gradients, self.clips])
         if self.clips > 0:
             torch._foreach_div_(gradients, self.clips)
             # As the engine does: a batch whose gradient is not finite changes nothing.
             if torch.stack([gradient.norm() for gradient in gradients]).isfinite().all():
                 self.optimizer.step()
-        self.forget()
+        self.discard_gradients()
 
-    def forget(self) -> None:
+    def discard_gradients(self) -> None:
         """Drop the gradients since the last step."""
         # Zeros, and not None: every rank has the same gradients to sum, whatever clips it had.
         for parameter in self.parameters.values():

@@ -36,13 +36,13 @@ from typing import Any
 
 from svd_ds.parallel.collectives import (
     SharedError,
-    agreed,
-    highest_over_ranks,
-    items_of_ranks,
-    told_by_first,
+    all_gather_objects,
+    all_reduce_max,
+    broadcast_from_rank0,
+    raise_on_all_ranks,
 )
 from svd_ds.parallel.engine import Engine
-from svd_ds.parallel.env import Env, attempt
+from svd_ds.parallel.env import Env, restart_id
 from svd_ds.training.checkpoint_files import Settings, elements_of, own_tensors, read_files, shared_files
 from svd_ds.training.draft import DONE, NOT_FINITE, Files, HostCopies, PendingSave, stage_of, write_draft
 from svd_ds.training.ema import ShardEMA
@@ -109,7 +109,7 @@ class Checkpoints:
         Args:
             origin: the checkpoint named by run.resume that this start descends from; empty without one.
         """
-        self.token = told_by_first(lambda: take_over(self.folder, step, origin, attempt()))
+        self.token = broadcast_from_rank0(lambda: take_over(self.folder, step, origin, restart_id()))
 
     def check_still_ours(self) -> None:
         """Raise ValueError where another start has taken the run folder over: this one may not write."""
@@ -215,13 +215,13 @@ class Checkpoints:
         """Bring the save that is under way one stage further. All ranks call it, with the same argument."""
         pending = self._pending
         assert pending is not None
-        stage = highest_over_ranks(stage_of(pending.job))
+        stage = all_reduce_max(stage_of(pending.job))
         if stage >= NOT_FINITE:
             self._give_up(pending, stage)
         elif stage == DONE and pending.written:
             self._pending = None
         elif stage == DONE and may_publish:
-            parts = items_of_ranks([pending.job.result()])
+            parts = all_gather_objects([pending.job.result()])
             pending.written = True
             self._unproven = pending.step
             if pending.proven:
@@ -235,9 +235,9 @@ class Checkpoints:
         self._pending = None
         try:
             # Who has taken over has also cleared our drafts away: that is no fault of the disk.
-            told_by_first(lambda: check_still_ours(self.folder, self.token))
+            broadcast_from_rank0(lambda: check_still_ours(self.folder, self.token))
             try:
-                agreed(pending.job.result)
+                raise_on_all_ranks(pending.job.result)
             except SharedError as error:
                 if stage == NOT_FINITE:
                     raise NonFiniteError(str(error)) from None
@@ -255,7 +255,7 @@ class Checkpoints:
                 self.finish()
             return
         wait([pending.job])
-        highest_over_ranks(DONE)  # no rank writes into the draft any more
+        all_reduce_max(DONE)  # no rank writes into the draft any more
         self._pending = None
         if self.env.rank == 0:
             shutil.rmtree(pending.draft, ignore_errors=True)

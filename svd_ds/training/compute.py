@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch
-from svd_ds.parallel.collectives import items_of_ranks
+from svd_ds.parallel.collectives import all_gather_objects
 from svd_ds.parallel.env import host
 from svd_ds.training.cause import Cause, Twice, find_cause
 from svd_ds.training.parts import Parts
@@ -54,12 +54,12 @@ def compute_again(parts: Parts, batches: Iterable[Batch], first: Computed) -> tu
 
     What is random belongs to the clip, so nothing is drawn anew.
     """
-    parts.engine.forget()
+    parts.engine.discard_gradients()
     parts.objective.discard()
     second = compute(parts, batches)
     (losses, norm), (losses_again, norm_again) = first.numbers(), second.numbers()
     norms = None if norm is None or norm_again is None else (norm, norm_again)
-    ranks = items_of_ranks([Twice(parts.rank, host(), first.clips, (losses, losses_again), norms)])
+    ranks = all_gather_objects([Twice(parts.rank, host(), first.clips, (losses, losses_again), norms)])
     tolerance = parts.guard.config.recompute_tolerance
     cause = find_cause(ranks, (first.grad_norm, second.grad_norm), tolerance)
     if cause.hardware:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch
-from svd_ds.parallel.collectives import join_over_ranks
+from svd_ds.parallel.collectives import all_gather_cat
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.settings import Settings, location, number
@@ -142,7 +142,7 @@ class Evaluation:
             engine.backward(share * (counts_B * errors_BT[:, frames].mean(dim=1)).sum())
             parts.append(errors_BT.detach())
         norm = engine.gradient_norm()
-        engine.forget()
+        engine.discard_gradients()
         return torch.cat(parts), norm
 
     def _errors(self, engine: Engine, ordinals: tuple[int, ...], known: Known, s: int | None) -> Tensor:
@@ -155,9 +155,9 @@ class Evaluation:
     def _mean_over_clips(self, errors_BST: Tensor) -> Tensor:
         """This rank's errors -> (S, T), in float64, summed in the order of the set on any number of ranks."""
         device = errors_BST.device
-        ordinals = join_over_ranks(torch.tensor(self.fixed_set.clips.ordinals, device=device))
+        ordinals = all_gather_cat(torch.tensor(self.fixed_set.clips.ordinals, device=device))
         order = ordinals.argsort()[: self.config.clips]
-        return join_over_ranks(errors_BST)[order].double().mean(dim=0)
+        return all_gather_cat(errors_BST)[order].double().mean(dim=0)
 
     def _name(self) -> str:
         described = f"{self.fixed_set.data} {self.config.clips} {SEED} {NUM_BINS} {SIGMA_MIN} {SIGMA_MAX}"

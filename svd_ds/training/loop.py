@@ -9,7 +9,13 @@ from functools import partial
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
-from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, mean_over_ranks, told_by_first
+from svd_ds.parallel.collectives import (
+    SharedError,
+    all_gather_objects,
+    all_reduce_mean,
+    broadcast_from_rank0,
+    raise_on_all_ranks,
+)
 from svd_ds.training.cause import Cause
 from svd_ds.training.checkpoint import NonFiniteError
 from svd_ds.training.compute import Computed, compute, compute_again
@@ -98,11 +104,11 @@ def _step(parts: Parts, plan: Plan, progress: Progress) -> _Step:
     if judged.skipped is None:
         parts.engine.step(group_rates(plan.optim, lr))
     else:
-        parts.engine.forget()
+        parts.engine.discard_gradients()
     terms = parts.objective.end_step()
     parts.ema.update(parts.engine.local_shards(), samples, plan.batch_size)
 
-    clips = items_of_ranks(list(computed.clips)) if judged.trip is not None else []
+    clips = all_gather_objects(list(computed.clips)) if judged.trip is not None else []
     step_s = time.perf_counter() - started
     if parts.metrics is not None:
         parts.metrics.log(
@@ -138,7 +144,7 @@ def _judge(
     again, cause = compute_again(parts, batches, computed)
     if not cause.hardware:
         return _Judged(loss, computed.grad_norm, guard, trip, trip, cause)
-    (loss,) = mean_over_ranks([again.loss])
+    (loss,) = all_reduce_mean([again.loss])
     skipped, guard = parts.guard.judge(progress.guard.with_hardware_fault(), loss, again.grad_norm)
     return _Judged(loss, again.grad_norm, guard, trip, skipped, cause)
 
@@ -161,21 +167,21 @@ def _reduce(parts: Parts, progress: Progress, loss: float, data_s: float) -> tup
     faults = parts.take_faults()
     # Rank 0 writes the files, so that it looks whether they are still this start's.
     lost = parts.metrics is not None and parts.checkpoints.is_taken_over()
-    loss, data_s, asked, unreadable, taken_over = mean_over_ranks(
+    loss, data_s, asked, unreadable, taken_over = all_reduce_mean(
         [loss, data_s, float(parts.stop.asked), float(len(faults)), float(lost)]
     )
     if taken_over:
-        told_by_first(parts.checkpoints.check_still_ours)
+        broadcast_from_rank0(parts.checkpoints.check_still_ours)
     if unreadable:
-        faults, step = items_of_ranks(faults), progress.step + 1
-        agreed(partial(parts.quarantine.add, faults, step, write=parts.metrics is not None))
+        faults, step = all_gather_objects(faults), progress.step + 1
+        raise_on_all_ranks(partial(parts.quarantine.add, faults, step, write=parts.metrics is not None))
     return loss, data_s, asked > 0
 
 
 def _evaluate(parts: Parts, evaluation: Evaluation, progress: Progress) -> None:
     with parts.clock("evaluation"):
         measured = evaluation.measure(parts.engine, parts.ema)
-    told_by_first(parts.checkpoints.check_still_ours)
+    broadcast_from_rank0(parts.checkpoints.check_still_ours)
     if parts.metrics is not None:
         parts.metrics.log_evaluation(progress.step, progress.samples, measured)
         parts.metrics.log_weights(progress.step, parts.engine.local_shards())

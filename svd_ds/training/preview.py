@@ -14,7 +14,7 @@ from svd_ds.batch import Batch
 from svd_ds.fsync_io import name_errors, replace_text
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
-from svd_ds.parallel.collectives import agreed, join_over_ranks
+from svd_ds.parallel.collectives import all_gather_cat, raise_on_all_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.sample import SampleConfig, sample_video
@@ -97,8 +97,8 @@ class Previews:
         clips = self.clips.select(mine).to(self.env.device)
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
             frames_BTCHW = self.render(engine, clips, mine)
-        videos = join_over_ranks(to_uint8(frames_BTCHW))[: len(self.clips)]
-        return agreed(lambda: self._write(step, videos) if self.env.rank == 0 else None)
+        videos = all_gather_cat(to_uint8(frames_BTCHW))[: len(self.clips)]
+        return raise_on_all_ranks(lambda: self._write(step, videos) if self.env.rank == 0 else None)
 
     def _write(self, step: int, videos_BTCHW: Tensor) -> Preview:
         self.check_still_ours()

@@ -24,7 +24,7 @@ from svd_ds.batch import Batch
 from svd_ds.diffusion.draws import draw
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.perceptual import Perceptual
-from svd_ds.parallel.collectives import mean_over_ranks
+from svd_ds.parallel.collectives import all_reduce_mean
 from svd_ds.settings import Settings, location, number
 from svd_ds.training.adversary import Adversary
 from svd_ds.training.objective import Objective
@@ -98,15 +98,15 @@ class Reconstruction(Objective):
         if self.adversary is not None:
             self.adversary.step()
         names = self._names()
-        sums = mean_over_ranks([self._sums.get(name, 0.0) for name in names])
-        clips = mean_over_ranks([float(self._clips.get(name, 0)) for name in names])
+        sums = all_reduce_mean([self._sums.get(name, 0.0) for name in names])
+        clips = all_reduce_mean([float(self._clips.get(name, 0)) for name in names])
         self._clear()
         # The discriminator's terms are not there before it begins.
         return {name: a / b for name, a, b in zip(names, sums, clips, strict=True) if b > 0}
 
     def discard(self) -> None:
         if self.adversary is not None:
-            self.adversary.forget()
+            self.adversary.discard_gradients()
         self._clear()
 
     def state(self) -> dict[str, Tensor]:

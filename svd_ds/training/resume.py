@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from svd_ds.parallel.env import attempt
+from svd_ds.parallel.env import restart_id
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.weights.manifest import COMPLETE
 from svd_ds.weights.restarts import restart_of
@@ -49,7 +49,7 @@ def find_checkpoint(checkpoints: Checkpoints, resume: str) -> Resume:
     if resume == "never":
         if own is None:
             return Resume(None)
-        job, restart = attempt()
+        job, restart = restart_id()
         if saved_by is not None and job and saved_by.job == job and saved_by.restart < restart:
             return Resume(own, origin, True, f"run.resume is never, and job {job} itself has saved {own}")
         raise ValueError(f"run.resume is never, but the run folder has {own}; name another with run.dir=...")

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from svd_ds.door import of_its_kind
 from svd_ds.fsync_io import name_errors
-from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, told_by_first
+from svd_ds.parallel.collectives import (
+    SharedError,
+    all_gather_objects,
+    broadcast_from_rank0,
+    raise_on_all_ranks,
+)
 from svd_ds.parallel.env import Env, host
 
 TOKEN = ".seen-by-all-ranks"
@@ -28,11 +33,11 @@ def check_shared_folder(folder: Path, env: Env) -> None:
             rank 0's. The message names run.dir, and the ranks, their hosts and their paths where they differ.
     """
     path = folder.absolute()
-    token = path / told_by_first(lambda: f"{TOKEN}.{secrets.token_hex(4)}")
-    agreed(lambda: _make(path, token if env.rank == 0 else None))
-    first, *_ = places = items_of_ranks([(str(path), host())])
+    token = path / broadcast_from_rank0(lambda: f"{TOKEN}.{secrets.token_hex(4)}")
+    raise_on_all_ranks(lambda: _make(path, token if env.rank == 0 else None))
+    first, *_ = places = all_gather_objects([(str(path), host())])
     # Where the paths differ they may still lead to one folder: it is only not worth waiting for.
-    seen = items_of_ranks([_appears(folder / token.name, APPEARS_S if str(path) == first[0] else 0.0)])
+    seen = all_gather_objects([_appears(folder / token.name, APPEARS_S if str(path) == first[0] else 0.0)])
     if env.rank == 0:
         _remove(token)
     if all(seen):

@@ -12,7 +12,12 @@ from itertools import count
 from pathlib import Path
 
 from svd_ds.fsync_io import fsync_path
-from svd_ds.parallel.collectives import SharedError, agreed, items_of_ranks, told_by_first
+from svd_ds.parallel.collectives import (
+    SharedError,
+    all_gather_objects,
+    broadcast_from_rank0,
+    raise_on_all_ranks,
+)
 from svd_ds.parallel.env import Env
 from svd_ds.weights.manifest import Manifest, damage_of, read_manifest
 from svd_ds.weights.restarts import numbered_checkpoints, read_manifest_or_none
@@ -28,13 +33,13 @@ def damage_over_ranks(path: Path, env: Env, checksums: bool) -> str | None:
     Raises:
         SharedError: rank 0 sees the checkpoint and another rank does not.
     """
-    manifest, damage = told_by_first(lambda: _look_at_sizes(path))
+    manifest, damage = broadcast_from_rank0(lambda: _look_at_sizes(path))
     if manifest is None or damage is not None or not checksums:
         return damage
     # As many ranks as saved it read their own files, which they are about to load.
     names = sorted(manifest.files, key=lambda name: (name.rpartition("/")[2], name))
-    own = agreed(lambda: _damage_of_share(path, manifest, names, env))
-    return next(iter(items_of_ranks([own] if own else [])), None)
+    own = raise_on_all_ranks(lambda: _damage_of_share(path, manifest, names, env))
+    return next(iter(all_gather_objects([own] if own else [])), None)
 
 
 def check_whole_over_ranks(path: Path, env: Env, checksums: bool) -> None:
@@ -63,7 +68,7 @@ def newest_whole(
     Raises:
         SharedError: there are checkpoints, and all of them are damaged.
     """
-    candidates = told_by_first(lambda: _candidates(folder, is_good))
+    candidates = broadcast_from_rank0(lambda: _candidates(folder, is_good))
     damaged: dict[Path, str] = {}
     # Where none of those that may be used is whole, one of the others is better than none.
     for path in sorted(candidates, key=lambda path: candidates[path], reverse=True):
@@ -72,9 +77,9 @@ def newest_whole(
             doubtful = [other for other in candidates if candidates[other][1] > candidates[path][1]]
             passed = dict.fromkeys(doubtful, "no training step was taken from it") | damaged
             if passed:
-                told_by_first(partial(_set_aside, path, passed))
+                broadcast_from_rank0(partial(_set_aside, path, passed))
             return path
-        if not told_by_first(path.is_dir):
+        if not broadcast_from_rank0(path.is_dir):
             # Another start of this run has just pruned it: what there is has changed.
             return newest_whole(folder, env, checksums, is_good)
         damaged[path] = damage

@@ -31,9 +31,9 @@ from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, init, shutdown
 from svd_ds.parallel.groups import ModelParallelUnit, ParallelDims, create_groups, destroy_groups
-from svd_ds.parallel.leaves import largest_leaf
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
+from svd_ds.parallel.zero_leaf_modules import largest_leaf_module
 from svd_ds.sample import TINY
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
@@ -289,7 +289,7 @@ def check_no_rank_holds_the_model(ranks: Ranks) -> None:
     unet.register_forward_hook(count)
     # DeepSpeed learns the order of the blocks in the first step, and gathers ahead from the second on.
     ranks.train(engine, range(3))
-    largest = largest_leaf(blocks.values())
+    largest = largest_leaf_module(blocks.values())
     assert largest < max(held) <= 2 * largest + max(sizes.values()) < sum(sizes.values()), (held, largest)
     with torch.no_grad():
         output_of(engine, micro_batches(0, 1)[0][0])
@@ -504,8 +504,8 @@ def check_forgotten_gradients_leave_no_trace(ranks: Ranks, **zero: bool) -> None
         squares = [p.grad.square().sum() for p in unet.parameters() if p.grad is not None]
         plain_norm = torch.stack(squares).sum().sqrt().item()
         assert abs(engine.gradient_norm() - plain_norm) < 1e-4 * plain_norm
-        engine.forget()
-    engine.forget()
+        engine.discard_gradients()
+    engine.discard_gradients()
     assert history + ranks.train(engine, range(1, 2)) == wanted
 
 

@@ -15,7 +15,7 @@ import torch
 from svd_ds.jobs.outcome import BAD_NODES, FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, JobOutcome
 from svd_ds.jobs.rank_session import RankSession, record_queued_restart
 from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
-from svd_ds.parallel.collectives import PassingSharedError, SharedError
+from svd_ds.parallel.collectives import RetryableSharedError, SharedError
 from svd_ds.parallel.env import Env
 from svd_ds.training import outcome as outcome_module
 from svd_ds.training.folder import RunFolder
@@ -63,7 +63,7 @@ def test_a_run_that_is_stopped_for_good_says_so(tmp_path: Path) -> None:
         (SharedError("data.path is nowhere"), 2, REFUSED),
         (ValueError("clip 7 cannot be read"), 2, REFUSED),
         (OSError("no space left"), 2, FAILED),
-        (PassingSharedError("no space left"), 2, FAILED),
+        (RetryableSharedError("no space left"), 2, FAILED),
         (FileNotFoundError("data.path is nowhere"), 2, REFUSED),
         (KeyError("bug"), 1, FAILED),
         (KeyboardInterrupt(), 130, INTERRUPTED),
@@ -248,7 +248,7 @@ def test_shared_error_that_cannot_be_recorded_is_printed_by_rank_0(
 ) -> None:
     fail_to_record(monkeypatch, errno.EIO)
     for rank in (1, 0):
-        assert attempted(tmp_path, rank, PassingSharedError("the checkpoint cannot be written")) == 2
+        assert attempted(tmp_path, rank, RetryableSharedError("the checkpoint cannot be written")) == 2
     assert capsys.readouterr().err.splitlines() == ["error: the checkpoint cannot be written"]
 
 
@@ -334,7 +334,7 @@ def test_outcome_names_nodes_that_compute_wrongly_unless_the_run_needs_no_other_
 @pytest.mark.parametrize("nodes", ["[1]", "7", '"node1"', "null"])
 def test_outcome_with_damaged_nodes_is_none(tmp_path: Path, nodes: str) -> None:
     (tmp_path / "logs").mkdir()
-    told = '{"kind": "bad nodes", "rank": 0, "words": "", "attempt": [0, 0], "nodes": NODES}'
+    told = '{"kind": "bad nodes", "rank": 0, "words": "", "restart_id": [0, 0], "nodes": NODES}'
     (tmp_path / "logs/outcome.json").write_text(told.replace("NODES", nodes))
     assert outcome(tmp_path) is None
     (tmp_path / "logs/outcome.json").write_text(told.replace(', "nodes": NODES', ""))
@@ -350,7 +350,9 @@ def test_job_is_known_by_its_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert attempt.is_of_a_job()
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 40, b"{}", b"[1]", b'{"kind": "finished", "attempt": 3}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 40, b"{}", b"[1]", b'{"kind": "finished", "restart_id": 3}']
+)
 def test_damaged_outcome_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/outcome.json").write_bytes(content)
@@ -401,10 +403,12 @@ def test_start_that_lost_the_folder_leaves_the_outcome_to_the_other(
                 sys.exit(0)
     assert capsys.readouterr().err.splitlines() == [f"error: {lost}"], "one sentence for all its ranks"
     told = outcome(tmp_path)
-    assert told is not None and (told.kind, told.attempt) == (FINISHED, (7, 0))
+    assert told is not None and (told.kind, told.restart_id) == (FINISHED, (7, 0))
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     told = outcome(tmp_path)
-    assert told is not None and (told.kind, told.attempt) == (REFUSED, (9, 0)), "its job is not queued again"
+    assert told is not None and (told.kind, told.restart_id) == (REFUSED, (9, 0)), (
+        "its job is not queued again"
+    )
 
 
 def test_start_that_takes_the_folder_over_forgets_what_an_earlier_one_said_meanwhile(tmp_path: Path) -> None:

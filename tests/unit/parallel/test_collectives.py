@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from svd_ds.door import may_pass
-from svd_ds.parallel.collectives import SharedError, agreed, told_by_first
+from svd_ds.parallel.collectives import SharedError, broadcast_from_rank0, raise_on_all_ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,7 +19,7 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("share", [agreed, told_by_first])
+@pytest.mark.parametrize("share", [raise_on_all_ranks, broadcast_from_rank0])
 @pytest.mark.parametrize(
     ("error", "passes"),
     [

@@ -159,5 +159,5 @@ def test_a_host_has_the_name_that_slurm_gave_it() -> None:
 
 def test_a_later_start_is_a_higher_attempt() -> None:
     first, again = ({"SLURM_JOB_ID": "7"} | more for more in ({}, {"SLURM_RESTART_COUNT": "1"}))
-    assert environment.attempt({}) < environment.attempt(first) < environment.attempt(again)
-    assert environment.attempt(again) < environment.attempt({"SLURM_JOB_ID": "12"})
+    assert environment.restart_id({}) < environment.restart_id(first) < environment.restart_id(again)
+    assert environment.restart_id(again) < environment.restart_id({"SLURM_JOB_ID": "12"})

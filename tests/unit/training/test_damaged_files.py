@@ -50,7 +50,7 @@ def whole(tmp_path: Path) -> RunFolder:
     for _ in range(2):
         record_queued_restart(folder, "7", limit=9)
         take_over(folder.checkpoints, step=0)
-    ended = {"kind": FINISHED, "rank": 0, "words": "", "attempt": [0, 0]}
+    ended = {"kind": FINISHED, "rank": 0, "words": "", "restart_id": [0, 0]}
     (folder.logs / "outcome.json").write_text(json.dumps(ended))
     (tmp_path / "state.json").write_text(Progress(Cursor("set", 7), 3, 12).as_json())
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from svd_ds.parallel.collectives import PassingSharedError, SharedError
+from svd_ds.parallel.collectives import RetryableSharedError, SharedError
 from svd_ds.parallel.env import Env
 from svd_ds.training.shared_folder import ABANDONED_S, TOKEN, check_shared_folder
 
@@ -39,7 +39,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     for run in (tmp_path / "taken", tmp_path / "taken/run"):
         with pytest.raises(SharedError, match=rf"^run\.dir={run} cannot be made or written to: ") as raised:
             check_shared_folder(run, Env.read({}))
-        assert not isinstance(raised.value, PassingSharedError), "the same name would be refused again"
+        assert not isinstance(raised.value, RetryableSharedError), "the same name would be refused again"
 
 
 def test_full_disk_is_named_and_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,9 @@ def test_full_disk_is_named_and_may_pass(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(PassingSharedError, match=rf"run\.dir={tmp_path} cannot .*No space left on device: "):
+    with pytest.raises(
+        RetryableSharedError, match=rf"run\.dir={tmp_path} cannot .*No space left on device: "
+    ):
         check_shared_folder(tmp_path, Env.read({}))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def largest_leaf(leaves: Iterable[nn.Module]) -> int:
+def largest_leaf_module(leaves: Iterable[nn.Module]) -> int:
     """Elements of the largest one, cut into shards or whole; 0 where there is none."""
     return max((sum(map(_numel, leaf.parameters())) for leaf in leaves), default=0)
 
