@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from svd_ds import overrides as override_words
 from svd_ds.command_line import CommandLine
-from svd_ds.config import SPELLING, InitConfig, RunConfig
+from svd_ds.config import FIELD_ALIASES, InitConfig, RunConfig
 from svd_ds.credentials import redact, remember_tree
 from svd_ds.fsync_io import replace_text
 from svd_ds.settings import TYPE_NAMES, Setting, all_settings, check_setting
@@ -32,7 +32,7 @@ from svd_ds.settings import TYPE_NAMES, Setting, all_settings, check_setting
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 """A key, choice or value that Hydra or OmegaConf does not take."""
 
-OPEN = "? "
+REQUIRED_MARK = "? "
 """How the value of a key begins that must be given on the command line; what it is follows. (OmegaConf's own
 sign, ???, gives way to a default.)"""
 
@@ -62,7 +62,7 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
         node = cast(DictConfig, OmegaConf.merge(_schema(), node))
     _check_written(node)
     parts: Any = OmegaConf.to_object(node)
-    names = {spelling: name for name, spelling in SPELLING.items()}
+    names = {spelling: name for name, spelling in FIELD_ALIASES.items()}
     init = InitConfig(**{names.get(key, key): value for key, value in parts["init"].items()})
     config = RunConfig(**parts | {"init": init})
     remember_tree(config.as_dict())
@@ -204,8 +204,8 @@ def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
                 keys = ", ".join(map(str, known))
                 raise ValueError(f"{path}{key!s} is {node[key]!r}, and must have the keys {keys}")
             _check_keys(child, known, f"{path}{key!s}.")
-        elif str(value := child._value()).startswith(OPEN):
-            raise ValueError(f"{path}{key!s} must be given: {value.removeprefix(OPEN)}")
+        elif str(value := child._value()).startswith(REQUIRED_MARK):
+            raise ValueError(f"{path}{key!s} must be given: {value.removeprefix(REQUIRED_MARK)}")
 
 
 def _check_written(node: DictConfig) -> None:
@@ -228,7 +228,7 @@ def _schema() -> DictConfig:
     """RunConfig as a typed tree, spelt as users write it, that Hydra may write to: OmegaConf makes frozen
     dataclasses read-only."""
     parts = OmegaConf.structured(RunConfig)
-    init = {SPELLING.get(name, name): parts.init._get_node(name) for name in parts.init}
+    init = {FIELD_ALIASES.get(name, name): parts.init._get_node(name) for name in parts.init}
     node: Any = OmegaConf.create({**{name: parts._get_node(name) for name in parts}, "init": init})
     stack = [node]
     while stack:

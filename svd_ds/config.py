@@ -18,14 +18,14 @@ from svd_ds.settings import INT64_MAX, Settings, choice, location, number, text
 from svd_ds.training.ema import EMAConfig
 from svd_ds.training.evaluate import EvaluationConfig
 from svd_ds.training.guard import GuardConfig
-from svd_ds.training.keeping import CheckpointConfig
 from svd_ds.training.metrics import LoggerConfig
+from svd_ds.training.objectives.decoder import DecoderLossConfig
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import PreviewConfig
-from svd_ds.training.reconstruction import ReconstructionConfig
+from svd_ds.training.retention import CheckpointConfig
 from svd_ds.weights.shards import NETWORKS
 
-SPELLING = {"source": "from"}  # InitConfig declares the key as well, for its errors
+FIELD_ALIASES = {"source": "from"}  # InitConfig declares the key as well, for its errors
 """What users write for a field of InitConfig that cannot have the name: Python keeps the word for itself."""
 
 
@@ -106,7 +106,7 @@ class RunConfig(Settings):
     conditioning: ConditionerConfig = field(default_factory=ConditionerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    loss: DecoderLossConfig = field(default_factory=DecoderLossConfig)
     """Of the decoder; the UNet's is the squared error of v."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -144,15 +144,15 @@ class RunConfig(Settings):
             )
         if self.data.latents:
             raise ValueError("data.latents is true and task decoder: it learns from frames")
-        if self.optim.spatial_rate == self.optim.temporal_rate == 0:
+        if self.optim.spatial_lr_scale == self.optim.temporal_lr_scale == 0:
             raise ValueError(
-                "optim.spatial_rate and optim.temporal_rate are both 0: a decoder has no other layers"
+                "optim.spatial_lr_scale and optim.temporal_lr_scale are both 0: a decoder has no other layers"
             )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, as config.yaml holds them."""
         settings = dataclasses.asdict(self)
-        settings["init"] = {SPELLING.get(name, name): value for name, value in settings["init"].items()}
+        settings["init"] = {FIELD_ALIASES.get(name, name): value for name, value in settings["init"].items()}
         return _plain(settings)
 
 

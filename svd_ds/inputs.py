@@ -21,14 +21,14 @@ from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.parallel.collectives import broadcast_from_rank0
 from svd_ds.parallel.env import Env, supports_bf16
+from svd_ds.run_folder import RunFolder
 from svd_ds.sample import frozen_folder
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.evaluate import SEED, FixedSet
-from svd_ds.training.folder import RunFolder
 from svd_ds.training.optim import TAGS
+from svd_ds.training.progress import Progress
 from svd_ds.training.resume import Resume, find_checkpoint
-from svd_ds.training.state import Progress
-from svd_ds.training.verify import check_whole_over_ranks, newest_whole
+from svd_ds.training.verify import check_checkpoint_on_all_ranks, newest_intact_checkpoint
 from svd_ds.weights.source import network_parameters, open_weights
 
 
@@ -70,13 +70,13 @@ def find_resume(config: RunConfig, env: Env) -> Resume:
     checkpoints, verify = checkpoints_of(config, env), config.checkpoint.verify
     found = broadcast_from_rank0(lambda: find_checkpoint(checkpoints, config.run.resume))
     if config.run.resume == "auto" or (found.path is not None and found.is_own):
-        path = newest_whole(checkpoints.folder, env, verify)
+        path = newest_intact_checkpoint(checkpoints.folder, env, verify)
         # Damaged ones are set aside by now: the choice is between those that are left.
         found = broadcast_from_rank0(lambda: find_checkpoint(checkpoints, config.run.resume))
         if found.path == path:
             return found
     if found.path is not None:
-        check_whole_over_ranks(found.path, env, verify)
+        check_checkpoint_on_all_ranks(found.path, env, verify)
     return found
 
 
@@ -87,7 +87,7 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     for bucket, micro in config.data.buckets.items():
         config.batch.accumulation(env.world, bucket, micro)
     folder = RunFolder(Path(config.run.dir))
-    begun = folder.begun_with()
+    begun = folder.initial_config()
     contents = contents_of(config, begun)
     folder.check_belongs(config.as_dict() | {"contents": contents})
     if resume is None and begun is not None:

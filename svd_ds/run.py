@@ -33,22 +33,22 @@ from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
 from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
+from svd_ds.run_folder import RunFolder
 from svd_ds.tasks import Task, read_task
-from svd_ds.training.code import code_version
 from svd_ds.training.ema import ShardEMA
-from svd_ds.training.evaluate import Evaluation, fixed
-from svd_ds.training.folder import RunFolder
+from svd_ds.training.evaluate import Evaluation, as_eval_objective
+from svd_ds.training.git_version import code_version
 from svd_ds.training.guard import Guard
 from svd_ds.training.loop import train
 from svd_ds.training.metrics import Metrics
+from svd_ds.training.objectives.diffusion import DiffusionObjective
 from svd_ds.training.optim import parameter_groups
-from svd_ds.training.parts import Parts, Plan
+from svd_ds.training.parts import LoopConfig, TrainingComponents
 from svd_ds.training.preview import Previews
+from svd_ds.training.progress import Progress
 from svd_ds.training.resume import Resume
 from svd_ds.training.shared_folder import check_shared_folder
-from svd_ds.training.state import Progress
-from svd_ds.training.step import Diffusion
-from svd_ds.training.usage import Clock, Speed, forward_flops, peak_of
+from svd_ds.training.usage import MfuCounter, StageTimer, peak_of, unet_forward_flops
 from svd_ds.weights.restarts import restarts_damage
 
 
@@ -73,13 +73,13 @@ def _train(
 ) -> Progress:
     checkpoints, folder = inputs.checkpoints, inputs.folder
     lives = broadcast_from_rank0(lambda: restarts_damage(checkpoints.folder))
-    checkpoints.begin(inputs.progress.step, resume.origin)
+    checkpoints.start_session(inputs.progress.step, resume.origin)
     # At once: the sooner the files are this start's, the less an earlier one still writes there.
     damage = broadcast_from_rank0(
-        lambda: folder.open(_settings(config, inputs), inputs.progress.step, checkpoints.check_still_ours)
+        lambda: folder.open(_settings(config, inputs), inputs.progress.step, checkpoints.check_not_fenced)
     )
     if attempt is not None:
-        attempt.owns_folder(checkpoints.token, checkpoints.is_taken_over)
+        attempt.owns_folder(checkpoints.token, checkpoints.is_fenced)
     engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(task.weights) if task.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
@@ -103,7 +103,7 @@ def _train(
             if new:
                 source = config.init.source
                 metrics.say(f"{len(new)} tensors are not in {source} and start afresh: {new[0]}, ...")
-        parts = Parts(
+        parts = TrainingComponents(
             rank=env.rank,
             engine=engine,
             local_norm=LocalNorm(engine.module),
@@ -118,7 +118,7 @@ def _train(
             evaluation=_evaluation(config, env, inputs, task),
             previews=_previews(config, env, inputs, task),
             stop=stop,
-            clock=Clock(),
+            clock=StageTimer(),
             heartbeat=attempt.watchdog.heartbeat if attempt is not None else lambda: None,
             metrics=metrics,
             device=env.device,
@@ -126,7 +126,7 @@ def _train(
         # One rank looks: a shared disk may not show all of them the same.
         of_a_job = broadcast_from_rank0(lambda: attempt is not None and attempt.is_of_a_job())
         progress = train(parts, _plan(config, of_a_job), inputs.progress)
-        broadcast_from_rank0(checkpoints.check_still_ours)
+        broadcast_from_rank0(checkpoints.check_not_fenced)
         if metrics is not None:
             _report(inputs.folder, metrics)
             metrics.say(_closing(config, inputs.folder, progress, stop, time.perf_counter() - started))
@@ -151,7 +151,7 @@ def _previews(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Previe
         config.sampling.fps,
         inputs.folder,
         env,
-        inputs.checkpoints.check_still_ours,
+        inputs.checkpoints.check_not_fenced,
     )
 
 
@@ -168,27 +168,27 @@ def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     return config.as_dict() | {"contents": inputs.contents, "code": code_version()}
 
 
-def _plan(config: RunConfig, of_a_job: bool) -> Plan:
-    return Plan(
+def _plan(config: RunConfig, of_a_job: bool) -> LoopConfig:
+    return LoopConfig(
         total_steps=config.run.steps,
         batch_size=config.batch.size,
         optim=config.optim,
         checkpoint_every=config.checkpoint.every,
         preview_every=config.sampling.every,
         evaluate_every=config.evaluation.every,
-        leaves_nodes=of_a_job,
+        exclude_bad_nodes=of_a_job,
     )
 
 
 def _evaluation(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Evaluation | None:
     if inputs.fixed_set is None:
         return None
-    assert isinstance(task.objective, Diffusion), "only diffusion has noise levels"
+    assert isinstance(task.objective, DiffusionObjective), "only diffusion has noise levels"
     return Evaluation(
         config=config.evaluation,
         fixed_set=inputs.fixed_set,
         micro_batch=inputs.loader.micro_batch,
-        diffusion=fixed(task.objective),
+        diffusion=as_eval_objective(task.objective),
         env=env,
     )
 
@@ -198,7 +198,7 @@ def _open_metrics(
 ) -> AbstractContextManager[Metrics | None]:
     if env.rank != 0:
         return nullcontext()
-    inputs.checkpoints.check_still_ours()
+    inputs.checkpoints.check_not_fenced()
     return Metrics(
         inputs.folder,
         config.logger,
@@ -208,20 +208,20 @@ def _open_metrics(
         _speed(config, env),
         parameter_tags(engine.module),
         stop.interrupt,
-        inputs.checkpoints.check_still_ours,
+        inputs.checkpoints.check_not_fenced,
     )
 
 
-def _speed(config: RunConfig, env: Env) -> Speed | None:
+def _speed(config: RunConfig, env: Env) -> MfuCounter | None:
     """None where the device's peak is not known, for a decoder, and where clips differ in shape."""
     peak = peak_of(env.device)
     if peak is None or config.task != "unet" or config.data.buckets:
         return None
     data = config.data
-    forward = forward_flops(
+    forward = unet_forward_flops(
         config.model, data.num_frames, data.height, data.width, config.conditioning.num_tokens
     )
-    return Speed(clip_flops=3 * forward, peak_flops=env.world * peak)
+    return MfuCounter(clip_flops=3 * forward, peak_flops=env.world * peak)
 
 
 def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Engine:

@@ -23,12 +23,12 @@ from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.env import Env
 from svd_ds.sample import frozen_folder
-from svd_ds.training.adversary import Adversary
 from svd_ds.training.checkpoint_files import Settings
-from svd_ds.training.objective import Objective
-from svd_ds.training.preview import Measures, Render, Sampling
-from svd_ds.training.reconstruction import Reconstruction, Redecoding, psnr
-from svd_ds.training.step import Diffusion
+from svd_ds.training.objectives.base import Objective
+from svd_ds.training.objectives.decoder import DecoderObjective, ReconstructionPreview, psnr
+from svd_ds.training.objectives.diffusion import DiffusionObjective
+from svd_ds.training.objectives.discriminator import DiscriminatorTrainer
+from svd_ds.training.preview import PreviewFn, PreviewMetrics, SamplingPreview
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Task:
     settings: Settings
     """What a checkpoint says of the network."""
     objective: Objective
-    render: Render
+    render: PreviewFn
     """Makes the previews."""
-    measures: Measures
+    measures: PreviewMetrics
     """Of the previews."""
     notes: tuple[str, ...] = ()
     """What a person should know at the start."""
@@ -79,14 +79,14 @@ def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
         learns=is_adapter if config.lora.rank else lambda name: True,
         weights=inputs.weights,
         settings={"config.json": asdict(config.model), **adapters},
-        objective=Diffusion(
+        objective=DiffusionObjective(
             noise=build_noise(config.noise, config.data.height, config.data.width),
             offset_noise=config.noise.offset_noise,
             autoencoder=inputs.autoencoder,
             conditioner=inputs.conditioner,
             seed=config.run.seed,
         ),
-        render=Sampling(config.sampling, inputs.autoencoder, inputs.conditioner),
+        render=SamplingPreview(config.sampling, inputs.autoencoder, inputs.conditioner),
         measures={},
     )
 
@@ -112,7 +112,9 @@ def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
         notes.append("loss.perceptual is null: the loss has no perceptual term")
     adversary = None
     if loss.adversarial_weight:
-        adversary = Adversary(loss.discriminator_width, loss.discriminator_lr, config.run.seed, env.device)
+        adversary = DiscriminatorTrainer(
+            loss.discriminator_width, loss.discriminator_lr, config.run.seed, env.device
+        )
     return Task(
         build=lambda: Decoder(shape),
         # diffusers' AlphaBlender calls torch.Tensor([value]): inside DeepSpeed's zero.Init that is a size.
@@ -120,8 +122,8 @@ def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
         learns=lambda name: True,
         weights=weights,
         settings={"config.json": asdict(shape)},
-        objective=Reconstruction(loss, inputs.autoencoder, perceptual, adversary, config.run.seed),
-        render=Redecoding(inputs.autoencoder),
+        objective=DecoderObjective(loss, inputs.autoencoder, perceptual, adversary, config.run.seed),
+        render=ReconstructionPreview(inputs.autoencoder),
         measures={"psnr": psnr},
         notes=tuple(notes),
     )

@@ -24,7 +24,7 @@ from svd_ds.credentials import redact
 from svd_ds.door import USER_ERRORS, mask_tracebacks, print_error, wants_traceback
 from svd_ds.jobs.rank_session import RankSession
 from svd_ds.parallel.env import Env, start_time
-from svd_ds.training.folder import RunFolder
+from svd_ds.run_folder import RunFolder
 
 HYDRA_SWITCH = "HYDRA_FULL_ERROR"
 

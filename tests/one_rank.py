@@ -7,8 +7,8 @@ from pathlib import Path
 from svd_ds.compose import compose
 from svd_ds.jobs.rank_session import RankSession
 from svd_ds.parallel.env import Env
-from svd_ds.training.folder import RunFolder
-from svd_ds.training.state import Progress
+from svd_ds.run_folder import RunFolder
+from svd_ds.training.progress import Progress
 
 SMALLEST = (
     "debug=tiny", "precision=fp32", "optim.schedule=constant", "data.num_frames=2", "data.height=32",

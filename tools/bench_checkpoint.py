@@ -24,8 +24,8 @@ from svd_ds.run import build_engine
 from svd_ds.tasks import Task, read_task
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import ShardEMA
-from svd_ds.training.keeping import CheckpointConfig
-from svd_ds.training.optim import group_rates
+from svd_ds.training.optim import group_lrs
+from svd_ds.training.retention import CheckpointConfig
 
 EXAMPLE = """example:
   python tools/launch.py -n 2 --script tools/bench_checkpoint.py -- --steps 8 --rounds 5
@@ -69,7 +69,7 @@ class Training:
             loss = self.task.objective.loss(self.engine, batch.to(self.env.device)).mean()
             self.engine.backward(loss, accumulation)
         self.engine.gradient_norm()
-        self.engine.step(group_rates(config.optim, config.optim.lr))
+        self.engine.step(group_lrs(config.optim, config.optim.lr))
         self.progress = self.progress.advance(cursor, size, self.progress.guard)
         synchronize(self.env.device)
         started = time.perf_counter()

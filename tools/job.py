@@ -25,7 +25,7 @@ from svd_ds.jobs.outcome import FINISHED, INTERRUPTED, REFUSED, JobOutcome
 from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
 from svd_ds.jobs.rank_session import record_queued_restart
 from svd_ds.parallel.env import STARTED, restart_id
-from svd_ds.training.folder import RunFolder
+from svd_ds.run_folder import RunFolder
 
 EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slurm/lib.sh):
   tools/job.py --job 42 --nodes node1,node2 -- +experiment=stage2 debug=tiny

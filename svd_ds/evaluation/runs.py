@@ -26,7 +26,7 @@ class Run:
     metrics: list[Row]
     """metrics.jsonl, a line each; keys we do not know are kept and not shown."""
     evaluations: list[Row]
-    """evaluation.jsonl, a line each (svd_ds.training.evaluate.Measured)."""
+    """evaluation.jsonl, a line each (svd_ds.training.evaluate.EvalResult)."""
     sample_folders: dict[int, Path]
     """Step -> folder of its samples."""
     damage: tuple[str, ...] = ()

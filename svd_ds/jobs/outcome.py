@@ -13,8 +13,8 @@ from pathlib import Path
 from svd_ds.credentials import redact
 from svd_ds.fsync_io import create_text, replace_text
 from svd_ds.parallel.env import restart_id
+from svd_ds.run_folder import RunFolder
 from svd_ds.small_files import read_json
-from svd_ds.training.folder import RunFolder
 
 FINISHED = "finished"
 PREEMPTED = "preempted"

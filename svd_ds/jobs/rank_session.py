@@ -40,7 +40,7 @@ from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
 from svd_ds.json_lines import read_json_lines, rewrite_json_lines
 from svd_ds.parallel.collectives import SharedError, is_peer_failure
 from svd_ds.parallel.env import Env, host, restart_id
-from svd_ds.training.folder import RunFolder
+from svd_ds.run_folder import RunFolder
 from svd_ds.weights.restarts import complete_checkpoints
 
 
@@ -121,15 +121,15 @@ class RankSession:
                 self.log.close()
             raise
 
-    def owns_folder(self, token: str, is_taken_over: Callable[[], bool]) -> None:
+    def owns_folder(self, token: str, is_fenced: Callable[[], bool]) -> None:
         """This start of the run has taken the folder over; all ranks call it, rank 0 first.
 
         Args:
             token: the start's fencing token.
-            is_taken_over: whether another start has done the same since. From then on this start must not
+            is_fenced: whether another start has done the same since. From then on this start must not
                 write outcome.json.
         """
-        self._token, self._is_taken_over = token, is_taken_over
+        self._token, self._is_taken_over = token, is_fenced
         if self.env.rank == 0:
             # An earlier start that was still alive may have said how it ended.
             outcome_path(self.folder).unlink(missing_ok=True)

@@ -43,20 +43,20 @@ from svd_ds.parallel.collectives import (
 )
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, restart_id
+from svd_ds.run_folder import step_name
 from svd_ds.training.checkpoint_files import Settings, elements_of, own_tensors, read_files, shared_files
-from svd_ds.training.draft import DONE, NOT_FINITE, Files, HostCopies, PendingSave, stage_of, write_draft
+from svd_ds.training.draft import DONE, NOT_FINITE, Files, HostCopies, PendingSave, save_stage, write_draft
 from svd_ds.training.ema import ShardEMA
-from svd_ds.training.folder import step_name
-from svd_ds.training.keeping import (
+from svd_ds.training.objectives.base import Objective
+from svd_ds.training.progress import Progress
+from svd_ds.training.retention import (
     CheckpointConfig,
-    check_still_ours,
+    acquire,
+    check_not_fenced,
+    commit,
     draft_name,
-    publish,
-    take_over,
 )
-from svd_ds.training.objective import Objective
-from svd_ds.training.state import Progress
-from svd_ds.training.verify import newest_whole
+from svd_ds.training.verify import newest_intact_checkpoint
 from svd_ds.weights.manifest import Manifest
 from svd_ds.weights.restarts import complete_checkpoints
 from svd_ds.weights.shards import network_of
@@ -73,7 +73,7 @@ class Checkpoints:
         """network: what the run trains, unet or decoder, and so the name of the weights' folder."""
         self.folder, self.config, self.env, self.network = folder, config, env, network
         self.token = ""
-        """This start's fencing token; empty before `begin`."""
+        """This start's fencing token; empty before `start_session`."""
         self._host = HostCopies(env.device)
         self._pending: PendingSave | None = None
         self._unproven: int | None = None
@@ -103,23 +103,23 @@ class Checkpoints:
         if held != self.network:
             raise ValueError(f"{path} is a checkpoint of a {held}, and this run trains a {self.network}")
 
-    def begin(self, step: int, origin: str = "") -> None:
+    def start_session(self, step: int, origin: str = "") -> None:
         """Start the run after `step`. All ranks call it, before they save.
 
         Args:
             origin: the checkpoint named by run.resume that this start descends from; empty without one.
         """
-        self.token = broadcast_from_rank0(lambda: take_over(self.folder, step, origin, restart_id()))
+        self.token = broadcast_from_rank0(lambda: acquire(self.folder, step, origin, restart_id()))
 
-    def check_still_ours(self) -> None:
+    def check_not_fenced(self) -> None:
         """Raise ValueError where another start has taken the run folder over: this one may not write."""
-        check_still_ours(self.folder, self.token)
+        check_not_fenced(self.folder, self.token)
 
-    def is_taken_over(self) -> bool:
+    def is_fenced(self) -> bool:
         """Whether another start is known to have taken the run folder over."""
         try:
             if self.token:
-                check_still_ours(self.folder, self.token)
+                check_not_fenced(self.folder, self.token)
         except ValueError:
             return True
         except OSError:
@@ -152,7 +152,7 @@ class Checkpoints:
             wait([job])
             self._advance(may_publish=False)
 
-    def settle(self, taken: bool = True) -> None:
+    def poll_pending_save(self, taken: bool = True) -> None:
         """Bring a save that is under way one stage further, where every rank is ready for it.
 
         All ranks call it, at the end of a step.
@@ -172,7 +172,7 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait until what was saved is there, whether or not a step followed. All ranks call it; raises as
-        `settle` does."""
+        `poll_pending_save` does."""
         while self._pending is not None:
             wait([self._pending.job])
             self._advance(may_publish=True)
@@ -195,7 +195,7 @@ class Checkpoints:
             SharedError: there is no checkpoint to go back to.
         """
         self._drop_unproven()
-        path = newest_whole(self.folder, self.env, self.config.verify, self._is_good)
+        path = newest_intact_checkpoint(self.folder, self.env, self.config.verify, self._is_good)
         if path is None:
             raise SharedError(f"{why}; {self.folder} has no checkpoint yet to go back to")
         progress = self.load(path, engine, ema, objective)
@@ -215,7 +215,7 @@ class Checkpoints:
         """Bring the save that is under way one stage further. All ranks call it, with the same argument."""
         pending = self._pending
         assert pending is not None
-        stage = all_reduce_max(stage_of(pending.job))
+        stage = all_reduce_max(save_stage(pending.job))
         if stage >= NOT_FINITE:
             self._give_up(pending, stage)
         elif stage == DONE and pending.written:
@@ -229,13 +229,13 @@ class Checkpoints:
             files = {name: digest for part in parts for name, digest in part.items()}
             manifest, good = Manifest(self.token, len(parts), pending.proven, files), self._good
             if self.env.rank == 0:
-                pending.job = self._submit(lambda: publish(pending.draft, manifest, self.config, good))
+                pending.job = self._submit(lambda: commit(pending.draft, manifest, self.config, good))
 
     def _give_up(self, pending: PendingSave, stage: int) -> None:
         self._pending = None
         try:
             # Who has taken over has also cleared our drafts away: that is no fault of the disk.
-            broadcast_from_rank0(lambda: check_still_ours(self.folder, self.token))
+            broadcast_from_rank0(lambda: check_not_fenced(self.folder, self.token))
             try:
                 raise_on_all_ranks(pending.job.result)
             except SharedError as error:

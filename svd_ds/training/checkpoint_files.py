@@ -14,8 +14,8 @@ from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.small_files import read_json
 from svd_ds.training.ema import ShardEMA
-from svd_ds.training.objective import Objective
-from svd_ds.training.state import Progress
+from svd_ds.training.objectives.base import Objective
+from svd_ds.training.progress import Progress
 from svd_ds.weights.shards import WeightShards, rank_file_name
 
 OBJECTIVE = "objective.safetensors"

@@ -11,8 +11,8 @@ from torch import Tensor
 from svd_ds.batch import Batch
 from svd_ds.parallel.collectives import all_gather_objects
 from svd_ds.parallel.env import host
-from svd_ds.training.cause import Cause, Twice, find_cause
-from svd_ds.training.parts import Parts
+from svd_ds.training.fault_cause import FaultCause, Recomputation, find_cause
+from svd_ds.training.parts import TrainingComponents
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Computed:
         return tuple(torch.cat(self.losses).tolist()), norm
 
 
-def compute(parts: Parts, batches: Iterable[Batch]) -> Computed:
+def compute(parts: TrainingComponents, batches: Iterable[Batch]) -> Computed:
     """Forward and backward of a step's micro-batches. All ranks call it together."""
     clips: list[str] = []
     losses, means = [], []
@@ -49,7 +49,9 @@ def compute(parts: Parts, batches: Iterable[Batch]) -> Computed:
     return Computed(tuple(clips), tuple(losses), sum(means) / len(means), norm, local_norm)
 
 
-def compute_again(parts: Parts, batches: Iterable[Batch], first: Computed) -> tuple[Computed, Cause]:
+def compute_again(
+    parts: TrainingComponents, batches: Iterable[Batch], first: Computed
+) -> tuple[Computed, FaultCause]:
     """Compute a step once more in place of the first time, and compare the two. All ranks call it together.
 
     What is random belongs to the clip, so nothing is drawn anew.
@@ -59,7 +61,9 @@ def compute_again(parts: Parts, batches: Iterable[Batch], first: Computed) -> tu
     second = compute(parts, batches)
     (losses, norm), (losses_again, norm_again) = first.numbers(), second.numbers()
     norms = None if norm is None or norm_again is None else (norm, norm_again)
-    ranks = all_gather_objects([Twice(parts.rank, host(), first.clips, (losses, losses_again), norms)])
+    ranks = all_gather_objects(
+        [Recomputation(parts.rank, host(), first.clips, (losses, losses_again), norms)]
+    )
     tolerance = parts.guard.config.recompute_tolerance
     cause = find_cause(ranks, (first.grad_norm, second.grad_norm), tolerance)
     if cause.hardware:

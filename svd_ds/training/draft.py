@@ -91,7 +91,7 @@ def write_draft(
         raise OSError(f"the checkpoint {draft} cannot be written: {error}") from error
 
 
-def stage_of(job: Future[Any]) -> int:
+def save_stage(job: Future[Any]) -> int:
     """How far this rank's work is."""
     if not job.done():
         return UNDER_WAY

@@ -27,7 +27,7 @@ from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.settings import Settings, location, number
 from svd_ds.training.ema import ShardEMA
-from svd_ds.training.step import Diffusion, Known
+from svd_ds.training.objectives.diffusion import DiffusionObjective, PreparedBatch
 
 SEED = 23
 """Of the set: its clips, their first frames, its noises."""
@@ -52,7 +52,7 @@ class EvaluationConfig(Settings, section="evaluation"):
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalResult:
     """One evaluation. A list has a number a bin, from the smallest sigma to the largest."""
 
     set: str
@@ -89,13 +89,13 @@ class Evaluation:
     fixed_set: FixedSet
     micro_batch: int
     """Clips that a rank takes at once."""
-    diffusion: Diffusion
+    diffusion: DiffusionObjective
     env: Env
 
     def __post_init__(self) -> None:
         assert self.diffusion.seed == SEED and self.diffusion.offset_noise == 0, "the set's own noise"
 
-    def measure(self, engine: Engine, ema: ShardEMA) -> Measured:
+    def measure(self, engine: Engine, ema: ShardEMA) -> EvalResult:
         """Measure the weights and their first average. All ranks call it, between two steps; the training
         goes on as if it had not happened. The same on every rank."""
         clips = self.fixed_set.clips
@@ -113,7 +113,7 @@ class Evaluation:
                 [torch.cat([self._errors(engine, *part, s) for part in prepared]) for s in range(NUM_BINS)], 1
             )
         losses_ST, averages_ST = self._mean_over_clips(errors_BST), self._mean_over_clips(average_BST)
-        return Measured(
+        return EvalResult(
             set=self._name(),
             clips=self.config.clips,
             sigma=[sigma_at(s, 0.5) for s in range(NUM_BINS)],
@@ -127,7 +127,7 @@ class Evaluation:
     def _gradient(
         self,
         engine: Engine,
-        prepared: list[tuple[tuple[int, ...], Known]],
+        prepared: list[tuple[tuple[int, ...], PreparedBatch]],
         s: int | None,
         frames: slice = slice(None),
     ) -> tuple[Tensor, float]:
@@ -145,7 +145,9 @@ class Evaluation:
         engine.discard_gradients()
         return torch.cat(parts), norm
 
-    def _errors(self, engine: Engine, ordinals: tuple[int, ...], known: Known, s: int | None) -> Tensor:
+    def _errors(
+        self, engine: Engine, ordinals: tuple[int, ...], known: PreparedBatch, s: int | None
+    ) -> Tensor:
         # Each clip stands elsewhere in the bin, so that together they fill it evenly.
         places = [((ordinal % self.config.clips) + 0.5) / self.config.clips for ordinal in ordinals]
         bins = [ordinal % NUM_BINS if s is None else s for ordinal in ordinals]
@@ -164,7 +166,7 @@ class Evaluation:
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 
-def fixed(diffusion: Diffusion) -> Diffusion:
+def as_eval_objective(diffusion: DiffusionObjective) -> DiffusionObjective:
     """A run's diffusion with the set's noises, and no condition dropped."""
     conditioner = diffusion.conditioner
     undropped = replace(conditioner.config, drop_context=0.0, drop_text=0.0, drop_concat=0.0, drop_scalars={})

@@ -30,14 +30,14 @@ class GuardConfig(Settings, section="guard"):
     """The same for the gradient's norm before clipping; 0 never does. It moves far more than the loss."""
     recompute_tolerance: float = number(0.01, above=0, below=1, off=0)
     """A step out of bounds is computed again. Losses or gradient norms that then differ by more than this
-    share are failing hardware's (svd_ds/training/cause.py). It must lie far above what the order of a GPU's
+    share are failing hardware's (svd_ds/training/fault_cause.py). It must lie far above what the order of a GPU's
     sums changes, and below what the factors let pass. 0 computes nothing again."""
     # Its numbers are written with every checkpoint.
     window: int = number(100, least=1, most=100_000)
     """Steps of which the median is taken. As long as there are fewer, only what is not finite is skipped."""
     max_skips: int = number(5, least=0)
     """When more steps than these are skipped in a row, the run goes back to its last checkpoint."""
-    max_returns: int = number(3, least=0)
+    max_rollbacks: int = number(3, least=0)
     """The run ends when it would go back more often than this."""
 
 
@@ -50,9 +50,9 @@ class GuardState:
     norms: tuple[float, ...] = ()
     skipped: int = 0
     """Steps skipped in all."""
-    in_a_row: int = 0
+    consecutive_skips: int = 0
     """Steps skipped since the last that was taken."""
-    returns: int = 0
+    rollbacks: int = 0
     """How often the run went back."""
     hardware_faults: int = 0
     """Steps that came out otherwise when they were computed again."""
@@ -60,14 +60,14 @@ class GuardState:
     def with_hardware_fault(self) -> GuardState:
         return replace(self, hardware_faults=self.hardware_faults + 1)
 
-    def gone_back(self, saved: GuardState) -> GuardState:
+    def rolled_back(self, saved: GuardState) -> GuardState:
         """After going back to what it was when the checkpoint was saved."""
         return replace(
             saved,
             skipped=self.skipped,
             hardware_faults=self.hardware_faults,
-            in_a_row=0,
-            returns=self.returns + 1,
+            consecutive_skips=0,
+            rollbacks=self.rollbacks + 1,
         )
 
 
@@ -83,29 +83,29 @@ class Guard:
         if fault is None:
             recent = slice(-self.config.window, None)
             losses, norms = (*state.losses, loss)[recent], (*state.norms, norm)[recent]
-            return None, replace(state, losses=losses, norms=norms, in_a_row=0)
-        return fault, replace(state, skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
+            return None, replace(state, losses=losses, norms=norms, consecutive_skips=0)
+        return fault, replace(state, skipped=state.skipped + 1, consecutive_skips=state.consecutive_skips + 1)
 
-    def must_go_back(self, state: GuardState) -> bool:
+    def should_roll_back(self, state: GuardState) -> bool:
         """Whether too many steps in a row were skipped.
 
         Raises SharedError when the run has gone back too often: all ranks see the same numbers.
         """
-        if state.in_a_row <= self.config.max_skips:
+        if state.consecutive_skips <= self.config.max_skips:
             return False
-        self.check_may_go_back(
+        self.check_may_roll_back(
             state,
-            f"{state.in_a_row} steps in a row were out of bounds, more than "
+            f"{state.consecutive_skips} steps in a row were out of bounds, more than "
             f"guard.max_skips={self.config.max_skips}",
         )
         return True
 
-    def check_may_go_back(self, state: GuardState, why: str) -> None:
+    def check_may_roll_back(self, state: GuardState, why: str) -> None:
         """Raises SharedError when the run has gone back too often, with the reason for one more time."""
-        if state.returns >= self.config.max_returns:
+        if state.rollbacks >= self.config.max_rollbacks:
             raise SharedError(
-                f"{why}, and the run has gone back {state.returns} of "
-                f"guard.max_returns={self.config.max_returns} times; logs/skipped.jsonl has what was skipped"
+                f"{why}, and the run has gone back {state.rollbacks} of "
+                f"guard.max_rollbacks={self.config.max_rollbacks} times; logs/skipped.jsonl has what was skipped"
             )
 
     def _fault(self, name: str, value: float, recent: tuple[float, ...], factor: float) -> str | None:

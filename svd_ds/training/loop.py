@@ -16,15 +16,15 @@ from svd_ds.parallel.collectives import (
     broadcast_from_rank0,
     raise_on_all_ranks,
 )
-from svd_ds.training.cause import Cause
 from svd_ds.training.checkpoint import NonFiniteError
 from svd_ds.training.compute import Computed, compute, compute_again
 from svd_ds.training.evaluate import Evaluation
+from svd_ds.training.fault_cause import FaultCause
 from svd_ds.training.guard import GuardState
 from svd_ds.training.metrics import StepMetrics
-from svd_ds.training.optim import group_rates, learning_rate
-from svd_ds.training.parts import Parts, Plan
-from svd_ds.training.state import Progress
+from svd_ds.training.optim import group_lrs, learning_rate
+from svd_ds.training.parts import LoopConfig, TrainingComponents
+from svd_ds.training.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ class _Judged:
     """What was out of bounds in the first computation; None where nothing was."""
     skipped: str | None
     """Why the step is not taken; None where it is."""
-    cause: Cause | None = None
+    cause: FaultCause | None = None
     """None where the step was computed once."""
 
 
-def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
+def train(parts: TrainingComponents, plan: LoopConfig, progress: Progress) -> Progress:
     """Train from `progress` to the plan's last step, or until the ranks are asked to stop; return where it
     ended."""
     stopped = due = False
     while progress.step < plan.total_steps and not stopped:
         step = _step(parts, plan, progress)
         progress, stopped = step.progress, step.stop
-        if parts.guard.must_go_back(progress.guard):
-            why = f"{progress.guard.in_a_row} steps in a row were skipped, the last because {step.fault}"
-            progress, due = _go_back(parts, progress, why), False
+        if parts.guard.should_roll_back(progress.guard):
+            why = f"{progress.guard.consecutive_skips} steps in a row were skipped, the last because {step.fault}"
+            progress, due = _roll_back(parts, progress, why), False
             continue
 
         last = stopped or progress.step == plan.total_steps
@@ -81,14 +81,14 @@ def train(parts: Parts, plan: Plan, progress: Progress) -> Progress:
             if last:
                 parts.checkpoints.finish()
         except NonFiniteError as error:
-            parts.guard.check_may_go_back(progress.guard, str(error))
-            progress, due = _go_back(parts, progress, str(error)), False
+            parts.guard.check_may_roll_back(progress.guard, str(error))
+            progress, due = _roll_back(parts, progress, str(error)), False
         parts.heartbeat()
     _check_end(parts, plan, progress)
     return progress
 
 
-def _step(parts: Parts, plan: Plan, progress: Progress) -> _Step:
+def _step(parts: TrainingComponents, plan: LoopConfig, progress: Progress) -> _Step:
     """Compute the next step, and take it unless the guard skips it."""
     started = time.perf_counter()
     samples = progress.samples + plan.batch_size
@@ -96,13 +96,13 @@ def _step(parts: Parts, plan: Plan, progress: Progress) -> _Step:
 
     read: list[tuple[Batch, Cursor]] = []
     computed = compute(parts, _read(parts, read))
-    waits_s = parts.clock.lap()
-    loss, waits_s["data"], asked = _reduce(parts, progress, computed.loss, waits_s["data"])
+    overheads_s = parts.clock.lap()
+    loss, overheads_s["data"], asked = _reduce(parts, progress, computed.loss, overheads_s["data"])
 
     judged = _judge(parts, progress, [batch for batch, _ in read], computed, loss)
     progress = progress.advance(read[-1][1], plan.batch_size, judged.guard)
     if judged.skipped is None:
-        parts.engine.step(group_rates(plan.optim, lr))
+        parts.engine.step(group_lrs(plan.optim, lr))
     else:
         parts.engine.discard_gradients()
     terms = parts.objective.end_step()
@@ -120,7 +120,7 @@ def _step(parts: Parts, plan: Plan, progress: Progress) -> _Step:
                 grad_norm=judged.grad_norm,
                 clips_per_s=plan.batch_size / step_s,
                 step_s=step_s,
-                waits_s=waits_s,
+                overheads_s=overheads_s,
                 skipped=judged.guard.skipped,
                 hardware_faults=judged.guard.hardware_faults,
                 terms=terms,
@@ -129,13 +129,13 @@ def _step(parts: Parts, plan: Plan, progress: Progress) -> _Step:
         if judged.trip is not None:
             taken = judged.skipped is None
             parts.metrics.log_fault(progress.step, judged.trip, clips, judged.cause, taken)
-    if judged.cause is not None and plan.leaves_nodes:
+    if judged.cause is not None and plan.exclude_bad_nodes:
         parts.stop.failing_nodes |= judged.cause.nodes
     return _Step(progress, judged.skipped, asked or bool(parts.stop.failing_nodes))
 
 
 def _judge(
-    parts: Parts, progress: Progress, batches: Sequence[Batch], computed: Computed, loss: float
+    parts: TrainingComponents, progress: Progress, batches: Sequence[Batch], computed: Computed, loss: float
 ) -> _Judged:
     """Have the guard judge a step, a second time where failing hardware computed it the first time."""
     trip, guard = parts.guard.judge(progress.guard, loss, computed.grad_norm)
@@ -149,7 +149,7 @@ def _judge(
     return _Judged(loss, again.grad_norm, guard, trip, skipped, cause)
 
 
-def _read(parts: Parts, read: list[tuple[Batch, Cursor]]) -> Iterator[Batch]:
+def _read(parts: TrainingComponents, read: list[tuple[Batch, Cursor]]) -> Iterator[Batch]:
     """A step's micro-batches, each read when it is asked for, and then in `read` with the cursor behind the
     step."""
     while not read or len(read) < read[-1][0].accumulation:
@@ -158,7 +158,9 @@ def _read(parts: Parts, read: list[tuple[Batch, Cursor]]) -> Iterator[Batch]:
         yield read[-1][0]
 
 
-def _reduce(parts: Parts, progress: Progress, loss: float, data_s: float) -> tuple[float, float, bool]:
+def _reduce(
+    parts: TrainingComponents, progress: Progress, loss: float, data_s: float
+) -> tuple[float, float, bool]:
     """A step's one exchange of numbers among the ranks: its loss, its wait for data, whether to stop.
 
     Raises:
@@ -166,51 +168,51 @@ def _reduce(parts: Parts, progress: Progress, loss: float, data_s: float) -> tup
     """
     faults = parts.take_faults()
     # Rank 0 writes the files, so that it looks whether they are still this start's.
-    lost = parts.metrics is not None and parts.checkpoints.is_taken_over()
+    lost = parts.metrics is not None and parts.checkpoints.is_fenced()
     loss, data_s, asked, unreadable, taken_over = all_reduce_mean(
         [loss, data_s, float(parts.stop.asked), float(len(faults)), float(lost)]
     )
     if taken_over:
-        broadcast_from_rank0(parts.checkpoints.check_still_ours)
+        broadcast_from_rank0(parts.checkpoints.check_not_fenced)
     if unreadable:
         faults, step = all_gather_objects(faults), progress.step + 1
         raise_on_all_ranks(partial(parts.quarantine.add, faults, step, write=parts.metrics is not None))
     return loss, data_s, asked > 0
 
 
-def _evaluate(parts: Parts, evaluation: Evaluation, progress: Progress) -> None:
+def _evaluate(parts: TrainingComponents, evaluation: Evaluation, progress: Progress) -> None:
     with parts.clock("evaluation"):
         measured = evaluation.measure(parts.engine, parts.ema)
-    broadcast_from_rank0(parts.checkpoints.check_still_ours)
+    broadcast_from_rank0(parts.checkpoints.check_not_fenced)
     if parts.metrics is not None:
         parts.metrics.log_evaluation(progress.step, progress.samples, measured)
         parts.metrics.log_weights(progress.step, parts.engine.local_shards())
 
 
-def _save(parts: Parts, progress: Progress, due: bool, taken: bool) -> bool:
+def _save(parts: TrainingComponents, progress: Progress, due: bool, taken: bool) -> bool:
     """Settle the save that is under way, and begin the one that is due; return whether it still is."""
     with parts.clock("checkpoint"):
-        parts.checkpoints.settle(taken)
+        parts.checkpoints.poll_pending_save(taken)
         # In a streak of skipped steps the weights are in doubt: the save waits for a taken one.
         if due and taken:
             parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
     return due and not taken
 
 
-def _preview(parts: Parts, progress: Progress) -> None:
+def _preview(parts: TrainingComponents, progress: Progress) -> None:
     with parts.clock("preview"):
         preview = parts.previews.make(progress.step, parts.engine, parts.ema)
     if parts.metrics is not None and preview is not None:
         parts.metrics.log_preview(progress.step, preview)
 
 
-def _check_end(parts: Parts, plan: Plan, progress: Progress) -> None:
+def _check_end(parts: TrainingComponents, plan: LoopConfig, progress: Progress) -> None:
     """Refuse to call a run done whose last steps were skipped: all ranks see the same numbers.
 
     Raises:
         SharedError: it has come to its last step that way.
     """
-    if (skipped := progress.guard.in_a_row) == 0:
+    if (skipped := progress.guard.consecutive_skips) == 0:
         return
     if progress.step == plan.total_steps:
         raise SharedError(
@@ -225,11 +227,11 @@ def _check_end(parts: Parts, plan: Plan, progress: Progress) -> None:
         )
 
 
-def _go_back(parts: Parts, progress: Progress, why: str) -> Progress:
+def _roll_back(parts: TrainingComponents, progress: Progress, why: str) -> Progress:
     """To the weights of the last good checkpoint. The clips go on: the bad ones are not seen again."""
     saved = parts.checkpoints.reload(parts.engine, parts.ema, parts.objective, why)
     if parts.metrics is not None:
         parts.metrics.say(f"step {progress.step}  {why}")
     if parts.metrics is not None:
-        parts.metrics.go_back(saved.step, progress.step)
-    return progress.gone_back(saved)
+        parts.metrics.log_rollback(saved.step, progress.step)
+    return progress.rolled_back(saved)

@@ -26,13 +26,13 @@ from torch import Tensor
 from svd_ds.credentials import redact
 from svd_ds.door import open_console, printable
 from svd_ds.fsync_io import LineFile, append_row
+from svd_ds.run_folder import RunFolder
 from svd_ds.settings import Settings, choice, number, text
-from svd_ds.training.cause import Cause
-from svd_ds.training.evaluate import Measured
-from svd_ds.training.folder import RunFolder
+from svd_ds.training.evaluate import EvalResult
+from svd_ds.training.fault_cause import FaultCause
 from svd_ds.training.preview import Preview
 from svd_ds.training.tracker import MODES, open_tracker
-from svd_ds.training.usage import Goodput, Speed, peak_memory_gib
+from svd_ds.training.usage import Goodput, MfuCounter, peak_memory_gib
 
 RATE_WINDOW = 20
 """Steps over which clips/s is averaged."""
@@ -62,7 +62,7 @@ class StepMetrics:
     grad_norm: float
     clips_per_s: float
     step_s: float
-    waits_s: dict[str, float]
+    overheads_s: dict[str, float]
     """By usage.WAITS: for data within `step_s`, for the others since the step before."""
     skipped: int = 0
     """Steps that the guard has skipped so far."""
@@ -74,8 +74,8 @@ class StepMetrics:
     def numbers(self) -> dict[str, float]:
         """Each number by name, the waits and terms among them."""
         numbers = asdict(self)
-        waits_s, terms = numbers.pop("waits_s"), numbers.pop("terms")
-        return numbers | {f"{kind}_s": seconds for kind, seconds in waits_s.items()} | terms
+        overheads_s, terms = numbers.pop("overheads_s"), numbers.pop("terms")
+        return numbers | {f"{kind}_s": seconds for kind, seconds in overheads_s.items()} | terms
 
 
 class Metrics:
@@ -88,18 +88,18 @@ class Metrics:
         settings: Mapping[str, Any],
         total_steps: int,
         step: int,
-        speed: Speed | None = None,
+        speed: MfuCounter | None = None,
         tags: Mapping[str, str] | None = None,
         on_stop: Callable[[], None] = lambda: None,
-        check_still_ours: Callable[[], None] = lambda: None,
+        check_not_fenced: Callable[[], None] = lambda: None,
     ) -> None:
         """step: where this life begins; speed: None leaves MFU out; tags: of the parameters by name, for
-        histograms; on_stop: called when W&B is asked to stop the run; check_still_ours: raises ValueError
+        histograms; on_stop: called when W&B is asked to stop the run; check_not_fenced: raises ValueError
         where another start of the run has taken the folder over, and is called before anything is written
         there by name."""
         self.config = config
         self.folder = folder
-        self.check_still_ours = check_still_ours
+        self.check_not_fenced = check_not_fenced
         self.total_steps = total_steps
         self.console = open_console()
         self.jsonl = LineFile(folder.metrics)
@@ -145,7 +145,7 @@ class Metrics:
     def log(self, metrics: StepMetrics) -> None:
         self.recent.append(metrics)
         self.jsonl.append_row(metrics.numbers())
-        self.goodput.add(metrics.step_s, metrics.waits_s)
+        self.goodput.add(metrics.step_s, metrics.overheads_s)
         if self.tracker is not None:
             self.tracker.log(metrics.numbers() | self._usage(metrics))
         numbers = (
@@ -177,7 +177,7 @@ class Metrics:
         return f"wall time of the run: {told}"
 
     def log_fault(
-        self, step: int, fault: str, clips: list[str], cause: Cause | None = None, taken: bool = False
+        self, step: int, fault: str, clips: list[str], cause: FaultCause | None = None, taken: bool = False
     ) -> None:
         """Say what was wrong with a step and why, and keep the ids of its clips.
 
@@ -185,7 +185,7 @@ class Metrics:
             cause: None where the step was not computed again.
             taken: whether the step was taken with what the second computation gave.
         """
-        self.check_still_ours()
+        self.check_not_fenced()
         words = cause.words if cause is not None else ""
         kind = "unknown" if cause is None else "hardware" if cause.hardware else "data"
         row = {"step": step, "fault": fault, "cause": kind, "words": words, "taken": taken, "clips": clips}
@@ -200,9 +200,9 @@ class Metrics:
         if self.tracker is not None:
             self.tracker.alert("failing hardware", f"step {step}: {told}")
 
-    def go_back(self, step: int, left: int) -> None:
+    def log_rollback(self, step: int, left: int) -> None:
         """The run goes on from `step`: what was told of the steps behind it, up to `left`, is dropped."""
-        self.check_still_ours()
+        self.check_not_fenced()
         self.jsonl.close()
         damage = self.folder.drop_after(step, self.folder.metrics, self.folder.evaluation)
         self.jsonl = LineFile(self.folder.metrics)
@@ -211,8 +211,8 @@ class Metrics:
             self.say(f"warning: {sentence}")
         self.say(f"step {left}  going back to the checkpoint of step {step}, and on with new clips")
 
-    def log_evaluation(self, step: int, samples: int, measured: Measured) -> None:
-        self.check_still_ours()
+    def log_evaluation(self, step: int, samples: int, measured: EvalResult) -> None:
+        self.check_not_fenced()
         append_row(self.folder.evaluation, {"step": step, "samples": samples, **asdict(measured)})
         mean, average = fmean(measured.loss), fmean(measured.loss_average)
         self.say(f"step {step}  fixed set: loss {mean:.4f}, of the averaged weights {average:.4f}")

@@ -24,13 +24,13 @@ class OptimConfig(Settings, section="optim"):
         1e-4, above=0, most=100, hint="optim.schedule=zero moves no weight: it only evaluates and samples"
     )
     """Peak learning rate, multiplied per group by the rates below."""
-    spatial_rate: float = number(1.0, least=0, most=10_000)
+    spatial_lr_scale: float = number(1.0, least=0, most=10_000)
     """Multiplier for the layers that an image model has; 0 freezes them."""
-    temporal_rate: float = number(1.0, least=0, most=10_000)
+    temporal_lr_scale: float = number(1.0, least=0, most=10_000)
     """Multiplier for the layers that video adds; 0 freezes them."""
-    embedding_rate: float = number(1.0, least=0, most=10_000)
+    embedding_lr_scale: float = number(1.0, least=0, most=10_000)
     """Multiplier for the embedding of the noise level, which an image model has as well; 0 freezes it."""
-    condition_rate: float = number(1.0, least=0, most=10_000)
+    condition_lr_scale: float = number(1.0, least=0, most=10_000)
     """Multiplier for the embeddings of scalars and mask, which video adds; 0 freezes them."""
     beta1: float = number(0.9, least=0, below=1)
     beta2: float = number(0.999, least=0, below=1)
@@ -43,7 +43,7 @@ class OptimConfig(Settings, section="optim"):
     """constant | cosine, after the warm-up | zero (no weight moves: a run only evaluates and samples)."""
     warmup_samples: int = number(0, least=0)
     """The rate rises linearly over this many clips."""
-    final_rate: float = number(0.0, least=0, most=1)
+    final_lr_scale: float = number(0.0, least=0, most=1)
     """Where cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ def parameter_groups(
     ]
 
 
-def group_rates(config: OptimConfig, peak: float) -> dict[str, float]:
+def group_lrs(config: OptimConfig, peak: float) -> dict[str, float]:
     """Group name -> learning rate, when the peak group has `peak`."""
     return {
         name: peak * config.rate(tag)
@@ -112,7 +112,7 @@ def learning_rate(config: OptimConfig, samples: int, total_samples: int) -> floa
     decay_samples = max(1, total_samples - config.warmup_samples)
     progress = min(1.0, (samples - config.warmup_samples) / decay_samples)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (config.final_rate + (1 - config.final_rate) * cosine)
+    return config.lr * (config.final_lr_scale + (1 - config.final_lr_scale) * cosine)
 
 
 def _group_name(tag: str, decays: bool) -> str:

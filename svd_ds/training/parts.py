@@ -19,14 +19,14 @@ from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation
 from svd_ds.training.guard import Guard
 from svd_ds.training.metrics import Metrics
-from svd_ds.training.objective import Objective
+from svd_ds.training.objectives.base import Objective
 from svd_ds.training.optim import OptimConfig
 from svd_ds.training.preview import Previews
-from svd_ds.training.usage import Clock
+from svd_ds.training.usage import StageTimer
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopConfig:
     """How long, in what portions, and how often the side jobs come."""
 
     total_steps: int
@@ -36,12 +36,12 @@ class Plan:
     checkpoint_every: int
     preview_every: int
     evaluate_every: int
-    leaves_nodes: bool = False
+    exclude_bad_nodes: bool = False
     """Whether who started the ranks can start them on other nodes: the run then ends at a failing one."""
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingComponents:
     rank: int
     engine: Engine
     local_norm: LocalNorm
@@ -59,7 +59,7 @@ class Parts:
     """None where nothing is evaluated."""
     previews: Previews
     stop: StopRequest
-    clock: Clock
+    clock: StageTimer
     heartbeat: Callable[[], None]
     """Tells the watchdog that a step is done."""
     metrics: Metrics | None

@@ -17,10 +17,10 @@ from svd_ds.model.conditioner import Conditioner
 from svd_ds.parallel.collectives import all_gather_cat, raise_on_all_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
+from svd_ds.run_folder import RunFolder
 from svd_ds.sample import SampleConfig, sample_video
 from svd_ds.settings import number
 from svd_ds.training.ema import ShardEMA
-from svd_ds.training.folder import RunFolder
 from svd_ds.video import contact_sheet, from_uint8, to_uint8, write_mp4
 
 
@@ -32,9 +32,9 @@ class PreviewConfig(SampleConfig):
     """Fixed clips whose first frames (last frames, captions) are the conditions."""
 
 
-Render = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]
+PreviewFn = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]
 """(network, clips, their numbers) -> frames in [-1, 1], (B, T, 3, H, W)."""
-Measures = Mapping[str, Callable[[Tensor, Tensor], float]]
+PreviewMetrics = Mapping[str, Callable[[Tensor, Tensor], float]]
 """Name -> (made, real), both uint8 (B, T, 3, H, W), -> a number that says how close they are."""
 
 
@@ -48,7 +48,7 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingPreview:
     """Renders a clip anew from its first frame, its two ends, or its caption."""
 
     config: PreviewConfig
@@ -76,13 +76,13 @@ class Previews:
     """Renders the same clips each time; the ranks share them out."""
 
     clips: Batch
-    render: Render
-    measures: Measures
+    render: PreviewFn
+    measures: PreviewMetrics
     fps: float
     """Of the files."""
     folder: RunFolder
     env: Env
-    check_still_ours: Callable[[], None] = lambda: None
+    check_not_fenced: Callable[[], None] = lambda: None
     """Raises ValueError where another start of the run has taken the folder over."""
 
     def make(self, step: int, engine: Engine, ema: ShardEMA) -> Preview | None:
@@ -101,7 +101,7 @@ class Previews:
         return raise_on_all_ranks(lambda: self._write(step, videos) if self.env.rank == 0 else None)
 
     def _write(self, step: int, videos_BTCHW: Tensor) -> Preview:
-        self.check_still_ours()
+        self.check_not_fenced()
         folder, real_BTCHW = self.folder.samples(step), self.clips.frames_BTCHW
         paths = [folder / f"video-{i}.mp4" for i in range(len(videos_BTCHW))]
         sheet = folder / "contact_sheet.png"

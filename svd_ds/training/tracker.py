@@ -19,8 +19,8 @@ import numpy as np
 
 from svd_ds.credentials import redact, redact_tree
 from svd_ds.fsync_io import replace_text, set_aside
-from svd_ds.training.evaluate import Measured
-from svd_ds.training.folder import RunFolder
+from svd_ds.run_folder import RunFolder
+from svd_ds.training.evaluate import EvalResult
 from svd_ds.training.preview import Preview
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -53,7 +53,7 @@ class Tracker:
         told = {f"train/{name}": value for name, value in numbers.items()}
         self._tell(lambda: self.run.log(told))
 
-    def log_evaluation(self, step: int, measured: Measured) -> None:
+    def log_evaluation(self, step: int, measured: EvalResult) -> None:
         told = {"loss": fmean(measured.loss), "loss_average": fmean(measured.loss_average)}
         for name in ("loss", "loss_average", "grad_norm"):
             told |= {f"{name}/sigma-{i}": x for i, x in enumerate(getattr(measured, name))}

@@ -14,21 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from svd_ds.json_lines import read_json_lines
 from svd_ds.model.unet import PIXELS_PER_LATENT, UNet, UNetConfig
-from svd_ds.training.folder import RunFolder
+from svd_ds.run_folder import RunFolder
 from svd_ds.weights.restarts import read_restarts
 
-WAITS = ("data", "checkpoint", "evaluation", "preview")
+OVERHEADS = ("data", "checkpoint", "evaluation", "preview")
 """What a rank does besides computing steps."""
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A800": 312e12, "L40S": 362e12}
 """Dense bfloat16 operations a second by the vendor's data sheet, of the form with the largest: a part of the
 device's name -> peak. A PCIe card reaches less of it."""
 
 
-class Clock:
+class StageTimer:
     """Times a rank's waits. `with clock("data"): ...` adds to one of WAITS."""
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(WAITS, 0.0)
+        self._seconds = dict.fromkeys(OVERHEADS, 0.0)
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
@@ -38,7 +38,7 @@ class Clock:
 
     def lap(self) -> dict[str, float]:
         """Seconds of each kind since the last lap."""
-        seconds, self._seconds = self._seconds, dict.fromkeys(WAITS, 0.0)
+        seconds, self._seconds = self._seconds, dict.fromkeys(OVERHEADS, 0.0)
         return seconds
 
 
@@ -50,34 +50,34 @@ class Goodput:
     """Seconds since the epoch."""
     compute_s: float
     """In the steps that count: one that was lost and done again counts once."""
-    waits_s: dict[str, float]
+    overheads_s: dict[str, float]
 
     @staticmethod
     def of(folder: RunFolder) -> Goodput:
         """As far as the folder's files tell; of a run without a life until now, it starts now."""
         started = next((life.started for life in read_restarts(folder.checkpoints)), time.time())
-        goodput = Goodput(started, 0.0, dict.fromkeys(WAITS, 0.0))
+        goodput = Goodput(started, 0.0, dict.fromkeys(OVERHEADS, 0.0))
         for row in read_json_lines(folder.metrics, _has_times, skip_bad=True).rows:
-            goodput.add(row["step_s"], {kind: row[f"{kind}_s"] for kind in WAITS})
+            goodput.add(row["step_s"], {kind: row[f"{kind}_s"] for kind in OVERHEADS})
         return goodput
 
-    def add(self, step_s: float, waits_s: Mapping[str, float]) -> None:
+    def add(self, step_s: float, overheads_s: Mapping[str, float]) -> None:
         """One more step. `step_s` holds the wait for data and none of the others."""
-        self.compute_s += step_s - waits_s["data"]
-        for kind, seconds in waits_s.items():
-            self.waits_s[kind] += seconds
+        self.compute_s += step_s - overheads_s["data"]
+        for kind, seconds in overheads_s.items():
+            self.overheads_s[kind] += seconds
 
     def shares(self, now: float) -> dict[str, float]:
         """Shares of the wall time until `now`, 1 in all: compute, each wait, and restart, which is the rest:
         queues, starts, steps that were lost."""
         wall_s = max(now - self.started, 1e-9)
         shares = {"compute": self.compute_s / wall_s}
-        shares |= {kind: seconds / wall_s for kind, seconds in self.waits_s.items()}
+        shares |= {kind: seconds / wall_s for kind, seconds in self.overheads_s.items()}
         return shares | {"restart": max(1 - sum(shares.values()), 0.0)}
 
 
 @dataclass(frozen=True)
-class Speed:
+class MfuCounter:
     """What the ranks' arithmetic is measured by."""
 
     clip_flops: float
@@ -99,7 +99,7 @@ def peak_of(device: torch.device) -> float | None:
 
 
 @torch.no_grad()
-def forward_flops(config: UNetConfig, num_frames: int, height: int, width: int, num_tokens: int) -> int:
+def unet_forward_flops(config: UNetConfig, num_frames: int, height: int, width: int, num_tokens: int) -> int:
     """Operations of one clip's forward pass, counted on the meta device; height and width in pixels.
 
     A multiplication and its sum are two.
@@ -119,7 +119,7 @@ def forward_flops(config: UNetConfig, num_frames: int, height: int, width: int, 
 
 
 def _has_times(row: dict[str, Any]) -> bool:
-    return all(isinstance(row.get(f"{name}_s"), float | int) for name in ("step", *WAITS))
+    return all(isinstance(row.get(f"{name}_s"), float | int) for name in ("step", *OVERHEADS))
 
 
 def peak_memory_gib() -> float:

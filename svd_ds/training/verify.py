@@ -24,7 +24,7 @@ from svd_ds.weights.restarts import numbered_checkpoints, read_manifest_or_none
 from svd_ds.weights.shards import SET_ASIDE
 
 
-def damage_over_ranks(path: Path, env: Env, checksums: bool) -> str | None:
+def find_damage_on_all_ranks(path: Path, env: Env, checksums: bool) -> str | None:
     """The first damaged file of a checkpoint and how it differs, None where it is whole. All ranks call it.
 
     Args:
@@ -42,17 +42,17 @@ def damage_over_ranks(path: Path, env: Env, checksums: bool) -> str | None:
     return next(iter(all_gather_objects([own] if own else [])), None)
 
 
-def check_whole_over_ranks(path: Path, env: Env, checksums: bool) -> None:
+def check_checkpoint_on_all_ranks(path: Path, env: Env, checksums: bool) -> None:
     """Verify a checkpoint that was asked for by name. All ranks call it.
 
     Raises:
         SharedError: it is damaged; the message names the file.
     """
-    if damage := damage_over_ranks(path, env, checksums):
+    if damage := find_damage_on_all_ranks(path, env, checksums):
         raise SharedError(f"the checkpoint {path} is damaged: {damage}; resume from another one")
 
 
-def newest_whole(
+def newest_intact_checkpoint(
     folder: Path,
     env: Env,
     checksums: bool,
@@ -72,7 +72,7 @@ def newest_whole(
     damaged: dict[Path, str] = {}
     # Where none of those that may be used is whole, one of the others is better than none.
     for path in sorted(candidates, key=lambda path: candidates[path], reverse=True):
-        damage = damage_over_ranks(path, env, checksums)
+        damage = find_damage_on_all_ranks(path, env, checksums)
         if damage is None:
             doubtful = [other for other in candidates if candidates[other][1] > candidates[path][1]]
             passed = dict.fromkeys(doubtful, "no training step was taken from it") | damaged
@@ -81,7 +81,7 @@ def newest_whole(
             return path
         if not broadcast_from_rank0(path.is_dir):
             # Another start of this run has just pruned it: what there is has changed.
-            return newest_whole(folder, env, checksums, is_good)
+            return newest_intact_checkpoint(folder, env, checksums, is_good)
         damaged[path] = damage
     if damaged:
         raise SharedError(

@@ -141,7 +141,7 @@ def damage_of(
         return next((found for found in threads.map(look, wanted) if found), None)
 
 
-def check_whole(checkpoint: Path, names: Iterable[str] | None = None) -> None:
+def check_checkpoint(checkpoint: Path, names: Iterable[str] | None = None) -> None:
     """Verify files of a checkpoint before anything of them is used; arguments as `damage_of` has them.
 
     Raises:

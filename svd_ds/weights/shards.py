@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svd_ds.small_files import check_regular, read_json
-from svd_ds.weights.manifest import check_whole, folders_of
+from svd_ds.weights.manifest import check_checkpoint, folders_of
 from svd_ds.weights.posthoc_ema import Profile, posthoc_weights
 from svd_ds.weights.restarts import complete_checkpoints, newest_checkpoint, read_manifest_or_none
 
@@ -175,7 +175,7 @@ def open_checkpoint(
         raise ValueError(f"{path} holds a {held}, and not a {network}")
     averages = sorted(name.removeprefix("ema-") for name in folders if name.startswith("ema-"))
     which = which or next(iter(averages), "raw")
-    check_whole(path, [*folders[network], *folders.get(f"ema-{which}", ())])
+    check_checkpoint(path, [*folders[network], *folders.get(f"ema-{which}", ())])
     pieces: dict[str, Sequence[TensorRef | WeightedSum]] = {**_slices_of(path / network)}
     if which in averages:
         pieces |= _slices_of(path / f"ema-{which}")
@@ -256,7 +256,7 @@ def _blended(checkpoint: Path, length: float) -> dict[str, list[WeightedSum]]:
             f"{misfit:.0%}, and at most {MAX_MISFIT:.0%} is allowed: keep more by checkpoint.keep_averages"
         )
     for folder in kept.values():
-        check_whole(folder.parent, folders_of(folder.parent)[folder.name])
+        check_checkpoint(folder.parent, folders_of(folder.parent)[folder.name])
     slices = [_slices_of(folder) for folder in kept.values()]
     blended: dict[str, list[WeightedSum]] = {}
     for name, newest in slices[-1].items():
@@ -270,7 +270,7 @@ def _blended(checkpoint: Path, length: float) -> dict[str, list[WeightedSum]]:
 
 
 def _samples(moment: Path) -> int:
-    check_whole(moment, ["state.json"])
+    check_checkpoint(moment, ["state.json"])
     return int(read_json(moment / "state.json")["samples"])
 
 

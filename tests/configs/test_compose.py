@@ -119,7 +119,7 @@ def test_a_mistake_is_named(override: str, named: str) -> None:
         ("task=vae", "task is 'vae': it must be one of unet, decoder"),
         ("init.from=runs/stage1", "it starts from frozen.path's vae/"),
         ("data.latents=true data.crop=center", "it learns from frames"),
-        ("optim.spatial_rate=0 optim.temporal_rate=0", "a decoder has no other layers"),
+        ("optim.spatial_lr_scale=0 optim.temporal_lr_scale=0", "a decoder has no other layers"),
         ("loss.adversarial_start=-1", "loss.adversarial_start is -1"),
     ],
 )

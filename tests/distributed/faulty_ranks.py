@@ -19,7 +19,7 @@ from torch import Tensor
 
 from svd_ds import train
 from svd_ds.batch import Batch
-from svd_ds.training.step import Diffusion
+from svd_ds.training.objectives.diffusion import DiffusionObjective
 
 BATCH = 4
 """Clips of a step."""
@@ -27,9 +27,9 @@ BATCH = 4
 
 def plant(faults: list[str], rank: int) -> None:
     """Make this rank's `Diffusion.loss` compute wrongly."""
-    compute, seen = Diffusion.loss, set[int]()
+    compute, seen = DiffusionObjective.loss, set[int]()
 
-    def loss(self: Diffusion, net: Any, batch: Batch) -> Tensor:
+    def loss(self: DiffusionObjective, net: Any, batch: Batch) -> Tensor:
         loss_B = compute(self, net, batch)
         step = batch.ordinals[0] // BATCH + 1
         first = batch.ordinals[0] not in seen
@@ -41,7 +41,7 @@ def plant(faults: list[str], rank: int) -> None:
         bad = torch.tensor([f"clip:{id}" in faults for id in batch.ids])
         return torch.where(bad, torch.nan, loss_B)
 
-    Diffusion.loss = loss  # type: ignore[method-assign]
+    DiffusionObjective.loss = loss  # type: ignore[method-assign]
 
 
 def main() -> None:

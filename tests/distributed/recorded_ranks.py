@@ -20,18 +20,18 @@ from svd_ds.batch import Batch
 
 def record_clips(path: str) -> None:
     """From now on, append each micro-batch of this process to the record."""
-    from svd_ds.training.step import Diffusion
+    from svd_ds.training.objectives.diffusion import DiffusionObjective
 
     record = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    loss = Diffusion.loss
+    loss = DiffusionObjective.loss
 
-    def recorded(self: Diffusion, net: Any, batch: Batch) -> Tensor:
+    def recorded(self: DiffusionObjective, net: Any, batch: Batch) -> Tensor:
         # In one write, which no other rank's comes into.
         line = json.dumps(list(zip(batch.ordinals, batch.ids, strict=True))) + "\n"
         os.write(record, line.encode())
         return loss(self, net, batch)
 
-    Diffusion.loss = recorded  # type: ignore[method-assign]
+    DiffusionObjective.loss = recorded  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

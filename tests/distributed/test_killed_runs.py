@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from svd_ds.training.progress import Progress
 from svd_ds.training.shared_folder import TOKEN
-from svd_ds.training.state import Progress
-from svd_ds.weights.manifest import check_whole
+from svd_ds.weights.manifest import check_checkpoint
 from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, read_restarts
 from tests.distributed.recorded_ranks import record_clips
 from tests.forked import fork_server
@@ -151,7 +151,7 @@ def test_run_that_is_killed_24_times_at_changing_ranks_loses_nothing(
         assert max(complete, default=0) >= newest, f"{story}: a checkpoint was lost"
         newest = max(complete, default=0)
         for step, path in complete.items():
-            check_whole(path)
+            check_checkpoint(path)
             assert Progress.read(path / "state.json").step == step, story
     assert newest > KILLS // 3, "it got on"
     assert len(read_restarts(checkpoints)) > KILLS // 2

@@ -28,7 +28,7 @@ PATIENT = """
 import os, time
 from pathlib import Path
 from svd_ds import train
-from svd_ds.training.step import Diffusion
+from svd_ds.training.objectives.diffusion import Diffusion
 loss, run, calls = Diffusion.loss, Path(os.environ["RUN"]), []
 
 def waits(self, net, batch):

@@ -16,9 +16,9 @@ from svd_ds.batch import Batch
 from svd_ds.jobs.signals import SIGNALS
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.groups import destroy_groups
+from svd_ds.training.objectives.diffusion import DiffusionObjective
 from svd_ds.training.preview import Previews
-from svd_ds.training.step import Diffusion
-from svd_ds.weights.manifest import check_whole
+from svd_ds.weights.manifest import check_checkpoint
 from svd_ds.weights.restarts import complete_checkpoints
 from tests.one_rank import start
 from tests.runs import metrics
@@ -45,16 +45,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     of such steps."""
 
     def patch(then: Callable[[int], None] = lambda number: None) -> None:
-        loss, calls = Diffusion.loss, []
+        loss, calls = DiffusionObjective.loss, []
 
-        def spoiled(self: Diffusion, net: Any, batch: Batch) -> Tensor:
+        def spoiled(self: DiffusionObjective, net: Any, batch: Batch) -> Tensor:
             calls.append(batch)
             if (number := len(calls) - GOOD) <= 0:
                 return loss(self, net, batch)
             then(number)
             return loss(self, net, batch) * float("nan")
 
-        monkeypatch.setattr(Diffusion, "loss", spoiled)
+        monkeypatch.setattr(DiffusionObjective, "loss", spoiled)
 
     return patch
 
@@ -63,7 +63,7 @@ def check_saved(run: Path, outcome: str) -> None:
     found = complete_checkpoints(run / "checkpoints")
     assert list(found) == list(range(1, GOOD + 1)), "none of a skipped step"
     for path in found.values():
-        check_whole(path)
+        check_checkpoint(path)
     assert not list(run.rglob("*.tmp"))
     assert json.loads((run / "logs/outcome.json").read_text())["kind"] == outcome
 
@@ -91,7 +91,7 @@ def test_stop_within_a_streak_saves_nothing_in_doubt_and_resumes_before_it(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run, loss = tmp_path / "run", Diffusion.loss
+    run, loss = tmp_path / "run", DiffusionObjective.loss
     spoil(lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 2 else None)
     ended = start(shards, run, "run.steps=9", *SETTINGS)
     assert ended.step == GOOD + 2
@@ -99,7 +99,7 @@ def test_stop_within_a_streak_saves_nothing_in_doubt_and_resumes_before_it(
     assert f"step {GOOD + 2}  not saved, for the last 2 steps were skipped" in told
     check_saved(run, "preempted")
 
-    monkeypatch.setattr(Diffusion, "loss", loss)
+    monkeypatch.setattr(DiffusionObjective, "loss", loss)
     start(shards, run, "run.steps=5", *SETTINGS)
     assert f"resuming at step {GOOD}" in capfd.readouterr().out
     start(shards, tmp_path / "whole", "run.steps=5", *SETTINGS)

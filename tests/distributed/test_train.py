@@ -105,7 +105,7 @@ def test_a_run_beyond_its_bounds_goes_back_once_and_ends_on_all_ranks(shards: Pa
     """At such a rate no step after the second one is finite, whatever its clips. The second checkpoint, which
     no taken step follows, is not gone back to."""
     run = tmp_path / "run"
-    bounds = ("guard.window=2", "guard.max_skips=1", "guard.max_returns=1")
+    bounds = ("guard.window=2", "guard.max_skips=1", "guard.max_rollbacks=1")
     ended = train(shards, run, *bounds, "optim.lr=100", "checkpoint.every=1")
     assert ended.returncode == 2, ended.stdout
     assert "step 4  going back to the checkpoint of step 1, and on with new clips" in ended.stdout

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from svd_ds.parallel.env import Env, init
-from svd_ds.training.folder import RunFolder
+from svd_ds.run_folder import RunFolder
 from svd_ds.jobs.rank_session import Attempt
 from svd_ds.jobs.watchdog import WatchdogConfig
 

@@ -37,11 +37,11 @@ from svd_ds.parallel.zero_leaf_modules import largest_leaf_module
 from svd_ds.sample import TINY
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
-from svd_ds.training.evaluate import Evaluation, EvaluationConfig, FixedSet, fixed, sigma_at
-from svd_ds.training.keeping import CheckpointConfig
-from svd_ds.training.objective import Objective
-from svd_ds.training.state import Progress
-from svd_ds.training.step import Diffusion
+from svd_ds.training.evaluate import Evaluation, EvaluationConfig, FixedSet, as_eval_objective, sigma_at
+from svd_ds.training.objectives.base import Objective
+from svd_ds.training.objectives.diffusion import DiffusionObjective
+from svd_ds.training.progress import Progress
+from svd_ds.training.retention import CheckpointConfig
 from svd_ds.weights.shards import WeightShards
 
 SMALL = UNetConfig(
@@ -234,7 +234,7 @@ class Saved:
 
     def __init__(self, ranks: Ranks) -> None:
         self.store = Checkpoints(Path(shared_folder(ranks)), CheckpointConfig(), ranks.env, "unet")
-        self.store.begin(0)
+        self.store.start_session(0)
 
     def save(self, engine: Engine, step: int = 1) -> None:
         """Begin to; `store.finish` ends it."""
@@ -536,7 +536,7 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
     frames = torch.randint(0, 256, (4, 3, 3, 16, 16), generator=torch.Generator().manual_seed(5))
     clips = Batch.of([Clip(f"c{i}", i, x.to(torch.uint8), "", 6.0, 100.0) for i, x in enumerate(frames)])
     config = ConditionerConfig(context="none", context_width=16, concat="ends")
-    diffusion = Diffusion(
+    diffusion = DiffusionObjective(
         build_noise(NoiseConfig(), 16, 16),
         0.1,
         Autoencoder.load(TINY),
@@ -544,7 +544,9 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
         seed=4,
     )
     own = clips.select(range(env.rank, 4, env.world))
-    evaluation = Evaluation(EvaluationConfig(clips=3), FixedSet("data", own), 1, fixed(diffusion), env)
+    evaluation = Evaluation(
+        EvaluationConfig(clips=3), FixedSet("data", own), 1, as_eval_objective(diffusion), env
+    )
     history = ranks.train(engine, range(1))
     ema = ShardEMA(EMAConfig(), {name: 0.5 * shard for name, shard in engine.local_shards().items()})
     measured = evaluation.measure(engine, ema)
@@ -552,12 +554,12 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
     history += ranks.train(engine, range(1, 2))
     assert history == ranks.train(ranks.engine(), range(2)), "training saw the evaluation"
 
-    known = fixed(diffusion).prepare(clips.select(range(3)))
+    known = as_eval_objective(diffusion).prepare(clips.select(range(3)))
     for scale, losses in ((1.0, measured.loss), (0.5, measured.loss_average)):
         unet, frame_errors = plain_unet({name: scale * value for name, value in weights.items()}), []
         for s, loss in enumerate(losses):
             sigma_B = torch.tensor([sigma_at(s, (i + 0.5) / 3) for i in range(3)])
-            errors_BT = fixed(diffusion).errors(unet, known, sigma_B)
+            errors_BT = as_eval_objective(diffusion).errors(unet, known, sigma_B)
             assert abs(errors_BT.mean().item() - loss) < 1e-5 * loss, (s, loss)
             frame_errors.append(errors_BT.detach().mean(dim=0))
             if scale == 1.0:
@@ -567,7 +569,9 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
             assert len(measured.grad_norm_by_frame) == known.x0_BTChw.shape[1]
             sigma_B = torch.tensor([sigma_at(i, (i + 0.5) / 3) for i in range(3)])
             for t, found in enumerate(measured.grad_norm_by_frame):
-                norm = gradient_norm(unet, fixed(diffusion).errors(unet, known, sigma_B)[:, t].mean())
+                norm = gradient_norm(
+                    unet, as_eval_objective(diffusion).errors(unet, known, sigma_B)[:, t].mean()
+                )
                 assert abs(found - norm) < 1e-4 * norm, (t, norm)
             by_frame = torch.stack(frame_errors).mean(dim=0)
             torch.testing.assert_close(by_frame, torch.tensor(measured.loss_by_frame), rtol=1e-5, atol=0)

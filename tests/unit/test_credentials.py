@@ -25,7 +25,7 @@ from svd_ds.jobs.rank_session import RankSession
 from svd_ds.jobs.watchdog import WatchdogConfig
 from svd_ds.overrides import folder_name
 from svd_ds.parallel.env import Env
-from svd_ds.training.folder import RunFolder
+from svd_ds.run_folder import RunFolder
 
 SECRET = "hunter2hunter2"
 PLACES = [

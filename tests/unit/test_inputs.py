@@ -134,12 +134,12 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
             "has in_channels 9, and the network that would start from it 8: it may only grow",
         ),
         (("model.context_width=32",), (), "has context_width 32, and the network .* 64: it must stay"),
-        (IMAGES_ALONE, ("optim.temporal_rate=0",), "optim.temporal_rate=0 freezes temporal layers"),
-        (IMAGES_ALONE, ("optim.condition_rate=0",), "optim.condition_rate=0 freezes condition layers"),
+        (IMAGES_ALONE, ("optim.temporal_lr_scale=0",), "optim.temporal_lr_scale=0 freezes temporal layers"),
+        (IMAGES_ALONE, ("optim.condition_lr_scale=0",), "optim.condition_lr_scale=0 freezes condition layers"),
         (IMAGES_ALONE, ("lora.rank=4",), "lora.rank freezes .* layers that would begin at random"),
         (
             ("model=svd_t2v", "conditioning=text_to_video"),
-            ("optim.spatial_rate=0",),
+            ("optim.spatial_lr_scale=0",),
             "freezes spatial layers .* ignore what is new, .* 4 input channels and model.in_channels is 8",
         ),
         ((), ("init.which=power-0.050",), "not a run or a checkpoint, so it has no average 'power-0.050'"),
@@ -179,7 +179,7 @@ def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:
 
 
 def test_nothing_is_frozen_at_random(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"optim.embedding_rate=0 freezes .* init.from is null"):
+    with pytest.raises(ValueError, match=r"optim.embedding_lr_scale=0 freezes .* init.from is null"):
         read_inputs(compose(["debug=tiny", "temporal=videoldm", f"run.dir={tmp_path}"]), CPU, None)
 
 

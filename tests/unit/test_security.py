@@ -32,8 +32,8 @@ from svd_ds.data.quarantine import Fault
 from svd_ds.door import print_error, print_line
 from svd_ds.evaluation.data_card import write_card
 from svd_ds.evaluation.report import write_report
+from svd_ds.run_folder import RunFolder
 from svd_ds.small_files import read_json, read_yaml
-from svd_ds.training.folder import RunFolder
 from svd_ds.training.metrics import LoggerConfig, Metrics
 from svd_ds.weights.io import load_unet
 from tests.unit.data.test_reader import picture

@@ -101,7 +101,7 @@ def test_no_text_is_empty(tree: DictConfig, setting: Setting) -> None:
         ("optim.lr", -1e-3, "optim.lr is -0.001: it must be above 0 and at most 100"),
         ("optim.lr", 0.0, "optim.lr is 0.0: it must be above 0 .*optim.schedule=zero"),
         ("optim.lr", math.nan, "optim.lr is nan: it must be finite, above 0"),
-        ("optim.temporal_rate", -1, "optim.temporal_rate is -1.0: it must be at least 0"),
+        ("optim.temporal_lr_scale", -1, "optim.temporal_lr_scale is -1.0: it must be at least 0"),
         ("optim.beta2", 1, "optim.beta2 is 1.0: it must be at least 0 and below 1"),
         ("guard.loss_factor", 0.5, "guard.loss_factor is 0.5: it must be above 1, or 0 to switch it off"),
         ("model.head_width", 0, "model.head_width is 0: it must be at least 1"),

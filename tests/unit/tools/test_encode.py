@@ -23,7 +23,7 @@ from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
 from svd_ds.sample import TINY
-from svd_ds.training.step import Diffusion
+from svd_ds.training.objectives.diffusion import DiffusionObjective
 from tests.networks import SMALL
 from tests.videos import about, moving_square
 from tests.videos import encode as encode_video
@@ -113,7 +113,7 @@ def test_the_same_losses_with_and_without_the_cache(
         torch.nn.init.normal_(parameter, std=0.1)
 
     def losses(path: Path, latents: bool, conditioner: Conditioner, wanted: str | None) -> torch.Tensor:
-        diffusion = Diffusion(
+        diffusion = DiffusionObjective(
             noise=build_noise(NoiseConfig(), 32, 48),
             offset_noise=0.0,
             autoencoder=autoencoder,

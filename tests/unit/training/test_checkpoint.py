@@ -24,9 +24,9 @@ from svd_ds.training import draft as drafts
 from svd_ds.training import keeping
 from svd_ds.training.checkpoint import Checkpoints, NonFiniteError
 from svd_ds.training.ema import EMAConfig, ShardEMA
-from svd_ds.training.keeping import CheckpointConfig, draft_name, publish
-from svd_ds.training.objective import Objective
-from svd_ds.training.state import Progress
+from svd_ds.training.objectives.base import Objective
+from svd_ds.training.progress import Progress
+from svd_ds.training.retention import CheckpointConfig, commit, draft_name
 from svd_ds.weights.manifest import Manifest, read_manifest
 from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, read_restarts
 from svd_ds.weights.shards import KEPT_AVERAGES, open_checkpoint
@@ -88,7 +88,7 @@ def checkpoints(folder: Path, begin: int | None = 0, **config: Any) -> Checkpoin
     store = Checkpoints(folder, CheckpointConfig(**config), Env.read({}), "unet")
     folder.mkdir(exist_ok=True)
     if begin is not None:
-        store.begin(begin)
+        store.start_session(begin)
     return store
 
 
@@ -106,7 +106,7 @@ def begin_save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
 def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
     """A save that a taken step follows."""
     ema = begin_save(store, step, engine)
-    store.settle(taken=True)
+    store.poll_pending_save(taken=True)
     store.finish()
     return ema
 
@@ -164,7 +164,7 @@ def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int
         writers[rank]._thread.shutdown()
     draft = tmp_path / "written" / draft_name("step-0000004", writers[0].token)
     files = {name: digest for writer in writers for name, digest in writer._pending.job.result().items()}
-    publish(draft, Manifest(writers[0].token, 3, True, files), writers[0].config, 4)
+    commit(draft, Manifest(writers[0].token, 3, True, files), writers[0].config, 4)
 
     for rank in range(ranks):
         reader = Checkpoints(
@@ -195,7 +195,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
     begin_save(store, 5, engine)
     for values in engine.weights.values():
         values.zero_()
-    store.settle()
+    store.poll_pending_save()
     assert store.latest() is None
     disk.set()
     store.finish()
@@ -204,10 +204,10 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
 
 
 def test_leaving_the_run_waits_for_what_is_being_saved(tmp_path: Path) -> None:
-    with checkpoints(tmp_path, begin=0) as store:
+    with checkpoints(tmp_path, start_session=0) as store:
         begin_save(store, 1)
     assert store.latest() == tmp_path / "step-0000001"
-    with pytest.raises(SharedError), checkpoints(tmp_path, begin=1) as store:
+    with pytest.raises(SharedError), checkpoints(tmp_path, start_session=1) as store:
         begin_save(store, 2)
         raise SharedError("all ranks know")
     assert store.latest() == tmp_path / "step-0000002"
@@ -250,22 +250,22 @@ def test_two_starts_at_the_same_moment_leave_one_owner(
 
     def second_start_comes_first(*arguments: Any) -> None:
         if not others:
-            others.append(checkpoints(tmp_path, begin=None))
-            others[0].begin(0)
+            others.append(checkpoints(tmp_path, start_session=None))
+            others[0].start_session(0)
         real(*arguments)
 
     monkeypatch.setattr(keeping, name, second_start_comes_first)
-    first = checkpoints(tmp_path, begin=None)
+    first = checkpoints(tmp_path, start_session=None)
     try:
-        first.begin(0)
+        first.start_session(0)
     except SharedError as error:
         assert "another start of this run has taken over" in str(error)
-    owners = [store for store in (first, *others) if store.token and not store.is_taken_over()]
+    owners = [store for store in (first, *others) if store.token and not store.is_fenced()]
     assert len(owners) == 1
     save(owners[0], 2)
     assert owners[0].latest() == tmp_path / "step-0000002"
     monkeypatch.undo()
-    checkpoints(tmp_path, begin=2)
+    checkpoints(tmp_path, start_session=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [RESTARTS, "step-0000002"]
 
 
@@ -330,7 +330,7 @@ def test_a_prune_that_is_cut_short_loses_no_averages(
     with suppress(StopIteration):
         save(store, 3)
     monkeypatch.undo()
-    checkpoints(tmp_path / "checkpoints", begin=3)
+    checkpoints(tmp_path / "checkpoints", start_session=3)
     assert list(complete_checkpoints(tmp_path / "checkpoints")) == [3]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [RESTARTS, "step-0000003"]
     kept = tmp_path / KEPT_AVERAGES / "step-0000002"
@@ -341,7 +341,7 @@ def test_a_life_that_was_cut_off_saves_nothing_that_counts(tmp_path: Path) -> No
     old = checkpoints(tmp_path)
     save(old, 4)
     begin_save(old, 6)
-    new = checkpoints(tmp_path, begin=4)
+    new = checkpoints(tmp_path, start_session=4)
     with pytest.raises(SharedError, match="another start of this run has taken over"):
         old.finish()
     assert new.latest() == tmp_path / "step-0000004", "what it was made from"
@@ -360,7 +360,7 @@ def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
     old = checkpoints(tmp_path)
     save(old, 4)
     before = read_restarts(tmp_path)
-    new = checkpoints(tmp_path, begin=4)
+    new = checkpoints(tmp_path, start_session=4)
     monkeypatch.setattr(keeping, "read_restarts", lambda _: before)
     save(old, 6)
     monkeypatch.undo()
@@ -368,7 +368,7 @@ def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
     assert new.latest() == tmp_path / "step-0000004"
     save(new, 6)
     assert new.latest() == tmp_path / "step-0000006", "the new life's own takes its place"
-    assert checkpoints(tmp_path, begin=6).latest() == tmp_path / "step-0000006"
+    assert checkpoints(tmp_path, start_session=6).latest() == tmp_path / "step-0000006"
 
 
 @pytest.mark.parametrize("cleared", [True, False], ids=["cleared", "not cleared"])
@@ -381,7 +381,7 @@ def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
     first = checkpoints(tmp_path)
     save(first, 4)
     save(first, 6)
-    old = checkpoints(tmp_path, begin=4)
+    old = checkpoints(tmp_path, start_session=4)
     begin_save(old, 6)
     old._thread.shutdown()
     manifest = Manifest(old.token, 1, True, old._pending.job.result())
@@ -391,15 +391,15 @@ def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
         check(folder, life)
         looks.extend([life] if life == old.token else [])
         if len(looks) == look and not lives:
-            lives.append(checkpoints(tmp_path, begin=4))
+            lives.append(checkpoints(tmp_path, start_session=4))
             save(lives[0], 6)
 
-    check = keeping.check_still_ours
-    monkeypatch.setattr(keeping, "check_still_ours", freeze)
+    check = keeping.check_not_fenced
+    monkeypatch.setattr(keeping, "check_not_fenced", freeze)
     if not cleared:
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises((ValueError, OSError)):
-        publish(tmp_path / draft_name("step-0000006", old.token), manifest, old.config, 6)
+        commit(tmp_path / draft_name("step-0000006", old.token), manifest, old.config, 6)
     (new,) = lives
     assert new.latest() == tmp_path / "step-0000006"
     assert read_manifest(tmp_path / "step-0000006").token == new.token != old.token
@@ -410,7 +410,7 @@ def test_a_run_sent_back_to_an_earlier_step_leaves_its_later_ones_behind(tmp_pat
     first = checkpoints(tmp_path, keep_last=5)
     for step in (2, 4, 6):
         save(first, step)
-    back = checkpoints(tmp_path, begin=2, keep_last=5)
+    back = checkpoints(tmp_path, start_session=2, keep_last=5)
     assert back.latest() == tmp_path / "step-0000002"
     save(back, 4)
     assert list(complete_checkpoints(tmp_path)) == [2, 4]
@@ -460,7 +460,7 @@ def test_save_in_doubt_is_not_gone_back_to(tmp_path: Path) -> None:
     store, engine = checkpoints(tmp_path), Shards()
     ema = save(store, 1, engine)
     begin_save(store, 2, engine)
-    store.settle(taken=False)
+    store.poll_pending_save(taken=False)
     found = store.reload(engine, ema, Adversary(0.0), "skipped")  # type: ignore[arg-type]
     assert found.step == 1
     assert list(complete_checkpoints(tmp_path)) == [1]

@@ -15,10 +15,10 @@ from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.evaluation.runs import read_run
 from svd_ds.jobs.outcome import FINISHED, JobOutcome
 from svd_ds.jobs.rank_session import record_queued_restart
-from svd_ds.training.folder import RunFolder
-from svd_ds.training.keeping import take_over
-from svd_ds.training.state import Progress
-from svd_ds.training.usage import WAITS, Goodput
+from svd_ds.run_folder import RunFolder
+from svd_ds.training.progress import Progress
+from svd_ds.training.retention import acquire
+from svd_ds.training.usage import OVERHEADS, Goodput
 from svd_ds.weights.restarts import RESTARTS, read_restarts, restarts_damage
 
 CONFIG = {"batch": {"size": 4}, "optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "note": None}
@@ -40,7 +40,7 @@ FILES = [
 def whole(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path)
     folder.open(CONFIG, step=0)
-    times = {"step_s": 1.0, **{f"{kind}_s": 0.5 for kind in WAITS}}
+    times = {"step_s": 1.0, **{f"{kind}_s": 0.5 for kind in OVERHEADS}}
     rows = [{"step": step, "samples": 4 * step, "loss": 0.5, **times} for step in (1, 2, 3)]
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     measured = {"sigma": [1.0], "loss": [0.5], "loss_average": [0.4], "grad_norm": [2.0]}
@@ -49,7 +49,7 @@ def whole(tmp_path: Path) -> RunFolder:
     Quarantine(1.0, 9, folder.quarantine).add([Fault("a", "s.tar", "cut")], step=1, write=True)
     for _ in range(2):
         record_queued_restart(folder, "7", limit=9)
-        take_over(folder.checkpoints, step=0)
+        acquire(folder.checkpoints, step=0)
     ended = {"kind": FINISHED, "rank": 0, "words": "", "restart_id": [0, 0]}
     (folder.logs / "outcome.json").write_text(json.dumps(ended))
     (tmp_path / "state.json").write_text(Progress(Cursor("set", 7), 3, 12).as_json())
@@ -63,7 +63,7 @@ def start(folder: RunFolder) -> None:
     Progress.read(folder.path / "state.json")
     folder.check_belongs(CONFIG)
     restarts_damage(folder.checkpoints)
-    take_over(folder.checkpoints, step=3)
+    acquire(folder.checkpoints, step=3)
     assert read_restarts(folder.checkpoints)[-1].start == 3
     folder.open(CONFIG, step=3)
     folder.metrics.touch()

@@ -13,13 +13,20 @@ from svd_ds.diffusion.noise import NoiseConfig, build_noise
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.sample import TINY
-from svd_ds.training.evaluate import NUM_BINS, SIGMA_MAX, SIGMA_MIN, EvaluationConfig, fixed, sigma_at
-from svd_ds.training.step import Diffusion
+from svd_ds.training.evaluate import (
+    NUM_BINS,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    EvaluationConfig,
+    as_eval_objective,
+    sigma_at,
+)
+from svd_ds.training.objectives.diffusion import DiffusionObjective
 
 
-def run_of(seed: int, noise: NoiseConfig, drop: float) -> Diffusion:
+def run_of(seed: int, noise: NoiseConfig, drop: float) -> DiffusionObjective:
     config = ConditionerConfig(drop_context=drop, drop_concat=drop)
-    return Diffusion(
+    return DiffusionObjective(
         noise=build_noise(noise, 64, 64),
         offset_noise=noise.offset_noise,
         autoencoder=Autoencoder.load(TINY),
@@ -39,14 +46,16 @@ def test_bins_divide_the_range_of_sampling_evenly() -> None:
 def test_the_set_is_the_same_whatever_the_run() -> None:
     frames = torch.randint(0, 256, (2, 3, 3, 32, 32)).to(torch.uint8)
     clips = Batch.of([Clip(f"c{i}", i, x, "", 6.0, 100.0) for i, x in enumerate(frames)])
-    one = fixed(run_of(0, NoiseConfig(), drop=0.0)).prepare(clips)
-    other = fixed(run_of(7, NoiseConfig(kind="discrete", offset_noise=0.1), drop=1.0)).prepare(clips)
+    one = as_eval_objective(run_of(0, NoiseConfig(), drop=0.0)).prepare(clips)
+    other = as_eval_objective(run_of(7, NoiseConfig(kind="discrete", offset_noise=0.1), drop=1.0)).prepare(
+        clips
+    )
     assert torch.equal(one.x0_BTChw, other.x0_BTChw)
     assert torch.equal(one.noise_BTChw, other.noise_BTChw)
     for name in ("context_BLD", "scalars_BS", "concat_BTCHW"):
         assert torch.equal(getattr(one.cond, name), getattr(other.cond, name)), name
     assert one.cond.context_BLD.abs().sum() > 0, "no condition is dropped"
-    alone = fixed(run_of(0, NoiseConfig(), drop=0.0)).prepare(clips.select([1]))
+    alone = as_eval_objective(run_of(0, NoiseConfig(), drop=0.0)).prepare(clips.select([1]))
     assert torch.allclose(alone.x0_BTChw, one.x0_BTChw[1:], atol=1e-5)
     trained_on = run_of(0, NoiseConfig(), drop=0.0).prepare(clips)
     assert not torch.equal(trained_on.noise_BTChw, one.noise_BTChw), "its noises are its own"

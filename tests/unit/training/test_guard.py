@@ -9,7 +9,7 @@ import pytest
 from svd_ds.data.cursor import Cursor
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.training.guard import Guard, GuardConfig, GuardState
-from svd_ds.training.state import Progress
+from svd_ds.training.progress import Progress
 
 GUARD = Guard(GuardConfig(loss_factor=3.0, norm_factor=10.0, window=4, max_skips=2))
 
@@ -27,12 +27,12 @@ def test_a_spike_is_skipped_and_named() -> None:
     assert GUARD.judge(calm, 1.49, 9.9)[0] is None
     fault, state = GUARD.judge(calm, 1.6, 1.0)
     assert fault == "the loss is 1.6, 3.2 times the median of the last 4"
-    assert (state.skipped, state.in_a_row, state.losses) == (1, 1, calm.losses)
+    assert (state.skipped, state.consecutive_skips, state.losses) == (1, 1, calm.losses)
     fault, state = GUARD.judge(state, 0.5, 11.0)
     assert fault == "the gradient norm is 11, 11 times the median of the last 4"
     fault, state = GUARD.judge(state, 0.5, 1.0)
     assert fault is None
-    assert (state.skipped, state.in_a_row) == (2, 0)
+    assert (state.skipped, state.consecutive_skips) == (2, 0)
     assert state.losses == (0.4, 0.6, 0.5, 0.5), "the last window, without what was skipped"
 
 
@@ -40,7 +40,7 @@ def test_a_spike_is_skipped_and_named() -> None:
 def test_what_is_not_finite_is_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
     fault, state = Guard(GuardConfig(loss_factor=0, norm_factor=0)).judge(GuardState(), loss, norm)
     assert fault is not None and ("nan" in fault or "inf" in fault)
-    assert state == GuardState(skipped=1, in_a_row=1)
+    assert state == GuardState(skipped=1, consecutive_skips=1)
 
 
 def test_no_level_no_bound() -> None:
@@ -52,22 +52,22 @@ def test_no_level_no_bound() -> None:
 
 
 def test_after_too_many_in_a_row_the_run_goes_back_so_often_and_ends() -> None:
-    config = GuardConfig(loss_factor=3.0, window=2, max_skips=1, max_returns=1)
-    guard, saved = Guard(config), GuardState((0.5, 0.5), (1.0, 1.0), skipped=7, in_a_row=1)
+    config = GuardConfig(loss_factor=3.0, window=2, max_skips=1, max_rollbacks=1)
+    guard, saved = Guard(config), GuardState((0.5, 0.5), (1.0, 1.0), skipped=7, consecutive_skips=1)
     progress = Progress(Cursor(16, "f"), step=2, samples=16, guard=saved)
     state = GuardState(saved.losses, saved.norms, skipped=7).with_hardware_fault()
     for expected in (False, True):
         _, state = guard.judge(state, math.nan, 1.0)
-        assert guard.must_go_back(state) is expected
+        assert guard.should_roll_back(state) is expected
     left = Progress(Cursor(80, "f"), step=10, samples=80, guard=state)
-    again = left.gone_back(progress)
+    again = left.rolled_back(progress)
     assert (again.step, again.samples, again.cursor.position) == (2, 16, 80), "new clips at the old step"
-    assert again.guard == GuardState(saved.losses, saved.norms, skipped=9, returns=1, hardware_faults=1)
+    assert again.guard == GuardState(saved.losses, saved.norms, skipped=9, rollbacks=1, hardware_faults=1)
     state = again.guard
     for _ in range(2):
         _, state = guard.judge(state, math.nan, 1.0)
-    with pytest.raises(SharedError, match=r"2 steps in a row .*max_skips=1, .* 1 of guard\.max_returns=1 "):
-        guard.must_go_back(state)
+    with pytest.raises(SharedError, match=r"2 steps in a row .*max_skips=1, .* 1 of guard\.max_rollbacks=1 "):
+        guard.should_roll_back(state)
 
 
 def test_what_it_remembers_survives_a_checkpoint(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_what_it_remembers_survives_a_checkpoint(tmp_path: Path) -> None:
         ("norm_factor", -2.0),
         ("window", 0),
         ("max_skips", -1),
-        ("max_returns", -1),
+        ("max_rollbacks", -1),
         ("recompute_tolerance", 1.0),
         ("recompute_tolerance", -0.1),
     ],

@@ -16,9 +16,9 @@ from svd_ds import fsync_io
 from svd_ds.parallel.env import Env
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.ema import EMAConfig, ShardEMA
-from svd_ds.training.keeping import CheckpointConfig
-from svd_ds.training.verify import newest_whole
-from svd_ds.weights.manifest import check_whole
+from svd_ds.training.retention import CheckpointConfig
+from svd_ds.training.verify import newest_intact_checkpoint
+from svd_ds.weights.manifest import check_checkpoint
 from tests.forked import fork_server
 from tests.unit.training.test_checkpoint import Adversary, Shards, progress
 
@@ -30,16 +30,16 @@ WATCHED = ("fsync", "replace", "unlink", "rmdir", "mkdir")
 
 
 def save(folder: Path, begin: int, step: int) -> None:
-    """A start of the run after step `begin`, which saves one checkpoint whose weights are all `step`."""
+    """A start of the run after step `start_session`, which saves one checkpoint whose weights are all `step`."""
     engine, objective = Shards(), Adversary(float(step))
     for values in (engine.weights, *engine.adam.values()):
         for value in values.values():
             value.fill_(step)
     ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
     with Checkpoints(folder, CONFIG, Env.read({}), "unet") as store:
-        store.begin(begin)
+        store.start_session(begin)
         store.save(progress(step), engine, ema, objective, {"config.json": {}})  # type: ignore[arg-type]
-        store.settle(taken=True)
+        store.poll_pending_save(taken=True)
 
 
 def load(path: Path) -> tuple[int, set[float]]:
@@ -112,17 +112,17 @@ def end_and_resume(server: Any, base: Path, run: Path, operation: int) -> bool:
     writer.join(60)
     assert writer.exitcode in (0, KILLED), (operation, writer.exitcode)
 
-    newest = newest_whole(folder, Env.read({}), checksums=True)
+    newest = newest_intact_checkpoint(folder, Env.read({}), checksums=True)
     assert newest is not None, operation
     step, values = load(newest)
     assert step in (3, 4) and values == {float(step)}, (operation, step, values)
     save(folder, step, step + 1)
-    newest = newest_whole(folder, Env.read({}), checksums=True)
+    newest = newest_intact_checkpoint(folder, Env.read({}), checksums=True)
     assert newest is not None and load(newest) == (step + 1, {float(step + 1)}), operation
     left = {path.name for path in folder.iterdir() if path.is_dir()}
     assert left == {newest.name}, f"{operation}: what was cut short is cleared away"
     for kept in (run / "averages").iterdir():
-        check_whole(kept, ["state.json", "ema-power-0.100/rank-00000-of-00001.safetensors"])
+        check_checkpoint(kept, ["state.json", "ema-power-0.100/rank-00000-of-00001.safetensors"])
     shutil.rmtree(run)
     return writer.exitcode == KILLED
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from svd_ds.fsync_io import LineFile
-from svd_ds.training.evaluate import Measured
-from svd_ds.training.folder import RunFolder
+from svd_ds.run_folder import RunFolder
+from svd_ds.training.evaluate import EvalResult
 from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
 
 
@@ -20,7 +20,7 @@ def step(number: int) -> StepMetrics:
         grad_norm=1.0,
         clips_per_s=4.0,
         step_s=2.0,
-        waits_s={"data": 0.1, "checkpoint": 0.0, "evaluation": 0.0, "preview": 0.5},
+        overheads_s={"data": 0.1, "checkpoint": 0.0, "evaluation": 0.0, "preview": 0.5},
     )
 
 
@@ -52,15 +52,15 @@ def test_steps_that_a_run_goes_back_behind_are_no_goodput(tmp_path: Path) -> Non
     with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics:
         for number in (1, 2, 3):
             metrics.log(step(number))
-        metrics.go_back(1, left=3)
+        metrics.log_rollback(1, left=3)
         assert metrics.goodput.compute_s == pytest.approx(1.9)
-        assert metrics.goodput.waits_s["preview"] == pytest.approx(0.5)
+        assert metrics.goodput.overheads_s["preview"] == pytest.approx(0.5)
         metrics.log(step(2))
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
 
 
-def measured(loss: float) -> Measured:
-    return Measured(
+def measured(loss: float) -> EvalResult:
+    return EvalResult(
         "set", 4, [0.1, 1.0], [loss, loss], [loss + 1, loss + 1], [2.0, 3.0], [loss] * 4, [2.0] * 4
     )
 
@@ -146,7 +146,7 @@ def test_going_back_sets_a_damaged_line_aside(tmp_path: Path, capsys: pytest.Cap
             metrics.log(step(number))
         with run.metrics.open("ab") as file:
             file.write(b"\0\0\n")
-        metrics.go_back(1, left=2)
+        metrics.log_rollback(1, left=2)
         metrics.log(step(2))
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
     assert "metrics.jsonl.damaged-1" in capsys.readouterr().out

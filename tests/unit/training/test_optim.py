@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from svd_ds.training.optim import TAGS, OptimConfig, group_rates, learning_rate, parameter_groups
+from svd_ds.training.optim import TAGS, OptimConfig, group_lrs, learning_rate, parameter_groups
 
 PARAMETERS = {"a.weight": "spatial", "a.bias": "spatial", "t.weight": "temporal", "e.weight": "embedding"}
 SHAPES = {"a.weight": (4, 4), "a.bias": (4,), "t.weight": (4, 4), "e.weight": (4, 4)}
@@ -17,14 +17,14 @@ def test_groups_split_by_tag_and_decay() -> None:
 
 
 def test_every_group_has_its_multiple_of_the_peak_rate() -> None:
-    config = OptimConfig(temporal_rate=2.0, embedding_rate=0.0)
-    rates = group_rates(config, 1e-3)
+    config = OptimConfig(temporal_lr_scale=2.0, embedding_lr_scale=0.0)
+    rates = group_lrs(config, 1e-3)
     for group in parameter_groups(PARAMETERS, SHAPES, config):
         assert rates[group.name] == (2e-3 if group.name == "temporal" else 1e-3)
 
 
 def test_rate_zero_freezes() -> None:
-    groups = parameter_groups(PARAMETERS, SHAPES, OptimConfig(spatial_rate=0, temporal_rate=0))
+    groups = parameter_groups(PARAMETERS, SHAPES, OptimConfig(spatial_lr_scale=0, temporal_lr_scale=0))
     assert [g.members for g in groups] == [("e.weight",)]
     with pytest.raises(ValueError, match="freezes everything"):
         OptimConfig(**{f"{tag}_rate": 0.0 for tag in TAGS})
@@ -38,7 +38,7 @@ def test_warmup_rises_to_the_peak_and_moves_at_once() -> None:
 
 
 def test_cosine_ends_at_its_final_share() -> None:
-    config = OptimConfig(lr=1.0, schedule="cosine", warmup_samples=100, final_rate=0.1)
+    config = OptimConfig(lr=1.0, schedule="cosine", warmup_samples=100, final_lr_scale=0.1)
     assert learning_rate(config, 100, 1100) == pytest.approx(1.0)
     assert learning_rate(config, 600, 1100) == pytest.approx(0.55)
     assert learning_rate(config, 1100, 1100) == pytest.approx(0.1)

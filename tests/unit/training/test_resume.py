@@ -25,10 +25,10 @@ def _one_rank() -> Iterator[None]:
 
 def restart(folder: Path, resume: str) -> tuple[Resume, Checkpoints]:
     """One more start with these arguments, up to the point from which it may save."""
-    store = checkpoints(folder, begin=None, keep_last=9)
+    store = checkpoints(folder, start_session=None, keep_last=9)
     found = find_checkpoint(store, resume)
     step = int(found.path.name.removeprefix("step-")) if found.path is not None else 0
-    store.begin(step, found.origin)
+    store.start_session(step, found.origin)
     return found, store
 
 
@@ -53,7 +53,7 @@ def test_named_checkpoint_is_not_needed_any_more_once_the_run_has_its_own(tmp_pa
     """checkpoint.keep_last removes it in time."""
     store = checkpoints(tmp_path, keep_last=1)
     save(store, 2)
-    store.begin(2, "step-0000002")
+    store.start_session(2, "step-0000002")
     save(store, 4)
     assert not (tmp_path / "step-0000002").exists()
     assert restart(tmp_path, str(tmp_path / "step-0000002"))[0].path == tmp_path / "step-0000004"

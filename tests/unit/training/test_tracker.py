@@ -15,13 +15,13 @@ import pytest
 import torch
 import wandb
 
+from svd_ds.run_folder import RunFolder
 from svd_ds.training import tracker as module
-from svd_ds.training.cause import Cause
-from svd_ds.training.evaluate import Measured
-from svd_ds.training.folder import RunFolder
+from svd_ds.training.evaluate import EvalResult
+from svd_ds.training.fault_cause import FaultCause
 from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
 from svd_ds.training.tracker import Tracker, open_tracker
-from svd_ds.training.usage import WAITS, Speed
+from svd_ds.training.usage import OVERHEADS, MfuCounter
 
 
 class Recorder:
@@ -54,11 +54,15 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def test_every_row_is_told_at_our_step(recorder: Recorder, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open({}, step=0)
-    numbers = StepMetrics(3, 24, 0.5, 1e-3, 1.0, 4.0, 2.0, dict.fromkeys(WAITS, 0.25), terms={"lpips": 0.1})
+    numbers = StepMetrics(
+        3, 24, 0.5, 1e-3, 1.0, 4.0, 2.0, dict.fromkeys(OVERHEADS, 0.25), terms={"lpips": 0.1}
+    )
     tags = {"a": "spatial", "b": "temporal"}
-    with Metrics(folder, LoggerConfig(), {}, 5, 0, Speed(1e12, 1e13), tags) as metrics:
+    with Metrics(folder, LoggerConfig(), {}, 5, 0, MfuCounter(1e12, 1e13), tags) as metrics:
         metrics.log(numbers)
-        metrics.log_evaluation(3, 24, Measured("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7], [2.0, 3.0]))
+        metrics.log_evaluation(
+            3, 24, EvalResult("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7], [2.0, 3.0])
+        )
         metrics.log_weights(3, {"a": torch.arange(100.0), "b": torch.ones(3), "x.lora.b": torch.ones(2)})
     assert recorder.axes == {"train/step": None, "*": "train/step"}
     step, evaluation, weights, end = recorder.rows
@@ -79,8 +83,10 @@ def test_failing_hardware_is_an_alert_and_bad_data_is_none(recorder: Recorder, t
     folder.open({}, step=0)
     words = "rank 1 on node7 computed a loss of nan, then 0.5, from the same clips"
     with Metrics(folder, LoggerConfig(), {}, 5, 0) as metrics:
-        metrics.log_fault(3, "the loss is nan", ["a"], Cause(False, "computed again it comes out the same"))
-        metrics.log_fault(4, "the loss is nan", ["a"], Cause(True, words, {"node7": ""}), taken=True)
+        metrics.log_fault(
+            3, "the loss is nan", ["a"], FaultCause(False, "computed again it comes out the same")
+        )
+        metrics.log_fault(4, "the loss is nan", ["a"], FaultCause(True, words, {"node7": ""}), taken=True)
     assert recorder.rows == [{"failing hardware": f"step 4: the loss is nan; {words}"}, {"exit": 0}]
 
 
@@ -177,7 +183,7 @@ def test_a_client_that_dies_is_told_once_and_training_goes_on(client: RunFolder)
     while not told:
         assert time.monotonic() < deadline
         tracker.log({"step": 1})
-    tracker.log_evaluation(3, Measured("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7], [2.0, 3.0]))
+    tracker.log_evaluation(3, EvalResult("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7], [2.0, 3.0]))
     tracker.finish(failed=False)
     assert len(told) == 1 and "warning: W&B is lost (ConnectionResetError: " in told[0], told
 

@@ -8,19 +8,27 @@ import pytest
 import torch
 
 from svd_ds.model.unet import UNetConfig
-from svd_ds.training.folder import RunFolder
-from svd_ds.training.keeping import take_over
-from svd_ds.training.usage import WAITS, Clock, Goodput, Speed, forward_flops, peak_memory_gib, peak_of
+from svd_ds.run_folder import RunFolder
+from svd_ds.training.retention import acquire
+from svd_ds.training.usage import (
+    OVERHEADS,
+    Goodput,
+    MfuCounter,
+    StageTimer,
+    peak_memory_gib,
+    peak_of,
+    unet_forward_flops,
+)
 
 
 def test_a_clock_counts_each_kind_from_lap_to_lap() -> None:
-    clock = Clock()
+    clock = StageTimer()
     for _ in range(2):
         with clock("data"):
             time.sleep(0.01)
     lap = clock.lap()
     assert 0.02 <= lap["data"] < 1 and lap["checkpoint"] == 0
-    assert clock.lap() == dict.fromkeys(WAITS, 0.0)
+    assert clock.lap() == dict.fromkeys(OVERHEADS, 0.0)
 
 
 def line(step: int) -> str:
@@ -32,9 +40,9 @@ def test_goodput_is_of_all_lives(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     before = time.time()
-    take_over(folder.checkpoints, step=0)
+    acquire(folder.checkpoints, step=0)
     after = time.time()
-    take_over(folder.checkpoints, step=2)
+    acquire(folder.checkpoints, step=2)
     folder.metrics.write_text(line(1) + line(2))
     goodput = Goodput.of(folder)
     assert before <= goodput.started <= after
@@ -47,11 +55,11 @@ def test_goodput_is_of_all_lives(tmp_path: Path) -> None:
 
 
 def test_operations_are_those_of_the_released_network() -> None:
-    assert forward_flops(UNetConfig(), 14, 256, 384, num_tokens=1) == pytest.approx(5.98e12, rel=0.01)
+    assert unet_forward_flops(UNetConfig(), 14, 256, 384, num_tokens=1) == pytest.approx(5.98e12, rel=0.01)
 
 
 def test_utilisation_is_the_share_of_all_ranks_peak() -> None:
-    assert Speed(clip_flops=6e12, peak_flops=2 * 3e14).mfu(clips_per_s=40) == pytest.approx(0.4)
+    assert MfuCounter(clip_flops=6e12, peak_flops=2 * 3e14).mfu(clips_per_s=40) == pytest.approx(0.4)
     assert peak_of(torch.device("cpu")) is None
 
 

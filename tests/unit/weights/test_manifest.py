@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from svd_ds.weights import manifest
-from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, check_whole, damage_of, read_manifest
+from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, check_checkpoint, damage_of, read_manifest
 from svd_ds.weights.shards import WeightShards
 from tests.networks import seal
 
@@ -29,7 +29,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_whole_checkpoint_has_no_damage(checkpoint: Path) -> None:
-    check_whole(checkpoint)
+    check_checkpoint(checkpoint)
     assert read_manifest(checkpoint).world_size == 2
     assert WeightShards(checkpoint / "unet").read("a", 4, 1, 3).tolist() == [0.0, 1.0]
 
@@ -74,7 +74,7 @@ def test_files_of_another_number_of_ranks_are_not_read(checkpoint: Path) -> None
     """As they lie there where one checkpoint was copied over another."""
     for rank in range(3):
         save_file({"a": torch.full((2,), 9.0)}, checkpoint / f"unet/rank-{rank:05d}-of-00003.safetensors")
-    check_whole(checkpoint)
+    check_checkpoint(checkpoint)
     assert WeightShards(checkpoint / "unet").read("a", 4, 0, 4).tolist() == [0.0, 0.0, 1.0, 1.0]
 
 

@@ -21,7 +21,7 @@ BETAS = (0.5, 0.9)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-class Adversary:
+class DiscriminatorTrainer:
     """A discriminator, its optimiser, and how many clips its gradients hold."""
 
     def __init__(self, width: int, lr: float, seed: int, device: torch.device) -> None:
@@ -33,12 +33,12 @@ class Adversary:
         self.clips = torch.zeros((), device=device)
         self.discard_gradients()
 
-    def judge(self, made_BTCHW: Tensor) -> Tensor:
+    def generator_loss(self, made_BTCHW: Tensor) -> Tensor:
         """The decoder's loss a clip, (B,): low where its frames pass for real ones. Trains nothing here."""
         fixed = {name: parameter.detach() for name, parameter in self.parameters.items()}
         return -functional_call(self.network, fixed, (made_BTCHW,)).mean(dim=1)
 
-    def learn(self, real_BTCHW: Tensor, made_BTCHW: Tensor) -> Tensor:
+    def accumulate_discriminator_grads(self, real_BTCHW: Tensor, made_BTCHW: Tensor) -> Tensor:
         """Add the gradients of a micro-batch; returns the discriminator's loss a clip, (B,)."""
         loss_B = hinge(self.network(real_BTCHW), self.network(made_BTCHW.detach()))
         loss_B.sum().backward()

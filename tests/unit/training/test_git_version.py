@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.training.code import code_version
+from svd_ds.training.git_version import code_version
 
 
 @pytest.fixture

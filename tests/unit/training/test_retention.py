@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from svd_ds.training.keeping import CheckpointConfig, check_still_ours, draft_name, publish, take_over
+from svd_ds.training.retention import CheckpointConfig, acquire, check_not_fenced, commit, draft_name
 from svd_ds.weights.manifest import FileDigest, Manifest
 from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, read_restarts
 from tests.unit.training.test_checkpoint import checkpoints, save
@@ -27,13 +27,13 @@ def _one_rank() -> Iterator[None]:
 @pytest.mark.parametrize("missing", [0, 1])
 def test_draft_without_one_ranks_file_is_not_published(tmp_path: Path, missing: int) -> None:
     """As rank 0 sees it where another rank's folder is another disk."""
-    token = take_over(tmp_path, 0)
+    token = acquire(tmp_path, 0)
     draft = tmp_path / draft_name("step-0000002", token)
     (draft / "unet").mkdir(parents=True)
     (draft / FILE.format(1 - missing)).write_bytes(b"abc")
     manifest = Manifest(token, 2, True, {FILE.format(rank): FileDigest(3, "0") for rank in range(2)})
     with pytest.raises(ValueError, match=f"rank-0000{missing}-of-00002.* is missing; all 2 ranks must see"):
-        publish(draft, manifest, CheckpointConfig(), good=-1)
+        commit(draft, manifest, CheckpointConfig(), good=-1)
     assert complete_checkpoints(tmp_path) == {}
 
 
@@ -46,18 +46,18 @@ def test_lost_list_of_starts_ends_no_run(tmp_path: Path) -> None:
     save(store, 3)
     lives.write_bytes(bytes(20))
     save(store, 4)
-    assert not store.is_taken_over()
+    assert not store.is_fenced()
     assert list(complete_checkpoints(tmp_path)) == [1, 2, 3, 4]
-    after = checkpoints(tmp_path, begin=4, keep_last=9)
+    after = checkpoints(tmp_path, start_session=4, keep_last=9)
     assert [life.token for life in read_restarts(tmp_path)] == [after.token]
-    assert store.is_taken_over() and not after.is_taken_over()
+    assert store.is_fenced() and not after.is_fenced()
 
 
 def test_torn_last_line_is_that_of_the_start_that_goes_on(tmp_path: Path) -> None:
     checkpoints(tmp_path)
     store, lives = checkpoints(tmp_path), tmp_path / RESTARTS
     lives.write_bytes(lives.read_bytes()[:-9])
-    check_still_ours(tmp_path, store.token)
+    check_not_fenced(tmp_path, store.token)
     save(store, 1)
 
 
@@ -66,7 +66,7 @@ def test_checkpoint_folder_that_was_moved_is_one_sentence(tmp_path: Path) -> Non
     store = checkpoints(folder)
     folder.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=f"^{folder} is gone: it was moved or removed while"):
-        store.check_still_ours()
+        store.check_not_fenced()
     assert not folder.exists()
 
 
@@ -101,5 +101,5 @@ def test_drafts_of_killed_starts_are_removed_whatever_they_are(tmp_path: Path) -
     (tmp_path / "step-0000001.ab.tmp").mkdir()
     (tmp_path / "step-0000002.ab.tmp").write_text("")
     (tmp_path / "step-0000003.ab.tmp").symlink_to(tmp_path)
-    take_over(tmp_path, 0)
+    acquire(tmp_path, 0)
     assert [path.name for path in tmp_path.iterdir()] == [RESTARTS]

@@ -6,7 +6,7 @@ from math import inf, nan
 
 import pytest
 
-from svd_ds.training.cause import Cause, Twice, differ, find_cause
+from svd_ds.training.fault_cause import FaultCause, Recomputation, differ, find_cause
 
 TOLERANCE = 0.01
 SAME = ((0.5, 0.7), (0.5, 0.7))
@@ -38,20 +38,20 @@ def test_two_computations_differ(first: tuple[float, ...], second: tuple[float, 
     assert differ(first, second, TOLERANCE) is expected
 
 
-def ranks(*losses: tuple[tuple[float, ...], tuple[float, ...]], of_a_host: int = 1) -> list[Twice]:
+def ranks(*losses: tuple[tuple[float, ...], tuple[float, ...]], of_a_host: int = 1) -> list[Recomputation]:
     return [
-        Twice(rank, f"node{rank // of_a_host}", (f"a{rank}", f"b{rank}"), pair)
+        Recomputation(rank, f"node{rank // of_a_host}", (f"a{rank}", f"b{rank}"), pair)
         for rank, pair in enumerate(losses)
     ]
 
 
 def test_the_same_again_is_the_datas_and_names_the_worst_clip() -> None:
     bad = ((nan, 0.7), (nan, 0.7))
-    assert find_cause(ranks(SAME, bad), (inf, inf), TOLERANCE) == Cause(
+    assert find_cause(ranks(SAME, bad), (inf, inf), TOLERANCE) == FaultCause(
         False, "computed again it comes out the same; no finite loss has a1 (rank 1 on node1)"
     )
     high = ((0.5, 80.0), (0.5, 80.001))
-    assert find_cause(ranks(SAME, high), (9.0, 9.01), TOLERANCE) == Cause(
+    assert find_cause(ranks(SAME, high), (9.0, 9.01), TOLERANCE) == FaultCause(
         False, "computed again it comes out the same; the highest loss, 80, is that of b1 (rank 1 on node1)"
     )
     every = find_cause(ranks(*[((nan, nan), (nan, nan))] * 4), (inf, inf), TOLERANCE)
@@ -87,9 +87,9 @@ def test_a_wrong_gradient_names_its_rank_where_each_keeps_its_own() -> None:
     alone = find_cause(ranks(SAME, SAME, of_a_host=2), (inf, 0.8), TOLERANCE)
     assert alone.nodes == {"node0": "computed a gradient of norm inf, then 0.8"}
     kept = [
-        Twice(rank, f"node{rank}", ("a", "b"), SAME, (nan, 0.7) if rank else (0.6, 0.601))
+        Recomputation(rank, f"node{rank}", ("a", "b"), SAME, (nan, 0.7) if rank else (0.6, 0.601))
         for rank in range(3)
     ]
-    kept[2] = Twice(2, "node2", ("a", "b"), SAME, (0.5, 0.5))
+    kept[2] = Recomputation(2, "node2", ("a", "b"), SAME, (0.5, 0.5))
     cause = find_cause(kept, (inf, 0.8), TOLERANCE)
     assert cause.nodes == {"node1": "computed a gradient of norm nan, then 0.7, from the same clips (rank 1)"}

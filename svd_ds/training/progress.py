@@ -29,9 +29,9 @@ class Progress:
         """After one more step over `batch` clips."""
         return Progress(cursor, self.step + 1, self.samples + batch, guard)
 
-    def gone_back(self, saved: Progress) -> Progress:
+    def rolled_back(self, saved: Progress) -> Progress:
         """At a checkpoint's step again, but behind all clips that were seen since."""
-        return replace(saved, cursor=self.cursor, guard=self.guard.gone_back(saved.guard))
+        return replace(saved, cursor=self.cursor, guard=self.guard.rolled_back(saved.guard))
 
     def as_json(self) -> str:
         """What `read` reads."""

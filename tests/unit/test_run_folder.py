@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.training.folder import RunFolder, step_name
+from svd_ds.run_folder import RunFolder, step_name
 
 
 def test_later_metrics_are_dropped_on_resume(tmp_path: Path) -> None:

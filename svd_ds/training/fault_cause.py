@@ -20,7 +20,7 @@ from statistics import fmean
 
 
 @dataclass(frozen=True)
-class Twice:
+class Recomputation:
     """What one rank computed of a step, the first and the second time."""
 
     rank: int
@@ -41,7 +41,7 @@ class Twice:
 
 
 @dataclass(frozen=True)
-class Cause:
+class FaultCause:
     """What the second computation of a step says of the first, the same on all ranks."""
 
     hardware: bool
@@ -50,7 +50,7 @@ class Cause:
     """The hosts that computed wrongly, and what; empty where none can be told from the others."""
 
 
-def find_cause(ranks: Sequence[Twice], norms: tuple[float, float], tolerance: float) -> Cause:
+def find_cause(ranks: Sequence[Recomputation], norms: tuple[float, float], tolerance: float) -> FaultCause:
     """Compare two computations of a step.
 
     Args:
@@ -61,22 +61,24 @@ def find_cause(ranks: Sequence[Twice], norms: tuple[float, float], tolerance: fl
     wrong = [(it, words) for it in ranks if (words := it.difference(tolerance))]
     hosts = {it.host for it in ranks}
     if not wrong and not differ(norms[:1], norms[1:], tolerance):
-        return Cause(False, "; ".join(["computed again it comes out the same", *_worst_clips(ranks)]))
+        return FaultCause(False, "; ".join(["computed again it comes out the same", *_worst_clips(ranks)]))
     if not wrong:
         words = f"computed again its gradient has norm {norms[1]:.4g}, and every rank has the same loss"
         if len(hosts) == 1:
             host, *_ = hosts
-            return Cause(True, f"{words}, on {host}", {host: f"computed a gradient of norm {_show(*norms)}"})
-        return Cause(True, f"{words}: no node can be told from the others")
+            return FaultCause(
+                True, f"{words}, on {host}", {host: f"computed a gradient of norm {_show(*norms)}"}
+            )
+        return FaultCause(True, f"{words}: no node can be told from the others")
     words = "; ".join(f"rank {it.rank} on {it.host} {difference}" for it, difference in wrong)
     if len({it.host for it, _ in wrong}) == len(hosts) > 1:
         # What they share may be wrong: the network, or the part of the weights that one has sent to all.
-        return Cause(True, f"{words}: no node can be told from the others")
+        return FaultCause(True, f"{words}: no node can be told from the others")
     nodes: dict[str, str] = {}
     for it, difference in wrong:
         told = f"{difference} (rank {it.rank})"
         nodes[it.host] = f"{nodes[it.host]}, and {told}" if it.host in nodes else told
-    return Cause(True, words, nodes)
+    return FaultCause(True, words, nodes)
 
 
 def differ(first: Sequence[float], second: Sequence[float], tolerance: float) -> bool:
@@ -89,7 +91,7 @@ def differ(first: Sequence[float], second: Sequence[float], tolerance: float) ->
     return math.fsum(abs(a - b) for a, b in finite) > tolerance * size
 
 
-def _worst_clips(ranks: Sequence[Twice]) -> list[str]:
+def _worst_clips(ranks: Sequence[Recomputation]) -> list[str]:
     """Which clips stand out, in words: those without a finite loss, else the one of the highest. With their
     ranks: a GPU that is always wrong in the same way shows as bad clips of one rank."""
     losses = [

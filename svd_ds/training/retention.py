@@ -36,7 +36,7 @@ class CheckpointConfig(Settings, section="checkpoint"):
     one more reading of the files, divided over the ranks; their sizes are compared in any case."""
 
 
-def take_over(folder: Path, step: int, origin: str = "", attempt: tuple[int, int] = (0, 0)) -> str:
+def acquire(folder: Path, step: int, origin: str = "", attempt: tuple[int, int] = (0, 0)) -> str:
     """Start the run after `step`; returns this start's fencing token.
 
     From here on an earlier start that still writes, on a node that was cut off, saves nothing that counts.
@@ -76,7 +76,7 @@ def draft_name(name: str, life: str) -> str:
     return f"{name}.{life}.tmp"
 
 
-def check_still_ours(folder: Path, life: str) -> None:
+def check_not_fenced(folder: Path, life: str) -> None:
     """Raises ValueError where another start has taken over, or where the folder is gone."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is gone: it was moved or removed while the run was training")
@@ -98,7 +98,7 @@ def _taken_over(folder: Path) -> str:
     return f"another start of this run has taken over {folder.parent}: this one ends and leaves it alone"
 
 
-def publish(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int) -> None:
+def commit(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int) -> None:
     """Make a checkpoint of a draft whose files are all on disk, and remove what is old.
 
     Args:
@@ -110,7 +110,7 @@ def publish(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int
         OSError: it cannot be written.
     """
     folder, life = draft.parent, manifest.token
-    check_still_ours(folder, life)
+    check_not_fenced(folder, life)
     if damage := damage_of(draft, manifest, checksums=False):
         raise ValueError(
             f"the checkpoint {draft} lacks what a rank has written: {damage}; all "
@@ -131,14 +131,14 @@ def publish(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int
 def _put_in_place(draft: Path, final: Path, life: str) -> None:
     """Rename the draft to what it is from now on. An earlier life may have left one there, which does not
     count."""
-    check_still_ours(final.parent, life)
+    check_not_fenced(final.parent, life)
     aside = final.with_name(draft_name(f"{final.name}.old", life))
     if os.path.lexists(final):
         os.replace(final, aside)
         try:
             # A process may be held up for hours between two lines. If it is ours still, so was what has been
             # moved; and what another life puts here from now on, the renaming fails at.
-            check_still_ours(final.parent, life)
+            check_not_fenced(final.parent, life)
         except ValueError:
             os.replace(aside, final)
             raise

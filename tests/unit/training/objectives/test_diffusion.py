@@ -13,7 +13,7 @@ from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
 from svd_ds.sample import TINY
-from svd_ds.training.step import Diffusion
+from svd_ds.training.objectives.diffusion import DiffusionObjective
 from tests.networks import SMALL
 from tests.videos import moving_square
 
@@ -26,9 +26,9 @@ def clip(ordinal: int, num_frames: int = 4, fps: float = 6.0, motion_bucket: flo
 
 
 @pytest.fixture(scope="module")
-def diffusion() -> Diffusion:
+def diffusion() -> DiffusionObjective:
     config = ConditionerConfig(drop_context=0.0, drop_concat=0.0)
-    return Diffusion(
+    return DiffusionObjective(
         noise=build_noise(NoiseConfig(P_mean=1.0, P_std=1.6), 64, 64),
         offset_noise=0.0,
         autoencoder=Autoencoder.load(TINY),
@@ -48,7 +48,7 @@ class Recorder:
         return torch.zeros_like(x[:, :, :4])
 
 
-def test_the_network_sees_what_the_paper_says(diffusion: Diffusion) -> None:
+def test_the_network_sees_what_the_paper_says(diffusion: DiffusionObjective) -> None:
     net = Recorder()
     loss_B = diffusion.loss(net, Batch.of([clip(3, fps=8.0, motion_bucket=40.0), clip(9)]))
     assert loss_B.shape == (2,)
@@ -64,7 +64,7 @@ def test_the_network_sees_what_the_paper_says(diffusion: Diffusion) -> None:
     assert error < 0.5, "the posterior mean of the first frame, but for its noise, and not scaled"
 
 
-def test_both_ends_and_the_elevation_reach_the_network(diffusion: Diffusion) -> None:
+def test_both_ends_and_the_elevation_reach_the_network(diffusion: DiffusionObjective) -> None:
     config = ConditionerConfig(
         context="ends",
         concat="ends",
@@ -84,7 +84,7 @@ def test_both_ends_and_the_elevation_reach_the_network(diffusion: Diffusion) -> 
         assert (net.x[0, place, 4:8] - latents).norm() < 0.5 * latents.norm()
 
 
-def test_captions_reach_the_network_and_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
+def test_captions_reach_the_network_and_are_dropped_a_clip_at_a_time(diffusion: DiffusionObjective) -> None:
     text = ConditionerConfig(context="text", concat="none", scalars=("fps", "motion_bucket"), drop_text=0.5)
     conditioner, net = Conditioner.load(text, TINY), Recorder()
     replace(diffusion, conditioner=conditioner).loss(net, Batch.of([clip(i, fps=8.0) for i in range(16)]))
@@ -97,7 +97,7 @@ def test_captions_reach_the_network_and_are_dropped_a_clip_at_a_time(diffusion: 
     assert all(torch.allclose(states[0], kept, atol=1e-5) for kept in net.context[~dropped])
 
 
-def test_sigma_belongs_to_the_clip_whatever_its_batch(diffusion: Diffusion) -> None:
+def test_sigma_belongs_to_the_clip_whatever_its_batch(diffusion: DiffusionObjective) -> None:
     net = Recorder()
     together = diffusion.loss(net, Batch.of([clip(3), clip(9)]))
     noise_levels = net.c_noise
@@ -108,7 +108,7 @@ def test_sigma_belongs_to_the_clip_whatever_its_batch(diffusion: Diffusion) -> N
     assert 0 < u < 1
 
 
-def test_cached_moments_stand_for_the_frames(diffusion: Diffusion) -> None:
+def test_cached_moments_stand_for_the_frames(diffusion: DiffusionObjective) -> None:
     batch = Batch.of([clip(3), clip(9)])
     moments_NMhw = diffusion.autoencoder.encode(batch.frames_BTCHW.flatten(0, 1).float() / 127.5 - 1)
     first = replace(batch, frames_BTCHW=batch.frames_BTCHW[:, :1])
@@ -119,7 +119,7 @@ def test_cached_moments_stand_for_the_frames(diffusion: Diffusion) -> None:
     assert torch.allclose(net.x, seen, rtol=1e-4, atol=1e-5)
 
 
-def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
+def test_signals_are_dropped_a_clip_at_a_time(diffusion: DiffusionObjective) -> None:
     dropping = ConditionerConfig(drop_context=0.5, drop_concat=0.5, drop_scalars={"fps": 0.5})
     conditioner = Conditioner(dropping, diffusion.conditioner.encoder)
     net = Recorder()
@@ -135,7 +135,7 @@ def test_signals_are_dropped_a_clip_at_a_time(diffusion: Diffusion) -> None:
 
 
 @pytest.mark.slow
-def test_one_clip_can_be_overfitted(diffusion: Diffusion) -> None:
+def test_one_clip_can_be_overfitted(diffusion: DiffusionObjective) -> None:
     """The proof that signal and gradient reach every part: the loss falls by more than ten."""
     unet = UNet(replace(SMALL, attention_levels=(True, True), context_width=64))
     num_steps, batch_size = 300, 4
@@ -157,7 +157,7 @@ def test_one_clip_can_be_overfitted(diffusion: Diffusion) -> None:
     assert last < first / 10, f"the loss fell from {first:.3f} to {last:.3f}"
 
 
-def test_still_images_take_the_image_path(diffusion: Diffusion) -> None:
+def test_still_images_take_the_image_path(diffusion: DiffusionObjective) -> None:
     net = Recorder()
     diffusion.loss(net, Batch.of([clip(3), clip(9)]))
     assert net.image_only is None

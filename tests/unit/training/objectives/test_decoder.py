@@ -16,8 +16,13 @@ from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.decoder import build_decoder
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.sample import TINY
-from svd_ds.training.adversary import Adversary
-from svd_ds.training.reconstruction import Reconstruction, ReconstructionConfig, Redecoding, psnr
+from svd_ds.training.objectives.decoder import (
+    DecoderLossConfig,
+    DecoderObjective,
+    ReconstructionPreview,
+    psnr,
+)
+from svd_ds.training.objectives.discriminator import DiscriminatorTrainer
 from tests.videos import moving_square
 
 
@@ -41,10 +46,14 @@ def clips(*ordinals: int, size: int = 32) -> Batch:
     return Batch.of(made)
 
 
-def reconstruction(autoencoder: Autoencoder, perceptual: Any = None, **settings: Any) -> Reconstruction:
-    config = ReconstructionConfig(discriminator_width=4, **settings)
-    adversary = Adversary(4, 1e-3, seed=0, device=torch.device("cpu")) if config.adversarial_weight else None
-    return Reconstruction(config, autoencoder, perceptual, adversary, seed=0)
+def reconstruction(autoencoder: Autoencoder, perceptual: Any = None, **settings: Any) -> DecoderObjective:
+    config = DecoderLossConfig(discriminator_width=4, **settings)
+    adversary = (
+        DiscriminatorTrainer(4, 1e-3, seed=0, device=torch.device("cpu"))
+        if config.adversarial_weight
+        else None
+    )
+    return DecoderObjective(config, autoencoder, perceptual, adversary, seed=0)
 
 
 class Painter:
@@ -158,7 +167,7 @@ def test_a_step_that_is_discarded_leaves_nothing(autoencoder: Autoencoder) -> No
 
 
 def test_a_resumed_adversary_goes_on_bitwise(autoencoder: Autoencoder) -> None:
-    def steps(objective: Reconstruction, numbers: range) -> list[dict[str, float]]:
+    def steps(objective: DecoderObjective, numbers: range) -> list[dict[str, float]]:
         told = []
         for number in numbers:
             objective.loss(Painter(0.1), clips(number))
@@ -186,7 +195,7 @@ def test_previews_are_decoded_from_the_means(autoencoder: Autoencoder) -> None:
     decoder, _ = build_decoder(autoencoder.network)
     batch = clips(0, 1)
     with torch.no_grad():
-        made = Redecoding(autoencoder)(decoder, batch, [0, 1])
+        made = ReconstructionPreview(autoencoder)(decoder, batch, [0, 1])
         latents = posterior(autoencoder.encode(batch.frames_BTCHW.flatten(0, 1) / 127.5 - 1))
         expected = autoencoder.network.decode(latents[2:], num_frames=2).sample
     assert torch.allclose(made[1], expected, atol=1e-5)
@@ -199,6 +208,6 @@ def test_psnr() -> None:
 
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss\.adversarial_weight is -1"):
-        ReconstructionConfig(adversarial_weight=-1)
+        DecoderLossConfig(adversarial_weight=-1)
     with pytest.raises(ValueError, match=r"loss\.perceptual_heads is a, and loss\.perceptual is null"):
-        ReconstructionConfig(perceptual_heads="a")
+        DecoderLossConfig(perceptual_heads="a")

@@ -27,7 +27,7 @@ from svd_ds.small_files import read_yaml
 # May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
 # is; and the guard's bounds, so that a run that it ended can go on. Where its data are as well: the cursor of
 # a checkpoint has the fingerprint of the samples and their weights, and refuses others.
-FREE_KEYS = (
+RESUME_MAY_CHANGE = (
     "code",
     "run.dir",
     "run.steps",
@@ -55,7 +55,7 @@ FREE_KEYS = (
 )
 
 
-MOVABLE = ("frozen.path", "init.from")
+MAY_BE_MOVED = ("frozen.path", "init.from")
 """May differ too, where config.yaml has fingerprints of what stands there: see svd_ds.contents."""
 CONTENTS = "contents."
 YAML_END = "...\n"
@@ -135,17 +135,17 @@ class RunFolder:
             "name another folder with run.dir=..."
         )
 
-    def begun_with(self) -> dict[str, Any] | None:
+    def initial_config(self) -> dict[str, Any] | None:
         """The config that made the folder; None where there is none that can be read."""
         return self._read_config()[0]
 
     def open(
-        self, config: dict[str, Any], step: int, check_still_ours: Callable[[], None] = lambda: None
+        self, config: dict[str, Any], step: int, check_not_fenced: Callable[[], None] = lambda: None
     ) -> list[str]:
         """Make the folder for a start of the run after `step`: the rows of later steps are dropped.
 
         Args:
-            check_still_ours: raises ValueError where another start has taken the folder over, so that its
+            check_not_fenced: raises ValueError where another start has taken the folder over, so that its
                 files are not replaced.
 
         Returns:
@@ -155,7 +155,7 @@ class RunFolder:
             OSError: a file cannot be written; the message names it.
         """
         config = redact_tree(config)
-        check_still_ours()
+        check_not_fenced()
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         damage = []
@@ -168,7 +168,7 @@ class RunFolder:
         for path in (self.config, self.config_copy):
             replace_text(path, text)
         for path in (self.metrics, self.evaluation, self.skipped, self.quarantine):
-            check_still_ours()
+            check_not_fenced()
             damage += self.drop_after(step, path)
         return damage
 
@@ -221,7 +221,11 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, 
     """The first key, of those that must not change, that differs between two configs, and both values."""
     # One that an earlier version has written may have credentials in it.
     theirs, ours = _flat(redact_tree(there)), _flat(here)
-    free = FREE_KEYS + MOVABLE if "contents" in there and "contents" in here else (*FREE_KEYS, "contents")
+    free = (
+        RESUME_MAY_CHANGE + MAY_BE_MOVED
+        if "contents" in there and "contents" in here
+        else (*RESUME_MAY_CHANGE, "contents")
+    )
     for key in sorted(theirs.keys() | ours.keys()):
         if not _is_free(key, free) and theirs.get(key) != ours.get(key):
             return key, theirs.get(key), ours.get(key)

@@ -23,12 +23,12 @@ from svd_ds.diffusion.loss import v_loss
 from svd_ds.diffusion.noise import Noise
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.conditioner import SCALARS, Conditioner
-from svd_ds.training.objective import Objective
+from svd_ds.training.objectives.base import Objective
 from svd_ds.video import from_uint8
 
 
 @dataclass(frozen=True)
-class Known:
+class PreparedBatch:
     """A batch as the loss takes it, all but the noise level chosen."""
 
     x0_BTChw: Tensor
@@ -39,7 +39,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Diffusion(Objective):
+class DiffusionObjective(Objective):
     """Everything that a loss needs besides the network and the batch."""
 
     noise: Noise
@@ -54,16 +54,16 @@ class Diffusion(Objective):
         sigma_B = self.noise.quantile(known.u_B)
         return self.noise.weight(sigma_B).float() * self.errors(net, known, sigma_B).mean(dim=1)
 
-    def errors(self, net: Network, known: Known, sigma_B: Tensor) -> Tensor:
+    def errors(self, net: Network, known: PreparedBatch, sigma_B: Tensor) -> Tensor:
         """Squared error of v by clip and frame, (B, T) float32, at noise levels that the caller chooses."""
         return v_loss(net, known.x0_BTChw, sigma_B, known.noise_BTChw, known.cond)
 
     @torch.no_grad()
-    def prepare(self, batch: Batch) -> Known:
+    def prepare(self, batch: Batch) -> PreparedBatch:
         """Latents, noise and conditions of a batch."""
         frames_BTCHW = from_uint8(batch.frames_BTCHW)
         draws = self._draw(batch)
-        return Known(
+        return PreparedBatch(
             x0_BTChw=self._latents(batch, frames_BTCHW, draws),
             noise_BTChw=draws.noise_BTChw,
             cond=self._condition(batch, frames_BTCHW, draws),

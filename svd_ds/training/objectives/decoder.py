@@ -26,13 +26,13 @@ from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.parallel.collectives import all_reduce_mean
 from svd_ds.settings import Settings, location, number
-from svd_ds.training.adversary import Adversary
-from svd_ds.training.objective import Objective
+from svd_ds.training.objectives.base import Objective
+from svd_ds.training.objectives.discriminator import DiscriminatorTrainer
 from svd_ds.video import from_uint8
 
 
 @dataclass(frozen=True)
-class ReconstructionConfig(Settings, section="loss"):
+class DecoderLossConfig(Settings, section="loss"):
     """Weights of terms are relative to the mean absolute difference of pixels in [-1, 1]."""
 
     perceptual: str | None = location(None)
@@ -54,15 +54,15 @@ class ReconstructionConfig(Settings, section="loss"):
             raise ValueError(f"loss.perceptual_heads is {self.perceptual_heads}, and loss.perceptual is null")
 
 
-class Reconstruction(Objective):
+class DecoderObjective(Objective):
     """The decoder's objective: everything that its loss needs besides the network and the batch."""
 
     def __init__(
         self,
-        config: ReconstructionConfig,
+        config: DecoderLossConfig,
         autoencoder: Autoencoder,
         perceptual: Perceptual | None,
-        adversary: Adversary | None,
+        adversary: DiscriminatorTrainer | None,
         seed: int,
     ) -> None:
         self.config = config
@@ -134,15 +134,22 @@ class Reconstruction(Objective):
         self._clips[name] = self._clips.get(name, 0) + len(values_B)
 
     def _adversarial(
-        self, adversary: Adversary, ordinals: Sequence[int], frames_BTCHW: Tensor, made_BTCHW: Tensor
+        self,
+        adversary: DiscriminatorTrainer,
+        ordinals: Sequence[int],
+        frames_BTCHW: Tensor,
+        made_BTCHW: Tensor,
     ) -> Tensor:
         """The discriminator's term, (B,): 0 for clips that come before it begins."""
         term_B = frames_BTCHW.new_zeros(len(ordinals))
         # By a clip's place in the order: whatever the ranks and micro-batches, it begins at the same clip.
         begun = [row for row, ordinal in enumerate(ordinals) if ordinal >= self.config.adversarial_start]
         if begun:
-            self._note("discriminator", adversary.learn(frames_BTCHW[begun], made_BTCHW[begun]))
-            judged = adversary.judge(made_BTCHW[begun])
+            self._note(
+                "discriminator",
+                adversary.accumulate_discriminator_grads(frames_BTCHW[begun], made_BTCHW[begun]),
+            )
+            judged = adversary.generator_loss(made_BTCHW[begun])
             self._note("adversarial", judged)
             term_B = term_B.index_put((torch.tensor(begun, device=term_B.device),), judged)
         return term_B
@@ -160,7 +167,7 @@ class Reconstruction(Objective):
 
 
 @dataclass(frozen=True)
-class Redecoding:
+class ReconstructionPreview:
     """Renders a clip anew from its own latents, the posterior's means."""
 
     autoencoder: Autoencoder
