@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svd_ds.data import latents, states
-from svd_ds.data.clips import fills, read_frames
+from svd_ds.data import clip_embeddings, latents
+from svd_ds.data.clips import covers, read_frames
 from svd_ds.data.quarantine import REFUSED, Fault, Quarantine, is_out_of_memory, reason_of, refused_lines
 from svd_ds.data.reader import captions_of
 from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
@@ -28,7 +28,7 @@ from svd_ds.model.clip_encoders import ImageEncoder, TextEncoder
 from svd_ds.small_files import read_json
 from svd_ds.video import from_uint8
 
-CACHED = (latents.MEMBER, states.MEMBER)
+CACHED = (latents.MEMBER, clip_embeddings.MEMBER)
 JOB_NAME = "encoding.json"
 """In the folder that is written: what its latents are made of and by."""
 
@@ -41,7 +41,7 @@ class Encoders:
     image: ImageEncoder | None
     text: TextEncoder | None
     origin: latents.Origin
-    states_origin: states.StatesOrigin
+    embeddings_origin: clip_embeddings.EmbeddingsOrigin
 
     @property
     def size(self) -> tuple[int, int]:
@@ -60,7 +60,7 @@ class Encoders:
             if self.text is not None:
                 captions = captions_of(read, sample)
                 texts_LD = dict(zip(captions, self.text(list(captions.values())), strict=True))
-            made[states.MEMBER] = states.pack(image_TD, texts_LD, self.states_origin)
+            made[clip_embeddings.MEMBER] = clip_embeddings.pack(image_TD, texts_LD, self.embeddings_origin)
         return made
 
     def _tokens(self, encoder: ImageEncoder, pixels_TCHW: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _encoded(
             with source.open(sample) as read:
                 contents = {member: read(member) for member in sample.members if member not in CACHED}
                 captions_of(read, sample)  # A sample whose captions cannot be read is one that cannot be.
-                if fills((sample.height, sample.width), encoders.size):
+                if covers((sample.height, sample.width), encoders.size):
                     contents |= encoders.encode(read, sample)
             yield sample.id, contents
         except (OSError, AssertionError):

@@ -55,8 +55,8 @@ def _check_cache(config: RunConfig, loader: Loader, autoencoder: Autoencoder) ->
     part = "text_encoder" if context == "text" else "image_encoder"
     encoder = fingerprint(frozen_folder(config.frozen.path), part)
     for source in loader.sources:
-        assert source.states_origin is not None, "states are read where all have them"
-        if encoder is not None and encoder != (theirs := source.states_origin.encoder(context)):
+        assert source.embeddings_origin is not None, "states are read where all have them"
+        if encoder is not None and encoder != (theirs := source.embeddings_origin.encoder(context)):
             raise ValueError(
                 f"the CLIP states in {source.path} are of the {part} {theirs}, and the one in "
                 f"{config.frozen.path} is {encoder}; tools/encode.py --frozen makes others"

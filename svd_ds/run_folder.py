@@ -48,7 +48,7 @@ RESUME_MAY_CHANGE = (
     "data.num_workers",
     "data.prefetch",
     "data.max_quarantined",
-    "data.stall_seconds",
+    "data.read_timeout_seconds",
     "data.cache",
     "data.cache_gb",
     "frozen.chunk",

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from svd_ds.data.clips import fills
+from svd_ds.data.clip_embeddings import EmbeddingsOrigin
+from svd_ds.data.clips import covers
 from svd_ds.data.latents import MEMBER, Origin
 from svd_ds.data.quarantine import REFUSED, Quarantine
 from svd_ds.data.shards import INDEX_NAME, Index
-from svd_ds.data.states import StatesOrigin
 from svd_ds.door import run_door
 from svd_ds.encoding import (
     Encoders,
@@ -55,14 +55,14 @@ def main() -> None:
     source, faults = loaded.checked(refused)
     if out.resolve() == arguments.shards.resolve():
         raise ValueError(f"{out} cannot be both SHARDS and OUT")
-    num_large = sum(fills((sample.height, sample.width), arguments.size) for sample in source.samples())
+    num_large = sum(covers((sample.height, sample.width), arguments.size) for sample in source.samples())
     if not num_large:
         height, width = arguments.size
         raise ValueError(
             f"none of the {len(source)} samples in {arguments.shards} fills {height}x{width} pixels"
         )
     encoders = load_encoders(arguments)
-    origins = asdict(encoders.origin) | asdict(encoders.states_origin)
+    origins = asdict(encoders.origin) | asdict(encoders.embeddings_origin)
     job = {"source": source.fingerprint, **origins, "precision": arguments.precision}
     begin(out, job, arguments.overwrite)
     if not (out / INDEX_NAME).exists():
@@ -112,7 +112,7 @@ def load_encoders(arguments: argparse.Namespace) -> Encoders:
         image=ImageEncoder.load(folder, arguments.device, dtype) if image_of else None,
         text=TextEncoder.load(folder, arguments.device, dtype) if text_of else None,
         origin=Origin(*arguments.size, autoencoder.fingerprint()),
-        states_origin=StatesOrigin(*arguments.size, image_of, text_of),
+        embeddings_origin=EmbeddingsOrigin(*arguments.size, image_of, text_of),
     )
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from svd_ds.curate.flow import motion_of_video
+from svd_ds.data.external_shards import DROPPED, NO_CAPTION, NOT_UTF8, OF_SEVERAL
 from svd_ds.data.folders import INDEX_NAME
-from svd_ds.data.foreign import DROPPED, NO_CAPTION, NOT_UTF8, OF_SEVERAL
 from svd_ds.data.indexing import Found, index_folder
 from svd_ds.data.quarantine import REFUSED
 from svd_ds.data.sidecar import clean_text

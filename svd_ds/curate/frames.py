@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from av.video.frame import VideoFrame
 
-from svd_ds.data.clips import Box, fit
+from svd_ds.data.clips import Box, resize_crop
 from svd_ds.data.decoding import shown_stream
 from svd_ds.pixels.container import open_container
 from svd_ds.pixels.frame import is_turned, progressive, to_rgb
@@ -112,4 +112,4 @@ def resized(frame_HWC: torch.Tensor, pixel_aspect: Fraction, size: int) -> np.nd
     shown = (float(height), float(width * pixel_aspect))
     scale = min(1.0, size / min(shown)) if size else 1.0
     new_height, new_width = (max(2, 2 * round(side * scale / 2)) for side in shown)
-    return fit(frame_HWC, Box(0, 0, height, width), new_height, new_width).contiguous().numpy()
+    return resize_crop(frame_HWC, Box(0, 0, height, width), new_height, new_width).contiguous().numpy()

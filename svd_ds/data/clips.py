@@ -92,7 +92,7 @@ class Box:
         )
 
 
-def fit(frame_HWC: Tensor, box: Box, height: int, width: int, flip: bool = False) -> Tensor:
+def resize_crop(frame_HWC: Tensor, box: Box, height: int, width: int, flip: bool = False) -> Tensor:
     """The pixels of `box`, resized with antialiasing to (height, width, 3); uint8 in and out."""
     window_HWC = frame_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
     # The strides of this axis of one tell torch that channels are last: it resizes without copies.
@@ -102,7 +102,7 @@ def fit(frame_HWC: Tensor, box: Box, height: int, width: int, flip: bool = False
     return resized_HWC.flip(1) if flip else resized_HWC
 
 
-def fills(frame: tuple[int, int], wanted: tuple[int, int]) -> bool:
+def covers(frame: tuple[int, int], wanted: tuple[int, int]) -> bool:
     """Is a frame large enough to be reduced to `wanted` rather than enlarged? Both (H, W)."""
     box = Box.largest(frame, wanted)
     return box.height >= wanted[0] and box.width >= wanted[1]
@@ -117,7 +117,7 @@ def read_frames(
     flip: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """Some frames of a file held in memory, uint8 (T, 3, H, W): see `decode`, `Box.largest` and `fit`.
+    """Some frames of a file held in memory, uint8 (T, 3, H, W): see `decode`, `Box.largest` and `resize_crop`.
 
     Channels are last in memory, as decoders and resizers have them; a batch and its device keep them so.
     Raises ValueError if the file cannot be decoded or ends too early, or if its frames are too large, or so
@@ -127,11 +127,11 @@ def read_frames(
     for frame in decode(content, wanted, max_pixels):
         frame_HWC = to_rgb(frame)
         height, width = frame_HWC.shape[:2]
-        if not fills((height, width), size):
+        if not covers((height, width), size):
             raise ValueError(
                 f"its frames have {height} x {width} pixels, and do not fill {size[0]} x {size[1]}"
             )
-        frames.append(fit(frame_HWC, Box.largest((height, width), size, top, left), *size, flip))
+        frames.append(resize_crop(frame_HWC, Box.largest((height, width), size, top, left), *size, flip))
     return torch.stack(frames).permute(0, 3, 1, 2)
 
 

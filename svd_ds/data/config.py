@@ -69,7 +69,7 @@ class DataConfig(Settings, section="data"):
     """Share of the samples that may turn out unreadable: each is replaced by the next. Beyond it the run
     stops."""
     # A day: no clock of the system waits for ever, and no file system is waited for that long.
-    stall_seconds: float = number(600.0, above=0, most=86_400)
+    read_timeout_seconds: float = number(600.0, above=0, most=86_400)
     """A read, or the fetching of a remote shard, that takes longer ends the run: the file system hangs."""
     cache: str | None = location(None)
     """Local folder that remote shards are fetched to, in a sub-folder svd_ds-cache; needed where a path is a

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from stat import S_ISREG
 
+from svd_ds.data.external_shards import Motion, Probed, samples_in
 from svd_ds.data.folders import INDEX_NAME
-from svd_ds.data.foreign import Motion, Probed, samples_in
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import REFUSED, Fault, reason_of, refused_lines
 from svd_ds.data.sample import Sample, Shard, check_local_name, parse_sample

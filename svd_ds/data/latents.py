@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from svd_ds.data import tensors
-from svd_ds.data.tensors import TensorFile
+from svd_ds.data import cached_tensors
+from svd_ds.data.cached_tensors import TensorFile
 
 MEMBER = "latents.safetensors"
 """Extension of a sample's latents."""
@@ -55,7 +55,7 @@ def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: Origin) -> bytes:
         "frames": torch.from_numpy(joined),
         "frame_ends": torch.tensor([len(jpeg) for jpeg in jpegs]).cumsum(0),
     }
-    packed = tensors.pack(stored, asdict(origin))
+    packed = cached_tensors.pack(stored, asdict(origin))
     check_moments(moments_TMhw)
     return packed
 

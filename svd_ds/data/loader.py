@@ -35,7 +35,7 @@ from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.data.reader import Reader, UnreadableError
 from svd_ds.data.sample import Sample
 from svd_ds.data.schedule import MicroBatch, Schedule
-from svd_ds.data.sources import open_source
+from svd_ds.data.sources import open_dataset
 from svd_ds.door import USER_ERRORS, of_its_kind
 
 
@@ -76,7 +76,7 @@ class Loader:
                     f"clips a micro-batch = {world * micro}"
                 )
         self.sources = [
-            open_source(path, weight, config, open_folder(path, config.cache, config.cache_gb, open_url))
+            open_dataset(path, weight, config, open_folder(path, config.cache, config.cache_gb, open_url))
             for path, weight in config.sets.items()
         ]
         check_cache([source.files for source in self.sources], SHARDS_PER_WINDOW, config.cache_gb)
@@ -98,7 +98,7 @@ class Loader:
         self.quarantine.add(self._faults)
         self._unreadable: dict[tuple[int, int, int], Fault] = {}
         """(bucket, source, number) of the samples that this process has found damaged: each is tried once."""
-        self.context = context if context and self._has_states(context) else None
+        self.context = context if context and self._has_embeddings(context) else None
         weights = [source.weight for source in self.sources]
         sizes = [[index.shard_sizes for index in indices] for indices in buckets]
         self._schedule = Schedule(sizes, weights, self.micro_batches, seed, global_batch)
@@ -185,9 +185,9 @@ class Loader:
                 return None
         return None
 
-    def _has_states(self, context: str) -> bool:
+    def _has_embeddings(self, context: str) -> bool:
         """Whether every data set has them, all of one encoder."""
-        origins = [source.states_origin for source in self.sources]
+        origins = [source.embeddings_origin for source in self.sources]
         encoders = {None if origin is None else origin.encoder(context) for origin in origins}
         return len(encoders) == 1 and None not in encoders
 

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Clip
-from svd_ds.data import latents, states
+from svd_ds.data import clip_embeddings, latents
+from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.clips import ClipDraws, Timing, choose_captioner, read_frames
 from svd_ds.data.config import DataConfig, Shape
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault, is_out_of_memory
+from svd_ds.data.read_timeout import with_timeout
 from svd_ds.data.sample import Sample
 from svd_ds.data.shards import Index, ReadMember
 from svd_ds.data.sidecar import DEFAULT_CAPTIONER, captions_in, parse_json, text_in
-from svd_ds.data.sources import Source
-from svd_ds.data.stall import in_time
-from svd_ds.data.tensors import TensorFile
+from svd_ds.data.sources import DatasetSource
 from svd_ds.door import USER_ERRORS, may_pass
 
 SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
@@ -51,7 +51,7 @@ class Reader:
 
     config: DataConfig
     shape: Shape
-    source: Source
+    source: DatasetSource
     index: Index
     """The source's samples of that shape."""
     motion_map: MotionMap
@@ -65,12 +65,12 @@ class Reader:
     def read(self, number: int, ordinal: int) -> Clip:
         """Sample `number` as the run's `ordinal`-th clip.
 
-        Raises UnreadableError where it cannot be read, StalledError where that takes too long.
+        Raises UnreadableError where it cannot be read, ReadTimeoutError where that takes too long.
         """
         shard = self.index.shard_of(number)
-        seconds = self.config.stall_seconds
-        hung = f"a read of {shard} has hung for data.stall_seconds={seconds:g}"
-        take = in_time(lambda: self._take(number, ordinal), seconds, hung)
+        seconds = self.config.read_timeout_seconds
+        hung = f"a read of {shard} has hung for data.read_timeout_seconds={seconds:g}"
+        take = with_timeout(lambda: self._take(number, ordinal), seconds, hung)
         with _faults_of(take.clip.id, shard):
             return take.clip if take.media is None else self._decode(take, take.media)
 
@@ -122,12 +122,12 @@ class Reader:
     def _context(self, read: ReadMember, wanted: range, captioner: str) -> Tensor | None:
         if self.context is None:
             return None
-        file = TensorFile(partial(read, states.MEMBER), states.MEMBER)
-        if (other := states.read_origin(file)) != (ours := self.source.states_origin):
+        file = TensorFile(partial(read, clip_embeddings.MEMBER), clip_embeddings.MEMBER)
+        if (other := clip_embeddings.read_origin(file)) != (ours := self.source.embeddings_origin):
             raise ValueError(f"its states are {other}, and the first sample's {ours}")
-        ours_shape = self.source.states_shapes[self.context]
-        _check_shape("states", states.shape_of(file, self.context), ours_shape)
-        found_LD = states.read(file, self.context, wanted, captioner)
+        ours_shape = self.source.embeddings_shapes[self.context]
+        _check_shape("states", clip_embeddings.shape_of(file, self.context), ours_shape)
+        found_LD = clip_embeddings.read(file, self.context, wanted, captioner)
         if self.context == "text":  # Each caption has states of its own.
             _check_shape("states", tuple(found_LD.shape), ours_shape)
         return found_LD

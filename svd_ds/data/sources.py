@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from svd_ds.data import latents, states
-from svd_ds.data.clips import fills
+from svd_ds.data import clip_embeddings, latents
+from svd_ds.data.cached_tensors import TensorFile
+from svd_ds.data.clips import covers
 from svd_ds.data.config import DataConfig, Shape
 from svd_ds.data.filters import satisfies
 from svd_ds.data.folders import INDEX_NAME, Folder
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.data.read_timeout import with_timeout
 from svd_ds.data.sample import Sample, Shard
 from svd_ds.data.shards import Index
-from svd_ds.data.stall import in_time
-from svd_ds.data.tensors import TensorFile
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """One data set of a run."""
 
     path: str
@@ -38,10 +38,10 @@ class Source:
     """None: every frame is decoded."""
     latents_shape: tuple[int, ...]
     """(M, h, w) of the moments; the first sample's, which those of all must have to make a batch."""
-    states_origin: states.StatesOrigin | None
-    """None where a sample that counts has no CLIP states."""
-    states_shapes: dict[str, tuple[int, ...]]
-    """Context -> shape of its states, as `states.shape_of`; the first sample's."""
+    embeddings_origin: clip_embeddings.EmbeddingsOrigin | None
+    """None where a sample that counts has no CLIP clip_embeddings."""
+    embeddings_shapes: dict[str, tuple[int, ...]]
+    """Context -> shape of its clip_embeddings, as `clip_embeddings.shape_of`; the first sample's."""
 
     @property
     def motion_map(self) -> MotionMap:
@@ -55,11 +55,11 @@ class Source:
         return sum(map(len, self.buckets))
 
 
-def open_source(path: str, weight: float, config: DataConfig, folder: Folder) -> Source:
+def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -> DatasetSource:
     """Raises ValueError or OSError, in one sentence, where `folder` is no data set, has no sample to draw, or
     has not the latents that are to be read."""
-    hung = f"reading {folder.name(INDEX_NAME)} has hung for data.stall_seconds={config.stall_seconds:g}"
-    loaded = in_time(lambda: Index.load(folder), config.stall_seconds, hung)
+    hung = f"reading {folder.name(INDEX_NAME)} has hung for data.read_timeout_seconds={config.read_timeout_seconds:g}"
+    loaded = with_timeout(lambda: Index.load(folder), config.read_timeout_seconds, hung)
     everything, faults = loaded.checked(Quarantine(config.max_quarantined, len(loaded)))
     selection = satisfies(config.where, everything)
     chosen = everything.keep(selection) if config.where else everything
@@ -74,8 +74,8 @@ def open_source(path: str, weight: float, config: DataConfig, folder: Folder) ->
             f"none of the {len(chosen)} samples in {path} has {_wanted(shapes)}: {_largest(chosen)}"
         )
     origin, latents_shape = _latents_of(path, buckets, shapes) if config.latents else (None, ())
-    states_origin, states_shapes = _states_of(buckets, config)
-    return Source(
+    embeddings_origin, embeddings_shapes = _embeddings_of(buckets, config)
+    return DatasetSource(
         path=path,
         weight=weight,
         buckets=tuple(buckets),
@@ -84,8 +84,8 @@ def open_source(path: str, weight: float, config: DataConfig, folder: Folder) ->
         notes=selection.notes,
         latents_origin=origin,
         latents_shape=latents_shape,
-        states_origin=states_origin,
-        states_shapes=states_shapes,
+        embeddings_origin=embeddings_origin,
+        embeddings_shapes=embeddings_shapes,
     )
 
 
@@ -98,7 +98,7 @@ def bucket_of(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -> in
     best: tuple[tuple[bool, float, int, int], int] | None = None
     for number, shape in enumerate(shapes):
         long = sample.num_frames >= shape.num_frames or (sample.num_frames == 1 and config.image_share > 0)
-        if not long or not fills((sample.height, sample.width), (shape.height, shape.width)):
+        if not long or not covers((sample.height, sample.width), (shape.height, shape.width)):
             continue
         stretch = math.log(sample.height * shape.width / (sample.width * shape.height))
         # Rounded: shapes of one aspect differ by some pixels, as sides are multiples.
@@ -139,22 +139,24 @@ def _latents_of(
     return origin, shape_Mhw
 
 
-def _states_of(
+def _embeddings_of(
     buckets: Sequence[Index], config: DataConfig
-) -> tuple[states.StatesOrigin | None, dict[str, tuple[int, ...]]]:
+) -> tuple[clip_embeddings.EmbeddingsOrigin | None, dict[str, tuple[int, ...]]]:
     """What the CLIP states were made of, where every sample has them, of the frames that are read; and their
     shape for each context."""
     if config.crop != "center" or config.flip:
         return None, {}
     for index in buckets:
-        if not all(states.MEMBER in sample.members for sample in index.samples()):
+        if not all(clip_embeddings.MEMBER in sample.members for sample in index.samples()):
             return None, {}
     index = next(index for index in buckets if len(index))
     try:
         with index.open(index.sample(0)) as read:
-            file = TensorFile(partial(read, states.MEMBER), states.MEMBER)
-            origin = states.read_origin(file)
-            of_context = {context: states.shape_of(file, context) for context in ("image", "ends", "text")}
+            file = TensorFile(partial(read, clip_embeddings.MEMBER), clip_embeddings.MEMBER)
+            origin = clip_embeddings.read_origin(file)
+            of_context = {
+                context: clip_embeddings.shape_of(file, context) for context in ("image", "ends", "text")
+            }
     except ValueError:
         return None, {}
     used = [shape for index, shape in zip(buckets, config.shapes, strict=True) if len(index)]

@@ -27,7 +27,7 @@ from svd_ds.compose import compose
 from svd_ds.curate import craft, embed
 from svd_ds.curate.media import encode_still
 from svd_ds.curate.select import Clip
-from svd_ds.data.foreign import Probed, samples_in
+from svd_ds.data.external_shards import Probed, samples_in
 from svd_ds.data.quarantine import Fault
 from svd_ds.door import print_error, print_line
 from svd_ds.evaluation.data_card import write_card

@@ -112,7 +112,7 @@ def test_no_text_is_empty(tree: DictConfig, setting: Setting) -> None:
             r"batch.size is 1180\d+: it must be at least 1 and at most 1048576",
         ),
         ("data.num_workers", 257, "data.num_workers is 257: it must be at least 0 and at most 256"),
-        ("data.stall_seconds", math.inf, "data.stall_seconds is inf: it must be finite"),
+        ("data.read_timeout_seconds", math.inf, "data.read_timeout_seconds is inf: it must be finite"),
         ("data.mixture", {"a": 1, "b": -2}, "data.mixture.b is -2.0: it must be at least 0"),
         ("data.caption_weights", {"coca": math.nan}, "data.caption_weights.coca is nan: it must be finite"),
         ("data.buckets", {"6x128x160": 0}, "data.buckets.6x128x160 is 0: it must be at least 1"),

@@ -18,8 +18,8 @@ from svd_ds.data.clips import (
     ClipDraws,
     Timing,
     choose_captioner,
-    fit,
     read_frames,
+    resize_crop,
 )
 from svd_ds.data.decoding import decode
 from svd_ds.pixels.container import PADDING
@@ -153,10 +153,10 @@ def test_box_is_placed() -> None:
 def test_fit_is_antialiased_like_pillow() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, 160, 3)).astype(np.uint8)
     frame = torch.from_numpy(pixels)
-    ours = fit(frame, Box(10, 20, 64, 96), 16, 24)
+    ours = resize_crop(frame, Box(10, 20, 64, 96), 16, 24)
     theirs = Image.fromarray(pixels[10:74, 20:116]).resize((24, 16), Image.Resampling.BICUBIC)
     assert np.abs(ours.numpy().astype(int) - np.asarray(theirs).astype(int)).max() <= 1
-    assert torch.equal(fit(frame, Box(10, 20, 64, 96), 16, 24, flip=True), ours.flip(1))
+    assert torch.equal(resize_crop(frame, Box(10, 20, 64, 96), 16, 24, flip=True), ours.flip(1))
 
 
 def test_frames_are_those_of_a_plain_loop_cropped_and_resized() -> None:

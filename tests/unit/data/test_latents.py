@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER, Origin, pack, read_frames, read_moments, read_origin
 from svd_ds.data.loader import Loader
-from svd_ds.data.tensors import TensorFile
 from svd_ds.data.writer import ShardWriter
 from tests.videos import about, counting, encode
 

@@ -73,7 +73,7 @@ def test_a_set_of_nothing_readable_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_read_that_hangs_ends_the_run_with_its_shard(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, [3], {})
-    config = DataConfig(str(tmp_path), 1, 8, 8, stall_seconds=0.3, num_workers=num_workers)
+    config = DataConfig(str(tmp_path), 1, 8, 8, read_timeout_seconds=0.3, num_workers=num_workers)
     loader = Loader(config, 0, 0, 1, 2, 2)
     # Opening a pipe that nobody writes to waits for ever, as a file of a dead server does.
     (tmp_path / "shard-00000.tar").unlink()

@@ -241,9 +241,9 @@ def test_a_small_cache_fetches_the_index_once(tmp_path: Path) -> None:
 
 
 def test_an_index_whose_fetch_hangs_ends_the_run(tmp_path: Path) -> None:
-    told = r"^reading pipe:sleep 5 #/index\.jsonl has hung for data\.stall_seconds=0\.2$"
+    told = r"^reading pipe:sleep 5 #/index\.jsonl has hung for data\.read_timeout_seconds=0\.2$"
     with pytest.raises(OSError, match=told):
-        ids("pipe:sleep 5 #", tmp_path, stall_seconds=0.2)
+        ids("pipe:sleep 5 #", tmp_path, read_timeout_seconds=0.2)
 
 
 def test_an_index_that_another_run_fetches_later_does_not_disturb(shards: Path, tmp_path: Path) -> None:

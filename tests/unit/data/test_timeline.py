@@ -11,9 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from svd_ds.data import foreign
+from svd_ds.data import external_shards
 from svd_ds.data.decoding import decode, open_video
-from svd_ds.data.foreign import measure
+from svd_ds.data.external_shards import measure
 from svd_ds.data.timeline import clock_of, read_timeline
 from svd_ds.pixels.frame import to_rgb
 from tests.videos import counting, encode, hide
@@ -176,7 +176,7 @@ def test_a_broken_clock_is_refused() -> None:
 
 def test_a_change_of_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [av.VideoFrame(64, 32, "rgb24"), av.VideoFrame(32, 64, "rgb24")]
-    monkeypatch.setattr(foreign, "decode", lambda *_: iter(frames))
+    monkeypatch.setattr(external_shards, "decode", lambda *_: iter(frames))
     with pytest.raises(ValueError, match="its size changes from 64x32 to 32x64"):
         measure(encode(counting(8)), False)
 

@@ -14,7 +14,7 @@ import pytest
 from svd_ds.curate.clips import ClipSettings
 from svd_ds.data.clips import read_frames
 from svd_ds.data.decoding import decode
-from svd_ds.data.foreign import measure
+from svd_ds.data.external_shards import measure
 from svd_ds.pixels.frame import is_plain, is_turned, progressive, to_rgb
 from tests.curation import known_of
 from tests.videos import encode

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from svd_ds.data import states
+from svd_ds.data import clip_embeddings
+from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER, Origin, read_origin
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index, Sample
-from svd_ds.data.tensors import TensorFile
 from svd_ds.data.writer import ShardWriter
 from svd_ds.diffusion.noise import NoiseConfig, build_noise
 from svd_ds.model.autoencoder import Autoencoder
@@ -177,7 +177,9 @@ def test_samples_that_cannot_be_encoded_are_left_out_and_listed(encode: Encode, 
 
 def test_clip_is_left_out_on_demand(encode: Encode, shards: Path, tmp_path: Path) -> None:
     assert encode(shards, tmp_path / "out", "--size", SIZE, "--no-clip")[0] == 0
-    assert not any(states.MEMBER in sample.members for sample in Index.load(tmp_path / "out").samples())
+    assert not any(
+        clip_embeddings.MEMBER in sample.members for sample in Index.load(tmp_path / "out").samples()
+    )
 
 
 def test_a_start_after_an_interruption_goes_on_with_the_unfinished_shard(

@@ -15,8 +15,8 @@ from typing import Any
 import av
 import pytest
 
-from svd_ds.data import foreign
-from svd_ds.data.foreign import NO_CAPTION, NOT_UTF8, OF_SEVERAL, Probed, choose_media, samples_in
+from svd_ds.data import external_shards
+from svd_ds.data.external_shards import NO_CAPTION, NOT_UTF8, OF_SEVERAL, Probed, choose_media, samples_in
 from svd_ds.data.indexing import index_folder
 from svd_ds.data.quarantine import Fault
 from svd_ds.data.reader import captions_of
@@ -152,14 +152,14 @@ def test_annotations_of_several_jsons_are_merged(probe: Callable) -> None:
 def test_any_error_of_a_sample_is_its_refusal(
     probe: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    real = foreign.measure
+    real = external_shards.measure
 
     def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
         if content == b"bad":
             raise error
         return real(content, still)
 
-    monkeypatch.setattr(foreign, "measure", measure)
+    monkeypatch.setattr(external_shards, "measure", measure)
     found, (fault,) = probe([("0.png", b"bad"), ("1.png", IMAGE)])
     assert list(found) == ["a-1"] and fault.id == "a-0"
     assert type(error).__name__ in fault.cause or "cannot be decoded" in fault.cause
@@ -171,7 +171,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_sample(
     def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(foreign, "measure", measure)
+    monkeypatch.setattr(external_shards, "measure", measure)
     with pytest.raises(MemoryError, match=r"memory ran out while a\.tar was read"):
         probe([("0.png", IMAGE)])
 
@@ -224,7 +224,7 @@ def test_compressed_tars_are_told(tmp_path: Path, suffix: str) -> None:
 def test_long_videos_that_do_not_say_when_frames_are_shown_are_refused(
     probe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign, "MAX_COUNTED", 10)
+    monkeypatch.setattr(external_shards, "MAX_COUNTED", 10)
     with_b_frames = encode(counting(12), suffix="avi", options={"bf": "2"})
     without = encode(counting(12), suffix="avi", options={"bf": "0"})
     found, (fault,) = probe([("0.avi", with_b_frames), ("1.avi", without)])

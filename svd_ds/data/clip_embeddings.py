@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from svd_ds.data import tensors
-from svd_ds.data.tensors import TensorFile
+from svd_ds.data import cached_tensors
+from svd_ds.data.cached_tensors import TensorFile
 
 MEMBER = "clip.safetensors"
 """Extension of a sample's states."""
 
 
 @dataclass(frozen=True)
-class StatesOrigin:
+class EmbeddingsOrigin:
     """What the states were made of and by."""
 
     height: int
@@ -36,17 +36,17 @@ class StatesOrigin:
         return self.text_encoder if context == "text" else self.image_encoder
 
 
-def pack(image_TD: Tensor | None, texts_LD: Mapping[str, Tensor], origin: StatesOrigin) -> bytes:
+def pack(image_TD: Tensor | None, texts_LD: Mapping[str, Tensor], origin: EmbeddingsOrigin) -> bytes:
     """The file's bytes; states are rounded to float16. ValueError for states that are not finite then."""
     images = {} if image_TD is None else {"image": image_TD}
     texts = {f"text/{captioner}": states_LD for captioner, states_LD in texts_LD.items()}
-    return tensors.pack(images | texts, asdict(origin))
+    return cached_tensors.pack(images | texts, asdict(origin))
 
 
-def read_origin(file: TensorFile) -> StatesOrigin:
+def read_origin(file: TensorFile) -> EmbeddingsOrigin:
     """Raises ValueError where the file is not of `pack`."""
     try:
-        return StatesOrigin(**file.origin)
+        return EmbeddingsOrigin(**file.origin)
     except TypeError as error:
         raise ValueError(f"its {MEMBER} does not say what it was made of") from error
 

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-class StalledError(OSError):
+class ReadTimeoutError(OSError):
     """A read that took too long: no fault of what was read."""
 
 
-def in_time(action: Callable[[], Result], seconds: float, sentence: str) -> Result:
+def with_timeout(action: Callable[[], Result], seconds: float, sentence: str) -> Result:
     """Run `action` with a time limit.
 
     A read that hangs cannot be interrupted: its thread is abandoned.
@@ -27,14 +27,14 @@ def in_time(action: Callable[[], Result], seconds: float, sentence: str) -> Resu
         sentence: the message where it is exceeded.
 
     Raises:
-        StalledError: `action` did not return within `seconds`.
+        ReadTimeoutError: `action` did not return within `seconds`.
         Exception: whatever `action` raises.
     """
     result: Future[Result] = Future()
     _tasks_of(os.getpid()).put((action, result))
     if not wait([result], seconds).done:
         _tasks_of.cache_clear()
-        raise StalledError(sentence)
+        raise ReadTimeoutError(sentence)
     return result.result()
 
 
