@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch
+from svd_ds.checks import check_config_fits, check_elevation, check_scalars, check_trainable
 from svd_ds.config import RunConfig
 from svd_ds.contents import contents_of
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
-from svd_ds.fit import check_elevation, check_fit, check_learns, check_scalars
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.parallel.collectives import broadcast_from_rank0
@@ -113,7 +113,7 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
         else:
             conditioner = Conditioner.load(config.conditioning, frozen, env.device, dtype)
     weights = None if resume else _initial_weights(config)
-    check_fit(config, loader, autoencoder, conditioner)
+    check_config_fits(config, loader, autoencoder, conditioner)
     return Inputs(
         folder=folder,
         contents=contents,
@@ -134,7 +134,7 @@ def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
     """Those that the stage before hands over. ValueError in words where this one cannot go on from it."""
     if config.init.source is None:
         if config.task == "unet":
-            check_learns(config, dict.fromkeys(TAGS, "begin at random, for init.from is null"))
+            check_trainable(config, dict.fromkeys(TAGS, "begin at random, for init.from is null"))
         return None
     path = Path(config.init.source)
     source = open_weights(path, config.init.which)
@@ -142,10 +142,10 @@ def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
     check_scalars(config, path, source.config.num_scalars)
     network = network_parameters(config.model, source.lora)
     begins = f"begin at random, for {path} lacks {len(new)} tensors"
-    check_learns(config, {network[name].tag: begins for name in new})
+    check_trainable(config, {network[name].tag: begins for name in new})
     if (theirs := source.config.in_channels) < (ours := config.model.in_channels):
         zero = f"ignore what is new, for {path} has {theirs} input channels and model.in_channels is {ours}"
-        check_learns(config, {"spatial": zero})
+        check_trainable(config, {"spatial": zero})
     return source.tensors(config.model, merge=True)
 
 

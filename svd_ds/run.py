@@ -146,7 +146,7 @@ def _say_at_once(text: str) -> None:
 def _previews(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Previews:
     return Previews(
         inputs.preview_clips,
-        task.render,
+        task.preview_fn,
         task.measures,
         config.sampling.fps,
         inputs.folder,
@@ -240,7 +240,7 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
         gradient_clip=config.optim.gradient_clip,
     )
     torch.manual_seed(config.run.seed)
-    with Engine.sharded_init(zero, mpu) if task.in_shards else nullcontext():
+    with Engine.sharded_init(zero, mpu) if task.init_sharded else nullcontext():
         network = task.build()
     apply_recompute(network, network.blocks(), config.recompute)
     return Engine(
@@ -258,7 +258,7 @@ def _optimizer_groups(config: RunConfig, network: UNet | Decoder, task: Task) ->
     with torch.device("meta"):
         # Parameters of the sharded network have no shape of their own any more.
         shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
-    tags = {name: tag for name, tag in parameter_tags(network).items() if task.learns(name)}
+    tags = {name: tag for name, tag in parameter_tags(network).items() if task.is_trainable(name)}
     parameters = dict(network.named_parameters())
     return [
         {

@@ -37,16 +37,16 @@ class Task:
 
     build: Callable[[], UNet | Decoder]
     """Makes the network with all that is put on it."""
-    in_shards: bool
+    init_sharded: bool
     """Whether it can be made in shards. If not, each rank makes all of it before it is cut up."""
-    learns: Callable[[str], bool]
+    is_trainable: Callable[[str], bool]
     """Whether the parameter of a name may learn; its tag's rate decides further."""
     weights: Iterator[tuple[str, Tensor]] | None
     """To begin with; None leaves them to chance, or to the checkpoint."""
     settings: Settings
     """What a checkpoint says of the network."""
     objective: Objective
-    render: PreviewFn
+    preview_fn: PreviewFn
     """Makes the previews."""
     measures: PreviewMetrics
     """Of the previews."""
@@ -75,8 +75,8 @@ def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     adapters = {"lora.json": asdict(config.lora)} if config.lora.rank else {}
     return Task(
         build=build,
-        in_shards=True,
-        learns=is_adapter if config.lora.rank else lambda name: True,
+        init_sharded=True,
+        is_trainable=is_adapter if config.lora.rank else lambda name: True,
         weights=inputs.weights,
         settings={"config.json": asdict(config.model), **adapters},
         objective=DiffusionObjective(
@@ -86,7 +86,7 @@ def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
             conditioner=inputs.conditioner,
             seed=config.run.seed,
         ),
-        render=SamplingPreview(config.sampling, inputs.autoencoder, inputs.conditioner),
+        preview_fn=SamplingPreview(config.sampling, inputs.autoencoder, inputs.conditioner),
         measures={},
     )
 
@@ -118,12 +118,12 @@ def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     return Task(
         build=lambda: Decoder(shape),
         # diffusers' AlphaBlender calls torch.Tensor([value]): inside DeepSpeed's zero.Init that is a size.
-        in_shards=False,
-        learns=lambda name: True,
+        init_sharded=False,
+        is_trainable=lambda name: True,
         weights=weights,
         settings={"config.json": asdict(shape)},
         objective=DecoderObjective(loss, inputs.autoencoder, perceptual, adversary, config.run.seed),
-        render=ReconstructionPreview(inputs.autoencoder),
+        preview_fn=ReconstructionPreview(inputs.autoencoder),
         measures={"psnr": psnr},
         notes=tuple(notes),
     )

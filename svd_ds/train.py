@@ -19,9 +19,9 @@ import hydra
 
 from svd_ds import compose
 from svd_ds.allocator import keep_freed_memory
+from svd_ds.cli import USER_ERRORS, mask_tracebacks, print_error, wants_traceback
 from svd_ds.command_line import CONF, PRIMARY, VERSION_BASE
 from svd_ds.credentials import redact
-from svd_ds.door import USER_ERRORS, mask_tracebacks, print_error, wants_traceback
 from svd_ds.jobs.rank_session import RankSession
 from svd_ds.parallel.env import Env, start_time
 from svd_ds.run_folder import RunFolder

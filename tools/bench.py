@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from svd_ds.allocator import keep_freed_memory
-from svd_ds.door import run_door
+from svd_ds.cli import run_cli
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 
@@ -129,4 +129,4 @@ def describe_machine(device: torch.device, peaks: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -12,9 +12,9 @@ from pathlib import Path
 from bench_contestant import synchronize
 
 from svd_ds.allocator import keep_freed_memory
+from svd_ds.cli import run_cli
 from svd_ds.compose import compose
 from svd_ds.config import RunConfig
-from svd_ds.door import run_door
 from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import broadcast_from_rank0
@@ -147,4 +147,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from svd_ds.door import run_door
+from svd_ds.cli import run_cli
 from svd_ds.fsync_io import fsync_path
 from svd_ds.training import draft as drafts
 from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, damage_of, digest_of, read_manifest
@@ -189,4 +189,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

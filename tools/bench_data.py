@@ -15,13 +15,13 @@ import av
 import torch
 
 from svd_ds.allocator import keep_freed_memory
+from svd_ds.cli import run_cli
 from svd_ds.data.clips import ClipDraws, Timing
 from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER
 from svd_ds.data.loader import Loader
 from svd_ds.data.schedule import Schedule
 from svd_ds.data.shards import Index
-from svd_ds.door import run_door
 
 EXAMPLE = """example:
   python tools/encode.py data/mine data/mine-latents --size 320x576
@@ -126,4 +126,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

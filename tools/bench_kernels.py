@@ -8,7 +8,7 @@ import torch
 from bench_cases import add_case_options, read_cases
 from bench_ways import compare
 
-from svd_ds.door import run_door
+from svd_ds.cli import run_cli
 from svd_ds.model.layers import choose_kernels
 from svd_ds.model.ops.fused import triton_installed
 from svd_ds.model.unet import UNet, UNetConfig
@@ -49,4 +49,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -9,7 +9,7 @@ from bench_cases import add_case_options, read_cases
 from bench_ways import compare
 
 from svd_ds.allocator import keep_freed_memory
-from svd_ds.door import run_door
+from svd_ds.cli import run_cli
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.recompute import POLICIES, apply_recompute
 
@@ -45,4 +45,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

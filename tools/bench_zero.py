@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from svd_ds.allocator import keep_freed_memory
-from svd_ds.door import run_door
+from svd_ds.cli import run_cli
 from svd_ds.model.unet import UNet
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.engine import Engine
@@ -136,4 +136,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

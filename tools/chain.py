@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from svd_ds.cli import run_cli
 from svd_ds.compose import compose
-from svd_ds.door import run_door
 from svd_ds.parallel.env import Env
 
 EXAMPLE = """examples:
@@ -91,4 +91,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

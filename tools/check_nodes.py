@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from svd_ds.door import run_door
+from svd_ds.cli import run_cli
 from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
 from svd_ds.jobs.slurm import Job
 
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

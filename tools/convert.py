@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from svd_ds.door import print_line, run_door
+from svd_ds.cli import print_line, run_cli
 from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.decoder import load_decoder, save_pipeline_parts
 from svd_ds.model.lora import save_lora
@@ -224,4 +224,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from svd_ds.cli import run_cli
 from svd_ds.curate.captions import PROMPTS, CaptionSettings
 from svd_ds.curate.clips import ClipSettings, count_frames
 from svd_ds.curate.duplicates import DuplicateSettings
@@ -30,7 +31,6 @@ from svd_ds.curate.stages import TIMEOUT, Runner
 from svd_ds.curate.sweep import write_subsets
 from svd_ds.curate.text import TextSettings
 from svd_ds.data.filters import Condition
-from svd_ds.door import run_door
 from svd_ds.evaluation.data_card import write_card
 
 EXAMPLE = """examples:
@@ -170,4 +170,4 @@ def sweep_thresholds() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from svd_ds.door import run_door
+from svd_ds.cli import run_cli
 from svd_ds.evaluation.elo import NUM_BOOTSTRAPS, rate, read_votes
 
 EXAMPLE = """example:
@@ -48,4 +48,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from svd_ds.cli import run_cli
 from svd_ds.data.clip_embeddings import EmbeddingsOrigin
 from svd_ds.data.clips import covers
 from svd_ds.data.latents import MEMBER, Origin
 from svd_ds.data.quarantine import REFUSED, Quarantine
 from svd_ds.data.shards import INDEX_NAME, Index
-from svd_ds.door import run_door
 from svd_ds.encoding import (
     Encoders,
     begin,
@@ -153,4 +153,4 @@ def size(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

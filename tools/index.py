@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from svd_ds.cli import run_cli
 from svd_ds.curate.flow import motion_of_video
 from svd_ds.data.external_shards import DROPPED, NO_CAPTION, NOT_UTF8, OF_SEVERAL
 from svd_ds.data.folders import INDEX_NAME
 from svd_ds.data.indexing import Found, index_folder
 from svd_ds.data.quarantine import REFUSED
 from svd_ds.data.sidecar import clean_text
-from svd_ds.door import run_door
 
 EXAMPLE = """examples:
   python tools/index.py /data/webvid
@@ -83,4 +83,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

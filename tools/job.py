@@ -19,7 +19,7 @@ if __name__ == "__main__":
     hold_signals()
 
 from svd_ds import compose
-from svd_ds.door import print_line, run_door
+from svd_ds.cli import print_line, run_cli
 from svd_ds.fsync_io import replace_text
 from svd_ds.jobs.outcome import FINISHED, INTERRUPTED, REFUSED, JobOutcome
 from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
@@ -179,4 +179,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

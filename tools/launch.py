@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from svd_ds.door import OF_ANOTHER, print_error, run_door
+from svd_ds.cli import EXIT_PEER_FAILED, print_error, run_cli
 
 GRACE_S = 5.0
 """Once a rank has failed, how long the others have to say what they saw."""
@@ -116,10 +116,10 @@ def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
             break
         time.sleep(0.05)
     # The rank that failed first may be slower to end than one that it left alone.
-    failure = next((code for code in failures if code != OF_ANOTHER), failures[0] if failures else 0)
+    failure = next((code for code in failures if code != EXIT_PEER_FAILED), failures[0] if failures else 0)
     # As a shell does: 128 and the signal's number.
     return failure if failure >= 0 else 128 - failure
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

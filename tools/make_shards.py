@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from svd_ds.cli import printable, run_cli
 from svd_ds.curate.clips import ClipSettings, count_frames
 from svd_ds.curate.pack import HELD_OUT, ShardSettings
 from svd_ds.curate.pipeline import (
@@ -26,7 +27,6 @@ from svd_ds.curate.pipeline import (
 from svd_ds.curate.raw import find_raw
 from svd_ds.curate.stages import Runner
 from svd_ds.data.shards import INDEX_NAME, Index
-from svd_ds.door import printable, run_door
 
 EXAMPLE = """examples:
   python tools/make_shards.py my_videos data/shards --length 2s --size 320 --hold-out 0.05
@@ -124,4 +124,4 @@ def quickstart_folder(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tiny_vae import HELD_OUT, SIZE, TRAINING, Recipe, held_out_frames, normalise_latents, psnr, train_vae
 from transformers import CLIPImageProcessorPil
 
-from svd_ds.door import run_door
+from svd_ds.cli import run_cli
 
 EXAMPLE = """example:
   python tools/make_tiny_svd.py --out svd_ds/assets/tiny_svd
@@ -117,4 +117,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

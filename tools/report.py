@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from svd_ds.door import print_line, run_door
+from svd_ds.cli import print_line, run_cli
 from svd_ds.evaluation.report import write_report
 
 EXAMPLE = """example:
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -12,9 +12,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from svd_ds.cli import run_cli
 from svd_ds.diffusion.guidance import KINDS as GUIDANCE_KINDS
 from svd_ds.diffusion.samplers import SAMPLERS
-from svd_ds.door import run_door
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.sample import SampleConfig, load_pipeline, sample_video
 from svd_ds.video import contact_sheet, from_uint8, read_image, to_uint8, write_mp4
@@ -150,4 +150,4 @@ def guidance(text: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import wandb
 from wandb.wandb_agent import Agent, AgentProcess
 
-from svd_ds.door import print_line, run_door
+from svd_ds.cli import print_line, run_cli
 from svd_ds.fsync_io import replace_text, set_aside
 from svd_ds.small_files import read_json
 
@@ -143,4 +143,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
+from svd_ds.cli import same_kind
 from svd_ds.credentials import redact
 from svd_ds.data.cache import FileCache
 from svd_ds.data.sample import Shard
-from svd_ds.door import of_its_kind
 
 INDEX_NAME = "index.jsonl"
 URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -175,7 +175,7 @@ def _fetch_errors(url: str) -> Iterator[None]:
     except (MemoryError, AssertionError):
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise of_its_kind(error, f"{url} cannot be fetched: {error}") from error
+        raise same_kind(error, f"{url} cannot be fetched: {error}") from error
     except Exception as error:
         # Every storage client has exceptions of its own.
         raise OSError(f"{url} cannot be fetched: {type(error).__name__}: {error}") from error

@@ -25,6 +25,7 @@ from torch.utils.data import get_worker_info
 from webdataset.gopen import gopen, gopen_schemes
 
 from svd_ds.batch import Batch, Clip
+from svd_ds.cli import USER_ERRORS, same_kind
 from svd_ds.data import workers
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
@@ -36,7 +37,6 @@ from svd_ds.data.reader import Reader, UnreadableError
 from svd_ds.data.sample import Sample
 from svd_ds.data.schedule import MicroBatch, Schedule
 from svd_ds.data.sources import open_dataset
-from svd_ds.door import USER_ERRORS, of_its_kind
 
 
 class Loader:
@@ -178,7 +178,7 @@ class Loader:
                     return self._readers[bucket][source].read(number, ordinal)
             except UnreadableError as error:
                 fault = error.fault
-                if not fault.may_pass:
+                if not fault.is_retryable:
                     self._unreadable[place] = fault
             faults.append(fault)
             if len(set(faults[found:])) > self.quarantine.allowed:
@@ -219,7 +219,7 @@ def _stops_as_values(items: Iterable[_Item]) -> Iterator[_Item | ValueError | OS
         yield from items
     except USER_ERRORS as error:
         # Of a plain kind, which any process can unpack.
-        yield of_its_kind(error, str(error))
+        yield same_kind(error, str(error))
 
 
 def open_url(url: str) -> IO[bytes]:

@@ -54,7 +54,7 @@ class Fault:
     shard: str
     """Its path or URL."""
     cause: str
-    may_pass: bool = False
+    is_retryable: bool = False
     """Whether it may be read another time: its file system has failed, not the sample."""
 
     def __post_init__(self) -> None:
@@ -63,8 +63,8 @@ class Fault:
         object.__setattr__(self, "cause", redact(self.cause))
 
     def error(self, sentence: str) -> ValueError | OSError:
-        """For where it is one too many: of a kind that svd_ds.door.may_pass judges as this."""
-        return OSError(sentence) if self.may_pass else ValueError(sentence)
+        """For where it is one too many: of a kind that svd_ds.cli.is_retryable judges as this."""
+        return OSError(sentence) if self.is_retryable else ValueError(sentence)
 
 
 def refused_lines(faults: Iterable[Fault]) -> list[str]:

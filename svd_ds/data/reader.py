@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Clip
+from svd_ds.cli import USER_ERRORS, is_retryable
 from svd_ds.data import clip_embeddings, latents
 from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.clips import ClipDraws, Timing, choose_captioner, read_frames
@@ -28,7 +29,6 @@ from svd_ds.data.sample import Sample
 from svd_ds.data.shards import Index, ReadMember
 from svd_ds.data.sidecar import DEFAULT_CAPTIONER, captions_in, parse_json, text_in
 from svd_ds.data.sources import DatasetSource
-from svd_ds.door import USER_ERRORS, may_pass
 
 SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
 """What a caption says that a mirror would make untrue."""
@@ -77,9 +77,9 @@ class Reader:
     def _take(self, number: int, ordinal: int) -> _Take:
         """Read from the file system what the clip needs."""
         shard = self.index.shard_of(number)
-        with _faults_of(f"number {number}", shard, may_pass):
+        with _faults_of(f"number {number}", shard, is_retryable):
             sample = self.index.sample(number)
-        with _faults_of(sample.id, shard, may_pass), self.index.open(sample) as read:
+        with _faults_of(sample.id, shard, is_retryable), self.index.open(sample) as read:
             return self._take_from(read, sample, ordinal)
 
     def _take_from(self, read: ReadMember, sample: Sample, ordinal: int) -> _Take:

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from svd_ds.door import print_line
+from svd_ds.cli import print_line
 from svd_ds.fsync_io import fsync_path, name_errors, write_text
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.env import Env

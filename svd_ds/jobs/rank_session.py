@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
+from svd_ds.cli import EXIT_PEER_FAILED, USER_ERRORS, LossyStream, is_retryable, print_error
 from svd_ds.credentials import redact
-from svd_ds.door import OF_ANOTHER, USER_ERRORS, LossyStream, may_pass, print_error
 from svd_ds.fsync_io import name_errors, replace_text
 from svd_ds.jobs.outcome import (
     BAD_NODES,
@@ -212,7 +212,7 @@ class RankSession:
     def _judge(self, error: BaseException) -> _Verdict:
         """Claim the outcome, where that falls to this rank."""
         if is_peer_failure(error):
-            return _Verdict(OF_ANOTHER)
+            return _Verdict(EXIT_PEER_FAILED)
         if isinstance(error, KeyboardInterrupt):
             self._claim(INTERRUPTED, "")
             return _Verdict(130)
@@ -220,7 +220,7 @@ class RankSession:
         sentence = str(error) if user else f"{type(error).__name__}: {error}"
         if not user or (isinstance(error, OSError) and error.errno is not None and error.filename is None):
             sentence += f"; its log is {self.log_path}"
-        code, kind = 2 if user else 1, REFUSED if user and not may_pass(error) else FAILED
+        code, kind = 2 if user else 1, REFUSED if user and not is_retryable(error) else FAILED
         if not self._claim(kind, sentence):
             return _Verdict(code)
         # What all know is not this rank's.

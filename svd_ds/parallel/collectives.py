@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from svd_ds.door import USER_ERRORS, may_pass
+from svd_ds.cli import USER_ERRORS, is_retryable
 
 Result = TypeVar("Result")
 
@@ -19,7 +19,7 @@ class SharedError(ValueError):
 
 
 class RetryableSharedError(SharedError, OSError):
-    """No mistake, but the outside world's fault: svd_ds.door.may_pass."""
+    """No mistake, but the outside world's fault: svd_ds.cli.is_retryable."""
 
 
 def is_peer_failure(error: BaseException) -> bool:
@@ -85,7 +85,7 @@ def raise_on_all_ranks(action: Callable[[], Result]) -> Result:
     try:
         result = action()
     except USER_ERRORS as error:
-        failure = RetryableSharedError if may_pass(error) else SharedError, str(error)
+        failure = RetryableSharedError if is_retryable(error) else SharedError, str(error)
     failures: list[tuple[type[SharedError], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     for told in failures:

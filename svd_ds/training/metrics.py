@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from svd_ds.cli import open_console, printable
 from svd_ds.credentials import redact
-from svd_ds.door import open_console, printable
 from svd_ds.fsync_io import LineFile, append_row
 from svd_ds.run_folder import RunFolder
 from svd_ds.settings import Settings, choice, number, text

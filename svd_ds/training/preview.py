@@ -76,7 +76,7 @@ class Previews:
     """Renders the same clips each time; the ranks share them out."""
 
     clips: Batch
-    render: PreviewFn
+    preview_fn: PreviewFn
     measures: PreviewMetrics
     fps: float
     """Of the files."""
@@ -96,7 +96,7 @@ class Previews:
         mine = [min(self.env.rank * per_rank + i, len(self.clips) - 1) for i in range(per_rank)]
         clips = self.clips.select(mine).to(self.env.device)
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
-            frames_BTCHW = self.render(engine, clips, mine)
+            frames_BTCHW = self.preview_fn(engine, clips, mine)
         videos = all_gather_cat(to_uint8(frames_BTCHW))[: len(self.clips)]
         return raise_on_all_ranks(lambda: self._write(step, videos) if self.env.rank == 0 else None)
 

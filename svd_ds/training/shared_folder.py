@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from svd_ds.door import of_its_kind
+from svd_ds.cli import same_kind
 from svd_ds.fsync_io import name_errors
 from svd_ds.parallel.collectives import (
     SharedError,
@@ -60,7 +60,7 @@ def _make(folder: Path, token: Path | None) -> None:
         if token is not None:
             with suppress(OSError):
                 token.unlink(missing_ok=True)
-        raise of_its_kind(error, f"run.dir={folder} cannot be made or written to: {error}") from error
+        raise same_kind(error, f"run.dir={folder} cannot be made or written to: {error}") from error
 
 
 def _remove(token: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.door import USER_ERRORS
+from svd_ds.cli import USER_ERRORS
 from svd_ds.training.preview import Previews
 from tests.one_rank import start
 from tests.runs import metrics

@@ -14,12 +14,12 @@ import torch
 import yaml
 
 from svd_ds import credentials
+from svd_ds.cli import open_console, print_error, print_line
 from svd_ds.compose import compose
 from svd_ds.credentials import MASK, redact, redact_tree, remember_tree
 from svd_ds.data.config import DataConfig
 from svd_ds.data.folders import open_folder
 from svd_ds.data.quarantine import Fault, Quarantine
-from svd_ds.door import open_console, print_error, print_line
 from svd_ds.evaluation.runs import read_run
 from svd_ds.jobs.rank_session import RankSession
 from svd_ds.jobs.watchdog import WatchdogConfig
@@ -176,7 +176,7 @@ def test_console_of_any_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_traceback_at_the_end_of_a_command() -> None:
     script = f"""
-from svd_ds.door import run_door
+from svd_ds.cli import run_door
 def main():
     raise KeyError("{PLACES[0].format(SECRET)}")
 run_door(main)

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
+from svd_ds.checks import check_config_fits
 from svd_ds.compose import compose
 from svd_ds.config import RunConfig
 from svd_ds.data.latents import MEMBER, Origin, pack
 from svd_ds.data.writer import ShardWriter
-from svd_ds.fit import check_fit
 from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
@@ -222,7 +222,7 @@ def test_conditions_that_do_not_fit_are_refused(inputs: Inputs, overrides: list[
     assert inputs.conditioner is not None
     conditioner = Conditioner(config.conditioning, inputs.conditioner.encoder)
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        check_fit(config, inputs.loader, inputs.autoencoder, conditioner)
+        check_config_fits(config, inputs.loader, inputs.autoencoder, conditioner)
 
 
 @pytest.mark.parametrize(

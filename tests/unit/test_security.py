@@ -23,13 +23,13 @@ import pytest
 import torch
 import yaml
 
+from svd_ds.cli import print_error, print_line
 from svd_ds.compose import compose
 from svd_ds.curate import craft, embed
 from svd_ds.curate.media import encode_still
 from svd_ds.curate.select import Clip
 from svd_ds.data.external_shards import Probed, samples_in
 from svd_ds.data.quarantine import Fault
-from svd_ds.door import print_error, print_line
 from svd_ds.evaluation.data_card import write_card
 from svd_ds.evaluation.report import write_report
 from svd_ds.run_folder import RunFolder

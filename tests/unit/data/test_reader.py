@@ -127,7 +127,7 @@ def test_any_exception_of_a_sample_is_its_own(
     faults = loader.take_faults()
     assert [fault.cause for fault in faults] == [f"{type(error).__name__}: {error}"] and not faults[
         0
-    ].may_pass
+    ].is_retryable
 
 
 @pytest.mark.parametrize("error", [MemoryError(), AssertionError("a bug")])

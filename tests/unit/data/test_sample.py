@@ -79,7 +79,7 @@ def test_any_value_in_any_field_is_a_sample_or_a_sentence(
         str(error).encode()
         kept, faults = index.checked(Quarantine(1.0, 6))
         assert [sample.id for sample in kept.samples()] == ["s0", "s2", "s3", "s4", "s5"]
-        assert [fault.id for fault in faults] == ["line 3"] and not faults[0].may_pass
+        assert [fault.id for fault in faults] == ["line 3"] and not faults[0].is_retryable
         return
     assert len(samples) == 6 and isinstance(samples[1], Sample)
     assert all(isinstance(number, int | float) for number in samples[1].annotations.values())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from svd_ds.door import may_pass
+from svd_ds.cli import is_retryable
 from svd_ds.parallel.collectives import SharedError, broadcast_from_rank0, raise_on_all_ranks
 
 
@@ -37,4 +37,4 @@ def test_what_may_pass_on_one_rank_may_pass_on_all(share: object, error: Excepti
     with pytest.raises(SharedError) as shared:
         share(fail)  # type: ignore[operator]
     assert str(shared.value) == str(error)
-    assert may_pass(shared.value) is passes
+    assert is_retryable(shared.value) is passes

@@ -16,23 +16,29 @@ from rich.markup import escape
 
 from svd_ds.credentials import redact
 
-OF_ANOTHER = 1
+EXIT_PEER_FAILED = 1
 """Code of a rank that ends because another did. The lowest: srun reports the highest of all ranks."""
 USER_ERRORS = (ValueError, OSError)
 """What our own checks raise: a user's mistake, or the outside world's. Anything else is a bug of ours."""
-WRONG_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+USER_PATH_ERRORS = (
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileExistsError,
+    PermissionError,
+)
 """Of the errors of files, those of what was named."""
 
 
-def may_pass(error: BaseException) -> bool:
+def is_retryable(error: BaseException) -> bool:
     """Whether the same command may fare better later: a disk that is full or away, as against a wrong value
     or name."""
-    return isinstance(error, OSError) and not isinstance(error, WRONG_NAMES)
+    return isinstance(error, OSError) and not isinstance(error, USER_PATH_ERRORS)
 
 
-def of_its_kind(error: BaseException, sentence: str) -> ValueError | OSError:
-    """`sentence` in the place of `error`, by a kind that `may_pass` judges the same."""
-    return OSError(sentence) if may_pass(error) else ValueError(sentence)
+def same_kind(error: BaseException, sentence: str) -> ValueError | OSError:
+    """`sentence` in the place of `error`, by a kind that `is_retryable` judges the same."""
+    return OSError(sentence) if is_retryable(error) else ValueError(sentence)
 
 
 def mask_tracebacks() -> None:
@@ -113,7 +119,7 @@ def print_error(error: BaseException | str, who: str = "") -> None:
     open_console(stderr=True).print(f"[bold red]error:[/] {escape(who + sentence)}")
 
 
-def run_door(main: Callable[[], None]) -> None:
+def run_cli(main: Callable[[], None]) -> None:
     """Run a command; end the process with 2 and one sentence on bad input, 130 when interrupted.
 
     A traceback is shown for our own bugs, and for everything with `--debug` or HYDRA_FULL_ERROR=1.

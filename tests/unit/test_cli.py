@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
-from svd_ds.door import open_console, print_error, print_line
+from svd_ds.cli import open_console, print_error, print_line
 console = open_console()
 for step in range(200):
     console.print("x" * 100)

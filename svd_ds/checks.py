@@ -18,7 +18,7 @@ from svd_ds.model.frozen import fingerprint
 from svd_ds.sample import frozen_folder, run_settings
 
 
-def check_fit(
+def check_config_fits(
     config: RunConfig, loader: Loader, autoencoder: Autoencoder, conditioner: Conditioner | None
 ) -> None:
     """Refuse a network that does not fit its frozen parts, conditions or data, with both numbers."""
@@ -116,7 +116,7 @@ def check_elevation(config: RunConfig, loader: Loader) -> None:
                 )
 
 
-def check_learns(config: RunConfig, layers: Mapping[str, str]) -> None:
+def check_trainable(config: RunConfig, layers: Mapping[str, str]) -> None:
     """Refuse to freeze what begins at random or at zero: the tags of such layers, and what they would do."""
     for tag, would in sorted(layers.items()):
         if config.lora.rank or config.optim.rate(tag) == 0:
