@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A W&B sweep whose trials are runs over all nodes of this job: the agent runs here, on the batch host.
-#   wandb sweep conf/sweep/noise_schedule.yaml        prints ENTITY/PROJECT/SWEEP
+#   wandb sweep sweeps/noise_schedule.yaml        prints ENTITY/PROJECT/SWEEP
 #   sbatch slurm/sweep.sh ENTITY/PROJECT/SWEEP batch.size=16      with words for every trial; here a clip a rank
 # Killed and started again, the job goes on with the same trial. Several jobs may share a sweep.
 #SBATCH --job-name=svd-sweep

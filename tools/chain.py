@@ -38,7 +38,7 @@ CHAIN = {
 def main() -> None:
     arguments = parse_arguments()
     # With DeepSpeed and diffusers, which take seconds: --help does not wait for them.
-    from tiny_starts import write_image_model, write_orbits
+    from tiny.stage_inputs import write_image_model, write_orbits
 
     from svd_ds.run import run
 

@@ -26,7 +26,7 @@ from svd_ds.fsync_io import replace_text, set_aside
 from svd_ds.small_files import read_json
 
 EXAMPLE = """slurm/sweep.sh calls it with the allocation's own values:
-  wandb sweep conf/sweep/lr.yaml
+  wandb sweep sweeps/lr.yaml
   sbatch --nodes=2 slurm/sweep.sh ENTITY/PROJECT/SWEEP [key=value ...]
 
 Of the sweep's command only what follows `svd_ds.train` is taken: Slurm starts the ranks."""

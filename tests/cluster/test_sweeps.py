@@ -13,7 +13,7 @@ from svd_ds.compose import compose
 from tests.cluster.conftest import ROOT, Cluster, WandbServer, wait_until
 from tests.runs import metrics
 
-SWEEP = yaml.safe_load((ROOT / "conf/sweep/noise_schedule.yaml").read_text())
+SWEEP = yaml.safe_load((ROOT / "sweeps/noise_schedule.yaml").read_text())
 NOISES: list[str] = SWEEP["parameters"]["noise"]["values"]
 """In the order in which a grid is walked."""
 STEPS = 4

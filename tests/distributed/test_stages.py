@@ -52,7 +52,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tools.tiny_starts import write_image_model
+    from tools.tiny.stage_inputs import write_image_model
 
     folder = tmp_path_factory.mktemp("weights") / "unet"
     write_image_model(folder)

@@ -53,7 +53,7 @@ def autoencoder() -> Autoencoder:
 def test_the_folder_is_under_four_megabytes_and_says_what_it_is():
     assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 4_000_000
     readme = (TINY / "README.md").read_text()
-    assert all(word in readme for word in ("make_tiny_svd.py", "PSNR", "random weights", "Licence"))
+    assert all(word in readme for word in ("make_svd.py", "PSNR", "random weights", "Licence"))
 
 
 def test_a_clip_that_was_never_trained_on_comes_back_at_24_db(autoencoder):

@@ -6,19 +6,19 @@ import argparse
 import math
 from pathlib import Path
 
-import tiny_parts
 import torch
+import untrained_parts
 from diffusers import StableVideoDiffusionPipeline
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tiny_vae import HELD_OUT, SIZE, TRAINING, Recipe, held_out_frames, normalise_latents, psnr, train_vae
 from transformers import CLIPImageProcessorPil
+from vae_training import HELD_OUT, SIZE, TRAINING, Recipe, held_out_frames, normalise_latents, psnr, train_vae
 
 from svd_ds.cli import run_cli
 
 EXAMPLE = """example:
-  python tools/make_tiny_svd.py --out svd_ds/assets/tiny_svd
-  python tools/make_tiny_svd.py --out /tmp/tiny_svd --seconds 300     # a rougher one"""
+  python tools/tiny/make_svd.py --out svd_ds/assets/tiny_svd
+  python tools/tiny/make_svd.py --out /tmp/tiny_svd --seconds 300     # a rougher one"""
 
 
 def main() -> None:
@@ -39,14 +39,14 @@ def main() -> None:
     out: Path = arguments.out
     StableVideoDiffusionPipeline(
         vae=vae.half(),
-        image_encoder=tiny_parts.image_encoder().half(),
-        unet=tiny_parts.unet().half(),
-        scheduler=tiny_parts.scheduler(),
+        image_encoder=untrained_parts.image_encoder().half(),
+        unet=untrained_parts.unet().half(),
+        scheduler=untrained_parts.scheduler(),
         feature_extractor=CLIPImageProcessorPil(),
     ).save_pretrained(out)
-    words = tiny_parts.tokenizer()
+    words = untrained_parts.tokenizer()
     words.save_pretrained(out / "tokenizer")
-    tiny_parts.text_encoder(words).half().save_pretrained(out / "text_encoder")
+    untrained_parts.text_encoder(words).half().save_pretrained(out / "text_encoder")
     # The public folder's name of the class: transformers picks the one that the machine can run.
     edit(out / "model_index.json", "CLIPImageProcessorPil", "CLIPImageProcessor")
     # Unasked, diffusers loads its parts in float32, but transformers in what the config says.
@@ -68,15 +68,15 @@ def readme(steps: int, score: float, means: list[float], deviations: list[float]
     channels = ", ".join(f"{mean:+.2f}/{std:.2f}" for mean, std in zip(means, deviations, strict=True))
     return f"""# A tiny pipeline in the layout of the public Stable Video Diffusion
 
-Made by `python tools/make_tiny_svd.py --out svd_ds/assets/tiny_svd`, for the small default run and the tests;
+Made by `python tools/tiny/make_svd.py --out svd_ds/assets/tiny_svd`, for the small default run and the tests;
 it is no model to judge video by. diffusers' `StableVideoDiffusionPipeline` loads it, and so does everything
 here that takes the public folder. Weights are float16.
 
 | part | what it is |
 | --- | --- |
 | `vae/` | AutoencoderKLTemporalDecoder, f8, 4 channels, trained on two real clips |
-| `image_encoder/` | CLIP image encoder of width {tiny_parts.WIDTH}, **random weights** |
-| `text_encoder/` | CLIP text encoder of width {tiny_parts.WIDTH}, **random weights** |
+| `image_encoder/` | CLIP image encoder of width {untrained_parts.WIDTH}, **random weights** |
+| `text_encoder/` | CLIP text encoder of width {untrained_parts.WIDTH}, **random weights** |
 | `tokenizer/` | byte pairs: every byte, and a few common words |
 | `unet/` | the smallest UNet of the public class, **random weights** |
 | `scheduler/` `feature_extractor/` | the public settings |

@@ -1,4 +1,4 @@
-"""tools/bench.py from the command line, at a tiny size; and what the released network costs."""
+"""tools/bench/train_step.py from the command line, at a tiny size; and what the released network costs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def _beside_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def bench(run_tool: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return partial(run_tool, "bench.py")
+    return partial(run_tool, "train_step.py")
 
 
 @pytest.fixture
 def tiny() -> Any:
-    from bench_cases import Case
+    from cases import Case
 
     return Case(
         widths=(64,), num_frames=2, height=32, width=48, num_tokens=3, dtype="fp32", recompute="blocks"
@@ -49,7 +49,7 @@ def test_table(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_both_sides_agree_and_take_turns(tiny: Any) -> None:
-    from bench_parts import measure
+    from against_diffusers import measure
 
     turns = []
     result = measure(tiny, 2, torch.device("cpu"), lambda: turns.append("pair"))
@@ -62,8 +62,8 @@ def test_both_sides_agree_and_take_turns(tiny: Any) -> None:
 
 
 def test_a_step_trains_and_leaves_the_weights_as_they_are(tiny: Any) -> None:
-    from bench_contestant import Contestant
-    from bench_parts import build_networks, in_format, output_difference
+    from against_diffusers import build_networks, in_format, output_difference
+    from contestant import Contestant
 
     device = torch.device("cpu")
     network, public = build_networks(tiny, device)
@@ -80,7 +80,7 @@ def test_a_step_trains_and_leaves_the_weights_as_they_are(tiny: Any) -> None:
 
 
 def test_half_precision_trains_float32_weights(tiny: Any) -> None:
-    from bench_contestant import Contestant
+    from contestant import Contestant
 
     network = UNet(tiny.config).bfloat16()
     torch.nn.init.ones_(network.conv_out.bias)
@@ -100,8 +100,8 @@ def test_half_precision_trains_float32_weights(tiny: Any) -> None:
 
 @pytest.mark.parametrize("room", [0, 1, 5, 8])
 def test_the_largest_batch_is_found(tiny: Any, room: int) -> None:
-    from bench_contestant import Contestant
-    from bench_parts import largest_batch
+    from against_diffusers import largest_batch
+    from contestant import Contestant
 
     class Small(Contestant):
         def step(self, inputs: Any) -> float:
@@ -115,25 +115,25 @@ def test_the_largest_batch_is_found(tiny: Any, room: int) -> None:
 
 def test_a_size_may_have_frames_of_its_own() -> None:
     from bench import FULL
-    from bench_cases import read_cases
+    from cases import read_cases
 
     arguments = SimpleNamespace(**FULL, frames=14, tokens="1")
     assert [case.clip for case in read_cases(arguments, ())][-2:] == ["14 x 576x1024", "25 x 576x1024"]
 
 
 def test_networks_that_differ_are_not_compared(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench_parts
+    import against_diffusers
 
-    build = bench_parts.build_networks
+    build = against_diffusers.build_networks
 
     def spoiled(*arguments: Any) -> Any:
         network, public = build(*arguments)
         torch.nn.init.zeros_(network.conv_out.weight)
         return network, public
 
-    monkeypatch.setattr(bench_parts, "build_networks", spoiled)
+    monkeypatch.setattr(against_diffusers, "build_networks", spoiled)
     with pytest.raises(AssertionError, match="the outputs differ by"):
-        bench_parts.measure(replace(tiny, recompute="none"), 1, torch.device("cpu"), lambda: None)
+        against_diffusers.measure(replace(tiny, recompute="none"), 1, torch.device("cpu"), lambda: None)
 
 
 def test_a_forward_of_the_released_network(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

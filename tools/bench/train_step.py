@@ -7,8 +7,8 @@ import platform
 import statistics
 
 import torch
-from bench_cases import add_case_options, read_cases, read_numbers
-from bench_parts import Result, both_forward_flops, matmul_peak, measure
+from against_diffusers import Result, both_forward_flops, matmul_peak, measure
+from cases import add_case_options, read_cases, read_numbers
 from rich.console import Console
 from rich.progress import Progress
 
@@ -18,10 +18,10 @@ from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 
 EXAMPLE = """examples:
-  OMP_NUM_THREADS=2 python tools/bench.py
-  python tools/bench.py --size 128x192 --frames 8 --tokens 77 --dtype fp32 --pairs 9 --recompute blocks
-  python tools/bench.py --full
-  python tools/bench.py --flops
+  OMP_NUM_THREADS=2 python tools/bench/train_step.py
+  python tools/bench/train_step.py --size 128x192 --frames 8 --tokens 77 --dtype fp32 --pairs 9 --recompute blocks
+  python tools/bench/train_step.py --full
+  python tools/bench/train_step.py --flops
 
 A step is forward, backward and AdamW on float32 master weights, as in training. Both networks have the same
 weights and take steps in turn; the ratio is the median of diffusers' time over ours, pair by pair, with the

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 import torch
-from bench_cases import add_case_options, read_cases
-from bench_ways import compare
+from cases import add_case_options, read_cases
+from variants import compare
 
 from svd_ds.cli import run_cli
 from svd_ds.model.layers import choose_kernels
@@ -15,7 +15,7 @@ from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.parallel.recompute import apply_recompute
 
 EXAMPLE = """example:
-  python tools/bench_kernels.py --size 256x384,320x576 --dtype bf16,fp32
+  python tools/bench/triton_kernels.py --size 256x384,320x576 --dtype bf16,fp32
 
 A step is forward, backward and AdamW of one clip, each block recomputed. Group norm and GEGLU are Triton's or
 torch's; all else is the same. The two take steps in turn; the ratio is the median of Triton's time over

@@ -24,7 +24,7 @@ from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, damage_of, d
 from svd_ds.weights.shards import WeightShards, rank_file_name
 
 EXAMPLE = """example:
-  python tools/bench_checksums.py --gb 1.5 --rounds 5
+  python tools/bench/checksum_cost.py --gb 1.5 --rounds 5
 
 One rank's slices of --gb in all: weights, both moments and an average, in tensors of 16 MB. Each round saves
 them as a run does, and loads them twice, verified first and not, the one or the other first in turn. Before

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 import torch
-from bench_cases import add_case_options, read_cases
-from bench_ways import compare
+from cases import add_case_options, read_cases
+from variants import compare
 
 from svd_ds.allocator import keep_freed_memory
 from svd_ds.cli import run_cli
@@ -14,7 +14,7 @@ from svd_ds.model.unet import UNet
 from svd_ds.parallel.recompute import POLICIES, apply_recompute
 
 EXAMPLE = """example:
-  OMP_NUM_THREADS=2 python tools/bench_recompute.py --size 256x384 --frames 14
+  OMP_NUM_THREADS=2 python tools/bench/recompute_policies.py --size 256x384 --frames 14
 
 A step is forward, backward and AdamW of one clip. The policies take steps in turn; a ratio is the median of a
 policy's time over that of none, turn by turn. Memory is the step's peak beyond what stays between steps: on a

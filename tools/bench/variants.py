@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from bench_cases import DTYPES, Case
-from bench_contestant import Contestant, peak_of_step
+from cases import DTYPES, Case
+from contestant import Contestant, peak_of_step
 
 from svd_ds.model.unet import UNet
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_contestant import synchronize
+from contestant import synchronize
 
 from svd_ds.allocator import keep_freed_memory
 from svd_ds.cli import run_cli
@@ -28,7 +28,7 @@ from svd_ds.training.optim import group_lrs
 from svd_ds.training.retention import CheckpointConfig
 
 EXAMPLE = """example:
-  python tools/launch.py -n 2 --script tools/bench_checkpoint.py -- --steps 8 --rounds 5
+  python tools/launch.py -n 2 --script tools/bench/checkpoint_saves.py -- --steps 8 --rounds 5
 
 The config's own data, network and optimiser. A round is a block of steps of each kind, in turn, after one
 that is not timed: so each that is has the checkpoint of the one before behind it. A share is (with - without)

@@ -25,7 +25,7 @@ from svd_ds.data.shards import Index
 
 EXAMPLE = """example:
   python tools/encode.py data/mine data/mine-latents --size 320x576
-  python tools/bench_data.py data/mine-latents --shape 14x320x576 --fps 6
+  python tools/bench/data_loading.py data/mine-latents --shape 14x320x576 --fps 6
 
 Each way is timed in turn, A B C A B C ..., in one process and thread, by the process's CPU time, which leaves
 out waiting for files; medians are told, of times and of the ratios turn by turn, these with the smallest and

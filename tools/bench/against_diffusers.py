@@ -1,4 +1,4 @@
-"""How tools/bench.py measures: our network and diffusers' side by side, in one process, on the same weights.
+"""How tools/bench/train_step.py measures: our network and diffusers' side by side, in one process, on the same weights.
 
 Time is taken in pairs, ours then theirs, so that a machine that slows down slows both. Floating-point
 operations are counted by torch on the meta device, where nothing is computed.
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bench_cases import DTYPES, Case, Inputs
-from bench_contestant import Contestant, peak_of_step, run, synchronize
+from cases import DTYPES, Case, Inputs
+from contestant import Contestant, peak_of_step, run, synchronize
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_cases import DTYPES, Case, Inputs, add_case_options, read_cases
-from bench_contestant import synchronize
+from cases import DTYPES, Case, Inputs, add_case_options, read_cases
+from contestant import synchronize
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,7 @@ from svd_ds.parallel.recompute import POLICIES, apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 
 EXAMPLE = """example:
-  python tools/launch.py -n 2 --script tools/bench_zero.py -- --size 128x192 --frames 8 --recompute blocks
+  python tools/launch.py -n 2 --script tools/bench/zero3_overhead.py -- --size 128x192 --frames 8 --recompute blocks
 
 A step is forward, backward, the clipping of the gradient and AdamW, one clip a rank. The whole copies are
 torch's DistributedDataParallel with its fused AdamW, in the same precision. Steps are taken in turn; the
