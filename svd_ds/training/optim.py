@@ -49,11 +49,11 @@ class OptimConfig(Settings, section="optim"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not any(self.rate(tag) > 0 for tag in TAGS):
-            raise ValueError(f"optim freezes everything: {'_rate, '.join(TAGS)}_rate are all 0")
+            raise ValueError(f"optim freezes everything: {'_lr_scale, '.join(TAGS)}_lr_scale are all 0")
 
     def rate(self, tag: str) -> float:
         """The multiplier for parameters of `tag`, one of TAGS."""
-        return getattr(self, f"{tag}_rate")
+        return getattr(self, f"{tag}_lr_scale")
 
 
 @dataclass(frozen=True)

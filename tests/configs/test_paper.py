@@ -19,7 +19,7 @@ from svd_ds.model.decoder import Decoder, DecoderConfig
 from svd_ds.model.lora import LoraConfig, add_lora
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.training.optim import learning_rate, parameter_groups
-from svd_ds.training.usage import forward_flops
+from svd_ds.training.usage import unet_forward_flops
 
 SITE = ["data.path=data/quickstart", "frozen.path=tiny", "init.from=runs/before"]
 """What an experiment leaves to the site."""
@@ -230,7 +230,7 @@ def forward_operations(config: RunConfig) -> int:
     data = config.data
     if config.task == "unet":
         num_tokens = config.conditioning.num_tokens
-        return forward_flops(config.model, data.num_frames, data.height, data.width, num_tokens)
+        return unet_forward_flops(config.model, data.num_frames, data.height, data.width, num_tokens)
     # Made on the CPU: diffusers gives its layers' blend a value as it makes them.
     decoder = Decoder(DecoderConfig()).to("meta")
     latents_BTChw = torch.empty(1, data.num_frames, 4, data.height // 8, data.width // 8, device="meta")

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.recompute import apply_recompute
-from svd_ds.training.usage import forward_flops
+from svd_ds.training.usage import unet_forward_flops
 from svd_ds.weights.io import save_unet
 from svd_ds.weights.public_configs import config_to_diffusers
 
@@ -187,7 +187,7 @@ def both_forward_flops(case: Case) -> tuple[int, int]:
     """Operations of a forward pass, ours and diffusers'; a multiplication and its sum are two."""
     from diffusers import UNetSpatioTemporalConditionModel
 
-    ours = forward_flops(case.config, case.num_frames, case.height, case.width, case.num_tokens)
+    ours = unet_forward_flops(case.config, case.num_frames, case.height, case.width, case.num_tokens)
     meta = torch.device("meta")
     with meta:
         public: Any = UNetSpatioTemporalConditionModel.from_config(config_to_diffusers(case.config))

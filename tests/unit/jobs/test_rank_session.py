@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from svd_ds.jobs import outcome as outcome_module
 from svd_ds.jobs.outcome import BAD_NODES, FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, JobOutcome
 from svd_ds.jobs.rank_session import RankSession, record_queued_restart
 from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
 from svd_ds.parallel.collectives import RetryableSharedError, SharedError
 from svd_ds.parallel.env import Env
 from svd_ds.run_folder import RunFolder
-from svd_ds.training import outcome as outcome_module
 from tests.networks import seal
 
 OFF = WatchdogConfig(minutes=0)

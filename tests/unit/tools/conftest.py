@@ -28,7 +28,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def run(name: str, *arguments: object) -> int:
         # As for any script, modules beside it are found.
-        monkeypatch.syspath_prepend(str(TOOLS))
+        monkeypatch.syspath_prepend(str((TOOLS / name).parent))
         monkeypatch.setattr(sys, "argv", [str(TOOLS / name), *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "300")
         try:

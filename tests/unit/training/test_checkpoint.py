@@ -21,7 +21,7 @@ from svd_ds.data.cursor import Cursor
 from svd_ds.parallel.collectives import SharedError
 from svd_ds.parallel.env import Env
 from svd_ds.training import draft as drafts
-from svd_ds.training import keeping
+from svd_ds.training import retention
 from svd_ds.training.checkpoint import Checkpoints, NonFiniteError
 from svd_ds.training.ema import EMAConfig, ShardEMA
 from svd_ds.training.objectives.base import Objective
@@ -246,7 +246,7 @@ def test_two_starts_at_the_same_moment_leave_one_owner(
 ) -> None:
     others: list[Checkpoints] = []
     name = "write_text" if moment == "before the draft" else "replace_file"
-    real = getattr(keeping, name)
+    real = getattr(retention, name)
 
     def second_start_comes_first(*arguments: Any) -> None:
         if not others:
@@ -254,7 +254,7 @@ def test_two_starts_at_the_same_moment_leave_one_owner(
             others[0].start_session(0)
         real(*arguments)
 
-    monkeypatch.setattr(keeping, name, second_start_comes_first)
+    monkeypatch.setattr(retention, name, second_start_comes_first)
     first = checkpoints(tmp_path, start_session=None)
     try:
         first.start_session(0)
@@ -361,7 +361,7 @@ def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
     save(old, 4)
     before = read_restarts(tmp_path)
     new = checkpoints(tmp_path, start_session=4)
-    monkeypatch.setattr(keeping, "read_restarts", lambda _: before)
+    monkeypatch.setattr(retention, "read_restarts", lambda _: before)
     save(old, 6)
     monkeypatch.undo()
     assert (tmp_path / "step-0000006/COMPLETE").exists()
@@ -394,8 +394,8 @@ def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
             lives.append(checkpoints(tmp_path, start_session=4))
             save(lives[0], 6)
 
-    check = keeping.check_not_fenced
-    monkeypatch.setattr(keeping, "check_not_fenced", freeze)
+    check = retention.check_not_fenced
+    monkeypatch.setattr(retention, "check_not_fenced", freeze)
     if not cleared:
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises((ValueError, OSError)):

@@ -27,7 +27,7 @@ def test_rate_zero_freezes() -> None:
     groups = parameter_groups(PARAMETERS, SHAPES, OptimConfig(spatial_lr_scale=0, temporal_lr_scale=0))
     assert [g.members for g in groups] == [("e.weight",)]
     with pytest.raises(ValueError, match="freezes everything"):
-        OptimConfig(**{f"{tag}_rate": 0.0 for tag in TAGS})
+        OptimConfig(**{f"{tag}_lr_scale": 0.0 for tag in TAGS})
 
 
 def test_warmup_rises_to_the_peak_and_moves_at_once() -> None:

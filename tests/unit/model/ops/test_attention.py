@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from svd_ds.model import attention as module
+from svd_ds.model.ops import attention as module
 from svd_ds.model.ops.attention import attention
 from svd_ds.model.ops.fused import triton_installed
 

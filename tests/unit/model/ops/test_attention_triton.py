@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from svd_ds.model import attention as module
+from svd_ds.model.ops import attention as module
 from svd_ds.model.ops.attention import attention
 from svd_ds.model.ops.fused import triton_installed
 
 if not triton_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from svd_ds.model import attention_triton
+from svd_ds.model.ops import attention_triton
 from svd_ds.model.ops.attention_triton import supports
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
