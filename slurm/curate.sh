@@ -20,4 +20,4 @@ if [ -n "$number" ] && [[ "$*" != *"--part %a/"* ]]; then
   echo "error: task $number of an array needs --part %a/N, or it would take all the files" >&2
   exit 2
 fi
-tasks tools/curate.py "${@//%a/$number}" --workers "$CPUS"
+run_tasks tools/curate.py "${@//%a/$number}" --workers "$CPUS"

@@ -15,4 +15,4 @@
 #SBATCH --output=slurm-%x-%j.out
 . "$SLURM_SUBMIT_DIR/slurm/lib.sh"
 
-tasks tools/encode.py "$@"
+run_tasks tools/encode.py "$@"

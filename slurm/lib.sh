@@ -25,22 +25,22 @@ export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS NCCL_DEBUG
 # What tools/job.py and tools/sweep.py are told of the job; SVD_DS_JOB_OPTIONS: the site's own, as --no-preflight.
 JOB=(--job "$SLURM_JOB_ID" --nodes "$NODES" --cpus "$CPUS" --gpus "${SLURM_GPUS_ON_NODE:-0}" ${SVD_DS_JOB_OPTIONS:-})
 
-become() {  # become SCRIPT ARGUMENT...: Slurm signals this process, and what it becomes answers
+exec_python() {  # exec_python SCRIPT ARGUMENT...: Slurm signals this process, and what it becomes answers
   trap '' USR1 # while Python starts it would be the end
   exec "$PYTHON" "$@"
 }
 
-train() {  # train ARGUMENT...: one srun task a rank, all ranks with the same arguments; lives on after a death
-  become tools/job.py "${JOB[@]}" -- "$@"
+run_training() {  # run_training ARGUMENT...: one srun task a rank, all ranks with the same arguments; lives on after a death
+  exec_python tools/job.py "${JOB[@]}" -- "$@"
 }
 
-again() {  # whether the job may be queued again once more
+can_requeue() {  # whether the job may be queued again once more
   [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]
 }
 
-tasks() {  # tasks SCRIPT ARGUMENT...: one srun task a rank of a script that goes on by itself when started again
+run_tasks() {  # run_tasks SCRIPT ARGUMENT...: one srun task a rank of a script that goes on by itself when started again
   local code=0
-  if again; then
+  if can_requeue; then
     "$PYTHON" tools/check_nodes.py "${JOB[@]}" &
     wait $! || exit
   fi
@@ -48,7 +48,7 @@ tasks() {  # tasks SCRIPT ARGUMENT...: one srun task a rank of a script that goe
   srun --kill-on-bad-exit=0 --cpus-per-task="$CPUS" "$PYTHON" "$@" &
   wait $! || code=$?
   # 2: a mistake, which would be made again. A job that does not run any more is Slurm's, or queued already.
-  if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && again &&
+  if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && can_requeue &&
     [[ "$(scontrol show job -o "$SLURM_JOB_ID")" == *JobState=RUNNING* ]]; then
     echo "job $SLURM_JOB_ID is queued again: srun ended with $code"
     scontrol requeue "$SLURM_JOB_ID"
@@ -56,12 +56,12 @@ tasks() {  # tasks SCRIPT ARGUMENT...: one srun task a rank of a script that goe
   exit "$code"
 }
 
-stage() {  # stage NAME [EXPERIMENT] [key=value ...]: the experiment NAME, or another that is named first
+run_stage() {  # run_stage NAME [EXPERIMENT] [key=value ...]: the experiment NAME, or another that is named first
   local name=$1
   shift
   case "${1:-}" in
     "" | -* | *=*) ;;
     *) name=$1; shift ;;
   esac
-  train "+experiment=$name" "$@"
+  run_training "+experiment=$name" "$@"
 }

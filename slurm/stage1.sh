@@ -16,4 +16,4 @@
 #SBATCH --output=slurm-%x-%j.out
 . "$SLURM_SUBMIT_DIR/slurm/lib.sh"
 
-stage stage1 "$@"
+run_stage stage1 "$@"

@@ -17,4 +17,4 @@
 #SBATCH --output=slurm-%x-%j.out
 . "$SLURM_SUBMIT_DIR/slurm/lib.sh"
 
-stage stage2 "$@"
+run_stage stage2 "$@"

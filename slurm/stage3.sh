@@ -20,4 +20,4 @@
 #SBATCH --output=slurm-%x-%j.out
 . "$SLURM_SUBMIT_DIR/slurm/lib.sh"
 
-stage stage3_i2v "$@"
+run_stage stage3_i2v "$@"

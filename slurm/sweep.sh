@@ -17,4 +17,4 @@
 #SBATCH --output=slurm-%x-%j.out
 . "$SLURM_SUBMIT_DIR/slurm/lib.sh"
 
-become tools/sweep.py "${JOB[@]}" -- "$@"
+exec_python tools/sweep.py "${JOB[@]}" -- "$@"

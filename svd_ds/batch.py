@@ -73,7 +73,7 @@ class Batch:
         return (self.frames_BTCHW if self.moments_BTMhw is None else self.moments_BTMhw).shape[1]
 
     @staticmethod
-    def of(clips: list[Clip], accumulation: int = 1) -> Batch:
+    def from_clips(clips: list[Clip], accumulation: int = 1) -> Batch:
         """Stack clips of equal shape, all of them with moments or none, and so with contexts."""
         moments = [clip.moments_TMhw for clip in clips if clip.moments_TMhw is not None]
         contexts = [clip.context_LD for clip in clips if clip.context_LD is not None]

@@ -33,9 +33,9 @@ FIELD_ALIASES = {"source": "from"}  # InitConfig declares the key as well, for i
 class RunSection(Settings, section="run"):
     dir: str = location("runs/small")
     """The run's folder; starting again with the same folder resumes."""
-    steps: int = number(400, least=1, most=10**9)
+    steps: int = number(400, ge=1, le=10**9)
     """Optimiser steps in all, over every life of the run."""
-    seed: int = number(0, least=0, most=INT64_MAX)
+    seed: int = number(0, ge=0, le=INT64_MAX)
     resume: str = location("auto")
     """auto (the newest checkpoint of run.dir, if any) | never (refuse a folder with checkpoints) | PATH of
     one."""
@@ -46,16 +46,16 @@ class FrozenConfig(Settings, section="frozen"):
     path: str = location("tiny")
     """Folder in the layout of the public SVD pipeline (vae/, image_encoder/, ...) or a hub id; tiny: the
     shipped set."""
-    chunk: int = number(14, least=1, most=10_000)
+    chunk: int = number(14, ge=1, le=10_000)
     """Frames that the autoencoder takes at once."""
 
 
 @dataclass(frozen=True)
 class BatchConfig(Settings, section="batch"):
     # A million clips a step: its divisors are searched one by one, and the largest published batch is 1536.
-    size: int = number(8, least=1, most=2**20)
+    size: int = number(8, ge=1, le=2**20)
     """Clips an optimiser step, over all ranks and micro-batches: the paper's batch."""
-    micro: int | None = number(None, least=1, most=2**20)
+    micro: int | None = number(None, ge=1, le=2**20)
     """Clips a rank takes at once; null takes all of its share."""
 
     def accumulation(self, ranks: int, bucket: str | None = None, micro: int | None = None) -> int:

@@ -89,7 +89,7 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     folder = RunFolder(Path(config.run.dir))
     begun = folder.initial_config()
     contents = contents_of(config, begun)
-    folder.check_belongs(config.as_dict() | {"contents": contents})
+    folder.check_config_matches(config.as_dict() | {"contents": contents})
     if resume is None and begun is not None:
         # Those that a start before has read, without a checkpoint behind it, are read anew.
         contents = contents_of(config, None)

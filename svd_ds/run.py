@@ -79,7 +79,7 @@ def _train(
         lambda: folder.open(_settings(config, inputs), inputs.progress.step, checkpoints.check_not_fenced)
     )
     if attempt is not None:
-        attempt.owns_folder(checkpoints.token, checkpoints.is_fenced)
+        attempt.set_fencing_token(checkpoints.token, checkpoints.is_fenced)
     engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(task.weights) if task.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
@@ -91,18 +91,18 @@ def _train(
     )
     started = time.perf_counter()
     # W&B is left last, which may take long: by then it is told how the run ended.
-    outcome = attempt.outcome() if attempt is not None else nullcontext()
+    outcome = attempt.record_outcome() if attempt is not None else nullcontext()
     stop = StopRequest(_say_at_once if env.rank == 0 else lambda text: None)
     opened = raise_on_all_ranks(lambda: _open_metrics(config, env, inputs, engine, stop))
     with stop, opened as metrics, outcome, checkpoints:
         if metrics is not None:
             notes = [metrics.tracking(), resume.note, *inputs.loader.notes, *task.notes]
-            metrics.say("\n".join([_opening(config, env, inputs, engine), *filter(None, notes)]))
+            metrics.print_line("\n".join([_opening(config, env, inputs, engine), *filter(None, notes)]))
             for sentence in filter(None, (lives, *damage)):
-                metrics.say(f"warning: {sentence}")
+                metrics.print_line(f"warning: {sentence}")
             if new:
                 source = config.init.source
-                metrics.say(f"{len(new)} tensors are not in {source} and start afresh: {new[0]}, ...")
+                metrics.print_line(f"{len(new)} tensors are not in {source} and start afresh: {new[0]}, ...")
         parts = TrainingComponents(
             rank=env.rank,
             engine=engine,
@@ -124,16 +124,16 @@ def _train(
             device=env.device,
         )
         # One rank looks: a shared disk may not show all of them the same.
-        of_a_job = broadcast_from_rank0(lambda: attempt is not None and attempt.is_of_a_job())
+        of_a_job = broadcast_from_rank0(lambda: attempt is not None and attempt.is_managed_by_job())
         progress = train(parts, _plan(config, of_a_job), inputs.progress)
         broadcast_from_rank0(checkpoints.check_not_fenced)
         if metrics is not None:
             _report(inputs.folder, metrics)
-            metrics.say(_closing(config, inputs.folder, progress, stop, time.perf_counter() - started))
-            metrics.say(f"  {metrics.wall_time()}")
+            metrics.print_line(_closing(config, inputs.folder, progress, stop, time.perf_counter() - started))
+            metrics.print_line(f"  {metrics.wall_time()}")
         if attempt is not None:
             finished = progress.step == config.run.steps
-            attempt.ended(finished, stop.interrupted, stop.by_keyboard, stop.failing_nodes)
+            attempt.record_end(finished, stop.interrupted, stop.by_keyboard, stop.failing_nodes)
     return progress
 
 
@@ -160,7 +160,7 @@ def _report(folder: RunFolder, metrics: Metrics) -> None:
         write_report([folder.path], folder.report)
     except (ValueError, OSError) as error:
         # All steps are done and saved: the run is finished without it.
-        metrics.say(f"warning: {folder.report} cannot be written: {error}")
+        metrics.print_line(f"warning: {folder.report} cannot be written: {error}")
 
 
 def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:

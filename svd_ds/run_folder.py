@@ -109,7 +109,7 @@ class RunFolder:
     def samples(self, step: int) -> Path:
         return self.path / "samples" / step_name(step)
 
-    def check_belongs(self, config: dict[str, Any]) -> str | None:
+    def check_config_matches(self, config: dict[str, Any]) -> str | None:
         """Refuse to resume in a folder that another config made.
 
         Returns:
@@ -169,10 +169,10 @@ class RunFolder:
             replace_text(path, text)
         for path in (self.metrics, self.evaluation, self.skipped, self.quarantine):
             check_not_fenced()
-            damage += self.drop_after(step, path)
+            damage += self.truncate_after(step, path)
         return damage
 
-    def drop_after(self, step: int, *paths: Path) -> list[str]:
+    def truncate_after(self, step: int, *paths: Path) -> list[str]:
         """Drop the rows of steps after `step`.
 
         Returns:
@@ -206,7 +206,7 @@ class RunFolder:
 
     def _config_damage(self, config: dict[str, Any]) -> str | None:
         try:
-            return self.check_belongs(config)
+            return self.check_config_matches(config)
         except ValueError:
             return None
 

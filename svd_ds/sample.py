@@ -48,27 +48,27 @@ class SampleConfig(Settings, section="sampling"):
     """How to sample. The defaults are the released SVD's (Stability-AI/generative-models
     simple_video_sample.py)."""
 
-    num_steps: int = number(25, least=1, most=10_000)
+    num_steps: int = number(25, ge=1, le=10_000)
     sampler: str = choice("euler", SAMPLERS)
     """euler (one network call a step) or heun (two)."""
-    sigma_min: float = number(0.002, least=1e-6, most=1e6)
-    sigma_max: float = number(700.0, least=1e-6, most=1e6)
-    rho: float = number(7.0, least=1, most=100)
+    sigma_min: float = number(0.002, ge=1e-6, le=1e6)
+    sigma_max: float = number(700.0, ge=1e-6, le=1e6)
+    rho: float = number(7.0, ge=1, le=100)
     """Exponent of the ladder of sigmas (arXiv 2206.00364 equation 5); 1 spaces them evenly."""
     guidance: str = choice("linear", KINDS)
     """constant, linear or triangle over the frames."""
-    guidance_min: float = number(1.0, least=-1000, most=1000)
+    guidance_min: float = number(1.0, ge=-1000, le=1000)
     """Scale at the first frame; a constant guidance has only the maximum."""
-    guidance_max: float = number(2.5, least=-1000, most=1000)
-    fps: float = number(7.0, least=0.01, most=1000, hint="conf/train.yaml takes data.fps")
+    guidance_max: float = number(2.5, ge=-1000, le=1000)
+    fps: float = number(7.0, ge=0.01, le=1000, hint="conf/train.yaml takes data.fps")
     """Of the video. The network is told fps - 1, as in training: the 6 of simple_video_sample.py."""
-    motion_bucket: float = number(127.0, least=0, most=255)
+    motion_bucket: float = number(127.0, ge=0, le=255)
     """0 to 255: how much should move."""
-    augmentation: float = number(0.02, least=0, most=1000)
+    augmentation: float = number(0.02, ge=0, le=1000)
     """Sigma of the noise put on the given frames."""
-    elevation: float = number(10.0, least=-90, most=90)
+    elevation: float = number(10.0, ge=-90, le=90)
     """Of the camera, in degrees, for networks that orbit an object; the default is SV3D's (there as well)."""
-    seed: int = number(0, least=0, most=INT64_MAX)
+    seed: int = number(0, ge=0, le=INT64_MAX)
 
     def __post_init__(self) -> None:
         super().__post_init__()

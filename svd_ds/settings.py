@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class OptimConfig(Settings, section="optim"):
-        lr: float = number(1e-4, above=0, most=100)
+        lr: float = number(1e-4, gt=0, le=100)
         schedule: str = choice("constant", SCHEDULES)
 
 A field's rule holds for each element of a list or dict. It is checked wherever the dataclass is built: from
@@ -34,10 +34,10 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "tr
 class Range:
     """The numbers that a field takes; they are finite."""
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
     off: float | None = None
     """A number outside the range that is allowed as well: it switches something off."""
     hint: str = ""
@@ -49,15 +49,15 @@ class Range:
         if not math.isfinite(value):
             return "finite, " + self._words()
         fits = (
-            (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
-            and (self.below is None or value < self.below)
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
         )
         return "" if fits or value == self.off else self._words()
 
     def _words(self) -> str:
-        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        bounds = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
         words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
         words += f", or {self.off} to switch it off" if self.off is not None else ""
         return words + (f" ({self.hint})" if self.hint else "")
@@ -93,10 +93,10 @@ Rule = Range | Choice | Text
 def number(
     default: Any,
     *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
     off: float | None = None,
     hint: str = "",
     path_keys: bool = False,
@@ -105,7 +105,7 @@ def number(
 
     The default `dict` is an empty dict.
     """
-    return _field(default, Range(least, above, most, below, off, hint, path_keys))
+    return _field(default, Range(ge, gt, le, lt, off, hint, path_keys))
 
 
 def choice(default: Any, options: Collection[str]) -> Any:

@@ -66,7 +66,7 @@ def main() -> None:
     clock = JobClock(job.id, options.arguments)
     try:
         folder = run_folder(options.arguments, clock)
-        if (damage := record_queued_restart(folder, job.id, job.starts)) is not None:
+        if (damage := record_queued_restart(folder, job.id, job.max_restarts)) is not None:
             print_line(f"warning: {damage}")
     except ValueError:
         settle(options.trial, clock)
@@ -163,7 +163,7 @@ def reason(outcome: JobOutcome | None, asked: int, code: int) -> str:
     if asked:
         return f"{signal.Signals(asked).name} asked it to end"
     if outcome is not None:
-        return ": ".join(filter(None, (f"rank {outcome.rank} {outcome.kind}", outcome.words)))
+        return ": ".join(filter(None, (f"rank {outcome.rank} {outcome.kind}", outcome.message)))
     return f"srun ended with {code}, and no rank said why"
 
 

@@ -67,7 +67,7 @@ class JobAgent(Agent):
     def _run_loop(self, agent_id: str) -> None:
         command = self._sweep_command
         if TRAINER not in command:
-            raise ValueError(f"the sweep's command is {command}: it must name {TRAINER} (conf/sweep/)")
+            raise ValueError(f"the sweep's command is {command}: it must name {TRAINER} (sweeps/)")
         arguments = command[command.index(TRAINER) + 1 :]
         self._sweep_command = [*self.start, *arguments, *self.overrides]
         if self.unfinished.exists() and not self.asked:

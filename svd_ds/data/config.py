@@ -37,50 +37,50 @@ class DataConfig(Settings, section="data"):
 
     path: str = location("data/shards")
     """Folder of shards with their index, as tools/make_shards.py writes it; or a URL, see docs/data.md."""
-    num_frames: int = number(14, least=1, most=10_000)
+    num_frames: int = number(14, ge=1, le=10_000)
     """Frames a clip, T. Samples with fewer are left out; 1 trains on images (and single frames of videos)."""
     # No video codec has larger frames.
-    height: int = number(320, least=1, most=16_384)
+    height: int = number(320, ge=1, le=16_384)
     """Pixels. Samples that would have to be enlarged are left out."""
-    width: int = number(576, least=1, most=16_384)
+    width: int = number(576, ge=1, le=16_384)
     """Pixels."""
-    fps: float = number(6.0, least=0, most=1000)
+    fps: float = number(6.0, ge=0, le=1000)
     """Wanted frames a second, met as near as a whole stride comes; 0 takes every stored frame."""
     crop: str = choice("random", CROPS)
     """Where the window of the wanted aspect lies: "random" or "center"."""
     flip: bool = False
     """Mirror half of the clips, but for those whose caption names left or right (in English)."""
-    mixture: dict[str, float] = number(dict, least=0, most=1e12, path_keys=True)
+    mixture: dict[str, float] = number(dict, ge=0, le=1e12, path_keys=True)
     """Folder or URL -> its share of the clips, in any unit; empty: `path` alone, else in place of it."""
-    buckets: dict[str, int] = number(dict, least=1, most=2**20)
+    buckets: dict[str, int] = number(dict, ge=1, le=2**20)
     """Shape, 14x320x576 -> clips that a rank takes at once. A step's clips have one shape. Empty: the shape
     above alone; else it is one of them, that of previews and evaluations."""
     where: tuple[str, ...] = text(())
     """Conditions that a sample must meet, on its index line alone: "motion>=q25", "text_area<=0.07"."""
-    image_share: float = number(0.0, least=0, most=1)
+    image_share: float = number(0.0, ge=0, le=1)
     """Share of the videos' clips that are a still image instead: one frame, repeated, which takes the image
     path. Above 0 the data set's own images are admitted as well, and always are stills."""
     latents: bool = False
     """Read what tools/encode.py cached in place of most pixels. Centred, never mirrored."""
-    caption_weights: dict[str, float] = number(dict, least=0, most=1e12)
+    caption_weights: dict[str, float] = number(dict, ge=0, le=1e12)
     """Captioner's name -> weight with which its caption is drawn. Those without one are drawn, all alike,
     where a sample has none with one; 0 never is."""
-    max_quarantined: float = number(0.01, least=0, most=1)
+    max_quarantined: float = number(0.01, ge=0, le=1)
     """Share of the samples that may turn out unreadable: each is replaced by the next. Beyond it the run
     stops."""
     # A day: no clock of the system waits for ever, and no file system is waited for that long.
-    read_timeout_seconds: float = number(600.0, above=0, most=86_400)
+    read_timeout_seconds: float = number(600.0, gt=0, le=86_400)
     """A read, or the fetching of a remote shard, that takes longer ends the run: the file system hangs."""
     cache: str | None = location(None)
     """Local folder that remote shards are fetched to, in a sub-folder svd_ds-cache; needed where a path is a
     URL."""
-    cache_gb: float = number(0.0, least=0, most=1e9)
+    cache_gb: float = number(0.0, ge=0, le=1e9)
     """Above it the fetched shards that were read least recently are removed from the cache; 0 keeps all. It
     must hold the shards that are read from at a time."""
     # No machine has the cores for more processes a rank, and starting them would take minutes.
-    num_workers: int = number(2, least=0, most=256)
+    num_workers: int = number(2, ge=0, le=256)
     """Processes that decode, for each rank; 0 decodes in the training process."""
-    prefetch: int = number(2, least=1, most=1024)
+    prefetch: int = number(2, ge=1, le=1024)
     """Micro-batches that each worker holds ready."""
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Cursor:
     """A point between two global steps. `Cursor(**asdict(cursor))` is its round trip through json."""
 
-    position: int
+    next_ordinal: int
     """Samples that all ranks together have consumed since the run began: the next ordinal."""
     fingerprint: str
     """Names the set of samples that the position counts; see `Index.fingerprint`."""
@@ -18,6 +18,6 @@ class Cursor:
         """Raises ValueError unless `fingerprint`, of the data at `where`, is the one that was read so far."""
         if fingerprint != self.fingerprint:
             raise ValueError(
-                f"the run's {self.position} samples so far are of a set with fingerprint {self.fingerprint}, "
+                f"the run's {self.next_ordinal} samples so far are of a set with fingerprint {self.fingerprint}, "
                 f"and the clips in {where} that are long and large enough have {fingerprint}"
             )

@@ -121,7 +121,7 @@ class Loader:
         """Raises ValueError, naming shard and sample, where more cannot be read than data.max_quarantined
         allows; OSError where that may pass, or a read hangs."""
         faults: list[Fault] = []
-        end = self.cursor.position
+        end = self.cursor.next_ordinal
         for item in self._items():
             if not isinstance(item, _Item):
                 raise item
@@ -152,7 +152,7 @@ class Loader:
         """Those of this rank that fall to this worker process."""
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        start = self.cursor.position
+        start = self.cursor.next_ordinal
         return self._schedule.micro_batches_of(start, self.rank, self.world, number, num_workers)
 
     def _read(self, micro: MicroBatch) -> _Item:
@@ -163,7 +163,7 @@ class Loader:
             if clip is None:
                 return _Item(None, micro.end, faults)
             clips.append(clip)
-        return _Item(Batch.of(clips, micro.accumulation), micro.end, faults)
+        return _Item(Batch.from_clips(clips, micro.accumulation), micro.end, faults)
 
     def _read_clip(self, ordinal: int, faults: list[Fault]) -> Clip | None:
         """The first sample for a position that can be read; those before it are added to `faults`. None where

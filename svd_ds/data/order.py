@@ -64,7 +64,7 @@ class Order:
         self._epoch, self._window = -1, -1
 
     def sample(self, position: int) -> int:
-        """The number of the sample at `position`, from 0 to N - 1. Positions that ascend are fast."""
+        """The number of the sample at `ordinal`, from 0 to N - 1. Ordinals that ascend are fast."""
         assert self.num_samples > 0, "an empty data set has no order"
         epoch, offset = divmod(position, self.num_samples)
         if epoch != self._epoch:

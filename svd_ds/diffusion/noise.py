@@ -39,19 +39,19 @@ class NoiseConfig(Settings, section="noise"):
     kind: str = choice("lognormal", KINDS)
     """lognormal, discrete, cosine, shifted_cosine, interpolated_cosine or log_uniform."""
     # Within these, no draw of sigma has a square beyond float32.
-    P_mean: float = number(1.0, least=-20, most=20)
+    P_mean: float = number(1.0, ge=-20, le=20)
     """lognormal: mean of ln sigma."""
-    P_std: float = number(1.6, above=0, most=3.5)
+    P_std: float = number(1.6, gt=0, le=3.5)
     """lognormal: standard deviation of ln sigma."""
-    sigma_min: float = number(0.002, least=1e-9, most=1e9)
+    sigma_min: float = number(0.002, ge=1e-9, le=1e9)
     """The cosines and log_uniform: smallest sigma."""
-    sigma_max: float = number(700.0, least=1e-9, most=1e9)
+    sigma_max: float = number(700.0, ge=1e-9, le=1e9)
     """The cosines and log_uniform: largest sigma."""
-    reference: float = number(64.0, above=0, most=1e6)
+    reference: float = number(64.0, gt=0, le=1e6)
     """shifted_cosine, interpolated_cosine: side in pixels of the square whose noise the noisy end has."""
-    reference_clean: float = number(256.0, above=0, most=1e6)
+    reference_clean: float = number(256.0, gt=0, le=1e6)
     """interpolated_cosine: the same, for the clean end."""
-    offset_noise: float = number(0.0, least=0, most=100)
+    offset_noise: float = number(0.0, ge=0, le=100)
     """Any kind: size of a noise that is constant over a clip's frames and pixels, one number a channel."""
 
     def __post_init__(self) -> None:

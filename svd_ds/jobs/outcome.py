@@ -32,7 +32,7 @@ BAD_NODES = "bad nodes"
 class JobOutcome:
     kind: str
     rank: int
-    words: str
+    message: str
     restart_id: tuple[int, int]
     """svd_ds.parallel.env.restart_id: ranks of an earlier one, on a node that was cut off, may still speak."""
     nodes: dict[str, str] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class JobOutcome:
         Raises:
             OSError: it cannot be written.
         """
-        text = json.dumps(asdict(self) | {"words": redact(self.words)}) + "\n"
+        text = json.dumps(asdict(self) | {"message": redact(self.message)}) + "\n"
         try:
             create_text(path, text)
         except FileExistsError:

@@ -121,7 +121,7 @@ class RankSession:
                 self.log.close()
             raise
 
-    def owns_folder(self, token: str, is_fenced: Callable[[], bool]) -> None:
+    def set_fencing_token(self, token: str, is_fenced: Callable[[], bool]) -> None:
         """This start of the run has taken the folder over; all ranks call it, rank 0 first.
 
         Args:
@@ -134,11 +134,11 @@ class RankSession:
             # An earlier start that was still alive may have said how it ended.
             outcome_path(self.folder).unlink(missing_ok=True)
 
-    def is_of_a_job(self) -> bool:
+    def is_managed_by_job(self) -> bool:
         """Whether tools/job.py waits for the outcome: it can make another attempt, and on other nodes."""
         return _is_managed_by_job(self.folder)
 
-    def ended(
+    def record_end(
         self,
         finished: bool,
         interrupted: bool = False,
@@ -174,7 +174,7 @@ class RankSession:
             os.write(self._console, f"{redact(line)}\n".encode())
 
     @contextmanager
-    def outcome(self) -> Iterator[None]:
+    def record_outcome(self) -> Iterator[None]:
         """Inside, an error is judged at once: what is closed on the way out of the attempt may take so long
         that Slurm ends it before it has said anything."""
         try:

@@ -45,7 +45,7 @@ class Job:
     """Of a task."""
     gpus: int
     """Of a node."""
-    starts: int
+    max_restarts: int
     """At most, of a run from one of its steps."""
     preflight: bool
     """Whether the nodes are tried before a start."""
@@ -58,18 +58,24 @@ class Job:
         add("--nodes", required=True, metavar="NAMES", help="its nodes, with commas between")
         add("--cpus", type=int, default=1, metavar="N", help="of a task; default: %(default)s")
         add("--gpus", type=int, default=0, metavar="N", help="of a node; default: %(default)s")
-        add("--starts", type=int, default=3, metavar="N", help="at most, from one step; default: %(default)s")
+        add(
+            "--max-restarts",
+            type=int,
+            default=3,
+            metavar="N",
+            help="at most, from one step; default: %(default)s",
+        )
         add("--no-preflight", action="store_true", help="do not try the nodes before a start")
 
     @staticmethod
     def of(options: Namespace) -> Job:
         nodes = tuple(options.nodes.split(","))
-        numbers = options.cpus, options.gpus, options.starts
+        numbers = options.cpus, options.gpus, options.max_restarts
         return Job(options.job, nodes, *numbers, preflight=not options.no_preflight)
 
     def options(self) -> list[str]:
         """Words that `of` reads as this job."""
-        numbers = {"--cpus": self.cpus, "--gpus": self.gpus, "--starts": self.starts}
+        numbers = {"--cpus": self.cpus, "--gpus": self.gpus, "--max-restarts": self.max_restarts}
         words = [word for name, number in numbers.items() for word in (name, str(number))]
         switches = [] if self.preflight else ["--no-preflight"]
         return ["--job", self.id, "--nodes", ",".join(self.nodes), *words, *switches]

@@ -22,10 +22,10 @@ MARGIN = timedelta(minutes=10)
 @dataclass(frozen=True)
 class WatchdogConfig(Settings, section="watchdog"):
     # At most a week: timers of the system and of gloo and NCCL hold no more than some years.
-    minutes: float = number(30.0, least=0, most=10_080)
+    minutes: float = number(30.0, ge=0, le=10_080)
     """Without a step, after which a rank writes its stack to its log and ends; 0 never does. An evaluation, a
     checkpoint and previews may lie between two steps."""
-    first_minutes: float = number(90.0, least=0, most=10_080)
+    first_minutes: float = number(90.0, ge=0, le=10_080)
     """The same until the first step: files are read, weights loaded, kernels chosen."""
 
     def __post_init__(self) -> None:

@@ -48,21 +48,21 @@ class ConditionerConfig(Settings, section="conditioning"):
     (the first and the last, each in its place, and a mask) or none."""
     scalars: tuple[str, ...] = choice(RELEASED_SCALARS, SCALARS)
     """The numbers embedded beside the noise level, in order."""
-    context_width: int | None = number(None, least=1, most=65_536)
+    context_width: int | None = number(None, ge=1, le=65_536)
     """Only with context "none": the width of the zero token the UNet is given in its place."""
-    drop_context: float = number(0.1, least=0, most=1)
+    drop_context: float = number(0.1, ge=0, le=1)
     """Share of clips without the image tokens. The paper gives none: 0.1 is SVD_Xtend's, Vista has 0.15."""
-    drop_text: float = number(0.15, least=0, most=1)
+    drop_text: float = number(0.15, ge=0, le=1)
     """Share of clips without the caption (arXiv 2311.15127, D.2)."""
-    drop_concat: float = number(0.1, least=0, most=1)
+    drop_concat: float = number(0.1, ge=0, le=1)
     """Share of clips without the concatenated frames, apart from the context's (sgm GeneralConditioner)."""
-    drop_scalars: dict[str, float] = number(dict, least=0, most=1)
+    drop_scalars: dict[str, float] = number(dict, ge=0, le=1)
     """A scalar's name -> share of clips without it, each apart from the others. The paper names none."""
     # Within these, no draw of sigma has a square beyond float32.
-    augmentation_mean: float = number(-3.0, least=-20, most=20)
+    augmentation_mean: float = number(-3.0, ge=-20, le=20)
     """Mean of ln sigma of the noise put on the conditioning frame (D.4): on its pixels in [-1, 1], or with
     concat "ends" on its latents, as the network sees them scaled to deviation 1."""
-    augmentation_std: float = number(0.5, least=0, most=3.5)
+    augmentation_std: float = number(0.5, ge=0, le=3.5)
     """Standard deviation of ln sigma of that noise (D.4)."""
 
     def __post_init__(self) -> None:

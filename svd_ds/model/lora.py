@@ -41,9 +41,9 @@ PARTS = {"q": 1, "kv": 2, "qkv": 3, "out": 1}
 
 @dataclass(frozen=True)
 class LoraConfig(Settings, section="lora"):
-    rank: int = number(16, least=0, most=65_536)
+    rank: int = number(16, ge=0, le=65_536)
     """Of each update; 0: no adapters. The paper's camera motions have 16 (arXiv 2311.15127 D.4.2)."""
-    alpha: float = number(16.0, above=0, most=1e6)
+    alpha: float = number(16.0, gt=0, le=1e6)
     """Updates are multiplied by alpha / rank."""
     target: str = choice("temporal_attention", TARGETS)
     """temporal_attention (along time, as in the paper) | spatial_attention (among a frame's pixels) |

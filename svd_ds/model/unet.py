@@ -44,28 +44,28 @@ BLOCKS = {
 class UNetConfig(Settings, section="model"):
     """The shape of the network. The defaults are the released image-to-video models, SVD and SVD-XT."""
 
-    in_channels: int = number(8, least=1, most=65_536)
+    in_channels: int = number(8, ge=1, le=65_536)
     """4 noisy latent channels, and the 4 of the conditioning frame where there is one (9 with a mask)."""
     masked: bool = False
     """The last input channel is a mask, 1 where a frame is given; a learned embedding stands for the latents
     of the others (frame interpolation, arXiv 2311.15127 D.5)."""
-    out_channels: int = number(4, least=1, most=65_536)
-    widths: tuple[int, ...] = number((320, 640, 1280, 1280), least=1, most=65_536)
+    out_channels: int = number(4, ge=1, le=65_536)
+    widths: tuple[int, ...] = number((320, 640, 1280, 1280), ge=1, le=65_536)
     """Channels at each level. Each level halves the height and width of the one before."""
-    num_layers: int = number(2, least=1, most=1000)
+    num_layers: int = number(2, ge=1, le=1000)
     """Residual blocks at a level on the way down; the way up has one more."""
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     """Which levels have a transformer after each residual block. The middle always has one."""
-    transformer_depth: int = number(1, least=1, most=1000)
-    context_width: int = number(1024, least=1, most=65_536)
+    transformer_depth: int = number(1, ge=1, le=1000)
+    context_width: int = number(1024, ge=1, le=65_536)
     """Width of the cross-attention tokens."""
-    head_width: int = number(64, least=1, most=65_536)
+    head_width: int = number(64, ge=1, le=65_536)
     """Channels of an attention head."""
-    num_scalars: int = number(3, least=0, most=1000)
+    num_scalars: int = number(3, ge=0, le=1000)
     """Numbers that describe a clip: fps - 1, motion bucket, augmentation sigma. 0: no such input."""
-    scalar_width: int = number(256, least=2, most=65_536)
+    scalar_width: int = number(256, ge=2, le=65_536)
     """Width of the sinusoidal embedding of each scalar."""
-    num_frames: int = number(14, least=1, most=10_000)
+    num_frames: int = number(14, ge=1, le=10_000)
     """The clip length that samplers take by default. The network itself takes any."""
     temporal: str = choice("svd", BLOCKS)
     """The layers of time: svd (VideoLDM's too), make_a_video (pseudo3d.py) or none (image.py)."""

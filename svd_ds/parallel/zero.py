@@ -14,19 +14,19 @@ PRECISIONS = ("bf16", "fp32")
 class ZeroConfig(Settings, section="parallel"):
     """Counts are in elements, not bytes."""
 
-    persistence_threshold: int = number(0, least=0)
+    persistence_threshold: int = number(0, ge=0)
     """Parameters up to this size stay gathered on every rank between steps. None need to: small ones travel
     with their block, whereas each that stays costs a message of its own after every step."""
-    prefetch_bucket: int = number(50_000_000, least=0)
+    prefetch_bucket: int = number(50_000_000, ge=0)
     """How far ahead of their use parameters are gathered."""
-    max_live: int | None = number(None, least=0)
+    max_live: int | None = number(None, ge=0)
     """While this many are gathered, none are gathered ahead. None: twice the largest block, so that one
     computes while the next arrives. Of SVD's 1,525 million parameters a rank then holds 201 million at once,
     and of a network of any width a small part; DeepSpeed's own 1,000 million are most of SVD."""
-    max_reuse_distance: int = number(0, least=0)
+    max_reuse_distance: int = number(0, ge=0)
     """A gathered parameter stays if it is used again within this many. With 0 a block is gathered for its
     forward pass, and again for its backward pass."""
-    reduce_bucket: int = number(50_000_000, least=1, most=4_000_000_000)
+    reduce_bucket: int = number(50_000_000, ge=1, le=4_000_000_000)
     """Gradients are reduced when this many wait. The buffer is allocated in full at the start."""
     reduce_dtype: str = choice("fp32", PRECISIONS)
     """Gradients are summed over the ranks in fp32 | bf16; bf16 halves the traffic and rounds each sum."""

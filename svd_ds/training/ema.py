@@ -21,9 +21,9 @@ from svd_ds.weights.posthoc_ema import power_exponent
 
 @dataclass(frozen=True)
 class EMAConfig(Settings, section="ema"):
-    lengths: tuple[float, ...] = number((0.05, 0.10), least=0.001, most=0.28)
+    lengths: tuple[float, ...] = number((0.05, 0.10), ge=0.001, le=0.28)
     """Relative standard deviations sigma_rel of power-function profiles."""
-    decays: tuple[float, ...] = number((), above=0, below=1)
+    decays: tuple[float, ...] = number((), gt=0, lt=1)
     """Constant decays a step, as in 0.9999."""
     on_host: bool = False
     """Keep the averages in host memory: a GPU then has 4 bytes a weight of its shard and profile more, and

@@ -39,10 +39,10 @@ factor of 3.6, wide enough for every training density, and its number means the 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Settings, section="evaluation"):
-    every: int = number(1000, least=0)
+    every: int = number(1000, ge=0)
     """Steps between evaluations; the last step always has one. 0: none at all. One costs as much as training
     on ten times its clips, and a third more for the averaged weights."""
-    clips: int = number(16, least=1, most=2**20)
+    clips: int = number(16, ge=1, le=2**20)
     """Size of the fixed set. Runs are comparable where it is the same."""
     frame_gradients: bool = True
     """Measure the gradient of each frame's loss too: as many further passes over the clips as these have

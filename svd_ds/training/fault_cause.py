@@ -45,7 +45,7 @@ class FaultCause:
     """What the second computation of a step says of the first, the same on all ranks."""
 
     hardware: bool
-    words: str
+    message: str
     nodes: dict[str, str] = field(default_factory=dict)
     """The hosts that computed wrongly, and what; empty where none can be told from the others."""
 

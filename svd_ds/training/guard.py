@@ -22,22 +22,22 @@ from svd_ds.settings import Settings, number
 class GuardConfig(Settings, section="guard"):
     """A step that is not finite is always skipped."""
 
-    loss_factor: float = number(20.0, above=1, off=0)
+    loss_factor: float = number(20.0, gt=1, off=0)
     """Skip a step whose loss is above so many times the recent median; 0 never does. A network that says
     nothing has a v-space loss of about 1 at every noise level: at 20 times a good median, 0.05, all that was
     learned is lost."""
-    norm_factor: float = number(50.0, above=1, off=0)
+    norm_factor: float = number(50.0, gt=1, off=0)
     """The same for the gradient's norm before clipping; 0 never does. It moves far more than the loss."""
-    recompute_tolerance: float = number(0.01, above=0, below=1, off=0)
+    recompute_tolerance: float = number(0.01, gt=0, lt=1, off=0)
     """A step out of bounds is computed again. Losses or gradient norms that then differ by more than this
     share are failing hardware's (svd_ds/training/fault_cause.py). It must lie far above what the order of a GPU's
     sums changes, and below what the factors let pass. 0 computes nothing again."""
     # Its numbers are written with every checkpoint.
-    window: int = number(100, least=1, most=100_000)
+    window: int = number(100, ge=1, le=100_000)
     """Steps of which the median is taken. As long as there are fewer, only what is not finite is skipped."""
-    max_skips: int = number(5, least=0)
+    max_skips: int = number(5, ge=0)
     """When more steps than these are skipped in a row, the run goes back to its last checkpoint."""
-    max_rollbacks: int = number(3, least=0)
+    max_rollbacks: int = number(3, ge=0)
     """The run ends when it would go back more often than this."""
 
 

@@ -221,7 +221,7 @@ def _check_end(parts: TrainingComponents, plan: LoopConfig, progress: Progress) 
             "optim.lr, or widen guard.loss_factor and guard.norm_factor, or give it more run.steps"
         )
     if parts.metrics is not None:
-        parts.metrics.say(
+        parts.metrics.print_line(
             f"step {progress.step}  not saved, for the last {skipped} steps were skipped: the same command "
             "resumes from the newest checkpoint before them"
         )
@@ -231,7 +231,7 @@ def _roll_back(parts: TrainingComponents, progress: Progress, why: str) -> Progr
     """To the weights of the last good checkpoint. The clips go on: the bad ones are not seen again."""
     saved = parts.checkpoints.reload(parts.engine, parts.ema, parts.objective, why)
     if parts.metrics is not None:
-        parts.metrics.say(f"step {progress.step}  {why}")
+        parts.metrics.print_line(f"step {progress.step}  {why}")
     if parts.metrics is not None:
         parts.metrics.log_rollback(saved.step, progress.step)
     return progress.rolled_back(saved)

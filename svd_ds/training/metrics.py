@@ -42,7 +42,7 @@ HISTOGRAM_SAMPLE = 2**20
 
 @dataclass(frozen=True)
 class LoggerConfig(Settings, section="logger"):
-    every: int = number(10, least=1)
+    every: int = number(10, ge=1)
     """Steps between plain lines."""
     wandb: str = choice("auto", MODES)
     """auto (online when a key is set, else offline) | online | offline | disabled. WANDB_MODE overrides
@@ -109,7 +109,7 @@ class Metrics:
         self.speed = speed
         self.tags = tags or {}
         self.tracker = open_tracker(
-            folder, config.wandb, config.project, config.entity, settings, self.say, on_stop
+            folder, config.wandb, config.project, config.entity, settings, self.print_line, on_stop
         )
         self.bar = _progress_bar(self.console) if sys.stdout.isatty() else None
         if self.bar is not None:
@@ -127,7 +127,7 @@ class Metrics:
         self.jsonl.close()
         self.lines.close()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """A line for the person, above the bar and in the log file."""
         text = printable(text)
         self.console.print(text, markup=False)
@@ -186,17 +186,17 @@ class Metrics:
             taken: whether the step was taken with what the second computation gave.
         """
         self.check_not_fenced()
-        words = cause.words if cause is not None else ""
+        words = cause.message if cause is not None else ""
         kind = "unknown" if cause is None else "hardware" if cause.hardware else "data"
-        row = {"step": step, "fault": fault, "cause": kind, "words": words, "taken": taken, "clips": clips}
+        row = {"step": step, "fault": fault, "cause": kind, "message": words, "taken": taken, "clips": clips}
         append_row(self.folder.skipped, row)
         told = "; ".join(filter(None, (fault, words)))
         kept = f"its clips stand in {self.folder.skipped}"
         if cause is None or not cause.hardware:
-            self.say(f"step {step}  skipped: {told}; {kept}")
+            self.print_line(f"step {step}  skipped: {told}; {kept}")
             return
         end = "the step is taken as it was computed the second time" if taken else f"skipped; {kept}"
-        self.say(f"step {step}  warning: failing hardware: {told}; {end}")
+        self.print_line(f"step {step}  warning: failing hardware: {told}; {end}")
         if self.tracker is not None:
             self.tracker.alert("failing hardware", f"step {step}: {told}")
 
@@ -204,18 +204,18 @@ class Metrics:
         """The run goes on from `step`: what was told of the steps behind it, up to `left`, is dropped."""
         self.check_not_fenced()
         self.jsonl.close()
-        damage = self.folder.drop_after(step, self.folder.metrics, self.folder.evaluation)
+        damage = self.folder.truncate_after(step, self.folder.metrics, self.folder.evaluation)
         self.jsonl = LineFile(self.folder.metrics)
         self.goodput = Goodput.of(self.folder)
         for sentence in damage:
-            self.say(f"warning: {sentence}")
-        self.say(f"step {left}  going back to the checkpoint of step {step}, and on with new clips")
+            self.print_line(f"warning: {sentence}")
+        self.print_line(f"step {left}  going back to the checkpoint of step {step}, and on with new clips")
 
     def log_evaluation(self, step: int, samples: int, measured: EvalResult) -> None:
         self.check_not_fenced()
         append_row(self.folder.evaluation, {"step": step, "samples": samples, **asdict(measured)})
         mean, average = fmean(measured.loss), fmean(measured.loss_average)
-        self.say(f"step {step}  fixed set: loss {mean:.4f}, of the averaged weights {average:.4f}")
+        self.print_line(f"step {step}  fixed set: loss {mean:.4f}, of the averaged weights {average:.4f}")
         if self.tracker is not None:
             self.tracker.log_evaluation(step, measured)
 
@@ -237,7 +237,7 @@ class Metrics:
     def log_preview(self, step: int, preview: Preview) -> None:
         """Say where its videos (mp4) and contact sheet (png) are and what was measured; send all to W&B."""
         measured = "".join(f", {name} {value:.2f}" for name, value in preview.measured.items())
-        self.say(f"step {step}  made {len(preview.videos)} videos{measured}: {preview.sheet}")
+        self.print_line(f"step {step}  made {len(preview.videos)} videos{measured}: {preview.sheet}")
         if self.tracker is not None:
             self.tracker.log_preview(step, preview)
 

@@ -21,29 +21,29 @@ SCHEDULES = ("constant", "cosine", "zero")
 @dataclass(frozen=True)
 class OptimConfig(Settings, section="optim"):
     lr: float = number(
-        1e-4, above=0, most=100, hint="optim.schedule=zero moves no weight: it only evaluates and samples"
+        1e-4, gt=0, le=100, hint="optim.schedule=zero moves no weight: it only evaluates and samples"
     )
     """Peak learning rate, multiplied per group by the rates below."""
-    spatial_lr_scale: float = number(1.0, least=0, most=10_000)
+    spatial_lr_scale: float = number(1.0, ge=0, le=10_000)
     """Multiplier for the layers that an image model has; 0 freezes them."""
-    temporal_lr_scale: float = number(1.0, least=0, most=10_000)
+    temporal_lr_scale: float = number(1.0, ge=0, le=10_000)
     """Multiplier for the layers that video adds; 0 freezes them."""
-    embedding_lr_scale: float = number(1.0, least=0, most=10_000)
+    embedding_lr_scale: float = number(1.0, ge=0, le=10_000)
     """Multiplier for the embedding of the noise level, which an image model has as well; 0 freezes it."""
-    condition_lr_scale: float = number(1.0, least=0, most=10_000)
+    condition_lr_scale: float = number(1.0, ge=0, le=10_000)
     """Multiplier for the embeddings of scalars and mask, which video adds; 0 freezes them."""
-    beta1: float = number(0.9, least=0, below=1)
-    beta2: float = number(0.999, least=0, below=1)
-    eps: float = number(1e-8, above=0, most=1)
-    weight_decay: float = number(0.01, least=0, most=100)
+    beta1: float = number(0.9, ge=0, lt=1)
+    beta2: float = number(0.999, ge=0, lt=1)
+    eps: float = number(1e-8, gt=0, le=1)
+    weight_decay: float = number(0.01, ge=0, le=100)
     """Decoupled decay of matrices and kernels; norms, biases and mix factors have none."""
-    gradient_clip: float = number(1.0, above=0)
+    gradient_clip: float = number(1.0, gt=0)
     """Largest global gradient norm."""
     schedule: str = choice("constant", SCHEDULES)
     """constant | cosine, after the warm-up | zero (no weight moves: a run only evaluates and samples)."""
-    warmup_samples: int = number(0, least=0)
+    warmup_samples: int = number(0, ge=0)
     """The rate rises linearly over this many clips."""
-    final_lr_scale: float = number(0.0, least=0, most=1)
+    final_lr_scale: float = number(0.0, ge=0, le=1)
     """Where cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:

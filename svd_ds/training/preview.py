@@ -26,9 +26,9 @@ from svd_ds.video import contact_sheet, from_uint8, to_uint8, write_mp4
 
 @dataclass(frozen=True)
 class PreviewConfig(SampleConfig):
-    every: int = number(1000, least=1)
+    every: int = number(1000, ge=1)
     """Steps between previews; the last step always leaves one."""
-    num_videos: int = number(4, least=1, most=10_000)
+    num_videos: int = number(4, ge=1, le=10_000)
     """Fixed clips whose first frames (last frames, captions) are the conditions."""
 
 

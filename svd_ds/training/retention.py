@@ -20,13 +20,13 @@ from svd_ds.weights.shards import KEPT_AVERAGES
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings, section="checkpoint"):
-    every: int = number(1000, least=1)
+    every: int = number(1000, ge=1)
     """Steps between checkpoints; the last step always leaves one."""
-    keep_last: int = number(2, least=1)
+    keep_last: int = number(2, ge=1)
     """How many of the newest stay."""
-    keep_every: int = number(0, least=0)
+    keep_every: int = number(0, ge=0)
     """Checkpoints at multiples of this many steps stay for good; 0 keeps none for good."""
-    keep_averages: int = number(0, least=0)
+    keep_averages: int = number(0, ge=0)
     """Of those at multiples of this many steps the averages stay, in averages/step-N: any other length can be
     made of them after the run. 0 keeps none."""
     asynchronous: bool = True

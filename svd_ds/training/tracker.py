@@ -36,7 +36,7 @@ class Tracker:
     """An open W&B run. Its client is a process of its own, which may die: training goes on without it."""
 
     def __init__(self, run: Any, say: Callable[[str], None]) -> None:
-        self.run, self.say, self.lost = run, say, False
+        self.run, self.print_line, self.lost = run, say, False
         # A resumed run repeats W&B's own step: ours is the axis.
         self._tell(lambda: self.run.define_metric("train/step"))
         self._tell(lambda: self.run.define_metric("*", step_metric="train/step"))
@@ -99,7 +99,7 @@ class Tracker:
             message()
         except Exception as error:  # its kinds have no common base, and none is worth a run
             self.lost = True
-            self.say(
+            self.print_line(
                 f"warning: W&B is lost ({_words(error)}); this run goes on without it, and what was not sent "
                 "is in its folder wandb/, for `wandb sync`"
             )

@@ -1,4 +1,4 @@
-"""The sweep files of conf/sweep with the real wandb client: trials on one machine, or on a job's nodes."""
+"""The sweep files of sweeps with the real wandb client: trials on one machine, or on a job's nodes."""
 
 from __future__ import annotations
 

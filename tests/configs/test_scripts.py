@@ -121,7 +121,7 @@ def test_a_sites_settings_may_read_what_nobody_has_set(tmp_path: Path) -> None:
 
 
 def test_usr1_queues_a_job_again_that_has_not_begun() -> None:
-    told = shell(". slurm/lib.sh; kill -USR1 $$; train x")
+    told = shell(". slurm/lib.sh; kill -USR1 $$; run_training x")
     assert told.startswith("scontrol requeue 1\ntools/job.py ")
 
 
@@ -162,7 +162,7 @@ def test_jobs_are_documented() -> None:
     assert {("stage3", "multiview"), ("stage1", "stage1_time_embed"), ("stage2", "debug=tiny")} <= named
 
 
-@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONF.parent / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_sweep_files_make_runs_that_compose(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each value of each parameter, as wandb's agent would write it."""
     sweep = yaml.safe_load(path.read_text())

@@ -65,11 +65,13 @@ def test_wrong_computations_name_the_rank_and_cost_no_step(
     ]
     assert loss["fault"] == "the loss is nan" and gradient["fault"] == "the gradient norm is inf"
     named = f"rank 1 on {host()} computed a"
-    assert loss["words"].startswith(f"{named} loss of nan, then ")
-    assert "rank" not in unknown["words"].replace("every rank", "") and host() in unknown["words"]
-    assert gradient["words"].startswith(f"{named} gradient of norm nan, then ")
+    assert loss["message"].startswith(f"{named} loss of nan, then ")
+    assert "rank" not in unknown["message"].replace("every rank", "") and host() in unknown["message"]
+    assert gradient["message"].startswith(f"{named} gradient of norm nan, then ")
     warnings = [line for line in ended.stdout.splitlines() if "warning: failing hardware: " in line]
-    assert len(warnings) == 3 and all(row["words"] in line for row, line in zip(rows, warnings, strict=True))
+    assert len(warnings) == 3 and all(
+        row["message"] in line for row, line in zip(rows, warnings, strict=True)
+    )
     assert "steps computed wrongly by failing hardware" in (run / "report.html").read_text()
 
 
@@ -82,7 +84,7 @@ def test_bad_clip_is_skipped_and_named(run_ranks: RunRanks, shards: Path, tmp_pa
     for row in rows:
         assert (row["cause"], row["taken"], len(row["clips"])) == ("data", False, BATCH)
         named = rf"no finite loss has clip03 \(rank [01] on {re.escape(host())}\)"
-        assert re.fullmatch(f"computed again it comes out the same; {named}", row["words"])
+        assert re.fullmatch(f"computed again it comes out the same; {named}", row["message"])
         assert "clip03" in row["clips"]
         assert f"step {row['step']}  skipped: the loss is nan; {row['words']}" in ended.stdout
     last = metrics(run)[-1]

@@ -133,9 +133,11 @@ def test_run_knows_its_config_by_its_masked_form(tmp_path: Path, key: str) -> No
     folder.open(settings(SECRET), step=0)
     for path in (folder.config, folder.config_copy):
         assert SECRET not in path.read_text() and MASK in path.read_text()
-    assert folder.check_belongs(settings("renewed-secret")) is None
+    assert folder.check_config_matches(settings("renewed-secret")) is None
     folder.config.write_text(yaml.safe_dump(settings(SECRET)) + "...\n")
-    assert folder.check_belongs(settings("renewed-secret")) is None, "as an earlier version has written it"
+    assert folder.check_config_matches(settings("renewed-secret")) is None, (
+        "as an earlier version has written it"
+    )
     assert SECRET not in str(read_run_settings(folder))
 
 

@@ -34,18 +34,18 @@ def test_start_that_lost_the_folder_replaces_no_file(tmp_path: Path) -> None:
 def test_another_config_is_refused_by_the_key_that_differs(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open({"model": {"widths": [32, 64]}, "run": {"steps": 10}}, step=0)
-    folder.check_belongs({"model": {"widths": [32, 64]}, "run": {"steps": 20}})
+    folder.check_config_matches({"model": {"widths": [32, 64]}, "run": {"steps": 20}})
     folder.open({"model": {"widths": [32, 64]}, "code": {"commit": "1a2b"}}, step=0)
-    folder.check_belongs({"model": {"widths": [32, 64]}})
+    folder.check_config_matches({"model": {"widths": [32, 64]}})
     with pytest.raises(ValueError, match=r"model.widths is \[32, 64\] there and \[64, 64\] here"):
-        folder.check_belongs({"model": {"widths": [64, 64]}, "run": {"steps": 10}})
+        folder.check_config_matches({"model": {"widths": [64, 64]}, "run": {"steps": 10}})
 
 
 def test_a_key_that_only_begins_like_a_free_one_is_checked(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open({"running": 1}, step=0)
     with pytest.raises(ValueError, match="running is 1 there and 2 here"):
-        folder.check_belongs({"running": 2})
+        folder.check_config_matches({"running": 2})
 
 
 def test_names_sort_by_step() -> None:
@@ -112,12 +112,12 @@ def test_a_damaged_config_gives_no_run_up(tmp_path: Path, damage: str) -> None:
         folder.config.unlink()
     else:
         folder.config.write_bytes(change(whole))
-    sentence = folder.check_belongs(config)
+    sentence = folder.check_config_matches(config)
     assert sentence is not None and f"{folder.config} is" in sentence
     with pytest.raises(ValueError, match=r"batch.size is . there and 8 here"):
-        folder.check_belongs({"batch": {"size": 8}, "optim": {"lr": 0.1}})
+        folder.check_config_matches({"batch": {"size": 8}, "optim": {"lr": 0.1}})
     (told,) = folder.open(config, step=0)
-    assert folder.config.read_bytes() == whole and folder.check_belongs(config) is None
+    assert folder.config.read_bytes() == whole and folder.check_config_matches(config) is None
     assert ("config.yaml.damaged-1" in told) == (damage != "missing")
 
 
@@ -126,15 +126,15 @@ def test_a_config_that_is_damaged_twice_is_taken_with_a_warning(tmp_path: Path) 
     folder.open({"batch": {"size": 4}}, step=0)
     for path in (folder.config, folder.config_copy):
         path.write_bytes(b"")
-    assert "could not be checked" in str(folder.check_belongs({"batch": {"size": 8}}))
+    assert "could not be checked" in str(folder.check_config_matches({"batch": {"size": 8}}))
 
 
 def test_a_config_without_a_copy_is_checked_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("batch: {size: 4}\n")
     folder = RunFolder(tmp_path)
-    assert folder.check_belongs({"batch": {"size": 4}}) is None
+    assert folder.check_config_matches({"batch": {"size": 4}}) is None
     with pytest.raises(ValueError, match=r"batch.size is 4 there and 8 here"):
-        folder.check_belongs({"batch": {"size": 8}})
+        folder.check_config_matches({"batch": {"size": 8}})
 
 
 def test_files_of_a_run_are_on_disk_before_they_get_their_names(
@@ -164,6 +164,6 @@ def test_files_of_a_run_are_on_disk_before_they_get_their_names(
 def test_a_run_resumes_where_its_data_moved(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open({"data": {"path": "/old/shards", "height": 64}}, step=0)
-    assert folder.check_belongs({"data": {"path": "/new/shards", "height": 64}}) is None
+    assert folder.check_config_matches({"data": {"path": "/new/shards", "height": 64}}) is None
     with pytest.raises(ValueError, match="height"):
-        folder.check_belongs({"data": {"path": "/new/shards", "height": 128}})
+        folder.check_config_matches({"data": {"path": "/new/shards", "height": 128}})

@@ -87,7 +87,7 @@ def test_yaml_builds_no_objects(tmp_path: Path, mark: Path) -> None:
     path.write_text(f"a: !!python/object/apply:os.mkdir ['{mark}']\n")
     with pytest.raises(ValueError, match=r"config\.yaml"):
         read_yaml(path)
-    RunFolder(tmp_path).check_belongs({"a": 1})
+    RunFolder(tmp_path).check_config_matches({"a": 1})
     assert not mark.exists()
 
 
@@ -193,7 +193,7 @@ def test_control_sequences_do_not_reach_the_terminal_by_other_lines(
     folder = RunFolder(tmp_path)
     folder.open({}, 0)
     with Metrics(folder, LoggerConfig(wandb="disabled"), {}, 1, 0) as metrics:
-        metrics.say(attack)
+        metrics.print_line(attack)
     shown = capsys.readouterr().out + (folder.logs / "train.log").read_text()
     assert shown.count("owned") == 3 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
 

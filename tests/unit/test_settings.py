@@ -62,7 +62,7 @@ def test_every_setting_has_a_rule() -> None:
     for setting in SETTINGS:
         assert isinstance(setting.rule, rules[setting.kind]), setting.key
         if isinstance(rule := setting.rule, Range):
-            assert rule.least is not None or rule.above is not None, f"{setting.key} has no lower bound"
+            assert rule.ge is not None or rule.gt is not None, f"{setting.key} has no lower bound"
 
 
 def test_keys_are_those_of_the_config_file() -> None:
@@ -185,14 +185,14 @@ def test_extremes_that_are_taken_can_be_computed_with() -> None:
 def test_a_rule_holds_in_a_subclass_and_for_each_element() -> None:
     @dataclass(frozen=True)
     class Part(Settings, section="part"):
-        numbers: tuple[float, ...] = number((), above=0)
-        by_name: dict[str, int] = number(dict, least=1)
+        numbers: tuple[float, ...] = number((), gt=0)
+        by_name: dict[str, int] = number(dict, ge=1)
         word: str = choice("a", ("a", "b"))
         name: str | None = text(None)
 
     @dataclass(frozen=True)
     class Wider(Part):
-        more: int = number(1, least=1)
+        more: int = number(1, ge=1)
 
     assert Wider(numbers=[1, 2]).numbers == (1, 2)  # type: ignore[arg-type]
     for values, told in (

@@ -39,14 +39,14 @@ class DecoderLossConfig(Settings, section="loss"):
     """File of a torchvision VGG16's weights (safetensors); null: no perceptual term."""
     perceptual_heads: str | None = location(None)
     """File of LPIPS' linear heads for it (safetensors); null: every channel counts one."""
-    perceptual_weight: float = number(1.0, least=0, most=1e6)
-    adversarial_weight: float = number(0.0, least=0, most=1e6)
+    perceptual_weight: float = number(1.0, ge=0, le=1e6)
+    adversarial_weight: float = number(0.0, ge=0, le=1e6)
     """0: no discriminator."""
-    adversarial_start: int = number(0, least=0)
+    adversarial_start: int = number(0, ge=0)
     """Clips seen before there is a discriminator: it and its term begin there."""
-    discriminator_width: int = number(64, least=1, most=4096)
+    discriminator_width: int = number(64, ge=1, le=4096)
     """Channels of its first level."""
-    discriminator_lr: float = number(1e-4, above=0, most=100)
+    discriminator_lr: float = number(1e-4, gt=0, le=100)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -191,7 +191,7 @@ def test_captions_follow_their_weights() -> None:
 
 
 def test_draws_depend_on_seed_and_ordinal_only() -> None:
-    assert ClipDraws.of(3, 7) == ClipDraws.of(3, 7)
+    assert ClipDraws.of(3, 7) == ClipDraws.from_clips(3, 7)
     assert len({ClipDraws.of(seed, ordinal) for seed in range(10) for ordinal in range(10)}) == 100
     starts = [ClipDraws.of(0, ordinal).start for ordinal in range(2000)]
     assert np.mean(starts) == pytest.approx(0.5, abs=0.03)

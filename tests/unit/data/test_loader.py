@@ -61,7 +61,7 @@ def read(
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_same_order_for_any_ranks_and_workers(shards: Path, world: int, num_workers: int) -> None:
     found, cursor = read(config(shards, num_workers=num_workers), world, num_steps=9, global_batch=12)
-    assert cursor.position == 108
+    assert cursor.next_ordinal == 108
     assert sorted(found) == list(range(108))
     order = Order(SHARD_SIZES, 5)
     names = [f"s{order.sample(position):04d}" for position in range(108)]
@@ -89,7 +89,7 @@ def test_resume_with_another_batch_size_goes_on_too(shards: Path) -> None:
 
 def test_cursor_stands_behind_the_whole_global_step(shards: Path) -> None:
     loader = Loader(config(shards), 0, 1, 2, global_batch=12, micro_batch=2)
-    assert [cursor.position for _, cursor in islice(loader, 7)] == [12, 12, 12, 24, 24, 24, 36]
+    assert [cursor.next_ordinal for _, cursor in islice(loader, 7)] == [12, 12, 12, 24, 24, 24, 36]
 
 
 def test_batch(shards: Path) -> None:

@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from svd_ds.jobs import outcome as outcome_module
-from svd_ds.jobs.outcome import BAD_NODES, FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED, JobOutcome
+from svd_ds.jobs.outcome import (
+    BAD_NODES,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    PREEMPTED,
+    REFUSED,
+    JobOutcome,
+)
 from svd_ds.jobs.rank_session import RankSession, record_queued_restart
 from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
 from svd_ds.parallel.collectives import RetryableSharedError, SharedError
@@ -33,7 +41,7 @@ def attempted(folder: Path, rank: int, error: BaseException | None = None, finis
     with pytest.raises(SystemExit) as ended, RankSession(RunFolder(folder), env(rank), OFF) as attempt:
         if error is not None:
             raise error
-        attempt.ended(finished)
+        attempt.record_end(finished)
         sys.exit(0)
     return ended.value.code
 
@@ -52,7 +60,7 @@ def test_rank_0_says_how_an_attempt_ended_well(tmp_path: Path, finished: bool, k
 def test_a_run_that_is_stopped_for_good_says_so(tmp_path: Path) -> None:
     for finished, kind in ((False, INTERRUPTED), (True, FINISHED)):
         with RankSession(RunFolder(tmp_path), env(0), OFF) as attempt:
-            attempt.ended(finished, interrupted=True)
+            attempt.record_end(finished, interrupted=True)
         ended = outcome(tmp_path)
         assert ended is not None and ended.kind == kind
 
@@ -90,7 +98,7 @@ def test_an_outcome_does_not_wait_for_what_is_left_behind_it(
     ):
         stack.callback(lambda: left.append(outcome(tmp_path)))
         left: list[JobOutcome | None] = []
-        with attempt.outcome():
+        with attempt.record_outcome():
             raise SharedError("data.path is nowhere")
     assert left == [JobOutcome(REFUSED, 0, "data.path is nowhere", (0, 0))]
     assert capsys.readouterr().err.splitlines() == ["error: data.path is nowhere"]
@@ -200,7 +208,7 @@ def test_a_rank_of_an_earlier_attempt_has_no_say(tmp_path: Path, monkeypatch: py
         ):
             if error is not None:
                 raise ValueError(str(error))
-            it.ended(finished=True)
+            it.record_end(finished=True)
             sys.exit(0)
         told = json.loads((tmp_path / "logs/outcome.json").read_text())
         assert told["kind"] == kind
@@ -233,7 +241,7 @@ def test_failing_disk_still_gets_one_sentence_and_a_code(
     with pytest.raises(SystemExit) as ended, RankSession(RunFolder(tmp_path), env(rank), OFF) as attempt:
         # From here on the log is on a disk that is full: its text layer keeps what it cannot write.
         os.dup2(os.open("/dev/full", os.O_WRONLY), attempt.log.fileno())
-        with attempt.outcome():
+        with attempt.record_outcome():
             print("a library's warning", file=sys.stderr)
             raise OSError(code, os.strerror(code), str(tmp_path / "metrics.jsonl"))
     assert ended.value.code == 2
@@ -324,17 +332,17 @@ def test_outcome_names_nodes_that_compute_wrongly_unless_the_run_needs_no_other_
     ):  # fmt: skip
         for rank in (0, 1):
             with RankSession(RunFolder(tmp_path), env(rank), OFF) as attempt:
-                attempt.ended(finished, interrupted, bad_nodes=bad)
+                attempt.record_end(finished, interrupted, bad_nodes=bad)
         told = outcome(tmp_path)
         assert told is not None and told.kind == kind
         assert told.nodes == (bad if kind == BAD_NODES else {})
-        assert told.words == ("node2 computed a loss of nan, then 0.5; node3 too" if told.nodes else "")
+        assert told.message == ("node2 computed a loss of nan, then 0.5; node3 too" if told.nodes else "")
 
 
 @pytest.mark.parametrize("nodes", ["[1]", "7", '"node1"', "null"])
 def test_outcome_with_damaged_nodes_is_none(tmp_path: Path, nodes: str) -> None:
     (tmp_path / "logs").mkdir()
-    told = '{"kind": "bad nodes", "rank": 0, "words": "", "restart_id": [0, 0], "nodes": NODES}'
+    told = '{"kind": "bad nodes", "rank": 0, "message": "", "restart_id": [0, 0], "nodes": NODES}'
     (tmp_path / "logs/outcome.json").write_text(told.replace("NODES", nodes))
     assert outcome(tmp_path) is None
     (tmp_path / "logs/outcome.json").write_text(told.replace(', "nodes": NODES', ""))
@@ -343,11 +351,11 @@ def test_outcome_with_damaged_nodes_is_none(tmp_path: Path, nodes: str) -> None:
 
 def test_job_is_known_by_its_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RankSession(RunFolder(tmp_path), env(0), OFF) as attempt:
-        assert not attempt.is_of_a_job()
+        assert not attempt.is_managed_by_job()
         record_queued_restart(RunFolder(tmp_path), "7", limit=3)
-        assert not attempt.is_of_a_job(), "another start's"
+        assert not attempt.is_managed_by_job(), "another start's"
         monkeypatch.setenv("SLURM_JOB_ID", "7")
-        assert attempt.is_of_a_job()
+        assert attempt.is_managed_by_job()
 
 
 @pytest.mark.parametrize(
@@ -372,7 +380,7 @@ def test_ctrl_c_ends_rank_0_with_130_after_its_checkpoint(tmp_path: Path) -> Non
     for rank, code in ((0, 130), (1, 0)):
         try:
             with RankSession(RunFolder(tmp_path), env(rank), OFF) as attempt:
-                attempt.ended(finished=False, interrupted=True, by_keyboard=True)
+                attempt.record_end(finished=False, interrupted=True, by_keyboard=True)
             ended = 0
         except SystemExit as error:
             ended = error.code
@@ -396,10 +404,10 @@ def test_start_that_lost_the_folder_leaves_the_outcome_to_the_other(
         monkeypatch.setenv("SLURM_JOB_ID", job)
         for rank in range(2 if error else 1):
             with pytest.raises(SystemExit), RankSession(RunFolder(tmp_path), env(rank), OFF) as it:
-                it.owns_folder(f"token{job}", lambda owner=owner: not owner)  # type: ignore[misc]
+                it.set_fencing_token(f"token{job}", lambda owner=owner: not owner)  # type: ignore[misc]
                 if error is not None:
                     raise error
-                it.ended(finished=True)
+                it.record_end(finished=True)
                 sys.exit(0)
     assert capsys.readouterr().err.splitlines() == [f"error: {lost}"], "one sentence for all its ranks"
     told = outcome(tmp_path)
@@ -414,7 +422,7 @@ def test_start_that_lost_the_folder_leaves_the_outcome_to_the_other(
 def test_start_that_takes_the_folder_over_forgets_what_an_earlier_one_said_meanwhile(tmp_path: Path) -> None:
     with RankSession(RunFolder(tmp_path), env(0), OFF) as later:
         attempted(tmp_path, 1, OSError("no space left"))
-        later.owns_folder("token", lambda: False)
-        later.ended(finished=True)
+        later.set_fencing_token("token", lambda: False)
+        later.record_end(finished=True)
     told = outcome(tmp_path)
     assert told is not None and told.kind == FINISHED

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.weights.public_names import from_public, public_modules, public_names
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "weights" / "data"
 FULL = UNetConfig()
 SMALL = UNetConfig(
     widths=(64, 128),

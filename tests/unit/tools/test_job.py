@@ -25,7 +25,7 @@ if [ -n '{asked}' ]; then
   while [ -z "$asked" ]; do sleep 0.1; done
 fi
 [ -z '{kind}' ] ||
-  echo '{{"kind": "{kind}", "rank": 1, "words": "its words", "restart_id": [7, 0], "nodes": {bad}}}' \
+  echo '{{"kind": "{kind}", "rank": 1, "message": "its words", "restart_id": [7, 0], "nodes": {bad}}}' \
     > {run}/logs/outcome.json
 echo "$SVD_DS_STARTED" >> {run}.started
 exit {code}

@@ -93,7 +93,7 @@ def checkpoints(folder: Path, begin: int | None = 0, **config: Any) -> Checkpoin
 
 
 def progress(step: int) -> Progress:
-    return Progress(Cursor(position=8 * step, fingerprint="f"), step=step, samples=8 * step)
+    return Progress(Cursor(next_ordinal=8 * step, fingerprint="f"), step=step, samples=8 * step)
 
 
 def begin_save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:

@@ -50,7 +50,7 @@ def whole(tmp_path: Path) -> RunFolder:
     for _ in range(2):
         record_queued_restart(folder, "7", limit=9)
         acquire(folder.checkpoints, step=0)
-    ended = {"kind": FINISHED, "rank": 0, "words": "", "restart_id": [0, 0]}
+    ended = {"kind": FINISHED, "rank": 0, "message": "", "restart_id": [0, 0]}
     (folder.logs / "outcome.json").write_text(json.dumps(ended))
     (tmp_path / "state.json").write_text(Progress(Cursor("set", 7), 3, 12).as_json())
     return folder
@@ -61,7 +61,7 @@ def start(folder: RunFolder) -> None:
     record_queued_restart(folder, "7", limit=9)
     JobOutcome.read(folder)
     Progress.read(folder.path / "state.json")
-    folder.check_belongs(CONFIG)
+    folder.check_config_matches(CONFIG)
     restarts_damage(folder.checkpoints)
     acquire(folder.checkpoints, step=3)
     assert read_restarts(folder.checkpoints)[-1].start == 3
@@ -104,4 +104,4 @@ def test_damaged_file_is_repaired_or_named(whole: RunFolder, name: str) -> None:
             assert str(file) in str(error), (damage, error)
             continue
         start(whole)
-        assert RunFolder(whole.path).check_belongs(CONFIG) is None
+        assert RunFolder(whole.path).check_config_matches(CONFIG) is None

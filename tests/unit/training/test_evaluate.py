@@ -45,7 +45,7 @@ def test_bins_divide_the_range_of_sampling_evenly() -> None:
 
 def test_the_set_is_the_same_whatever_the_run() -> None:
     frames = torch.randint(0, 256, (2, 3, 3, 32, 32)).to(torch.uint8)
-    clips = Batch.of([Clip(f"c{i}", i, x, "", 6.0, 100.0) for i, x in enumerate(frames)])
+    clips = Batch.from_clips([Clip(f"c{i}", i, x, "", 6.0, 100.0) for i, x in enumerate(frames)])
     one = as_eval_objective(run_of(0, NoiseConfig(), drop=0.0)).prepare(clips)
     other = as_eval_objective(run_of(7, NoiseConfig(kind="discrete", offset_noise=0.1), drop=1.0)).prepare(
         clips

@@ -55,14 +55,14 @@ def test_the_same_again_is_the_datas_and_names_the_worst_clip() -> None:
         False, "computed again it comes out the same; the highest loss, 80, is that of b1 (rank 1 on node1)"
     )
     every = find_cause(ranks(*[((nan, nan), (nan, nan))] * 4), (inf, inf), TOLERANCE)
-    assert "no finite loss has a0 (rank 0 on node0), b0 (rank 0 on node0), a1 " in every.words
-    assert every.words.endswith(", a2 (rank 2 on node2) and 3 more")
+    assert "no finite loss has a0 (rank 0 on node0), b0 (rank 0 on node0), a1 " in every.message
+    assert every.message.endswith(", a2 (rank 2 on node2) and 3 more")
 
 
 def test_a_wrong_loss_names_its_rank_and_host() -> None:
     cause = find_cause(ranks(SAME, WRONG), (inf, 0.8), TOLERANCE)
     assert cause.hardware
-    assert cause.words == "rank 1 on node1 computed a loss of nan, then 0.6, from the same clips"
+    assert cause.message == "rank 1 on node1 computed a loss of nan, then 0.6, from the same clips"
     assert cause.nodes == {"node1": "computed a loss of nan, then 0.6, from the same clips (rank 1)"}
 
 
@@ -75,7 +75,7 @@ def test_all_wrong_ranks_of_a_host_are_told() -> None:
 def test_no_host_is_named_where_all_of_several_are_wrong() -> None:
     cause = find_cause(ranks(WRONG, WRONG), (inf, 0.8), TOLERANCE)
     assert cause.hardware and cause.nodes == {}
-    assert cause.words.endswith("no node can be told from the others")
+    assert cause.message.endswith("no node can be told from the others")
     alone = find_cause(ranks(WRONG, WRONG, of_a_host=2), (inf, 0.8), TOLERANCE)
     assert list(alone.nodes) == ["node0"], "there is no other"
 
@@ -83,7 +83,7 @@ def test_no_host_is_named_where_all_of_several_are_wrong() -> None:
 def test_a_wrong_gradient_names_its_rank_where_each_keeps_its_own() -> None:
     unknown = find_cause(ranks(SAME, SAME), (inf, 0.8), TOLERANCE)
     assert unknown.hardware and unknown.nodes == {}
-    assert "its gradient has norm 0.8" in unknown.words
+    assert "its gradient has norm 0.8" in unknown.message
     alone = find_cause(ranks(SAME, SAME, of_a_host=2), (inf, 0.8), TOLERANCE)
     assert alone.nodes == {"node0": "computed a gradient of norm inf, then 0.8"}
     kept = [

@@ -61,7 +61,7 @@ def test_after_too_many_in_a_row_the_run_goes_back_so_often_and_ends() -> None:
         assert guard.should_roll_back(state) is expected
     left = Progress(Cursor(80, "f"), step=10, samples=80, guard=state)
     again = left.rolled_back(progress)
-    assert (again.step, again.samples, again.cursor.position) == (2, 16, 80), "new clips at the old step"
+    assert (again.step, again.samples, again.cursor.next_ordinal) == (2, 16, 80), "new clips at the old step"
     assert again.guard == GuardState(saved.losses, saved.norms, skipped=9, rollbacks=1, hardware_faults=1)
     state = again.guard
     for _ in range(2):

@@ -85,7 +85,7 @@ def test_evaluations_and_skipped_steps_are_lines_and_a_resumed_run_drops_the_lat
             "step": 2,
             "fault": "the loss is nan",
             "cause": "unknown",
-            "words": "",
+            "message": "",
             "taken": False,
             "clips": ["a", "b"],
         }
@@ -135,7 +135,7 @@ def test_full_disk_costs_a_line_of_train_log_and_no_run(
     (run.logs / "train.log").symlink_to("/dev/full")
     with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=1, step=0) as metrics:
         metrics.log(step(1))
-        metrics.say("done: 1 steps")
+        metrics.print_line("done: 1 steps")
     assert capsys.readouterr().out.endswith("done: 1 steps\n")
 
 

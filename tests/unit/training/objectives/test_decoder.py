@@ -43,7 +43,7 @@ def clips(*ordinals: int, size: int = 32) -> Batch:
     for ordinal in ordinals:
         frames = torch.from_numpy(moving_square(2, height=size, width=size, seed=ordinal)).permute(0, 3, 1, 2)
         made.append(Clip(f"s{ordinal}", ordinal, frames.contiguous(), "", 6.0, 0.0))
-    return Batch.of(made)
+    return Batch.from_clips(made)
 
 
 def reconstruction(autoencoder: Autoencoder, perceptual: Any = None, **settings: Any) -> DecoderObjective:

@@ -50,7 +50,7 @@ class Recorder:
 
 def test_the_network_sees_what_the_paper_says(diffusion: DiffusionObjective) -> None:
     net = Recorder()
-    loss_B = diffusion.loss(net, Batch.of([clip(3, fps=8.0, motion_bucket=40.0), clip(9)]))
+    loss_B = diffusion.loss(net, Batch.from_clips([clip(3, fps=8.0, motion_bucket=40.0), clip(9)]))
     assert loss_B.shape == (2,)
     assert net.x.shape == (2, 4, 8, 8, 8), "4 noisy latent channels and 4 of the conditioning frame"
     assert net.context.shape == (2, 1, 64)
@@ -74,7 +74,7 @@ def test_both_ends_and_the_elevation_reach_the_network(diffusion: DiffusionObjec
     )
     net, conditioner = Recorder(), Conditioner(config, diffusion.conditioner.encoder)
     clips = [replace(clip(3), elevation=12.5), clip(9)]
-    replace(diffusion, conditioner=conditioner).loss(net, Batch.of(clips))
+    replace(diffusion, conditioner=conditioner).loss(net, Batch.from_clips(clips))
     assert net.x.shape == (2, 4, 9, 8, 8) and net.context.shape == (2, 2, 64)
     assert net.scalars[0, 3] == 12.5 and net.scalars[1, 3].isnan()
     assert net.x[0, :, 8, 0, 0].tolist() == [1, 0, 0, 1]
@@ -87,7 +87,9 @@ def test_both_ends_and_the_elevation_reach_the_network(diffusion: DiffusionObjec
 def test_captions_reach_the_network_and_are_dropped_a_clip_at_a_time(diffusion: DiffusionObjective) -> None:
     text = ConditionerConfig(context="text", concat="none", scalars=("fps", "motion_bucket"), drop_text=0.5)
     conditioner, net = Conditioner.load(text, TINY), Recorder()
-    replace(diffusion, conditioner=conditioner).loss(net, Batch.of([clip(i, fps=8.0) for i in range(16)]))
+    replace(diffusion, conditioner=conditioner).loss(
+        net, Batch.from_clips([clip(i, fps=8.0) for i in range(16)])
+    )
     assert net.x.shape == (16, 4, 4, 8, 8), "nothing is joined to the noisy latents"
     assert net.scalars[0].tolist() == [7.0, 100.0], "fps - 1, motion bucket"
     assert net.context.shape == (16, 77, 64)
@@ -99,9 +101,9 @@ def test_captions_reach_the_network_and_are_dropped_a_clip_at_a_time(diffusion: 
 
 def test_sigma_belongs_to_the_clip_whatever_its_batch(diffusion: DiffusionObjective) -> None:
     net = Recorder()
-    together = diffusion.loss(net, Batch.of([clip(3), clip(9)]))
+    together = diffusion.loss(net, Batch.from_clips([clip(3), clip(9)]))
     noise_levels = net.c_noise
-    alone = torch.cat([diffusion.loss(net, Batch.of([clip(ordinal)])) for ordinal in (3, 9)])
+    alone = torch.cat([diffusion.loss(net, Batch.from_clips([clip(ordinal)])) for ordinal in (3, 9)])
     assert torch.allclose(together, alone, rtol=1e-5)
     assert noise_levels[0] != noise_levels[1]
     u = 0.5 * (1 + math.erf((4 * net.c_noise.item() - 1.0) / (1.6 * math.sqrt(2))))
@@ -109,7 +111,7 @@ def test_sigma_belongs_to_the_clip_whatever_its_batch(diffusion: DiffusionObject
 
 
 def test_cached_moments_stand_for_the_frames(diffusion: DiffusionObjective) -> None:
-    batch = Batch.of([clip(3), clip(9)])
+    batch = Batch.from_clips([clip(3), clip(9)])
     moments_NMhw = diffusion.autoencoder.encode(batch.frames_BTCHW.flatten(0, 1).float() / 127.5 - 1)
     first = replace(batch, frames_BTCHW=batch.frames_BTCHW[:, :1])
     cached = replace(first, moments_BTMhw=moments_NMhw.unflatten(0, (2, 4)))
@@ -123,7 +125,7 @@ def test_signals_are_dropped_a_clip_at_a_time(diffusion: DiffusionObjective) -> 
     dropping = ConditionerConfig(drop_context=0.5, drop_concat=0.5, drop_scalars={"fps": 0.5})
     conditioner = Conditioner(dropping, diffusion.conditioner.encoder)
     net = Recorder()
-    replace(diffusion, conditioner=conditioner).loss(net, Batch.of([clip(i) for i in range(16)]))
+    replace(diffusion, conditioner=conditioner).loss(net, Batch.from_clips([clip(i) for i in range(16)]))
     context_dropped = (net.context == 0).all(dim=(1, 2)).tolist()
     concat_dropped = (net.x[:, :, 4:] == 0).flatten(1).all(dim=1).tolist()
     assert 2 < sum(context_dropped) < 14
@@ -145,7 +147,7 @@ def test_one_clip_can_be_overfitted(diffusion: DiffusionObjective) -> None:
     losses = []
     for step in range(num_steps):
         # The same clip, with a sigma and noise of its own at each place of the order.
-        batch = Batch.of([replace(still, ordinal=step * batch_size + i) for i in range(batch_size)])
+        batch = Batch.from_clips([replace(still, ordinal=step * batch_size + i) for i in range(batch_size)])
         loss = diffusion.loss(unet, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -159,8 +161,8 @@ def test_one_clip_can_be_overfitted(diffusion: DiffusionObjective) -> None:
 
 def test_still_images_take_the_image_path(diffusion: DiffusionObjective) -> None:
     net = Recorder()
-    diffusion.loss(net, Batch.of([clip(3), clip(9)]))
+    diffusion.loss(net, Batch.from_clips([clip(3), clip(9)]))
     assert net.image_only is None
-    diffusion.loss(net, Batch.of([clip(3), replace(clip(9), still=True)]))
+    diffusion.loss(net, Batch.from_clips([clip(3), replace(clip(9), still=True)]))
     assert net.image_only is not None
     assert net.image_only.tolist() == [[False] * 4, [True] * 4]

@@ -1,0 +1,3 @@
+"""Fixtures of the networks: the public UNets as references."""
+
+from tests.reference_unets import *  # noqa: F403
