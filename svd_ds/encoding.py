@@ -19,10 +19,18 @@ from torch import Tensor
 
 from svd_ds.data import clip_embeddings, latents
 from svd_ds.data.clips import covers, read_frames
-from svd_ds.data.quarantine import REFUSED, Fault, Quarantine, is_out_of_memory, reason_of, refused_lines
+from svd_ds.data.quarantine import (
+    REFUSED,
+    Fault,
+    Quarantine,
+    describe_error,
+    is_out_of_memory,
+    refused_csv_lines,
+)
 from svd_ds.data.reader import captions_of
 from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
-from svd_ds.data.writer import pack_shard, remove_shards, replace_file, shard_name, whole_members, write_index
+from svd_ds.data.writer import complete_members, pack_shard, remove_shards, shard_name, write_index
+from svd_ds.fsync_io import replace_bytes
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.clip_encoders import ImageEncoder, TextEncoder
 from svd_ds.small_files import read_json
@@ -40,7 +48,7 @@ class Encoders:
     autoencoder: Autoencoder
     image: ImageEncoder | None
     text: TextEncoder | None
-    origin: latents.Origin
+    origin: latents.LatentsOrigin
     embeddings_origin: clip_embeddings.EmbeddingsOrigin
 
     @property
@@ -90,7 +98,7 @@ def begin(out: Path, job: dict[str, Any], overwrite: bool) -> None:
     elif (out / INDEX_NAME).exists():
         raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(mark, json.dumps(job).encode())
+    replace_bytes(mark, json.dumps(job).encode())
 
 
 def _remove_damaged_index(out: Path) -> None:
@@ -117,7 +125,7 @@ def encode_shards(
     the index lists as many as the source's.
 
     Args:
-        source: of sound lines alone (`Index.checked`).
+        source: of sound lines alone (`Index.drop_damaged`).
         refused: the samples that are refused already; it allows so many.
 
     Raises:
@@ -134,13 +142,13 @@ def encode_shards(
         path = out / shard_name(number)
         if number % world != rank:
             continue
-        if whole_members(path) is not None:
+        if complete_members(path) is not None:
             advance(len(samples))
             continue
         faults: list[Fault] = []
         packed = pack_shard(_encoded(source, samples, encoders, faults, refused, advance))
         note_refused(out, faults)
-        replace_file(path, packed)
+        replace_bytes(path, packed)
 
 
 def _encoded(
@@ -167,7 +175,7 @@ def _encoded(
             if is_out_of_memory(error) or isinstance(error, RuntimeError):
                 raise
             shard = source.folder.name(source.shards[sample.shard].name)
-            faults.append(Fault(sample.id, shard, reason_of(error)))
+            faults.append(Fault(sample.id, shard, describe_error(error)))
             refused.add(faults)
         advance(1)
 
@@ -176,7 +184,7 @@ def note_refused(out: Path, faults: Sequence[Fault]) -> None:
     """Append to the list that all ranks write: whole lines at once, and those alone that it lacks."""
     path = out / REFUSED
     listed = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if faults and (new := [line for line in refused_lines(faults) if line not in listed]):
+    if faults and (new := [line for line in refused_csv_lines(faults) if line not in listed]):
         with open(path, "a", newline="") as file:
             file.write("".join(new))
 
@@ -197,7 +205,7 @@ def finish(source: Index, out: Path) -> bool:
     """
     numbers = range(len(source.shards))
     paths = [out / shard_name(number) for number in numbers]
-    members = [found for path in paths if (found := whole_members(path)) is not None]
+    members = [found for path in paths if (found := complete_members(path)) is not None]
     if len(members) < len(paths):
         return False
     samples = [

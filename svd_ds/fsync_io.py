@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,24 @@ def replace_text(path: Path, text: str) -> None:
     draft = path.with_name(path.name + ".new")
     write_text(draft, text)
     replace_file(draft, path)
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write or replace a file atomically and durably, even if several processes write the same file.
+
+    Each process has a draft of its own, NAME.HOST-PID.part; on an error it is removed.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    try:
+        with name_errors(draft):
+            draft.write_bytes(content)
+        replace_file(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def create_text(path: Path, text: str) -> None:

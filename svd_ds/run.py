@@ -111,7 +111,7 @@ def _train(
             settings=task.settings,
             objective=task.objective,
             batches=iter(inputs.loader),
-            take_faults=inputs.loader.take_faults,
+            pop_faults=inputs.loader.pop_faults,
             quarantine=quarantine,
             guard=Guard(config.guard),
             checkpoints=checkpoints,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from svd_ds.cli import run_cli
 from svd_ds.data.clip_embeddings import EmbeddingsOrigin
 from svd_ds.data.clips import covers
-from svd_ds.data.latents import MEMBER, Origin
+from svd_ds.data.latents import MEMBER, LatentsOrigin
 from svd_ds.data.quarantine import REFUSED, Quarantine
 from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.encoding import (
@@ -52,7 +52,7 @@ def main() -> None:
     out = arguments.out
     loaded = Index.load(arguments.shards)
     refused = Quarantine(arguments.max_refused, len(loaded), key="--max-refused")
-    source, faults = loaded.checked(refused)
+    source, faults = loaded.drop_damaged(refused)
     if out.resolve() == arguments.shards.resolve():
         raise ValueError(f"{out} cannot be both SHARDS and OUT")
     num_large = sum(covers((sample.height, sample.width), arguments.size) for sample in source.samples())
@@ -111,7 +111,7 @@ def load_encoders(arguments: argparse.Namespace) -> Encoders:
         autoencoder=autoencoder,
         image=ImageEncoder.load(folder, arguments.device, dtype) if image_of else None,
         text=TextEncoder.load(folder, arguments.device, dtype) if text_of else None,
-        origin=Origin(*arguments.size, autoencoder.fingerprint()),
+        origin=LatentsOrigin(*arguments.size, autoencoder.fingerprint()),
         embeddings_origin=EmbeddingsOrigin(*arguments.size, image_of, text_of),
     )
 

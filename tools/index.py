@@ -11,9 +11,9 @@ from rich.progress import track
 
 from svd_ds.cli import run_cli
 from svd_ds.curate.flow import motion_of_video
-from svd_ds.data.external_shards import DROPPED, NO_CAPTION, NOT_UTF8, OF_SEVERAL
+from svd_ds.data.external_shards import BAD_ANNOTATIONS, NO_CAPTION, NOT_UTF8, SEVERAL_MEDIA
 from svd_ds.data.folders import INDEX_NAME
-from svd_ds.data.indexing import Found, index_folder
+from svd_ds.data.indexing import ProbedFolder, index_folder
 from svd_ds.data.quarantine import REFUSED
 from svd_ds.data.sidecar import clean_text
 
@@ -44,7 +44,7 @@ def show_progress(names: list[str]) -> Iterable[str]:
     return track(names, "indexing", console=Console(stderr=True))
 
 
-def summary(found: Found, out: Path) -> str:
+def summary(found: ProbedFolder, out: Path) -> str:
     """What was indexed, and a line about each thing that the user should know of it."""
     num_samples, notes = len(found.samples), found.notes
     where = f": {out / REFUSED} says why" if found.faults else ""
@@ -55,8 +55,8 @@ def summary(found: Found, out: Path) -> str:
     sentences = {
         NO_CAPTION: "of {all} samples have no caption, which text-to-video needs",
         NOT_UTF8: "of {all} samples have a caption that is not UTF-8: read as Windows-1252 or UTF-16",
-        OF_SEVERAL: "of {all} samples have several videos or images: see --help for which of them counts",
-        DROPPED: "annotations are no finite numbers, and are left out",
+        SEVERAL_MEDIA: "of {all} samples have several videos or images: see --help for which of them counts",
+        BAD_ANNOTATIONS: "annotations are no finite numbers, and are left out",
     }
     lines += [
         f"{notes[note]} {text.format(all=num_samples)}" for note, text in sentences.items() if notes[note]

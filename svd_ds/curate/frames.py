@@ -17,9 +17,9 @@ import torch
 from av.video.frame import VideoFrame
 
 from svd_ds.data.clips import Box, resize_crop
-from svd_ds.data.decoding import shown_stream
+from svd_ds.data.decoding import select_video_stream
 from svd_ds.pixels.container import open_container
-from svd_ds.pixels.frame import is_turned, progressive, to_rgb
+from svd_ds.pixels.frame import deinterlace, swaps_height_and_width, to_rgb
 
 MAX_GAP = 10.0
 """Seconds that one frame may be shown: after a longer gap a video's clock is broken."""
@@ -42,11 +42,11 @@ def read_frames(path: Path, rate: Fraction, promised: int = 0) -> Iterator[tuple
     size: tuple[int, int] | None = None
     try:
         with open_container(path) as container:
-            stream = shown_stream(container)
+            stream = select_video_stream(container)
             stream.thread_type = "AUTO"
             clock = Clock(rate, counts=container.format.name == "avi")
             decoded = 0
-            for frame in progressive(container.decode(stream)):
+            for frame in deinterlace(container.decode(stream)):
                 if frame.is_corrupt:
                     raise ValueError(f"it is damaged from frame {number + 1} on")
                 size = size or (frame.height, frame.width)
@@ -101,7 +101,7 @@ class Clock:
 
 def upright(frame: VideoFrame, pixel_aspect: Fraction, size: int) -> np.ndarray:
     """A decoded frame as it is shown, with square pixels."""
-    if is_turned(frame):
+    if swaps_height_and_width(frame):
         pixel_aspect = 1 / pixel_aspect
     return resized(to_rgb(frame), pixel_aspect, size)
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-from svd_ds.data.sidecar import CAPTION_KEYS, captions_in, clean_text, decode_text, parse_json
+from svd_ds.data.sidecar import CAPTION_KEYS, clean_text, decode_text, parse_captions, parse_json
 from svd_ds.small_files import is_number
 
 TABLES = ("metadata.csv", "metadata.jsonl")
@@ -112,7 +112,7 @@ def merged(rows: Sequence[Row]) -> Row:
     """What all rows of one file say: all of their captions, and of other values the first."""
     if len(rows) == 1:
         return rows[0]
-    texts = [text for row in rows for text in captions_in(row).values() if text]
+    texts = [text for row in rows for text in parse_captions(row).values() if text]
     about: Row = {}
     for row in reversed(rows):
         about |= {key: value for key, value in row.items() if key.lower() not in CAPTION_KEYS}

@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from svd_ds.data.decoding import shown_stream
+from svd_ds.data.decoding import select_video_stream
 from svd_ds.pixels.container import open_container
 from svd_ds.pixels.frame import HD_HEIGHT
 
@@ -64,7 +64,7 @@ def copy_frames(path: Path, rate: Fraction, first: int, begin: int, end: int) ->
     """
     buffer = io.BytesIO()
     with open_container(path) as source, av.open(buffer, mode="w", format="mp4") as target:
-        stream = shown_stream(source)
+        stream = select_video_stream(source)
         assert stream.time_base is not None, "a stream with packets has a time base"
         copied = target.add_stream_from_template(stream)
         num_copied = 0

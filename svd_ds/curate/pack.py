@@ -13,7 +13,8 @@ from typing import Any
 from svd_ds.curate.select import Clip
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.shards import INDEX_NAME, Index
-from svd_ds.data.writer import ShardWriter, replace_file
+from svd_ds.data.writer import ShardWriter
+from svd_ds.fsync_io import replace_bytes
 
 SELECTION_NAME = "selection.json"
 """Beside shards: a fingerprint of what they were written of."""
@@ -61,7 +62,7 @@ def _write(
     if begun and (folder / INDEX_NAME).is_file():
         return Index.load(folder).motion_map
     writer = ShardWriter(folder, per_shard, overwrite=True, resume=begun)
-    replace_file(mark, json.dumps(selection).encode())
+    replace_bytes(mark, json.dumps(selection).encode())
     for first in range(0, len(clips), per_shard):
         of_shard = clips[first : first + per_shard]
         adopted = writer.adopt_shard(len(of_shard))

@@ -30,7 +30,7 @@ from svd_ds.curate.sidecars import FILE_NAME
 from svd_ds.curate.stages import Runner, Stage, sound
 from svd_ds.curate.text import TextSettings
 from svd_ds.data.filters import Condition
-from svd_ds.data.writer import replace_file
+from svd_ds.fsync_io import replace_bytes
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def captions_missing(runner: Runner) -> str:
 def write_refused(runner: Runner, path: Path) -> None:
     buffer = io.StringIO()
     csv.writer(buffer).writerows([("video", "reason"), *refused(runner)])
-    replace_file(path, buffer.getvalue().encode())
+    replace_bytes(path, buffer.getvalue().encode())
 
 
 def progress_bar(console: Console | None = None) -> Progress:

@@ -19,8 +19,8 @@ from svd_ds.curate.raw import IMAGES, VIDEOS, RawFile
 from svd_ds.curate.sidecars import told_of
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
-from svd_ds.data.decoding import shown_stream
-from svd_ds.data.timeline import usual_rate
+from svd_ds.data.decoding import select_video_stream
+from svd_ds.data.timeline import typical_rate
 from svd_ds.pixels.container import open_container
 from svd_ds.pixels.frame import is_plain
 from svd_ds.pixels.still import read_still
@@ -99,11 +99,11 @@ def probe_video(path: Path) -> Row:
     """Raises ValueError where it has no video, no frame rate, one frame, or a first frame that is no use."""
     try:
         with open_container(path) as container:
-            stream = shown_stream(container)
+            stream = select_video_stream(container)
             packets = read_packets(container, stream)
             # Opened anew and not sought: in MPEG-TS a seek to the first time lands after the first keyframe.
             with open_container(path) as again:
-                frame = next(again.decode(shown_stream(again)), None)
+                frame = next(again.decode(select_video_stream(again)), None)
             if frame is None:
                 raise ValueError("none of its frames can be decoded")
             context = stream.codec_context
@@ -188,7 +188,7 @@ def clock_of(times: Sequence[float], told: Fraction | None) -> tuple[Fraction, b
     gaps = [after - before for before, after in pairwise(times) if after > before]
     if not gaps:
         raise ValueError("all its frames have one time")
-    usual = Fraction(min(MAX_RATE, usual_rate(gaps))).limit_denominator(1001)
+    usual = Fraction(min(MAX_RATE, typical_rate(gaps))).limit_denominator(1001)
     rates = [rate for rate in USUAL_RATES if abs(rate / usual - 1) < ROUNDING]
     rates = [*sorted(rates, key=lambda rate: abs(rate - usual)), usual]
     for rate in [told, *rates] if told else rates:

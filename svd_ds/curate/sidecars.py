@@ -11,11 +11,11 @@ from typing import Any
 from svd_ds.data.sidecar import (
     DEFAULT_CAPTIONER,
     TEXTS,
-    annotations_in,
-    captions_in,
     clean_text,
+    decode_caption,
+    parse_annotations,
+    parse_captions,
     parse_json,
-    text_in,
 )
 from svd_ds.small_files import is_number
 
@@ -74,16 +74,16 @@ def told_of(path: Path, listed: Mapping[str, Any] | None = None) -> dict[str, An
             content = sidecar.read_bytes()
             if sidecar.suffix.lower() == JSON:
                 about = parse_json(content, clean_text(sidecar.name))
-                found = captions_in(about)
+                found = parse_captions(about)
             else:
-                found = {DEFAULT_CAPTIONER: " ".join(text_in(content).split())}
+                found = {DEFAULT_CAPTIONER: " ".join(decode_caption(content).split())}
         except ValueError as error:
             damage = damage or error
             continue
         if not any(captions.values()):
             captions = found
     if not any(captions.values()):
-        captions = captions_in(row)
+        captions = parse_captions(row)
     if not any(captions.values()):
         if damage is not None:
             raise damage
@@ -96,7 +96,7 @@ def told_of(path: Path, listed: Mapping[str, Any] | None = None) -> dict[str, An
             name = clean_text(path.with_suffix(JSON).name)
             raise ValueError(f'"elevation" is {elevation!r} in {name}: no angle, -90 to 90 degrees')
         told["elevation"] = float(elevation)
-    annotations = annotations_in(row)[0] | annotations_in(about)[0]
+    annotations = parse_annotations(row)[0] | parse_annotations(about)[0]
     if annotations:
         told["annotations"] = annotations
     return told

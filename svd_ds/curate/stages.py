@@ -33,7 +33,7 @@ from svd_ds.curate.sidecars import FolderListings
 from svd_ds.curate.table import Known, Row, Table
 from svd_ds.data.quarantine import is_out_of_memory
 from svd_ds.data.sidecar import clean_text
-from svd_ds.data.workers import end_with_parent
+from svd_ds.data.workers import exit_with_parent
 
 FLUSH_SECONDS = 10.0
 """A killed run has lost at most what it found in so long."""
@@ -254,7 +254,7 @@ def _pool(num_workers: int) -> ProcessPoolExecutor:
 
 
 def _begin() -> None:
-    end_with_parent()
+    exit_with_parent()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 

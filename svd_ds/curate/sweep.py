@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from svd_ds.curate.select import ANNOTATIONS, DUPLICATE, UNREADABLE
 from svd_ds.data.filters import number_of, satisfies
 from svd_ds.data.shards import INDEX_NAME, Index
-from svd_ds.data.writer import replace_file
+from svd_ds.fsync_io import replace_bytes
 
 SHARES = (12.5, 25.0, 50.0)
 """Per cent that are left out; beside them stands the whole."""
@@ -83,5 +83,5 @@ def write_subsets(out: Path) -> tuple[list[Subset], list[str]]:
             path=(out / "shards").resolve(),
             conditions=", ".join(f'"{condition}"' for condition in subset.conditions),
         )
-        replace_file(folder / f"{subset.name}.yaml", text.encode())
+        replace_bytes(folder / f"{subset.name}.yaml", text.encode())
     return subsets, notes

@@ -80,7 +80,7 @@ class TensorFile:
             raise ValueError(f"its {self.member} is damaged ({name} is not finite)")
         return stored
 
-    def whole(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """All of a tensor. Raises ValueError where the file has none of that name, or is damaged."""
         if name not in self:
             raise ValueError(f"its {self.member} has no {name}")

@@ -51,7 +51,7 @@ def read_origin(file: TensorFile) -> EmbeddingsOrigin:
         raise ValueError(f"its {MEMBER} does not say what it was made of") from error
 
 
-def shape_of(file: TensorFile, context: str) -> tuple[int, ...]:
+def embedding_shape(file: TensorFile, context: str) -> tuple[int, ...]:
     """What the states for a `context` have in common: (D,) of the images', (L, D) of the texts'."""
     shapes = file.shapes()
     if context != "text":
@@ -63,5 +63,5 @@ def read(file: TensorFile, context: str, frames: Sequence[int], captioner: str) 
     """What a network with that `context` sees, float16 (L, D): the caption's states, the token of the clip's
     first frame, or for `ends` those of its first and last. Raises ValueError where they are not all there."""
     if context == "text":
-        return file.whole(f"text/{captioner}")
+        return file.tensor(f"text/{captioner}")
     return file.rows("image", [frames[0], frames[-1]] if context == "ends" else [frames[0]])

@@ -36,7 +36,7 @@ class ClipDraws:
     still: float
 
     @staticmethod
-    def of(seed: int, ordinal: int) -> ClipDraws:
+    def draw(seed: int, ordinal: int) -> ClipDraws:
         """The draws of the run's `ordinal`-th sample: always all, in this order, so that no option moves
         another's."""
         generator = random.Random(f"clip {seed} {ordinal}")
@@ -53,7 +53,9 @@ class Timing:
     """Of the clip: the stored rate over the stride."""
 
     @staticmethod
-    def of(stored_frames: int, stored_fps: float, num_frames: int, wanted_fps: float, draw: float) -> Timing:
+    def choose(
+        stored_frames: int, stored_fps: float, num_frames: int, wanted_fps: float, draw: float
+    ) -> Timing:
         """From a drawn start, frames as near `wanted_fps` as a whole stride comes; 0 takes every frame."""
         assert stored_frames >= num_frames, "short samples are left out of the order"
         stride = max(1, round(stored_fps / wanted_fps)) if wanted_fps else 1
@@ -62,7 +64,7 @@ class Timing:
         num_starts = stored_frames - (num_frames - 1) * stride
         return Timing(start=int(draw * num_starts), stride=stride, fps=stored_fps / stride)
 
-    def frames(self, num_frames: int) -> range:
+    def frame_numbers(self, num_frames: int) -> range:
         return range(self.start, self.start + num_frames * self.stride, self.stride)
 
 

@@ -13,10 +13,10 @@ from av.video.frame import VideoFrame
 
 from svd_ds.data.timeline import Timeline, read_timeline
 from svd_ds.pixels.container import open_container
-from svd_ds.pixels.frame import progressive
+from svd_ds.pixels.frame import deinterlace
 from svd_ds.pixels.still import MAX_PIXELS, TooLargeError, is_still, read_still, too_large
 
-MAX_COUNTED = 3000
+MAX_UNTIMED_FRAMES = 3000
 """Frames of a video whose packets have no times: to find one, all before it are decoded."""
 
 
@@ -45,12 +45,12 @@ def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) 
                 times = [timeline.times[number] for number in wanted[:count]]
                 if times:
                     container.seek(timeline.seek_time(times[0]), stream=stream)
-                for frame in _at(times, progressive(container.decode(stream)), timeline):
+                for frame in _at(times, deinterlace(container.decode(stream)), timeline):
                     found += 1
                     yield frame
         if timeline is None or found < count:
             with open_video(content, max_pixels) as (container, stream):
-                frames = progressive(container.decode(stream))
+                frames = deinterlace(container.decode(stream))
                 # A seek may lead past a frame: then it is looked for from the start on.
                 rest = _nth(wanted, frames) if timeline is None else _at(times[found:], frames, timeline)
                 for frame in rest:
@@ -77,12 +77,12 @@ def open_video(content: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[A
     blindly = content[4:8] == b"ftyp" and b"moof" not in content
     options = {"skip_frame": "all"} if blindly else {}
     with open_container(content, max_pixels, options) as container:
-        stream = shown_stream(container, max_pixels)
+        stream = select_video_stream(container, max_pixels)
         stream.thread_count = 1
         yield container, stream
 
 
-def shown_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
+def select_video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
     """The video stream that a player shows: the default one, then the largest; no cover picture of a song.
 
     Raises:

@@ -19,17 +19,17 @@ from typing import Any
 import av
 import numpy as np
 
-from svd_ds.data.decoding import MAX_COUNTED, decode, open_video
-from svd_ds.data.quarantine import Fault, is_out_of_memory, reason_of
+from svd_ds.data.decoding import MAX_UNTIMED_FRAMES, decode, open_video
+from svd_ds.data.quarantine import Fault, describe_error, is_out_of_memory
 from svd_ds.data.sample import MEDIA, STILLS, Sample, parse_sample
 from svd_ds.data.sidecar import (
     TEXTS,
-    annotations_in,
-    captions_in,
     clean_text,
+    decode_caption,
     is_utf8,
+    parse_annotations,
+    parse_captions,
     parse_json,
-    text_in,
 )
 from svd_ds.data.tars import Members, read_contents, read_member
 from svd_ds.data.timeline import read_timeline
@@ -37,17 +37,17 @@ from svd_ds.pixels.frame import to_rgb
 
 NO_CAPTION = "without a caption"
 NOT_UTF8 = "with a caption that is no UTF-8"
-DROPPED = "annotations that are no finite numbers"
-OF_SEVERAL = "with several videos or images"
+BAD_ANNOTATIONS = "annotations that are no finite numbers"
+SEVERAL_MEDIA = "with several videos or images"
 
 ReadFrames = Callable[[range], Iterator[np.ndarray]]
 """Numbers of frames -> these frames as uint8 RGB, (H, W, 3)."""
-Motion = Callable[[ReadFrames, int, float], float]
+ScoreMotion = Callable[[ReadFrames, int, float], float]
 """(reads a video's frames, how many it has, frames a second) -> motion score."""
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbedSample:
     """A sample that training can use."""
 
     sample: Sample
@@ -55,7 +55,7 @@ class Probed:
     """What the user should know of it: how many of NO_CAPTION, NOT_UTF8, DROPPED, OF_SEVERAL."""
 
 
-def samples_in(path: Path, name: str, motion: Motion | None) -> Iterator[Probed | Fault]:
+def probe_shard(path: Path, name: str, motion: ScoreMotion | None) -> Iterator[ProbedSample | Fault]:
     """What the index is to know of each sample of a shard, or why it cannot be used.
 
     No error of a sample or of the tar is raised: it is a Fault. The samples' shard number is 0.
@@ -70,37 +70,37 @@ def samples_in(path: Path, name: str, motion: Motion | None) -> Iterator[Probed 
         for member, reason in contents.refused:
             yield Fault(member, shown, reason)
         for key, members in contents.samples.items():
-            sample_id = id_of(shown, key)
+            sample_id = make_sample_id(shown, key)
             try:
                 yield _probe(path, members, sample_id, motion)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                yield Fault(sample_id, shown, reason_of(error))
+                yield Fault(sample_id, shown, describe_error(error))
         if contents.damage is not None:
             yield Fault("", shown, f"the tar cannot be read to its end: {contents.damage}")
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(f"memory ran out while {shown} was read") from error
-        yield Fault("", shown, f"the tar cannot be read: {reason_of(error)}")
+        yield Fault("", shown, f"the tar cannot be read: {describe_error(error)}")
 
 
-def id_of(shard: str, key: str) -> str:
+def make_sample_id(shard: str, key: str) -> str:
     """A sample's id from its shard's name and its key."""
     return re.sub(r"[^\w-]+", "_", f"{PurePosixPath(shard).with_suffix('')}-{clean_text(key)}")
 
 
-def _probe(path: Path, members: Members, sample_id: str, motion: Motion | None) -> Probed:
+def _probe(path: Path, members: Members, sample_id: str, motion: ScoreMotion | None) -> ProbedSample:
     """Raises ValueError, and whatever a damaged file makes of its decoder, where a sample cannot be used."""
     read = partial(read_member, path)
     notes: Counter[str] = Counter()
     media = choose_media(members)
     if len(_media_in(members)) > 1:
-        notes[OF_SEVERAL] += 1
+        notes[SEVERAL_MEDIA] += 1
     used = {media.rpartition(".")[2]: members[media]}
     annotations = _add_sidecar(members, read, used, notes)
     content = read(members[media])
-    num_frames, fps, height, width = measure(content, _kind(media) in STILLS)
+    num_frames, fps, height, width = measure_media(content, _kind(media) in STILLS)
     score = 0.0
     if motion is not None and num_frames > 1:
         score = motion(partial(_pixels, content), num_frames, fps)
@@ -117,7 +117,7 @@ def _probe(path: Path, members: Members, sample_id: str, motion: Motion | None) 
         motion=round(score, 6),
         annotations=annotations,
     )
-    return Probed(parse_sample(asdict(sample)), dict(+notes))
+    return ProbedSample(parse_sample(asdict(sample)), dict(+notes))
 
 
 def choose_media(members: Iterable[str]) -> str:
@@ -172,10 +172,10 @@ def _add_sidecar(
         except ValueError as error:
             damage = damage or error
             continue
-        found, dropped = annotations_in(about)
+        found, dropped = parse_annotations(about)
         annotations = found | annotations
-        notes[DROPPED] += dropped
-        if "json" not in used and any(captions_in(about).values()):
+        notes[BAD_ANNOTATIONS] += dropped
+        if "json" not in used and any(parse_captions(about).values()):
             used["json"] = members[extension]
     texts = [extension for extension in members if _kind(extension) in TEXTS]
     for extension in sorted(texts, key=lambda name: ("." in name, TEXTS.index(_kind(name)), name)):
@@ -183,7 +183,7 @@ def _add_sidecar(
             break
         content = read(members[extension])
         try:
-            if text_in(content):
+            if decode_caption(content):
                 used["txt"] = members[extension]
                 notes[NOT_UTF8] += not is_utf8(content)
         except ValueError as error:
@@ -195,7 +195,7 @@ def _add_sidecar(
     return annotations
 
 
-def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
+def measure_media(content: bytes, still: bool) -> tuple[int, float, int, int]:
     """(frames, frames a second, shown height, width) of a file, its frames numbered as in `decoding.decode`.
 
     Raises:
@@ -229,9 +229,9 @@ def _count(content: bytes) -> int:
     count = 0
     with open_video(content) as (container, stream):
         for count, _ in enumerate(container.decode(stream), 1):
-            if count > MAX_COUNTED:
+            if count > MAX_UNTIMED_FRAMES:
                 raise ValueError(
-                    f"it does not say when its frames are shown, and has more than {MAX_COUNTED}: they could "
+                    f"it does not say when its frames are shown, and has more than {MAX_UNTIMED_FRAMES}: they could "
                     "only be found by decoding all before them; convert it to mp4"
                 )
     return count

@@ -143,7 +143,7 @@ class RemoteFolder(Folder):
                 yield block
 
 
-def check_cache(sets: Sequence[tuple[Folder, Sequence[Shard]]], window: int, cache_gb: float) -> None:
+def check_cache_size(sets: Sequence[tuple[Folder, Sequence[Shard]]], window: int, cache_gb: float) -> None:
     """Check that the cache holds the shards that are read from at a time, `window` of each data set.
 
     Raises:

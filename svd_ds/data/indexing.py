@@ -17,21 +17,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from stat import S_ISREG
 
-from svd_ds.data.external_shards import Motion, Probed, samples_in
+from svd_ds.data.external_shards import ProbedSample, ScoreMotion, probe_shard
 from svd_ds.data.folders import INDEX_NAME
 from svd_ds.data.motion import MotionMap
-from svd_ds.data.quarantine import REFUSED, Fault, reason_of, refused_lines
+from svd_ds.data.quarantine import REFUSED, Fault, describe_error, refused_csv_lines
 from svd_ds.data.sample import Sample, Shard, check_local_name, parse_sample
 from svd_ds.data.sidecar import clean_text
-from svd_ds.data.tars import MAC_FOLDER, UNPACK, is_compressed_name
+from svd_ds.data.tars import COMPRESSED_REASON, MACOS_FOLDER, is_compressed_name
 from svd_ds.data.writer import write_index
 from svd_ds.fsync_io import replace_text
 from svd_ds.json_lines import read_json_lines
 
-PARTS = ".index-parts"
+PARTS_FOLDER = ".index-parts"
 """In the folder of the index, while it is made: what was found in each shard."""
 PART_VERSION = 2
-LINK = "shards"
+SHARDS_LINK = "shards"
 """In a folder of its own for the index: a link to the folder of the shards."""
 
 
@@ -48,17 +48,17 @@ class _Mark:
 
 
 @dataclass
-class Found:
+class ProbedFolder:
     """What is known of a folder's shards so far."""
 
     shards: list[Shard] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
-    """See `foreign.Probed`."""
+    """See `foreign.ProbedSample`."""
     _ids: set[str] = field(default_factory=set)
 
-    def add(self, name: str, num_bytes: int, items: Iterable[Probed | Fault]) -> None:
+    def add(self, name: str, num_bytes: int, items: Iterable[ProbedSample | Fault]) -> None:
         """Add a shard. Samples whose ids are taken get a number behind theirs."""
         samples = []
         for item in items:
@@ -88,12 +88,12 @@ def find_shards(folder: Path) -> tuple[list[str], list[Fault]]:
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
-        faults.append(Fault("", clean_text(str(error.filename)), reason_of(error)))
+        faults.append(Fault("", clean_text(str(error.filename)), describe_error(error)))
 
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         # Real folders come before links to them, and both in the order of their names.
         folders[:] = sorted(
-            (name for name in folders if name[0] != "." and name != MAC_FOLDER),
+            (name for name in folders if name[0] != "." and name != MACOS_FOLDER),
             key=lambda name: (os.path.islink(os.path.join(place, name)), name),
         )
         if _seen(place, seen):
@@ -104,7 +104,7 @@ def find_shards(folder: Path) -> tuple[list[str], list[Fault]]:
             if name[0] != "." and name.lower().endswith(".tar"):
                 names.append(below)
             elif name[0] != "." and is_compressed_name(name):
-                faults.append(Fault("", clean_text(below), UNPACK))
+                faults.append(Fault("", clean_text(below), COMPRESSED_REASON))
     names.sort(key=lambda name: (os.path.islink(folder / name), name))
     return sorted(name for name in names if not _seen(folder / name, seen)), faults
 
@@ -118,7 +118,12 @@ def _seen(path: str | Path, seen: set[str]) -> bool:
 
 
 def probe_shards(
-    folder: Path, names: Iterable[str], parts: Path, motion: Motion | None, found: Found, prefix: str = ""
+    folder: Path,
+    names: Iterable[str],
+    parts: Path,
+    motion: ScoreMotion | None,
+    found: ProbedFolder,
+    prefix: str = "",
 ) -> None:
     """Probe each shard, or read its part in the folder `parts`, and add it to `found`.
 
@@ -136,11 +141,11 @@ def probe_shards(
             mark = _mark(folder / name, name, motion is not None)
             items = kept = _read_part(part, mark)
             if items is None:
-                items = list(samples_in(folder / name, name, motion))
+                items = list(probe_shard(folder / name, name, motion))
                 if _mark(folder / name, name, motion is not None) != mark:
                     raise ValueError("it was changed while it was read")
         except (ValueError, OSError) as error:
-            found.faults.append(Fault("", shown, reason_of(error)))
+            found.faults.append(Fault("", shown, describe_error(error)))
             continue
         if kept is None:
             _write_part(part, mark, items)
@@ -155,7 +160,7 @@ def _mark(path: Path, name: str, motion: bool) -> _Mark:
     return _Mark(name, motion, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
-def _read_part(path: Path, mark: _Mark) -> list[Probed | Fault] | None:
+def _read_part(path: Path, mark: _Mark) -> list[ProbedSample | Fault] | None:
     """What a part holds; None where there is none of this shard, or it is damaged."""
     try:
         lines = read_json_lines(path)
@@ -165,14 +170,16 @@ def _read_part(path: Path, mark: _Mark) -> list[Probed | Fault] | None:
         return None
     try:
         return [
-            Fault(**row["fault"]) if "fault" in row else Probed(parse_sample(row["sample"]), row["notes"])
+            Fault(**row["fault"])
+            if "fault" in row
+            else ProbedSample(parse_sample(row["sample"]), row["notes"])
             for row in lines.rows[1:]
         ]
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def _write_part(path: Path, mark: _Mark, items: Iterable[Probed | Fault]) -> None:
+def _write_part(path: Path, mark: _Mark, items: Iterable[ProbedSample | Fault]) -> None:
     found = [{"fault": asdict(item)} if isinstance(item, Fault) else asdict(item) for item in items]
     rows = [asdict(mark), *found]
     replace_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
@@ -181,10 +188,10 @@ def _write_part(path: Path, mark: _Mark, items: Iterable[Probed | Fault]) -> Non
 def index_folder(
     folder: Path,
     out: Path,
-    motion: Motion | None,
+    motion: ScoreMotion | None,
     overwrite: bool,
     track: Callable[[list[str]], Iterable[str]],
-) -> Found:
+) -> ProbedFolder:
     """Write the index of the shards in `folder` into `out`, which may be the same folder, and REFUSED.
 
     Args:
@@ -202,7 +209,7 @@ def index_folder(
         raise ValueError(f"there is no .tar in {folder}")
     if (out / INDEX_NAME).exists() and not overwrite:
         raise ValueError(f"{out} has an {INDEX_NAME}; --overwrite it")
-    parts = out / PARTS
+    parts = out / PARTS_FOLDER
     try:
         parts.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -212,10 +219,10 @@ def index_folder(
         raise OSError(f"{out} cannot be written to ({error.strerror}); --out names another place") from error
     same = out.resolve() == folder.resolve()
     if not same:
-        _link(out / LINK, folder, overwrite)
-    found = Found(faults=faults)
-    probe_shards(folder, track(names), parts, motion, found, "" if same else f"{LINK}/")
-    replace_text(out / REFUSED, "".join(refused_lines(found.faults)))
+        _link(out / SHARDS_LINK, folder, overwrite)
+    found = ProbedFolder(faults=faults)
+    probe_shards(folder, track(names), parts, motion, found, "" if same else f"{SHARDS_LINK}/")
+    replace_text(out / REFUSED, "".join(refused_csv_lines(found.faults)))
     if not found.samples:
         raise ValueError(f"none of the samples in {folder} can be used: {out / REFUSED} says why")
     scores = [sample.motion for sample in found.samples if sample.num_frames > 1]

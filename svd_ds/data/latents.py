@@ -33,7 +33,7 @@ JPEG_QUALITY = 98
 
 
 @dataclass(frozen=True)
-class Origin:
+class LatentsOrigin:
     """What the moments were made of and by."""
 
     height: int
@@ -43,7 +43,7 @@ class Origin:
     """See `Autoencoder.fingerprint`."""
 
 
-def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: Origin) -> bytes:
+def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: LatentsOrigin) -> bytes:
     """The file's bytes, of moments, rounded to float16, and the uint8 frames that they were made of.
 
     Raises ValueError for moments that are not finite then, or that `check_moments` refuses.
@@ -60,15 +60,15 @@ def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: Origin) -> bytes:
     return packed
 
 
-def read_origin(file: TensorFile) -> Origin:
+def read_origin(file: TensorFile) -> LatentsOrigin:
     """Raises ValueError where the file is not of `pack`."""
     try:
-        return Origin(**file.origin)
+        return LatentsOrigin(**file.origin)
     except TypeError as error:
         raise ValueError(f"its {MEMBER} does not say what it was made of") from error
 
 
-def shape_of(file: TensorFile) -> tuple[int, ...]:
+def moments_shape(file: TensorFile) -> tuple[int, ...]:
     """(M, h, w) of the moments. Raises ValueError where there are none."""
     return file.shapes().get("moments", ())[1:]
 
@@ -95,7 +95,7 @@ def check_moments(moments: Tensor) -> Tensor:
 
 def read_frames(file: TensorFile, frames: Sequence[int]) -> Tensor:
     """The pixels of some of the stored frames, uint8 (T, 3, H, W). Raises as `read_moments` does."""
-    ends = [0, *file.whole("frame_ends").tolist()]
+    ends = [0, *file.tensor("frame_ends").tolist()]
     origin = read_origin(file)
     pixels = []
     for frame in frames:

@@ -29,7 +29,7 @@ from svd_ds.cli import USER_ERRORS, same_kind
 from svd_ds.data import workers
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
-from svd_ds.data.folders import check_cache, open_folder
+from svd_ds.data.folders import check_cache_size, open_folder
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.order import SHARDS_PER_WINDOW
 from svd_ds.data.quarantine import Fault, Quarantine
@@ -79,7 +79,7 @@ class Loader:
             open_dataset(path, weight, config, open_folder(path, config.cache, config.cache_gb, open_url))
             for path, weight in config.sets.items()
         ]
-        check_cache([source.files for source in self.sources], SHARDS_PER_WINDOW, config.cache_gb)
+        check_cache_size([source.files for source in self.sources], SHARDS_PER_WINDOW, config.cache_gb)
         buckets = list(zip(*(source.buckets for source in self.sources), strict=True))
         for shape, indices in zip(config.shapes, buckets, strict=True):
             if not any(map(len, indices)):
@@ -137,7 +137,7 @@ class Loader:
                 raise last.error(f"no sample in {self.config.set_names} can be read: {last.cause}")
             yield item.batch, Cursor(end, self.fingerprint)
 
-    def take_faults(self) -> list[Fault]:
+    def pop_faults(self) -> list[Fault]:
         """What was replaced in the batches since the last call."""
         taken, self._faults = self._faults, []
         return taken
@@ -146,7 +146,9 @@ class Loader:
         pipeline = webdataset.DataPipeline(self._micro_batches, webdataset.map(self._read), _stops_as_values)
         if self.config.num_workers == 0:
             return iter(pipeline)
-        return workers.start(pipeline, self.config.num_workers, self.config.prefetch, __name__, self.rank)
+        return workers.iterate_in_workers(
+            pipeline, self.config.num_workers, self.config.prefetch, __name__, self.rank
+        )
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         """Those of this rank that fall to this worker process."""

@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def reason_of(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """One line about an error, with its type where it is none that a damaged file is known to raise."""
     if isinstance(error, av.FFmpegError):
         return f"it cannot be decoded ({error.strerror})"
@@ -67,7 +67,7 @@ class Fault:
         return OSError(sentence) if self.is_retryable else ValueError(sentence)
 
 
-def refused_lines(faults: Iterable[Fault]) -> list[str]:
+def refused_csv_lines(faults: Iterable[Fault]) -> list[str]:
     """The lines of a REFUSED that lists these samples: the header, and one line each."""
     rows = [("sample", "shard", "reason")]
     rows += [(clean_text(fault.id), clean_text(fault.shard), clean_text(fault.cause)) for fault in faults]

@@ -27,7 +27,7 @@ from svd_ds.data.quarantine import Fault, is_out_of_memory
 from svd_ds.data.read_timeout import with_timeout
 from svd_ds.data.sample import Sample
 from svd_ds.data.shards import Index, ReadMember
-from svd_ds.data.sidecar import DEFAULT_CAPTIONER, captions_in, parse_json, text_in
+from svd_ds.data.sidecar import DEFAULT_CAPTIONER, decode_caption, parse_captions, parse_json
 from svd_ds.data.sources import DatasetSource
 
 SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
@@ -67,7 +67,7 @@ class Reader:
 
         Raises UnreadableError where it cannot be read, ReadTimeoutError where that takes too long.
         """
-        shard = self.index.shard_of(number)
+        shard = self.index.shard_location(number)
         seconds = self.config.read_timeout_seconds
         hung = f"a read of {shard} has hung for data.read_timeout_seconds={seconds:g}"
         take = with_timeout(lambda: self._take(number, ordinal), seconds, hung)
@@ -76,21 +76,21 @@ class Reader:
 
     def _take(self, number: int, ordinal: int) -> _Take:
         """Read from the file system what the clip needs."""
-        shard = self.index.shard_of(number)
+        shard = self.index.shard_location(number)
         with _faults_of(f"number {number}", shard, is_retryable):
             sample = self.index.sample(number)
         with _faults_of(sample.id, shard, is_retryable), self.index.open(sample) as read:
             return self._take_from(read, sample, ordinal)
 
     def _take_from(self, read: ReadMember, sample: Sample, ordinal: int) -> _Take:
-        config, draws = self.config, ClipDraws.of(self.seed, ordinal)
+        config, draws = self.config, ClipDraws.draw(self.seed, ordinal)
         # Where videos are learned from, a single frame is a still: it takes the image path.
         still = config.num_frames > 1 and (
             sample.num_frames == 1 or self.shape.num_frames == 1 or draws.still < config.image_share
         )
         num_frames = 1 if still else self.shape.num_frames
-        timing = Timing.of(sample.num_frames, sample.fps, num_frames, config.fps, draws.start)
-        wanted = timing.frames(num_frames)
+        timing = Timing.choose(sample.num_frames, sample.fps, num_frames, config.fps, draws.start)
+        wanted = timing.frame_numbers(num_frames)
         captions = captions_of(read, sample)
         captioner = choose_captioner(captions, config.caption_weights, draws.caption)
         media, moments, frames = None, None, NO_FRAMES
@@ -100,7 +100,7 @@ class Reader:
             file = TensorFile(partial(read, latents.MEMBER), latents.MEMBER)
             if (other := latents.read_origin(file)) != (ours := self.source.latents_origin):
                 raise ValueError(f"its latents are {other}, and the first sample's {ours}")
-            _check_shape("latents", latents.shape_of(file), self.source.latents_shape)
+            _check_shape("latents", latents.moments_shape(file), self.source.latents_shape)
             given = [wanted[0], wanted[-1]] if self.ends else [wanted[0]]
             moments, frames = latents.read_moments(file, wanted), latents.read_frames(file, given)
         clip = Clip(
@@ -126,7 +126,7 @@ class Reader:
         if (other := clip_embeddings.read_origin(file)) != (ours := self.source.embeddings_origin):
             raise ValueError(f"its states are {other}, and the first sample's {ours}")
         ours_shape = self.source.embeddings_shapes[self.context]
-        _check_shape("states", clip_embeddings.shape_of(file, self.context), ours_shape)
+        _check_shape("states", clip_embeddings.embedding_shape(file, self.context), ours_shape)
         found_LD = clip_embeddings.read(file, self.context, wanted, captioner)
         if self.context == "text":  # Each caption has states of its own.
             _check_shape("states", tuple(found_LD.shape), ours_shape)
@@ -190,8 +190,8 @@ def captions_of(read: ReadMember, sample: Sample) -> dict[str, str]:
         ValueError: its json has no captions, or its text cannot be decoded.
     """
     if "json" in sample.members:
-        captions = captions_in(parse_json(read("json")))
+        captions = parse_captions(parse_json(read("json")))
         if not captions:
             raise ValueError("its json has no captions")
         return captions
-    return {DEFAULT_CAPTIONER: text_in(read("txt")) if "txt" in sample.members else ""}
+    return {DEFAULT_CAPTIONER: decode_caption(read("txt")) if "txt" in sample.members else ""}

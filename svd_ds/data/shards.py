@@ -91,7 +91,7 @@ class Index:
         """All samples, in the order of their numbers.
 
         Raises:
-            ValueError: a line is damaged; the message names the index and the line. `checked` sets such
+            ValueError: a line is damaged; the message names the index and the line. `drop_damaged` sets such
                 samples aside.
         """
         for number, sample in enumerate(self._parsed()):
@@ -103,7 +103,7 @@ class Index:
             file.seek(int(self.line_offsets[number]))
             return self._sound(number, self._parse(file.readline(), self._shard_number(number)))
 
-    def checked(self, quarantine: Quarantine) -> tuple[Index, list[Fault]]:
+    def drop_damaged(self, quarantine: Quarantine) -> tuple[Index, list[Fault]]:
         """The index of the samples whose lines are sound and whose ids are unique, and the others' faults.
 
         Raises:
@@ -176,7 +176,7 @@ class Index:
     def _shard_number(self, number: int) -> int:
         return int(np.searchsorted(np.cumsum(self.shard_sizes), number, side="right"))
 
-    def shard_of(self, number: int) -> str:
+    def shard_location(self, number: int) -> str:
         """The path or URL of the shard that holds sample `number`."""
         return self.folder.name(self.shards[self._shard_number(number)].name)
 

@@ -53,7 +53,7 @@ def is_utf8(content: bytes) -> bool:
     return True
 
 
-def text_in(content: bytes) -> str:
+def decode_caption(content: bytes) -> str:
     """The caption in a text file. Raises ValueError as `decode_text` does."""
     return clean_text(decode_text(content)).strip()
 
@@ -71,7 +71,7 @@ def parse_json(content: bytes, name: str = "json") -> Any:
         raise ValueError(f"its {name} cannot be read: {reason}") from error
 
 
-def captions_in(about: Any) -> dict[str, str]:
+def parse_captions(about: Any) -> dict[str, str]:
     """Captioner -> caption, from a sample's json.
 
     A json has its captions under one of CAPTION_KEYS, as a text, a list, or an object by captioner's name;
@@ -87,7 +87,7 @@ def captions_in(about: Any) -> dict[str, str]:
     return spoken or found
 
 
-def annotations_in(about: Any) -> tuple[dict[str, float], int]:
+def parse_annotations(about: Any) -> tuple[dict[str, float], int]:
     """Numbers by name from a json's "annotations", and how many values there were no finite numbers.
 
     Null counts as absent, and "annotations" that are no object (a list, as COCO has it) as none.

@@ -34,14 +34,14 @@ class DatasetSource:
     """The samples whose index lines are damaged; they are in no bucket."""
     notes: tuple[str, ...]
     """What a user should know of the samples that were left out."""
-    latents_origin: latents.Origin | None
+    latents_origin: latents.LatentsOrigin | None
     """None: every frame is decoded."""
     latents_shape: tuple[int, ...]
     """(M, h, w) of the moments; the first sample's, which those of all must have to make a batch."""
     embeddings_origin: clip_embeddings.EmbeddingsOrigin | None
     """None where a sample that counts has no CLIP clip_embeddings."""
     embeddings_shapes: dict[str, tuple[int, ...]]
-    """Context -> shape of its clip_embeddings, as `clip_embeddings.shape_of`; the first sample's."""
+    """Context -> shape of its clip_embeddings, as `clip_embeddings.moments_shape`; the first sample's."""
 
     @property
     def motion_map(self) -> MotionMap:
@@ -60,7 +60,7 @@ def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -
     has not the latents that are to be read."""
     hung = f"reading {folder.name(INDEX_NAME)} has hung for data.read_timeout_seconds={config.read_timeout_seconds:g}"
     loaded = with_timeout(lambda: Index.load(folder), config.read_timeout_seconds, hung)
-    everything, faults = loaded.checked(Quarantine(config.max_quarantined, len(loaded)))
+    everything, faults = loaded.drop_damaged(Quarantine(config.max_quarantined, len(loaded)))
     selection = satisfies(config.where, everything)
     chosen = everything.keep(selection) if config.where else everything
     if not len(chosen):
@@ -68,7 +68,7 @@ def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -
             f"none of the {len(everything)} samples in {path} meets data.where=[{', '.join(config.where)}]"
         )
     shapes = config.shapes
-    buckets = chosen.split(lambda sample: bucket_of(sample, config, shapes), len(shapes))
+    buckets = chosen.split(lambda sample: choose_bucket(sample, config, shapes), len(shapes))
     if not any(map(len, buckets)):
         raise ValueError(
             f"none of the {len(chosen)} samples in {path} has {_wanted(shapes)}: {_largest(chosen)}"
@@ -89,7 +89,7 @@ def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -
     )
 
 
-def bucket_of(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -> int | None:
+def choose_bucket(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -> int | None:
     """The bucket that a sample belongs to: of those for which it is long enough, and large enough to be
     reduced rather than enlarged, the nearest in aspect, then the longest, then the largest.
 
@@ -115,7 +115,7 @@ def bucket_of(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -> in
 
 def _latents_of(
     path: str, buckets: Sequence[Index], shapes: Sequence[Shape]
-) -> tuple[latents.Origin, tuple[int, ...]]:
+) -> tuple[latents.LatentsOrigin, tuple[int, ...]]:
     """What the latents were made of, and their shape. Raises ValueError where a sample has none, or those of
     another size."""
     for index in buckets:
@@ -127,7 +127,7 @@ def _latents_of(
     try:
         with index.open(first) as read:
             file = TensorFile(partial(read, latents.MEMBER), latents.MEMBER)
-            origin, shape_Mhw = latents.read_origin(file), latents.shape_of(file)
+            origin, shape_Mhw = latents.read_origin(file), latents.moments_shape(file)
     except ValueError as error:
         raise ValueError(f"sample {first.id} in {path} cannot be read: {error}") from error
     for index, shape in zip(buckets, shapes, strict=True):
@@ -155,7 +155,8 @@ def _embeddings_of(
             file = TensorFile(partial(read, clip_embeddings.MEMBER), clip_embeddings.MEMBER)
             origin = clip_embeddings.read_origin(file)
             of_context = {
-                context: clip_embeddings.shape_of(file, context) for context in ("image", "ends", "text")
+                context: clip_embeddings.embedding_shape(file, context)
+                for context in ("image", "ends", "text")
             }
     except ValueError:
         return None, {}

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from svd_ds.data.quarantine import reason_of
+from svd_ds.data.quarantine import describe_error
 from svd_ds.data.sample import TAR_BLOCK
 from svd_ds.data.sidecar import clean_text
 
-MAC_FOLDER = "__MACOSX"
+MACOS_FOLDER = "__MACOSX"
 COMPRESSED = {
     ".gz": b"\x1f\x8b",
     ".bz2": b"BZh",
@@ -24,14 +24,16 @@ COMPRESSED = {
     ".zst": b"\x28\xb5\x2f\xfd",
 }
 """Suffix and first bytes of a compressed file, of which no part can be read by itself."""
-UNPACK = "it is compressed, and samples are read from their places in it: unpack it to a plain .tar"
+COMPRESSED_REASON = (
+    "it is compressed, and samples are read from their places in it: unpack it to a plain .tar"
+)
 
 Members = dict[str, tarfile.TarInfo]
 """Extension in lower case -> entry."""
 
 
 @dataclass
-class Contents:
+class TarContents:
     """What a tar holds."""
 
     samples: dict[str, Members] = field(default_factory=dict)
@@ -48,7 +50,7 @@ def is_compressed_name(name: str) -> bool:
     return lower.endswith((".tgz", ".tbz2", ".txz", *(f".tar{suffix}" for suffix in COMPRESSED)))
 
 
-def read_contents(path: Path) -> Contents:
+def read_contents(path: Path) -> TarContents:
     """List a tar's files.
 
     Of files of one name the last counts, as where a tar is unpacked.
@@ -57,11 +59,11 @@ def read_contents(path: Path) -> Contents:
         ValueError: it is compressed.
         tarfile.TarError: it is no tar.
     """
-    contents = Contents()
+    contents = TarContents()
     with open(path, "rb") as file:
         head = file.read(8)
         if any(head.startswith(magic) for magic in COMPRESSED.values()):
-            raise ValueError(UNPACK)
+            raise ValueError(COMPRESSED_REASON)
         begin: int | None = 0
         while begin is not None:
             file.seek(begin)
@@ -73,7 +75,7 @@ def read_contents(path: Path) -> Contents:
             except Exception as error:
                 if begin == 0 and not contents.samples:
                     raise
-                contents.damage = reason_of(error)
+                contents.damage = describe_error(error)
                 break
             # The module tarfile takes a header that is damaged or cut short for the end of the tar.
             if not _is_end(file, end):
@@ -95,9 +97,9 @@ def read_member(path: Path, entry: tarfile.TarInfo) -> bytes:
     return content
 
 
-def _add(contents: Contents, entry: tarfile.TarInfo) -> None:
+def _add(contents: TarContents, entry: tarfile.TarInfo) -> None:
     path = PurePosixPath(entry.name)
-    if entry.isdir() or path.name.startswith(".") or MAC_FOLDER in path.parts:
+    if entry.isdir() or path.name.startswith(".") or MACOS_FOLDER in path.parts:
         return
     name = clean_text(entry.name)
     if not entry.isfile():

@@ -85,7 +85,7 @@ def read_timeline(container: Any, stream: Any) -> Timeline | None:
     if not shown or len(set(shown)) < len(shown):
         return None
     shown.sort()
-    rate, is_even = clock_of(
+    rate, is_even = fit_clock(
         [float((time - shown[0]) * stream.time_base) for time in shown],
         [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate],
     )
@@ -93,7 +93,7 @@ def read_timeline(container: Any, stream: Any) -> Timeline | None:
     return Timeline(times, rate, sorted(keyframes), by_dts=is_avi)
 
 
-def clock_of(seconds: Sequence[float], told: Sequence[float]) -> tuple[float, bool]:
+def fit_clock(seconds: Sequence[float], told: Sequence[float]) -> tuple[float, bool]:
     """The rate of ascending times from 0, and whether all of them keep to it.
 
     Args:
@@ -113,11 +113,11 @@ def clock_of(seconds: Sequence[float], told: Sequence[float]) -> tuple[float, bo
         for rate in rates:
             if np.abs(times * rate - np.arange(len(times))).max() <= jitter:
                 return rate, True
-    usual = min(MAX_RATE, usual_rate(gaps))
+    usual = min(MAX_RATE, typical_rate(gaps))
     return next((rate for rate in told if math.isclose(rate, usual, rel_tol=0.02)), usual), False
 
 
-def usual_rate(gaps: Sequence[float]) -> float:
+def typical_rate(gaps: Sequence[float]) -> float:
     """Frames a second of the usual gap between frames, in seconds: the mean of the gaps near the median.
 
     The median alone is a gap as the container rounds it: 42 ms in Matroska, for 24 frames a second.

@@ -28,7 +28,7 @@ EXIT_SECONDS = 0.5
 RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def start(
+def iterate_in_workers(
     dataset: IterableDataset[Any], num_workers: int, prefetch: int, module: str, rank: int = 0
 ) -> Iterator[Any]:
     """Iterate over copies of `dataset` in `num_workers` processes, one item of each in turn.
@@ -54,7 +54,7 @@ def start(
             num_workers=num_workers,
             prefetch_factor=prefetch,
             multiprocessing_context=server,
-            worker_init_fn=end_with_parent,
+            worker_init_fn=exit_with_parent,
         )
         items = iter(loader)
     # Python ends its children by SIGTERM and waits for them; this runs before that.
@@ -108,7 +108,7 @@ def _run_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent(_: int = 0) -> None:
+def exit_with_parent(_: int = 0) -> None:
     """In a worker, which is forked by a server or waits at a queue: nothing else ends it when the run is
     killed."""
     parent = multiprocessing.parent_process()

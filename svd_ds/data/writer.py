@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import socket
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from svd_ds import fsync_io
 from svd_ds.data.folders import INDEX_NAME
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.sample import FORMAT, VERSION, Sample, Shard
+from svd_ds.fsync_io import replace_bytes
 
 
 class ShardWriter:
@@ -97,7 +95,7 @@ class ShardWriter:
         if not self._open:
             return
         path = self._next_shard()
-        replace_file(path, pack_shard(self._open))
+        replace_bytes(path, pack_shard(self._open))
         self._list(path, list(_samples_of(path, len(self.shards))))
         self._open.clear()
 
@@ -146,12 +144,12 @@ def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
     return buffer.getvalue()
 
 
-def whole_members(path: Path) -> dict[str, dict[str, tuple[int, int]]] | None:
-    """`members_of` a shard; None where it is missing, or cut short or damaged, as after a power cut."""
+def complete_members(path: Path) -> dict[str, dict[str, tuple[int, int]]] | None:
+    """`list_members` a shard; None where it is missing, or cut short or damaged, as after a power cut."""
     try:
         if path.stat().st_size % tarfile.RECORDSIZE:
             return None
-        members = members_of(path)
+        members = list_members(path)
     except (FileNotFoundError, tarfile.TarError, EOFError, IndexError, ValueError):
         return None
     end = max((offset + size for found in members.values() for offset, size in found.values()), default=0)
@@ -162,7 +160,7 @@ def whole_members(path: Path) -> dict[str, dict[str, tuple[int, int]]] | None:
     return members if rest and not any(rest) else None
 
 
-def members_of(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def list_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Id of each sample in a shard -> extension -> (offset, size) of the member."""
     with tarfile.open(path) as tar:
         found = groupby(tar, key=lambda entry: entry.name.split(".", 1)[0])
@@ -183,13 +181,13 @@ def write_index(
         "shards": [asdict(shard) for shard in shards],
     }
     lines = [json.dumps(line) for line in (header, *map(_known, samples))]
-    replace_file(folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
+    replace_bytes(folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
     """What the index is to know of each sample in a shard."""
     with open(path, "rb") as file:
-        for sample_id, members in members_of(path).items():
+        for sample_id, members in list_members(path).items():
             offset, size = members["json"]
             file.seek(offset)
             about = json.loads(file.read(size))
@@ -205,11 +203,3 @@ def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
 
 def _known(sample: Sample) -> dict[str, Any]:
     return {name: value for name, value in asdict(sample).items() if value not in (None, {})}
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically and durably: a power cut leaves all of it, or what was there before."""
-    # Several processes may write the same file: each has a part of its own.
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
-    partial.write_bytes(content)
-    fsync_io.replace_file(partial, path)

@@ -1,6 +1,6 @@
 """Video frames as they are shown: orientation, fields, transparency and colours of a decoded frame.
 
-Every reader of videos takes `progressive` for the frames of a stream and `to_rgb` for the pixels of a frame.
+Every reader of videos takes `deinterlace` for the frames of a stream and `to_rgb` for the pixels of a frame.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def is_plain(frame: VideoFrame) -> bool:
     )
 
 
-def is_turned(frame: VideoFrame) -> bool:
+def swaps_height_and_width(frame: VideoFrame) -> bool:
     """Whether width and height change places when the frame is shown."""
     return display_matrix(frame)[0] == 0
 
@@ -93,7 +93,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
     raise ValueError(f"its display matrix ({a}, {b}, {c}, {d}) turns it by no multiple of 90 degrees")
 
 
-def progressive(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+def deinterlace(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
     """The frames of a stream in their order, the interlaced ones deinterlaced (libavfilter's bwdif).
 
     As many frames come out as go in, with their times: the rate stays that of the frames, not of the fields.

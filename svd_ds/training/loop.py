@@ -166,7 +166,7 @@ def _reduce(
     Raises:
         SharedError: another start has taken the run folder over, or too many clips cannot be read.
     """
-    faults = parts.take_faults()
+    faults = parts.pop_faults()
     # Rank 0 writes the files, so that it looks whether they are still this start's.
     lost = parts.metrics is not None and parts.checkpoints.is_fenced()
     loss, data_s, asked, unreadable, taken_over = all_reduce_mean(

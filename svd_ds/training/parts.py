@@ -49,7 +49,7 @@ class TrainingComponents:
     settings: Settings
     objective: Objective
     batches: Iterator[tuple[Batch, Cursor]]
-    take_faults: Callable[[], list[Fault]]
+    pop_faults: Callable[[], list[Fault]]
     """What was replaced in this rank's batches since the last call."""
     quarantine: Quarantine
     """Of all ranks."""

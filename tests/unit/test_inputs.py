@@ -14,7 +14,7 @@ import yaml
 from svd_ds.checks import check_config_fits
 from svd_ds.compose import compose
 from svd_ds.config import RunConfig
-from svd_ds.data.latents import MEMBER, Origin, pack
+from svd_ds.data.latents import MEMBER, LatentsOrigin, pack
 from svd_ds.data.writer import ShardWriter
 from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.model.autoencoder import Autoencoder
@@ -36,7 +36,11 @@ def write(folder: Path, autoencoder: str) -> None:
         "mp4",
         encode(frames),
         about(frames),
-        {MEMBER: pack(moments, torch.from_numpy(frames).permute(0, 3, 1, 2), Origin(64, 64, autoencoder))},
+        {
+            MEMBER: pack(
+                moments, torch.from_numpy(frames).permute(0, 3, 1, 2), LatentsOrigin(64, 64, autoencoder)
+            )
+        },
     )
     writer.close()
 

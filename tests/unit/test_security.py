@@ -28,7 +28,7 @@ from svd_ds.compose import compose
 from svd_ds.curate import craft, embed
 from svd_ds.curate.media import encode_still
 from svd_ds.curate.select import Clip
-from svd_ds.data.external_shards import Probed, samples_in
+from svd_ds.data.external_shards import ProbedSample, probe_shard
 from svd_ds.data.quarantine import Fault
 from svd_ds.evaluation.data_card import write_card
 from svd_ds.evaluation.report import write_report
@@ -218,7 +218,7 @@ def test_members_that_are_no_files_are_neither_read_nor_made(
             entry = tarfile.TarInfo(name)
             entry.type, entry.linkname = TARS[kind]
             tar.addfile(entry)
-    found = list(samples_in(Path("a.tar"), "a.tar", None))
+    found = list(probe_shard(Path("a.tar"), "a.tar", None))
     assert all(isinstance(each, Fault) for each in found), "at most it is told"
     assert os.listdir() == ["a.tar"] and not (tmp_path.parent / "b.mp4").exists()
 
@@ -229,8 +229,10 @@ def test_names_of_members_lead_nowhere(tmp_path: Path) -> None:
             entry = tarfile.TarInfo(name)
             entry.size = len(PICTURE)
             tar.addfile(entry, io.BytesIO(PICTURE))
-    found = list(samples_in(tmp_path / "a.tar", "a.tar", None))
-    assert [type(each) for each in found] == [Probed, Probed], "their pixels are read where they are"
+    found = list(probe_shard(tmp_path / "a.tar", "a.tar", None))
+    assert [type(each) for each in found] == [ProbedSample, ProbedSample], (
+        "their pixels are read where they are"
+    )
     assert os.listdir(tmp_path) == ["a.tar"] and not (tmp_path.parent / "b.png").exists()
 
 
@@ -238,7 +240,7 @@ def test_names_of_members_lead_nowhere(tmp_path: Path) -> None:
 def test_a_compressed_tar_is_not_unpacked(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     """A gibibyte of zeros has a mebibyte in it."""
     (tmp_path / "a.tar").write_bytes(pack(bytes(2**24)))
-    (found,) = samples_in(tmp_path / "a.tar", "a.tar", None)
+    (found,) = probe_shard(tmp_path / "a.tar", "a.tar", None)
     assert isinstance(found, Fault) and "the tar cannot be read" in found.cause
 
 

@@ -82,9 +82,9 @@ def bare(config: DataConfig) -> Iterator[object]:
     for ordinal in count():
         _, _, number = next(order.samples(ordinal))
         sample = index.sample(number)
-        draw = ClipDraws.of(0, ordinal).start
-        timing = Timing.of(sample.num_frames, sample.fps, config.num_frames, config.fps, draw)
-        wanted = timing.frames(config.num_frames)
+        draw = ClipDraws.draw(0, ordinal).start
+        timing = Timing.choose(sample.num_frames, sample.fps, config.num_frames, config.fps, draw)
+        wanted = timing.frame_numbers(config.num_frames)
         frames = []
         with av.open(io.BytesIO(index.read(sample, sample.media))) as container:
             stream = container.streams.video[0]

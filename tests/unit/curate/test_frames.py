@@ -12,7 +12,7 @@ import pytest
 from svd_ds.curate.clips import ClipSettings, plan
 from svd_ds.curate.frames import read_frames
 from svd_ds.curate.probe import probe_video
-from svd_ds.data.decoding import shown_stream
+from svd_ds.data.decoding import select_video_stream
 from svd_ds.pixels.frame import to_rgb
 from tests.curation import known_of
 from tests.videos import counting, encode, hide, moving_square
@@ -101,7 +101,7 @@ def test_the_larger_of_two_streams_is_read() -> None:
     with av.open(buffer) as container:
         defaults = [bool(stream.disposition & 1) for stream in container.streams.video]
         expected = 64 if defaults[0] == defaults[1] else 32
-        assert shown_stream(container).width == expected
+        assert select_video_stream(container).width == expected
 
 
 def test_a_slow_slide_show_is_refused_in_words() -> None:

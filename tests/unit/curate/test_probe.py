@@ -10,7 +10,7 @@ import av
 import pytest
 
 from svd_ds.curate.probe import clock_of, probe_video
-from svd_ds.data.timeline import usual_rate
+from svd_ds.data.timeline import typical_rate
 from tests.videos import moving_square
 
 FILM = Fraction(24000, 1001)
@@ -37,7 +37,7 @@ def test_a_variable_rate_has_that_of_its_usual_gap() -> None:
 def test_the_usual_rate_is_not_that_of_the_rounded_median() -> None:
     times = rounded([number / 24 for number in range(200)])
     gaps = [after - before for before, after in pairwise(times)]
-    assert usual_rate([*gaps, 5.0]) == pytest.approx(24, rel=1e-3)
+    assert typical_rate([*gaps, 5.0]) == pytest.approx(24, rel=1e-3)
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])

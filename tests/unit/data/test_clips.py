@@ -40,18 +40,18 @@ def test_timing_stays_inside_the_sample(
     stored: int, num_frames: int, fps: float, wanted: float, draw: float
 ) -> None:
     stored = max(stored, num_frames)
-    timing = Timing.of(stored, fps, num_frames, wanted, draw)
-    frames = timing.frames(num_frames)
+    timing = Timing.choose(stored, fps, num_frames, wanted, draw)
+    frames = timing.frame_numbers(num_frames)
     assert len(frames) == num_frames and frames[0] >= 0 and frames[-1] < stored
     assert timing.fps * timing.stride == pytest.approx(fps)
 
 
 def test_timing_meets_the_wanted_rate() -> None:
-    assert Timing.of(100, 24.0, 8, 6.0, 0.0) == Timing(0, 4, 6.0)
-    assert Timing.of(100, 24.0, 8, 0.0, 0.0) == Timing(0, 1, 24.0)
-    assert Timing.of(100, 24.0, 8, 30.0, 0.0).stride == 1
-    assert Timing.of(15, 24.0, 8, 6.0, 0.0) == Timing(0, 2, 12.0), "too short for 6 a second"
-    assert Timing.of(100, 24.0, 8, 6.0, 0.9999).frames(8)[-1] == 99
+    assert Timing.choose(100, 24.0, 8, 6.0, 0.0) == Timing(0, 4, 6.0)
+    assert Timing.choose(100, 24.0, 8, 0.0, 0.0) == Timing(0, 1, 24.0)
+    assert Timing.choose(100, 24.0, 8, 30.0, 0.0).stride == 1
+    assert Timing.choose(15, 24.0, 8, 6.0, 0.0) == Timing(0, 2, 12.0), "too short for 6 a second"
+    assert Timing.choose(100, 24.0, 8, 6.0, 0.9999).frame_numbers(8)[-1] == 99
 
 
 def test_the_default_stream_counts_before_larger_ones_and_first_ones() -> None:
@@ -191,7 +191,7 @@ def test_captions_follow_their_weights() -> None:
 
 
 def test_draws_depend_on_seed_and_ordinal_only() -> None:
-    assert ClipDraws.of(3, 7) == ClipDraws.from_clips(3, 7)
-    assert len({ClipDraws.of(seed, ordinal) for seed in range(10) for ordinal in range(10)}) == 100
-    starts = [ClipDraws.of(0, ordinal).start for ordinal in range(2000)]
+    assert ClipDraws.draw(3, 7) == ClipDraws.draw(3, 7)
+    assert len({ClipDraws.draw(seed, ordinal) for seed in range(10) for ordinal in range(10)}) == 100
+    starts = [ClipDraws.draw(0, ordinal).start for ordinal in range(2000)]
     assert np.mean(starts) == pytest.approx(0.5, abs=0.03)

@@ -16,7 +16,14 @@ import av
 import pytest
 
 from svd_ds.data import external_shards
-from svd_ds.data.external_shards import NO_CAPTION, NOT_UTF8, OF_SEVERAL, Probed, choose_media, samples_in
+from svd_ds.data.external_shards import (
+    NO_CAPTION,
+    NOT_UTF8,
+    SEVERAL_MEDIA,
+    ProbedSample,
+    choose_media,
+    probe_shard,
+)
 from svd_ds.data.indexing import index_folder
 from svd_ds.data.quarantine import Fault
 from svd_ds.data.reader import captions_of
@@ -38,11 +45,11 @@ def pack(path: Path, files: Files) -> Path:
 
 
 @pytest.fixture
-def probe(tmp_path: Path) -> Callable[[Files], tuple[dict[str, Probed], list[Fault]]]:
-    def run(files: Files) -> tuple[dict[str, Probed], list[Fault]]:
-        items = list(samples_in(pack(tmp_path / "a.tar", files), "a.tar", None))
+def probe(tmp_path: Path) -> Callable[[Files], tuple[dict[str, ProbedSample], list[Fault]]]:
+    def run(files: Files) -> tuple[dict[str, ProbedSample], list[Fault]]:
+        items = list(probe_shard(pack(tmp_path / "a.tar", files), "a.tar", None))
         faults = [item for item in items if isinstance(item, Fault)]
-        return {item.sample.id: item for item in items if isinstance(item, Probed)}, faults
+        return {item.sample.id: item for item in items if isinstance(item, ProbedSample)}, faults
 
     return run
 
@@ -152,14 +159,14 @@ def test_annotations_of_several_jsons_are_merged(probe: Callable) -> None:
 def test_any_error_of_a_sample_is_its_refusal(
     probe: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    real = external_shards.measure
+    real = external_shards.measure_media
 
     def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
         if content == b"bad":
             raise error
         return real(content, still)
 
-    monkeypatch.setattr(external_shards, "measure", measure)
+    monkeypatch.setattr(external_shards, "measure_media", measure)
     found, (fault,) = probe([("0.png", b"bad"), ("1.png", IMAGE)])
     assert list(found) == ["a-1"] and fault.id == "a-0"
     assert type(error).__name__ in fault.cause or "cannot be decoded" in fault.cause
@@ -171,7 +178,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_sample(
     def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(external_shards, "measure", measure)
+    monkeypatch.setattr(external_shards, "measure_media", measure)
     with pytest.raises(MemoryError, match=r"memory ran out while a\.tar was read"):
         probe([("0.png", IMAGE)])
 
@@ -186,15 +193,15 @@ def test_tars_that_were_joined_are_read_as_one(tmp_path: Path) -> None:
     for between in (bytes(0), bytes(512), bytes(1024), bytes(10240)):
         path = tmp_path / "joined.tar"
         path.write_bytes(bare + between + second.read_bytes())
-        items = [item for item in samples_in(path, "joined.tar", None) if isinstance(item, Probed)]
+        items = [item for item in probe_shard(path, "joined.tar", None) if isinstance(item, ProbedSample)]
         assert [item.sample.id for item in items] == ["joined-a", "joined-b"]
         content = path.read_bytes()
         for item, text in zip(items, (b"a", b"b"), strict=True):
             offset, size = item.sample.members["txt"]
             assert content[offset : offset + size] == text
     path.write_bytes(first.read_bytes() + b"junk" * 300)
-    *kept, fault = samples_in(path, "joined.tar", None)
-    assert [type(item) for item in kept] == [Probed]
+    *kept, fault = probe_shard(path, "joined.tar", None)
+    assert [type(item) for item in kept] == [ProbedSample]
     assert isinstance(fault, Fault) and "cannot be read to its end" in fault.cause
 
 
@@ -204,7 +211,7 @@ def test_links_in_a_tar_are_told(tmp_path: Path) -> None:
             entry = tarfile.TarInfo(f"{number}.png")
             entry.type, entry.linkname = kind, "0.png"
             tar.addfile(entry)
-    items = list(samples_in(tmp_path / "a.tar", "a.tar", None))
+    items = list(probe_shard(tmp_path / "a.tar", "a.tar", None))
     faults = {item.id: item.cause for item in items if isinstance(item, Fault)}
     assert faults.keys() == {"1.png", "2.png", "3.png"} and "it is a link in the tar" in faults["1.png"]
     assert len(items) == 4
@@ -224,7 +231,7 @@ def test_compressed_tars_are_told(tmp_path: Path, suffix: str) -> None:
 def test_long_videos_that_do_not_say_when_frames_are_shown_are_refused(
     probe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(external_shards, "MAX_COUNTED", 10)
+    monkeypatch.setattr(external_shards, "MAX_UNTIMED_FRAMES", 10)
     with_b_frames = encode(counting(12), suffix="avi", options={"bf": "2"})
     without = encode(counting(12), suffix="avi", options={"bf": "0"})
     found, (fault,) = probe([("0.avi", with_b_frames), ("1.avi", without)])
@@ -283,15 +290,15 @@ def test_several_videos_of_one_rank_are_refused_by_name(members: list[str]) -> N
 
 def test_the_choice_among_several_is_noted(probe: Callable) -> None:
     found, _ = probe([("0.png", IMAGE), ("0.depth.png", b"x"), ("0.txt", b"x")])
-    assert found["a-0"].notes == {OF_SEVERAL: 1}
+    assert found["a-0"].notes == {SEVERAL_MEDIA: 1}
 
 
 @pytest.mark.parametrize(("cut", "kept"), [(550, 0), (700, 1), (1024, 1), (1100, 1), (2048, 2), (2100, 2)])
 def test_samples_before_the_end_of_a_cut_tar_are_kept(tmp_path: Path, cut: int, kept: int) -> None:
     path = pack(tmp_path / "a.tar", [("0.png", IMAGE), ("1.png", IMAGE), ("2.png", IMAGE)])
     path.write_bytes(path.read_bytes()[:cut])
-    items = list(samples_in(path, "a.tar", None))
-    assert [item.sample.id for item in items if isinstance(item, Probed)] == ["a-0", "a-1"][:kept]
+    items = list(probe_shard(path, "a.tar", None))
+    assert [item.sample.id for item in items if isinstance(item, ProbedSample)] == ["a-0", "a-1"][:kept]
     assert isinstance(items[-1], Fault) and items[-1].id == ""
 
 
@@ -300,6 +307,6 @@ def test_samples_after_a_damaged_header_are_not_lost_without_a_word(tmp_path: Pa
     content = bytearray(path.read_bytes())
     content[1024 + 150] ^= 1
     path.write_bytes(content)
-    first, fault = samples_in(path, "a.tar", None)
-    assert isinstance(first, Probed) and isinstance(fault, Fault)
+    first, fault = probe_shard(path, "a.tar", None)
+    assert isinstance(first, ProbedSample) and isinstance(fault, Fault)
     assert fault.cause == "the tar cannot be read to its end: it is cut short or damaged at byte 1024"

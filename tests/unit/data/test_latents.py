@@ -13,12 +13,12 @@ from safetensors import safe_open
 
 from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.config import DataConfig
-from svd_ds.data.latents import MEMBER, Origin, pack, read_frames, read_moments, read_origin
+from svd_ds.data.latents import MEMBER, LatentsOrigin, pack, read_frames, read_moments, read_origin
 from svd_ds.data.loader import Loader
 from svd_ds.data.writer import ShardWriter
 from tests.videos import about, counting, encode
 
-ORIGIN = Origin(height=16, width=24, autoencoder="0123456789ab")
+ORIGIN = LatentsOrigin(height=16, width=24, autoencoder="0123456789ab")
 NUM_STORED = 12
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -28,7 +28,7 @@ def numbered(num_frames: int = NUM_STORED) -> torch.Tensor:
     return torch.arange(num_frames).float()[:, None, None, None].expand(num_frames, 8, 2, 3)
 
 
-def content_of(moments_TMhw: torch.Tensor, origin: Origin = ORIGIN) -> bytes:
+def content_of(moments_TMhw: torch.Tensor, origin: LatentsOrigin = ORIGIN) -> bytes:
     """A file of these moments, its frames those of `counting`."""
     frames = counting(len(moments_TMhw), height=16, width=24)
     return pack(moments_TMhw, torch.from_numpy(frames).permute(0, 3, 1, 2), origin)

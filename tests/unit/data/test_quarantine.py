@@ -25,8 +25,8 @@ def test_each_sample_is_listed_once_and_remembered(tmp_path: Path) -> None:
     assert quarantine.add(FAULTS[:1], step=3, write=True) == 1
     assert quarantine.add(FAULTS[:2], step=9, write=True) == 2
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 3, "id": "s0", "shard": "a.tar", "cause": "it is junk", "may_pass": False},
-        {"step": 9, "id": "s1", "shard": "a.tar", "cause": "it is junk", "may_pass": False},
+        {"step": 3, "id": "s0", "shard": "a.tar", "cause": "it is junk", "is_retryable": False},
+        {"step": 9, "id": "s1", "shard": "a.tar", "cause": "it is junk", "is_retryable": False},
     ]
     later = Quarantine(0.02, 100, path)
     assert later.add(FAULTS[:2]) == 2, "a run that goes on knows them"
@@ -51,12 +51,12 @@ def test_the_loader_replaces_tells_and_stops(tmp_path: Path, num_workers: int) -
     loader = Loader(config, 0, 0, 1, 4, 4)
     ids = [name for batch, _ in islice(loader, 6) for name in batch.ids]
     assert "s3" not in ids and "s7" not in ids
-    faults = loader.take_faults()
+    faults = loader.pop_faults()
     assert {(fault.id, Path(fault.shard).name) for fault in faults} == {
         ("s3", "shard-00000.tar"),
         ("s7", "shard-00001.tar"),
     }
-    assert all("cannot be decoded" in fault.cause for fault in faults) and not loader.take_faults()
+    assert all("cannot be decoded" in fault.cause for fault in faults) and not loader.pop_faults()
     write(tmp_path / "worse", [6, 6], dict.fromkeys((1, 3, 7), "junk"))
     config = DataConfig(str(tmp_path / "worse"), 1, 8, 8, max_quarantined=0.1, num_workers=num_workers)
     with pytest.raises(ValueError, match=r"that makes 3 of 12 samples, where .* allows 2$"):
@@ -78,7 +78,7 @@ def test_a_read_that_hangs_ends_the_run_with_its_shard(tmp_path: Path, num_worke
     # Opening a pipe that nobody writes to waits for ever, as a file of a dead server does.
     (tmp_path / "shard-00000.tar").unlink()
     os.mkfifo(tmp_path / "shard-00000.tar")
-    with pytest.raises(OSError, match=r"^a read of .*shard-00000\.tar has hung for data\.stall.*=0\.3$"):
+    with pytest.raises(OSError, match=r"^a read of .*shard-00000\.tar has hung for data\.read_timeout_seconds=0\.3$"):
         next(iter(loader))
 
 
@@ -110,4 +110,4 @@ def test_a_shard_that_is_gone_is_a_cause_too(tmp_path: Path) -> None:
     (tmp_path / "shard-00000.tar").unlink()
     ids = [name for batch, _ in islice(loader, 3) for name in batch.ids]
     assert set(ids) == {f"s{number}" for number in range(3, 33)}
-    assert {fault.id for fault in loader.take_faults()} == {"s0", "s1", "s2"}
+    assert {fault.id for fault in loader.pop_faults()} == {"s0", "s1", "s2"}

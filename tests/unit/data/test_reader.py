@@ -76,7 +76,7 @@ def test_a_picture_that_claims_more_pixels_than_its_index_is_not_decoded(tmp_pat
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loader = loader_of(tmp_path)
     assert ids(loader) == {"s0", "s1", "s2"}
-    cause = loader.take_faults()[0].cause
+    cause = loader.pop_faults()[0].cause
     assert "is not decoded" in cause or "cannot be decoded" in cause
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000, "kB: nothing was allocated"
 
@@ -101,7 +101,7 @@ def test_frames_that_are_smaller_than_the_index_says_are_not_enlarged(tmp_path: 
     writer.close()
     loader = Loader(DataConfig(str(tmp_path), 2, 16, 16, num_workers=0, max_quarantined=0.5), 0, 0, 1, 2, 2)
     assert ids(loader) == {"large"}
-    assert loader.take_faults()[0].cause == "its frames have 8 x 8 pixels, and do not fill 16 x 16"
+    assert loader.pop_faults()[0].cause == "its frames have 8 x 8 pixels, and do not fill 16 x 16"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_any_exception_of_a_sample_is_its_own(
     monkeypatch.setattr(reader, where, fails_once)
     loader = loader_of(tmp_path)
     assert len(ids(loader, 1)) == 3
-    faults = loader.take_faults()
+    faults = loader.pop_faults()
     assert [fault.cause for fault in faults] == [f"{type(error).__name__}: {error}"] and not faults[
         0
     ].is_retryable
@@ -203,10 +203,10 @@ def test_captions_of_any_kind_are_texts_or_a_fault(tmp_path: Path, json_of: str,
     for batch, _ in islice(loader, 3):
         for caption in batch.captions:
             assert isinstance(caption, str) and caption.encode() is not None
-    assert all("\n" not in fault.cause for fault in loader.take_faults())
+    assert all("\n" not in fault.cause for fault in loader.pop_faults())
 
 
-ORIGIN = latents.Origin(8, 8, "0123456789ab")
+ORIGIN = latents.LatentsOrigin(8, 8, "0123456789ab")
 
 
 def latents_of(level: float, frames: np.ndarray | None = None) -> bytes:
@@ -229,7 +229,7 @@ def test_latents_that_no_autoencoder_made_do_not_reach_a_batch(tmp_path: Path, l
     assert {name for batch in batches for name in batch.ids} == {"s0", "s2", "s3"}
     for batch in batches:
         assert batch.moments_BTMhw is not None and (batch.moments_BTMhw == 3).all()
-    assert all("finite" in fault.cause for fault in loader.take_faults())
+    assert all("finite" in fault.cause for fault in loader.pop_faults())
 
 
 def test_a_cached_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_cached_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
     writer.close()
     loader = loader_of(tmp_path, latents=True)
     assert ids(loader) == {"s0", "s1", "s3"}
-    assert "frame 0 is of 64 x 64 pixels" in loader.take_faults()[0].cause
+    assert "frame 0 is of 64 x 64 pixels" in loader.pop_faults()[0].cause
 
 
 def test_latents_of_another_shape_do_not_end_the_run(tmp_path: Path) -> None:
@@ -254,4 +254,4 @@ def test_latents_of_another_shape_do_not_end_the_run(tmp_path: Path) -> None:
     loader = loader_of(tmp_path, latents=True)
     assert ids(loader) == {"s0", "s1", "s3"}
     told = "its latents have shape (8, 2, 1), and the first sample's (8, 1, 1)"
-    assert {fault.cause for fault in loader.take_faults()} == {told}
+    assert {fault.cause for fault in loader.pop_faults()} == {told}

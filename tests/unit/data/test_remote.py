@@ -235,7 +235,7 @@ def test_a_small_cache_fetches_the_index_once(tmp_path: Path) -> None:
     config = DataConfig(url, 1, 8, 8, num_workers=0, cache=str(tmp_path / "c"), cache_gb=8.5 * size / 1e9)
     loader = Loader(config, 0, 0, 1, 4, 4)
     found = {name for batch, _ in islice(loader, 12) for name in batch.ids}
-    assert found == {f"s{number}" for number in range(24)} and not loader.take_faults()
+    assert found == {f"s{number}" for number in range(24)} and not loader.pop_faults()
     assert log.read_text().split().count("index.jsonl") == 1
     assert sum(path.stat().st_size for path in (tmp_path / "c").rglob("shard-*")) <= 8.5 * size
 
@@ -256,7 +256,7 @@ def test_an_index_that_another_run_fetches_later_does_not_disturb(shards: Path, 
     index.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     ids(url, tmp_path / "cache")
     assert {name for batch, _ in islice(loader, 4) for name in batch.ids} == {f"s{n}" for n in range(8)}
-    assert not loader.take_faults()
+    assert not loader.pop_faults()
 
 
 def test_whatever_a_storage_client_raises_is_told(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_any_value_in_any_field_is_a_sample_or_a_sentence(
             error
         )
         str(error).encode()
-        kept, faults = index.checked(Quarantine(1.0, 6))
+        kept, faults = index.drop_damaged(Quarantine(1.0, 6))
         assert [sample.id for sample in kept.samples()] == ["s0", "s2", "s3", "s4", "s5"]
         assert [fault.id for fault in faults] == ["line 3"] and not faults[0].is_retryable
         return
@@ -168,7 +168,7 @@ def test_a_wrong_line_is_one_unreadable_sample(
     loader = Loader(config, 0, 0, 1, 5, 5)
     found = [name for batch, _ in islice(loader, 3) for name in batch.ids]
     assert sorted(set(found)) == ["s0", "s1", "s2", "s4", "s5"] and len(found) == 15
-    faults = loader.take_faults()
+    faults = loader.pop_faults()
     assert [(fault.id, fault.shard) for fault in faults] == [("line 5", f"{shards}/index.jsonl")]
     assert re.match(cause, faults[0].cause)
     told = (
@@ -184,7 +184,7 @@ def test_a_wrong_line_is_one_unreadable_sample(
 )
 def test_a_line_that_is_none_is_one_unreadable_sample(shards: Path, lines: list[str], line: bytes) -> None:
     index = with_line(shards, lines, 5, line)
-    kept, faults = index.checked(Quarantine(0.5, 6))
+    kept, faults = index.drop_damaged(Quarantine(0.5, 6))
     assert [sample.id for sample in kept.samples()] == ["s0", "s1", "s2", "s4", "s5"]
     assert [fault.id for fault in faults] == ["line 5"]
     assert kept.shard_sizes == (3, 2) and kept.fingerprint != index.fingerprint
@@ -207,7 +207,7 @@ def test_a_repeated_id_is_taken_once(shards: Path, lines: list[str]) -> None:
         *(json.dumps({**row, "id": "s1" if row["id"] in ("s3", "s5") else row["id"]}) for row in rows[1:]),
     ]
     index = with_line(shards, content, 1, content[0])
-    kept, faults = index.checked(Quarantine(0.5, 6))
+    kept, faults = index.drop_damaged(Quarantine(0.5, 6))
     assert [sample.id for sample in kept.samples()] == ["s0", "s1", "s2", "s4"]
     assert [(fault.id, fault.cause) for fault in faults] == [
         ("s1 (line 5)", "line 3 has the same id"),

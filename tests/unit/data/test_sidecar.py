@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from svd_ds.data.sidecar import annotations_in, captions_in, clean_text, decode_text, parse_json, text_in
+from svd_ds.data.sidecar import (
+    clean_text,
+    decode_caption,
+    decode_text,
+    parse_annotations,
+    parse_captions,
+    parse_json,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +50,7 @@ from svd_ds.data.sidecar import annotations_in, captions_in, clean_text, decode_
     ],
 )
 def test_captions_are_found_in_json_of_any_shape(about: Any, captions: dict[str, str]) -> None:
-    assert captions_in(about) == captions
+    assert parse_captions(about) == captions
 
 
 @pytest.mark.parametrize(
@@ -58,7 +65,7 @@ def test_captions_are_found_in_json_of_any_shape(about: Any, captions: dict[str,
 )
 def test_texts_of_common_encodings_are_decoded(content: bytes, text: str) -> None:
     assert decode_text(content) == text
-    assert text_in(b" " + content if content.isascii() else content) == text
+    assert decode_caption(b" " + content if content.isascii() else content) == text
 
 
 @pytest.mark.parametrize("content", [b"\x81\xff", b"a\0b", b"\xff\xfea"])
@@ -93,8 +100,8 @@ def test_json_of_any_encoding_is_parsed_and_damage_is_a_sentence() -> None:
 )
 def test_only_finite_numbers_are_annotations(annotations: Any, kept: dict[str, float], dropped: int) -> None:
     about = json.loads(json.dumps({"annotations": annotations}))
-    assert annotations_in(about) == (kept, dropped)
+    assert parse_annotations(about) == (kept, dropped)
 
 
 def test_annotations_of_no_object_are_none() -> None:
-    assert annotations_in([1]) == annotations_in(None) == annotations_in({}) == ({}, 0)
+    assert parse_annotations([1]) == parse_annotations(None) == parse_annotations({}) == ({}, 0)

@@ -13,8 +13,8 @@ import pytest
 
 from svd_ds.data import external_shards
 from svd_ds.data.decoding import decode, open_video
-from svd_ds.data.external_shards import measure
-from svd_ds.data.timeline import clock_of, read_timeline
+from svd_ds.data.external_shards import measure_media
+from svd_ds.data.timeline import fit_clock, read_timeline
 from svd_ds.pixels.frame import to_rgb
 from tests.videos import counting, encode, hide
 
@@ -44,7 +44,7 @@ def timed(times: Sequence[int], suffix: str = "mp4", codec: str = "libx264", fra
 @pytest.mark.parametrize(("first", "num_frames"), [(0, 40), (11, 29), (0, 23), (5, 20), (16, 24)])
 def test_frames_that_an_edit_list_hides_have_no_number(suffix: str, first: int, num_frames: int) -> None:
     content = hide(encode(counting(40), suffix=suffix), first, num_frames)
-    assert measure(content, False)[:2] == (num_frames, 24.0)
+    assert measure_media(content, False)[:2] == (num_frames, 24.0)
     shown = list(range(first, first + num_frames))
     assert levels(content, range(num_frames)) == shown
     assert levels(content, [num_frames - 7, num_frames - 1]) == [shown[-7], shown[-1]]
@@ -64,7 +64,7 @@ def test_every_frame_of_an_avi_has_its_number(codec: str, pixels: str, b_frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     content = buffer.getvalue()
-    assert measure(content, False) == (40, 25.0, 32, 64)
+    assert measure_media(content, False) == (40, 25.0, 32, 64)
     assert levels(content, range(40)) == list(range(40))
     assert levels(content, [3, 17, 39]) == [3, 17, 39]
 
@@ -86,7 +86,7 @@ EVEN = [40 * number for number in range(40)]
 )
 def test_frames_of_a_rough_clock_are_numbered_one_by_one(suffix: str, times: list[int]) -> None:
     content = timed(times, suffix)
-    num_frames, fps, *_ = measure(content, False)
+    num_frames, fps, *_ = measure_media(content, False)
     assert num_frames == 40 and fps == pytest.approx(39_000 / (times[-1] - times[0]), rel=0.03)
     assert levels(content, range(40)) == list(range(40))
     for start in range(40):
@@ -98,7 +98,7 @@ def test_frames_of_a_rough_clock_are_numbered_one_by_one(suffix: str, times: lis
 def test_a_held_frame_is_shown_as_long_as_players_show_it(suffix: str, held: int) -> None:
     times = [time + (400 if number > held else 0) for number, time in enumerate(EVEN)]
     content = timed(times, suffix)
-    num_frames, fps, *_ = measure(content, False)
+    num_frames, fps, *_ = measure_media(content, False)
     repeats = 10 if held < 39 else 0
     shown = [number for number in range(40) for _ in range(repeats + 1 if number == held else 1)]
     assert num_frames == 40 + repeats and fps == pytest.approx(25)
@@ -117,14 +117,14 @@ def test_the_last_frame_of_an_end_card_is_no_truncation() -> None:
             for packet in packets:
                 packet.stream = stream
                 copy.mux(packet)
-    num_frames, fps, *_ = measure(buffer.getvalue(), False)
+    num_frames, fps, *_ = measure_media(buffer.getvalue(), False)
     assert num_frames == 40 and fps == pytest.approx(24)
     assert levels(buffer.getvalue(), range(40)) == list(range(40))
 
 
 def test_fragments_are_numbered_like_a_whole_file() -> None:
     content = encode(counting(40), muxing={"movflags": "frag_keyframe+empty_moov"})
-    assert measure(content, False)[:2] == (40, 24.0)
+    assert measure_media(content, False)[:2] == (40, 24.0)
     for start in range(40):
         assert levels(content, range(start, 40)) == list(range(start, 40))
 
@@ -152,7 +152,7 @@ def test_hidden_frames_of_vp8_have_no_number() -> None:
         for pixels in counting(40):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    assert measure(buffer.getvalue(), False)[0] == 40
+    assert measure_media(buffer.getvalue(), False)[0] == 40
     assert levels(buffer.getvalue(), range(40)) == list(range(40))
 
 
@@ -164,21 +164,21 @@ def test_a_file_that_its_own_index_leads_out_of_is_cut_short(tmp_path: Path) -> 
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     content = (tmp_path / "a.mp4").read_bytes()
-    assert measure(content, False)[0] == 40
+    assert measure_media(content, False)[0] == 40
     with pytest.raises(ValueError, match=r"it is cut short: it has \d+ bytes, and its frames end at byte"):
-        measure(content[:-100], False)
+        measure_media(content[:-100], False)
 
 
 def test_a_broken_clock_is_refused() -> None:
     with pytest.raises(ValueError, match="its clock jumps by 99 s after frame 1"):
-        clock_of([0.0, 0.1, 99.1], [25.0])
+        fit_clock([0.0, 0.1, 99.1], [25.0])
 
 
 def test_a_change_of_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [av.VideoFrame(64, 32, "rgb24"), av.VideoFrame(32, 64, "rgb24")]
     monkeypatch.setattr(external_shards, "decode", lambda *_: iter(frames))
     with pytest.raises(ValueError, match="its size changes from 64x32 to 32x64"):
-        measure(encode(counting(8)), False)
+        measure_media(encode(counting(8)), False)
 
 
 def test_a_timeline_has_the_frames_and_keyframes_of_a_video() -> None:

@@ -28,7 +28,7 @@ class Numbers(torch.utils.data.IterableDataset):
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    items = workers.start(Numbers(), 2, 1, "svd_ds.data.workers")
+    items = workers.iterate_in_workers(Numbers(), 2, 1, "svd_ds.data.workers")
     assert list(islice(items, 4)) == [0, 0, 1, 1]
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
@@ -101,7 +101,7 @@ class Numbers(torch.utils.data.IterableDataset):
             yield torch.full((10,), number)
 
 if __name__ == "__main__":
-    items = workers.start(Numbers(), 2, 1, "svd_ds.data.workers", rank=3)
+    items = workers.iterate_in_workers(Numbers(), 2, 1, "svd_ds.data.workers", rank=3)
     list(islice(items, 4))
     os.kill(multiprocessing.active_children()[0].pid, int(sys.argv[1]))
     try:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from svd_ds.curate.probe import probe_image, probe_video
-from svd_ds.data.decoding import decode, shown_stream
+from svd_ds.data.decoding import decode, select_video_stream
 from svd_ds.pixels.container import open_container
 from svd_ds.pixels.still import FORMATS, MAX_PIXELS, TooLargeError, read_still
 from tests.unit.data.test_reader import png_bomb
@@ -109,9 +109,9 @@ def test_curation_refuses_videos_above_the_limit(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000, "kB: nothing was allocated"
     path.write_bytes(encode(moving_square(4, 16, 16)))
     with open_container(path) as container:
-        assert shown_stream(container, 16 * 16).width == 16
+        assert select_video_stream(container, 16 * 16).width == 16
         with pytest.raises(TooLargeError, match="claims 16 x 16 pixels, and its frames may have 255"):
-            shown_stream(container, 16 * 16 - 1)
+            select_video_stream(container, 16 * 16 - 1)
 
 
 def test_decoders_refuse_frames_above_the_limit() -> None:

@@ -14,8 +14,8 @@ import pytest
 from svd_ds.curate.clips import ClipSettings
 from svd_ds.data.clips import read_frames
 from svd_ds.data.decoding import decode
-from svd_ds.data.external_shards import measure
-from svd_ds.pixels.frame import is_plain, is_turned, progressive, to_rgb
+from svd_ds.data.external_shards import measure_media
+from svd_ds.pixels.frame import deinterlace, is_plain, swaps_height_and_width, to_rgb
 from tests.curation import known_of
 from tests.videos import encode
 
@@ -72,8 +72,8 @@ def test_display_matrices_are_applied(name: str, suffix: str) -> None:
     wanted = as_shown(corners()[0], *matrix)
     (frame,) = decode(content, [0])
     assert_corners(to_rgb(frame).numpy(), wanted)
-    assert is_plain(frame) == (name == "identity") and is_turned(frame) == (matrix[0] == 0)
-    assert measure(content, still=False) == (4, 24.0, *wanted.shape[:2]), "the index has the shown size"
+    assert is_plain(frame) == (name == "identity") and swaps_height_and_width(frame) == (matrix[0] == 0)
+    assert measure_media(content, still=False) == (4, 24.0, *wanted.shape[:2]), "the index has the shown size"
     whole = read_frames(content, [0], wanted.shape[:2])
     assert_corners(whole[0].permute(1, 2, 0).numpy(), wanted)
 
@@ -171,7 +171,7 @@ def test_deinterlacing_keeps_number_and_times_of_frames_and_passes_progressive_o
         woven = list(container.decode(video=0))
     with av.open(io.BytesIO(encode(corners()))) as container:
         plain = list(container.decode(video=0))
-    found = list(progressive([*plain, *woven, *plain]))
+    found = list(deinterlace([*plain, *woven, *plain]))
     assert [(f.pts, f.time_base, f.width) for f in found] == [
         (f.pts, f.time_base, f.width) for f in [*plain, *woven, *plain]
     ]

@@ -14,7 +14,7 @@ import torch
 from svd_ds.data import clip_embeddings
 from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.config import DataConfig
-from svd_ds.data.latents import MEMBER, Origin, read_origin
+from svd_ds.data.latents import MEMBER, LatentsOrigin, read_origin
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index, Sample
 from svd_ds.data.writer import ShardWriter
@@ -73,7 +73,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def origin_of(index: Index, sample: Sample) -> Origin:
+def origin_of(index: Index, sample: Sample) -> LatentsOrigin:
     with index.open(sample) as read:
         return read_origin(TensorFile(partial(read, MEMBER), MEMBER))
 

@@ -111,9 +111,9 @@ def stopped(tmp_path: Path, index: Callable[..., int], monkeypatch: pytest.Monke
 def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards that are probed from now on."""
     names: list[str] = []
-    real = indexing.samples_in
+    real = indexing.probe_shard
     monkeypatch.setattr(
-        indexing, "samples_in", lambda path, name, motion: names.append(name) or real(path, name, motion)
+        indexing, "probe_shard", lambda path, name, motion: names.append(name) or real(path, name, motion)
     )
     return names
 
