@@ -8,6 +8,8 @@ PY     := $(VENV)/bin/python
 SHARDS := data/quickstart/index.jsonl
 # The rest of the command line of a training: make train ARGS="run.steps=50 run.dir=runs/short"
 ARGS   ?=
+# Processes that share the tests; make test WORKERS= runs them in one, as a debugger needs it.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-slow check lock clean
@@ -35,10 +37,10 @@ train: setup    ## train the small default on all GPUs, or on two CPU ranks; ARG
 	@$(PY) tools/launch.py -- $(ARGS)
 
 test: setup     ## the fast tests, two-rank ZeRO-3 included
-	@$(PY) -m pytest -q -m "not slow"
+	@$(PY) -m pytest -q -m "not slow" $(WORKERS)
 
 test-slow: setup  ## the tests that take minutes
-	@$(PY) -m pytest -q -m slow
+	@$(PY) -m pytest -q -m slow $(WORKERS)
 
 check: setup    ## test, lint, formatting and types
 	@$(VENV)/bin/ruff check .

@@ -7,6 +7,7 @@ import os
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -81,7 +82,7 @@ def main() -> None:
 def settings_of(arguments: argparse.Namespace) -> Settings:
     a = arguments
     several = {"coca": 1, "video_blip": VIDEO_FRAMES, "llm": 1}
-    models = {
+    models: dict[str, Any] = {
         name: CaptionSettings(folder, PROMPTS[name], num_frames, device=a.device)
         for name, num_frames in several.items()
         if (folder := getattr(a, name)) != "none"

@@ -104,6 +104,7 @@ def load_encoders(arguments: argparse.Namespace) -> Encoders:
     folder, dtype = frozen_folder(arguments.frozen), PRECISIONS[arguments.precision]
     autoencoder = Autoencoder.load(folder, arguments.device, dtype, arguments.chunk)
     autoencoder.check_size(*arguments.size)
+    height, width = arguments.size
     image_of, text_of = (
         fingerprint(folder, part) if arguments.clip else None for part in ("image_encoder", "text_encoder")
     )
@@ -111,8 +112,8 @@ def load_encoders(arguments: argparse.Namespace) -> Encoders:
         autoencoder=autoencoder,
         image=ImageEncoder.load(folder, arguments.device, dtype) if image_of else None,
         text=TextEncoder.load(folder, arguments.device, dtype) if text_of else None,
-        origin=LatentsOrigin(*arguments.size, autoencoder.fingerprint()),
-        embeddings_origin=EmbeddingsOrigin(*arguments.size, image_of, text_of),
+        origin=LatentsOrigin(height, width, autoencoder.fingerprint()),
+        embeddings_origin=EmbeddingsOrigin(height, width, image_of, text_of),
     )
 
 

@@ -59,7 +59,9 @@ class JobAgent(Agent):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if self.trial is not None and self.trial.poll() is None:
-            self.trial._popen.send_signal(number)
+            process = self.trial._popen
+            assert process is not None, "a trial is a command, not a function"
+            process.send_signal(number)
         elif self.job.is_running():
             # At once: the agent may be waiting for the server.
             self.job.requeue()
@@ -113,7 +115,11 @@ class JobAgent(Agent):
         killed = code is not None and code < 0
         if not self.asked and not killed:
             sys.exit(code or 1)
-        why = "SIGUSR1 asked it to end" if self.asked else f"signal {-code} ended the trial's own process"
+        why = (
+            "SIGUSR1 asked it to end"
+            if self.asked or code is None
+            else f"signal {-code} ended the trial's own process"
+        )
         print_line(f"job {self.job.id} is queued again: {why}")
         self.job.requeue()
 

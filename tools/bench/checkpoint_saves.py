@@ -58,7 +58,7 @@ class Training:
             if flag is not None
         }
         for store in self.stores.values():
-            store.begin(0)
+            store.start_session(0)
 
     def step(self) -> None:
         config, size = self.config, self.config.batch.size

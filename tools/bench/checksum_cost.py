@@ -115,7 +115,7 @@ def time_load(checkpoint: Path, names: Iterable[str], checked: bool) -> Times:
 @contextmanager
 def patched_digest(digest: Callable[[Path], FileDigest]) -> Iterator[None]:
     """Inside, a save computes digests by `digest`."""
-    drafts.digest_of = digest
+    drafts.digest_of = digest  # type: ignore[assignment]
     yield
     drafts.digest_of = digest_of
 
@@ -140,7 +140,7 @@ def pair(turn: int, measure: Callable[[bool], Times]) -> tuple[Times, Times]:
 
 def report_speeds(values: dict[str, Tensor], checkpoint: Path, size: int) -> None:
     name = f"{FOLDERS[0]}/{rank_file_name(0, 1)}"
-    memory = [value.numpy() for value in values.values()]
+    memory = [value.numpy().data for value in values.values()]
     speeds = {
         "in memory, one thread": speed(
             4 * NUMEL * len(memory), lambda: [xxhash.xxh3_128(value).digest() for value in memory]

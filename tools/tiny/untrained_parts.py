@@ -84,7 +84,12 @@ def tokenizer() -> CLIPTokenizer:
                 merges.append(merge)
     vocabulary += ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=77)
+    # Its signature wants strings; its code wants pairs.
+    return CLIPTokenizer(
+        vocab=ids,
+        merges=merges,  # type: ignore[arg-type]
+        model_max_length=77,
+    )
 
 
 def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:

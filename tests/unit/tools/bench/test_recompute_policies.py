@@ -1,4 +1,4 @@
-"""tools/bench/recompute_policies.py, zero3_overhead.py and triton_kernels.py from the command line, at a tiny size."""
+"""The benchmarks of recomputation, ZeRO-3 and Triton kernels from the command line, at a tiny size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process's memory")
 def test_every_policy_has_a_row(tool_says: Callable[..., Ended]) -> None:
     *_, head, _, none, _, _, _ = lines = tool_says(
-        "recompute_policies.py", *TINY, "--turns", 1
+        "bench/recompute_policies.py", *TINY, "--turns", 1
     ).out.splitlines()
     assert head.split(" | ")[1:] == ["ms", "ratio to none", "peak MiB |"]
     assert [line.split()[1] for line in lines[-len(POLICIES) :]] == list(POLICIES)
@@ -35,12 +35,12 @@ def test_one_rank_of_zero_is_timed(
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
-    assert run_tool("zero3_overhead.py", *TINY, "--pairs", 1) == 0
+    assert run_tool("bench/zero3_overhead.py", *TINY, "--pairs", 1) == 0
     *_, row = capfd.readouterr().out.splitlines()
     assert row.startswith("| 1 x cpu | 64 | 2 x 16x16 | fp32 |")
 
 
-@pytest.mark.parametrize("tool", ["recompute_policies.py", "zero3_overhead.py"])
+@pytest.mark.parametrize("tool", ["bench/recompute_policies.py", "bench/zero3_overhead.py"])
 def test_a_mistake_is_one_sentence(tool: str, tool_says: Callable[..., Ended]) -> None:
     ended = tool_says(tool, "--size", "128")
     assert ended.code == 2
@@ -48,6 +48,6 @@ def test_a_mistake_is_one_sentence(tool: str, tool_says: Callable[..., Ended]) -
 
 
 def test_triton_is_timed_on_a_gpu(tool_says: Callable[..., Ended]) -> None:
-    ended = tool_says("triton_kernels.py", *TINY)
+    ended = tool_says("bench/triton_kernels.py", *TINY)
     assert ended.code == 2
     assert "with Triton installed, and torch sees none" in ended.err

@@ -19,13 +19,13 @@ Bench = Callable[..., int]
 
 @pytest.fixture(autouse=True)
 def _beside_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.syspath_prepend(str(TOOLS / "bench"))
 
 
 @pytest.fixture
 def bench(run_tool: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return partial(run_tool, "train_step.py")
+    return partial(run_tool, "bench/train_step.py")
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_the_largest_batch_is_found(tiny: Any, room: int) -> None:
 
 
 def test_a_size_may_have_frames_of_its_own() -> None:
-    from bench import FULL
     from cases import read_cases
+    from train_step import FULL
 
     arguments = SimpleNamespace(**FULL, frames=14, tokens="1")
     assert [case.clip for case in read_cases(arguments, ())][-2:] == ["14 x 576x1024", "25 x 576x1024"]
