@@ -64,7 +64,7 @@ class Batch:
     """float16, (B, L, D): what CLIP makes of them; None: not cached."""
     still_B: Tensor | None = None
     """bool, (B,): which clips are still images; None: none is."""
-    accumulation: int = 1
+    num_micro_batches: int = 1
     """Micro-batches that its rank takes in the same step."""
 
     @property
@@ -73,7 +73,7 @@ class Batch:
         return (self.frames_BTCHW if self.moments_BTMhw is None else self.moments_BTMhw).shape[1]
 
     @staticmethod
-    def from_clips(clips: list[Clip], accumulation: int = 1) -> Batch:
+    def from_clips(clips: list[Clip], num_micro_batches: int = 1) -> Batch:
         """Stack clips of equal shape, all of them with moments or none, and so with contexts."""
         moments = [clip.moments_TMhw for clip in clips if clip.moments_TMhw is not None]
         contexts = [clip.context_LD for clip in clips if clip.context_LD is not None]
@@ -90,7 +90,7 @@ class Batch:
             moments_BTMhw=torch.stack(moments) if moments else None,
             context_BLD=torch.stack(contexts) if contexts else None,
             still_B=torch.tensor(still) if any(still) else None,
-            accumulation=accumulation,
+            num_micro_batches=num_micro_batches,
         )
 
     def select(self, rows: Sequence[int]) -> Batch:

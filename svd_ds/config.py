@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.diffusion.noise import NoiseConfig
 from svd_ds.jobs.watchdog import WatchdogConfig
@@ -48,39 +49,6 @@ class FrozenConfig(Settings, section="frozen"):
     shipped set."""
     chunk: int = number(14, ge=1, le=10_000)
     """Frames that the autoencoder takes at once."""
-
-
-@dataclass(frozen=True)
-class BatchConfig(Settings, section="batch"):
-    # A million clips a step: its divisors are searched one by one, and the largest published batch is 1536.
-    size: int = number(8, ge=1, le=2**20)
-    """Clips an optimiser step, over all ranks and micro-batches: the paper's batch."""
-    micro: int | None = number(None, ge=1, le=2**20)
-    """Clips a rank takes at once; null takes all of its share."""
-
-    def accumulation(self, ranks: int, bucket: str | None = None, micro: int | None = None) -> int:
-        """Micro-batches a rank takes a step, of a bucket that has a micro-batch of its own.
-
-        Raises ValueError, with the nearest choices that work, unless micro x accumulation x ranks = size.
-        """
-        if self.size % ranks:
-            raise ValueError(
-                f"batch.size {self.size} cannot be split over {ranks} ranks; start "
-                f"{_nearest_divisors(self.size, ranks)}"
-            )
-        share = self.size // ranks
-        micro = micro or self.micro or share
-        if share % micro:
-            named = f"data.buckets.{bucket}" if bucket else "batch.micro"
-            raise ValueError(
-                f"{named} {micro} does not divide the {share} clips that each of {ranks} ranks has of "
-                f"batch.size {self.size}; choose {_nearest_divisors(share, micro)}"
-            )
-        return share // micro
-
-    def micro_batch(self, ranks: int) -> int:
-        """Clips a rank takes at once. Raises as `accumulation` does."""
-        return self.size // ranks // self.accumulation(ranks)
 
 
 @dataclass(frozen=True)
@@ -154,14 +122,6 @@ class RunConfig(Settings):
         settings = dataclasses.asdict(self)
         settings["init"] = {FIELD_ALIASES.get(name, name): value for name, value in settings["init"].items()}
         return _plain(settings)
-
-
-def _nearest_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` next below and next above `wanted`, in words."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below = [n for n in divisors if n < wanted][-1:]
-    above = [n for n in divisors if n > wanted][:1]
-    return " or ".join(str(n) for n in below + above)
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from svd_ds.batch import Batch
 from svd_ds.checks import check_config_fits, check_elevation, check_scalars, check_trainable
 from svd_ds.config import RunConfig
 from svd_ds.contents import contents_of
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
@@ -83,9 +84,7 @@ def find_resume(config: RunConfig, env: Env) -> Resume:
 def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     """Open and check everything that a run reads to go on from `resume`. Raises ValueError or OSError with
     one sentence."""
-    config.batch.accumulation(env.world)
-    for bucket, micro in config.data.buckets.items():
-        config.batch.accumulation(env.world, bucket, micro)
+    config.batch.split(env.world, config.data.buckets)
     folder = RunFolder(Path(config.run.dir))
     begun = folder.initial_config()
     contents = contents_of(config, begun)
@@ -155,8 +154,7 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
         seed=config.run.seed,
         rank=env.rank,
         world=env.world,
-        global_batch=config.batch.size,
-        micro_batch=config.batch.micro_batch(env.world),
+        batch=config.batch,
         cursor=cursor,
         context=config.conditioning.context if config.data.latents else None,
         ends=config.conditioning.uses_last_frame,
@@ -171,7 +169,7 @@ def _fixed_loader(
     centred = replace(
         data, crop="center", flip=False, image_share=0.0, latents=False, buckets={}, num_workers=0
     )
-    return Loader(centred, seed, rank, world, count, count // world, context=like.context)
+    return Loader(centred, seed, rank, world, BatchConfig(count), context=like.context)
 
 
 def _preview_clips(config: RunConfig, like: Loader) -> Batch:

@@ -235,8 +235,6 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
     zero = deepspeed_config(
         config.parallel,
         precision=precision,
-        micro_batch=config.batch.micro_batch(env.world),
-        accumulation=config.batch.accumulation(env.world),
         gradient_clip=config.optim.gradient_clip,
     )
     torch.manual_seed(config.run.seed)

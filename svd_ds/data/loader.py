@@ -27,6 +27,7 @@ from webdataset.gopen import gopen, gopen_schemes
 from svd_ds.batch import Batch, Clip
 from svd_ds.cli import USER_ERRORS, same_kind
 from svd_ds.data import workers
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.folders import check_cache_size, open_folder
@@ -48,16 +49,14 @@ class Loader:
         seed: int,
         rank: int,
         world: int,
-        global_batch: int,
-        micro_batch: int,
+        batch: BatchConfig,
         cursor: Cursor | None = None,
         context: str | None = None,
         ends: bool = False,
     ) -> None:
         """
         Args:
-            global_batch: clips a global step over all ranks: world x micro_batch x accumulation.
-            micro_batch: where there are no buckets, which have their own.
+            batch: size of the global batch, and of a micro-batch where there are no buckets.
             cursor: where an earlier run stopped; None begins.
             context: which CLIP states are read, where all samples have them: image, ends or text.
             ends: whether, beside latents, the pixels of a clip's last frame come with its first's.
@@ -68,13 +67,7 @@ class Loader:
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
         self.config, self.rank, self.world = config, rank, world
-        self.micro_batches = tuple(config.buckets.values()) or (micro_batch,)
-        for micro in self.micro_batches:
-            if micro < 1 or global_batch < 1 or global_batch % (world * micro):
-                raise ValueError(
-                    f"a global batch of {global_batch} clips is not a multiple of {world} ranks x {micro} "
-                    f"clips a micro-batch = {world * micro}"
-                )
+        self.split = batch.split(world, config.buckets)
         self.sources = [
             open_dataset(path, weight, config, open_folder(path, config.cache, config.cache_gb, open_url))
             for path, weight in config.sets.items()
@@ -85,12 +78,12 @@ class Loader:
             if not any(map(len, indices)):
                 raise ValueError(f"none of the {len(self)} samples in {config.set_names} fits bucket {shape}")
 
-        self.micro_batch = self.micro_batches[config.shapes.index(config.shape)]
-        """Of the main shape."""
+        self.micro_batch = self.split.micro[config.shapes.index(config.shape)]
+        """Clips of the main shape that a rank processes at once."""
         self.notes = [note for source in self.sources for note in source.notes]
         """What a user should know of the samples that are left out."""
         self.num_left_out = sum(source.num_left_out for source in self.sources)
-        self.fingerprint = self._fingerprint(global_batch)
+        self.fingerprint = self._fingerprint(batch.size)
         self.cursor = cursor or Cursor(0, self.fingerprint)
         self.cursor.check(self.fingerprint, config.set_names)
         self._faults = [fault for source in self.sources for fault in source.faults]
@@ -101,7 +94,7 @@ class Loader:
         self.context = context if context and self._has_embeddings(context) else None
         weights = [source.weight for source in self.sources]
         sizes = [[index.shard_sizes for index in indices] for indices in buckets]
-        self._schedule = Schedule(sizes, weights, self.micro_batches, seed, global_batch)
+        self._schedule = Schedule(sizes, weights, self.split, seed)
         motion_map = MotionMap.mixture([source.motion_map for source in self.sources], weights)
         self._readers = [
             [Reader(config, shape, source, index, motion_map, seed, self.context, ends)
@@ -155,7 +148,7 @@ class Loader:
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         start = self.cursor.next_ordinal
-        return self._schedule.micro_batches_of(start, self.rank, self.world, number, num_workers)
+        return self._schedule.micro_batches(start, self.rank, number, num_workers)
 
     def _read(self, micro: MicroBatch) -> _Item:
         clips: list[Clip] = []
@@ -165,7 +158,7 @@ class Loader:
             if clip is None:
                 return _Item(None, micro.end, faults)
             clips.append(clip)
-        return _Item(Batch.from_clips(clips, micro.accumulation), micro.end, faults)
+        return _Item(Batch.from_clips(clips, micro.num_micro_batches), micro.end, faults)
 
     def _read_clip(self, ordinal: int, faults: list[Fault]) -> Clip | None:
         """The first sample for a position that can be read; those before it are added to `faults`. None where
@@ -199,7 +192,7 @@ class Loader:
         if len(indices) == 1:
             return indices[0]
         told = [*indices, *(source.weight for source in self.sources)]
-        if len(self.micro_batches) > 1:
+        if len(self.split.micro) > 1:
             # A step has one shape: which clips stand in which depends on how many it takes.
             told.append(global_batch)
         return hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()[:16]

@@ -92,8 +92,7 @@ class Engine:
         self.module = module
         self.group = mpu.get_data_parallel_group()
         self._rank = mpu.get_data_parallel_rank()
-        self._accumulation: int = config["gradient_accumulation_steps"]
-        self._backwards, self._due = 0, self._accumulation
+        self._backwards, self._due = 0, 1
         # DeepSpeed has added ds_tensor, this rank's shard in the compute precision, and ds_shape.
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         self.shapes: dict[str, torch.Size] = {name: p.ds_shape for name, p in self._parameters.items()}
@@ -123,15 +122,17 @@ class Engine:
             self._zero.empty_partition_cache()
         return output
 
-    def backward(self, loss: Tensor, micro_batches: int | None = None) -> None:
+    def backward(self, loss: Tensor, num_micro_batches: int = 1) -> None:
         """Add the gradient of a micro-batch's mean loss. A step averages over its micro-batches and ranks.
 
-        micro_batches: of this step; None: as many as the config says.
+        Args:
+            loss: mean over the clips of this rank's micro-batch, a scalar.
+            num_micro_batches: micro-batches of this step.
         """
         self._backwards += 1
-        self._due = micro_batches or self._accumulation
+        self._due = num_micro_batches
         self._engine.set_gradient_accumulation_boundary(self._backwards == self._due)
-        # Scaled here: DeepSpeed knows the config's number alone.
+        # Scaled here: DeepSpeed knows only the number in its configuration.
         self._engine.backward(loss / self._due, scale_wrt_gas=False)
 
     def gradient_norm(self) -> float:

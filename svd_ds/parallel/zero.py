@@ -36,13 +36,10 @@ class ZeroConfig(Settings, section="parallel"):
     """Keep the master weights and Adam's moments in host memory and step there."""
 
 
-def deepspeed_config(
-    zero: ZeroConfig, *, precision: str, micro_batch: int, accumulation: int, gradient_clip: float
-) -> dict[str, Any]:
+def deepspeed_config(zero: ZeroConfig, *, precision: str, gradient_clip: float) -> dict[str, Any]:
     """DeepSpeed's configuration (deepspeed.ai/docs/config-json). Engine adds max_live where it is None.
 
     precision: bf16 (compute in bfloat16, master weights and moments in float32) or fp32.
-    micro_batch: clips a rank computes at once. accumulation: micro-batches in a step.
     gradient_clip: largest global gradient norm.
     """
     if precision not in PRECISIONS:
@@ -63,8 +60,9 @@ def deepspeed_config(
     if zero.offload_optimizer:
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        # DeepSpeed asks for both. Engine.backward is told how many micro-batches each step has.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": gradient_clip,
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -41,7 +41,7 @@ def compute(parts: TrainingComponents, batches: Iterable[Batch]) -> Computed:
     for batch in batches:
         loss_B = parts.objective.loss(parts.engine, batch.to(parts.device))
         loss = loss_B.mean()
-        parts.engine.backward(loss, batch.accumulation)
+        parts.engine.backward(loss, batch.num_micro_batches)
         means.append(loss.item())
         losses.append(loss_B.detach())
         clips += batch.ids

@@ -139,7 +139,8 @@ class Evaluation:
         for ordinals, known in prepared:
             errors_BT = self._errors(engine, ordinals, known, s)
             counts_B = errors_BT.new_tensor([ordinal < self.config.clips for ordinal in ordinals])
-            engine.backward(share * (counts_B * errors_BT[:, frames].mean(dim=1)).sum())
+            loss = share * (counts_B * errors_BT[:, frames].mean(dim=1)).sum()
+            engine.backward(loss, len(prepared))
             parts.append(errors_BT.detach())
         norm = engine.gradient_norm()
         engine.discard_gradients()

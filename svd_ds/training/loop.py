@@ -152,7 +152,7 @@ def _judge(
 def _read(parts: TrainingComponents, read: list[tuple[Batch, Cursor]]) -> Iterator[Batch]:
     """A step's micro-batches, each read when it is asked for, and then in `read` with the cursor behind the
     step."""
-    while not read or len(read) < read[-1][0].accumulation:
+    while not read or len(read) < read[-1][0].num_micro_batches:
         with parts.clock("data"):
             read.append(next(parts.batches))
         yield read[-1][0]

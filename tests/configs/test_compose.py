@@ -141,11 +141,11 @@ def test_debug_goes_to_the_end() -> None:
 
 def test_batch_size_is_kept_or_refused() -> None:
     batch = compose(["batch.size=12", "batch.micro=2"]).batch
-    assert [batch.accumulation(ranks) for ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    assert [batch.split(ranks).num_micro_batches(0) for ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
     with pytest.raises(ValueError, match=r"batch.size 12 cannot be split over 5 ranks; start 4 or 6"):
-        batch.accumulation(5)
+        batch.split(5)
     with pytest.raises(ValueError, match=r"batch.micro 2 does not divide the 3 clips .* choose 1 or 3"):
-        batch.accumulation(4)
+        batch.split(4)
 
 
 def test_what_a_config_writes_is_plain(tmp_path: Path) -> None:

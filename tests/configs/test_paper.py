@@ -136,14 +136,16 @@ def _learning(groups: list, shapes: dict[str, torch.Size]) -> int:
 def test_the_global_batch_is_the_papers_on_the_usual_numbers_of_ranks(name: str) -> None:
     batch, few = experiment(name).batch, STAGES[name].batch == 16
     for ranks in (1, 2, 4, 8, 16) if few else (8, 16, 32, 64, 128):
-        assert ranks * batch.accumulation(ranks) * batch.micro == STAGES[name].batch
+        assert ranks * batch.split(ranks).num_micro_batches(0) * batch.micro == STAGES[name].batch
     nodes = re.search(r"--nodes=(\d+)", (CONF / "experiment" / f"{name}.yaml").read_text())
     gpus = 8 * int(nodes[1]) if nodes else 384
     assert experiment(name).evaluation.clips % gpus == 0, "as many on every GPU that its command starts"
     if STAGES[name].batch >= 768:
-        assert 384 * batch.accumulation(384) * batch.micro == STAGES[name].batch, "the paper's 48 x 8"
+        assert 384 * batch.split(384).num_micro_batches(0) * batch.micro == STAGES[name].batch, (
+            "the paper's 48 x 8"
+        )
     tiny = compose([f"+experiment={name}", *SITE, "debug=tiny"]).batch
-    assert [tiny.accumulation(ranks) for ranks in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert [tiny.split(ranks).num_micro_batches(0) for ranks in (1, 2, 3, 4)] == [1, 1, 1, 1]
 
 
 def test_ablations_have_the_papers_numbers() -> None:

@@ -154,7 +154,7 @@ def test_documented_jobs_have_settings_and_ranks_that_fit(options: str, script: 
     settings = compose(overrides)
     for value in (settings.data.path, settings.frozen.path, settings.init.source or ""):
         assert not value.startswith("?"), f"{value} must be given"
-    settings.batch.accumulation(int(shape["nodes"]) * int(shape["ntasks-per-node"]))
+    settings.batch.split(int(shape["nodes"]) * int(shape["ntasks-per-node"]))
 
 
 def test_jobs_are_documented() -> None:

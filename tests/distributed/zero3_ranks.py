@@ -93,8 +93,6 @@ class Ranks:
         config = deepspeed_config(
             ZeroConfig(persistence_threshold=1000, reduce_bucket=100_000, **zero),
             precision=precision,
-            micro_batch=MICRO_BATCH,
-            accumulation=ACCUMULATION,
             gradient_clip=GRADIENT_CLIP,
         )
         with Engine.sharded_init(config, self.mpu):
@@ -115,7 +113,7 @@ class Ranks:
             total = torch.zeros(())
             for micro_batch in micro_batches(step, self.env.world)[self.env.rank]:
                 loss = loss_of(engine, micro_batch)
-                engine.backward(loss)
+                engine.backward(loss, ACCUMULATION)
                 total += loss.detach()
             norm = engine.gradient_norm()
             engine.step(RATES)
@@ -262,9 +260,7 @@ def assert_close(ours: dict[str, Tensor], theirs: UNet, tolerance: float) -> Non
 
 def check_no_rank_holds_the_model(ranks: Ranks) -> None:
     """Neither when it is built nor in a step, in which two blocks and a parameter are gathered at most."""
-    config = deepspeed_config(
-        ZeroConfig(), precision="bf16", micro_batch=1, accumulation=ACCUMULATION, gradient_clip=1.0
-    )
+    config = deepspeed_config(ZeroConfig(), precision="bf16", gradient_clip=1.0)
     with Engine.sharded_init(config, ranks.mpu):
         unet = UNet(SMALL)
     sizes = {name: tensor.numel() for name, tensor in random_weights().items()}
@@ -475,7 +471,7 @@ def check_a_gradient_that_is_not_finite_changes_nothing(ranks: Ranks) -> None:
         before = {name: shard.clone() for name, shard in engine.local_shards().items()}
         for micro_batch in micro_batches(0, ranks.env.world)[ranks.env.rank]:
             loss = loss_of(engine, micro_batch)
-            engine.backward(loss * (float("nan") if ranks.env.rank == 0 else 1))
+            engine.backward(loss * (float("nan") if ranks.env.rank == 0 else 1), ACCUMULATION)
         assert engine.gradient_norm() == float("inf")
         engine.step(RATES)
         assert all(torch.equal(shard, before[name]) for name, shard in engine.local_shards().items())
@@ -493,7 +489,7 @@ def check_forgotten_gradients_leave_no_trace(ranks: Ranks, **zero: bool) -> None
         batches = [batch for step in steps for batch in micro_batches(step, world)[ranks.env.rank]]
         batches = batches[: 2 * len(steps) - 1]
         for batch in batches:
-            engine.backward(loss_of(engine, batch))
+            engine.backward(loss_of(engine, batch), ACCUMULATION)
         unet = plain_unet({name: engine.gather(name, shard) for name, shard in engine.local_shards().items()})
         losses = [
             loss_of(unet, batch)

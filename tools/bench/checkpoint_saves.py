@@ -65,7 +65,7 @@ class Training:
         taken, accumulation = 0, 1
         while taken < accumulation:
             batch, cursor = next(self.batches)
-            taken, accumulation = taken + 1, batch.accumulation
+            taken, accumulation = taken + 1, batch.num_micro_batches
             loss = self.task.objective.loss(self.engine, batch.to(self.env.device)).mean()
             self.engine.backward(loss, accumulation)
         self.engine.gradient_norm()

@@ -67,7 +67,7 @@ def compare(case: Case, zero: ZeroConfig, arguments: argparse.Namespace, env: En
 def sharded(case: Case, zero: ZeroConfig, recompute: str, env: Env) -> Step:
     mpu = create_groups(ParallelDims(env.world))
     config = deepspeed_config(
-        zero, precision=case.dtype, micro_batch=1, accumulation=1, gradient_clip=GRADIENT_CLIP
+        zero, precision=case.dtype, micro_batch=1, num_micro_batches=1, gradient_clip=GRADIENT_CLIP
     )
     with Engine.sharded_init(config, mpu):
         unet = UNet(case.config)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svd_ds.curate.select import Clip, choose
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.filters import Condition, satisfies
 from svd_ds.data.loader import Loader
@@ -67,11 +68,11 @@ def test_what_is_kept(folder: Path, conditions: list[str], kept: str) -> None:
 
 def test_the_loader_reads_what_is_kept(folder: Path) -> None:
     data = DataConfig(str(folder), 2, 16, 16, num_workers=0, where=("motion>=q75",))
-    loader = Loader(data, 0, 0, 1, 2, 2)
+    loader = Loader(data, 0, 0, 1, BatchConfig(2))
     assert (len(loader), loader.num_left_out) == (2, 6)
     assert set(next(iter(loader))[0].ids) == {"s6", "s7"}
     with pytest.raises(ValueError, match=r"none of the 8 samples in .* meets data\.where=\[motion>9\]"):
-        Loader(DataConfig(str(folder), 2, 16, 16, where=("motion>9",)), 0, 0, 1, 2, 2)
+        Loader(DataConfig(str(folder), 2, 16, 16, where=("motion>9",)), 0, 0, 1, BatchConfig(2))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +107,10 @@ def test_samples_that_lack_a_number_are_left_out_and_counted(tmp_path: Path) -> 
         row["annotations"] = {"a": value}
     index.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     data = DataConfig(str(tmp_path), 2, 16, 16, num_workers=0, where=("a>=q50",))
-    loader = Loader(data, 0, 0, 1, 2, 2)
+    loader = Loader(data, 0, 0, 1, BatchConfig(2))
     assert set(next(iter(loader))[0].ids) == {"s5", "s7"}, "the quantile is that of 1, 2 and 3"
     assert loader.notes == [f"5 of 8 samples in {tmp_path} lack a and are left out"]
-    assert not Loader(replace(data, where=("motion>=q0",)), 0, 0, 1, 2, 2).notes
+    assert not Loader(replace(data, where=("motion>=q0",)), 0, 0, 1, BatchConfig(2)).notes
 
 
 @given(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
@@ -54,7 +55,7 @@ def read(config: DataConfig, world: int, micro: int, steps: int, start: Cursor |
     """Position -> (id, shape, pixel) of some global steps over all ranks, and the cursor behind them."""
     found, cursors = {}, set()
     for rank in range(world):
-        loader, taken = Loader(config, 3, rank, world, BATCH, micro, start), 0
+        loader, taken = Loader(config, 3, rank, world, BatchConfig(BATCH, micro), start), 0
         for batch, cursor in loader:
             clips = zip(batch.ids, batch.frames_BTCHW, strict=True)
             seen = [(name, tuple(clip.shape), int(clip[0, 0, 0, 0])) for name, clip in clips]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER, LatentsOrigin, pack, read_frames, read_moments, read_origin
@@ -94,8 +95,8 @@ def write(folder: Path, latents: Mapping[str, bytes | None]) -> DataConfig:
 def test_the_same_clips_with_and_without_the_cache(tmp_path: Path, num_workers: int) -> None:
     config = write(tmp_path, {name: content_of(numbered()) for name in "abc"})
     config = replace(config, num_workers=num_workers)
-    cached = Loader(config, 0, 0, 1, 4, 4)
-    decoded = Loader(replace(config, latents=False), 0, 0, 1, 4, 4)
+    cached = Loader(config, 0, 0, 1, BatchConfig(4))
+    decoded = Loader(replace(config, latents=False), 0, 0, 1, BatchConfig(4))
     assert cached.sources[0].latents_origin == ORIGIN and len(cached) == len(decoded) == 3
     starts = set()
     for (here, _), (there, _) in zip(islice(cached, 4), islice(decoded, 4), strict=True):
@@ -115,7 +116,7 @@ def test_the_same_clips_with_and_without_the_cache(tmp_path: Path, num_workers: 
 
 
 def test_a_batch_keeps_its_moments(tmp_path: Path) -> None:
-    batch, _ = next(iter(Loader(write(tmp_path, {"a": content_of(numbered())}), 0, 0, 1, 3, 3)))
+    batch, _ = next(iter(Loader(write(tmp_path, {"a": content_of(numbered())}), 0, 0, 1, BatchConfig(3))))
     assert batch.moments_BTMhw is not None
     chosen = batch.select([2, 0]).to(torch.device("cpu"))
     assert chosen.moments_BTMhw is not None and chosen.num_frames == 3
@@ -125,13 +126,13 @@ def test_a_batch_keeps_its_moments(tmp_path: Path) -> None:
 def test_the_first_sample_without_latents_is_named(tmp_path: Path) -> None:
     config = write(tmp_path, {"a": content_of(numbered()), "b": None, "c": None})
     with pytest.raises(ValueError, match=r"^sample b in .* has no latents; tools/encode\.py adds them$"):
-        Loader(config, 0, 0, 1, 1, 1)
+        Loader(config, 0, 0, 1, BatchConfig(1))
 
 
 def test_latents_of_another_size_are_refused_with_both(tmp_path: Path) -> None:
     config = write(tmp_path, {"a": content_of(numbered())})
     with pytest.raises(ValueError, match=r"are of 16 x 24 pixels, and data\.height x data\.width is 24 x 16"):
-        Loader(replace(config, height=24, width=16), 0, 0, 1, 1, 1)
+        Loader(replace(config, height=24, width=16), 0, 0, 1, BatchConfig(1))
 
 
 @pytest.mark.parametrize(
@@ -146,12 +147,12 @@ def test_latents_of_another_size_are_refused_with_both(tmp_path: Path) -> None:
 def test_a_sample_whose_latents_do_not_fit_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     config = write(tmp_path, {"a": content_of(numbered()), "b": content})
     with pytest.raises(ValueError, match=f"^sample b of .*shard-00000.tar cannot be read: its .*{message}"):
-        list(islice(Loader(replace(config, num_frames=NUM_STORED), 0, 0, 1, 1, 1), 2))
+        list(islice(Loader(replace(config, num_frames=NUM_STORED), 0, 0, 1, BatchConfig(1)), 2))
 
 
 def test_a_first_sample_of_unknown_origin_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^sample a in .* its latents\.safetensors does not say"):
-        Loader(write(tmp_path, {"a": b"no safetensors"}), 0, 0, 1, 1, 1)
+        Loader(write(tmp_path, {"a": b"no safetensors"}), 0, 0, 1, BatchConfig(1))
 
 
 @pytest.mark.parametrize("changes", [{"crop": "random"}, {"crop": "center", "flip": True}])

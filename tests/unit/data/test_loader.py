@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from svd_ds.batch import Batch
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
@@ -47,7 +48,7 @@ def read(
     found: dict[int, tuple[str, float]] = {}
     cursors = set()
     for rank in range(world):
-        loader = Loader(data, 5, rank, world, global_batch, micro_batch, cursor)
+        loader = Loader(data, 5, rank, world, BatchConfig(global_batch, micro_batch), cursor)
         batches = list(islice(loader, num_steps * global_batch // world // micro_batch))
         for batch, _ in batches:
             means = batch.frames_BTCHW.float().mean((1, 2, 3, 4)).tolist()
@@ -88,12 +89,12 @@ def test_resume_with_another_batch_size_goes_on_too(shards: Path) -> None:
 
 
 def test_cursor_stands_behind_the_whole_global_step(shards: Path) -> None:
-    loader = Loader(config(shards), 0, 1, 2, global_batch=12, micro_batch=2)
+    loader = Loader(config(shards), 0, 1, 2, BatchConfig(12, 2))
     assert [cursor.next_ordinal for _, cursor in islice(loader, 7)] == [12, 12, 12, 24, 24, 24, 36]
 
 
 def test_batch(shards: Path) -> None:
-    batch, _ = next(iter(Loader(config(shards, num_frames=3, width=24, fps=12), 0, 0, 1, 4, 4)))
+    batch, _ = next(iter(Loader(config(shards, num_frames=3, width=24, fps=12), 0, 0, 1, BatchConfig(4))))
     assert isinstance(batch, Batch) and len(batch) == 4
     assert batch.frames_BTCHW.shape == (4, 3, 3, 16, 24) and batch.frames_BTCHW.dtype == torch.uint8
     assert batch.fps_B.tolist() == [12.0] * 4 and batch.captions == ("a square moves",) * 4
@@ -110,7 +111,7 @@ def test_elevation_comes_from_the_samples_that_have_it(tmp_path: Path) -> None:
         writer.add(name, "mp4", encode(frames), about(frames, **camera))
     writer.close()
     assert [sample.elevation for sample in Index.load(tmp_path).samples()] == [-5.0, None]
-    batch, _ = next(iter(Loader(config(tmp_path), 0, 0, 1, 2, 2)))
+    batch, _ = next(iter(Loader(config(tmp_path), 0, 0, 1, BatchConfig(2))))
     found = dict(zip(batch.ids, batch.elevation_B.tolist(), strict=True))
     assert found["a"] == -5.0 and math.isnan(found["b"])
 
@@ -123,7 +124,7 @@ def test_options(tmp_path: Path) -> None:
     writer.close()
 
     def clips(**changes: object) -> torch.Tensor:
-        loader = Loader(config(tmp_path, **changes), 0, 0, 1, 32, 32)
+        loader = Loader(config(tmp_path, **changes), 0, 0, 1, BatchConfig(32))
         return next(iter(loader))[0].frames_BTCHW.float()
 
     centred = clips(crop="center")
@@ -153,7 +154,7 @@ def test_half_of_the_clips_are_mirrored_unless_their_caption_tells_sides(
     writer.add("a", "mp4", encode(frames), about(frames, captions={"text": caption}))
     writer.close()
     data = config(tmp_path, crop="center", flip=True, height=16, width=32)
-    batch, _ = next(iter(Loader(data, 0, 0, 1, 32, 32)))
+    batch, _ = next(iter(Loader(data, 0, 0, 1, BatchConfig(32))))
     mirrored = batch.frames_BTCHW[..., :8].float().mean((1, 2, 3, 4)) > 100
     assert 8 <= mirrored.sum() <= 24 if may_be else not mirrored.any()
 
@@ -169,18 +170,18 @@ def test_short_and_small_samples_are_left_out(tmp_path: Path) -> None:
         frames = moving_square(*shape)
         writer.add(name, "mp4", encode(frames), about(frames))
     writer.close()
-    loader = Loader(config(tmp_path, num_frames=6), 0, 0, 1, 2, 2)
+    loader = Loader(config(tmp_path, num_frames=6), 0, 0, 1, BatchConfig(2))
     assert len(loader) == 1 and loader.num_left_out == 3
     assert next(iter(loader))[0].ids == ("good", "good")
     with pytest.raises(
         ValueError, match=r"none of the 4 samples .* has 9 frames .* the longest has 6 frames"
     ):
-        Loader(config(tmp_path, num_frames=9), 0, 0, 1, 2, 2)
+        Loader(config(tmp_path, num_frames=9), 0, 0, 1, BatchConfig(2))
 
 
 def test_a_share_of_the_clips_are_stills(shards: Path) -> None:
     videos, mixed = (
-        next(iter(Loader(config(shards, num_frames=4, image_share=share), 5, 0, 1, 60, 60)))[0]
+        next(iter(Loader(config(shards, num_frames=4, image_share=share), 5, 0, 1, BatchConfig(60))))[0]
         for share in (0.0, 0.3)
     )
     assert videos.still_B is None
@@ -198,23 +199,26 @@ def test_images_are_admitted_among_videos_as_stills(tmp_path: Path) -> None:
         frames = moving_square(num_frames, 32, 48)
         writer.add(name, "mp4", encode(frames), about(frames))
     writer.close()
-    assert len(Loader(config(tmp_path, num_frames=4), 0, 0, 1, 2, 2)) == 1
+    assert len(Loader(config(tmp_path, num_frames=4), 0, 0, 1, BatchConfig(2))) == 1
     data = config(tmp_path, num_frames=4, image_share=1e-9)
-    batch, _ = next(iter(Loader(data, 0, 0, 1, 2, 2)))
+    batch, _ = next(iter(Loader(data, 0, 0, 1, BatchConfig(2))))
     assert batch.still_B is not None
     assert dict(zip(batch.ids, batch.still_B.tolist(), strict=True)) == {"video": False, "image": True}
 
 
 def test_batches_that_do_not_divide_are_refused(shards: Path) -> None:
-    with pytest.raises(ValueError, match="10 clips is not a multiple of 2 ranks x 4 clips a micro-batch = 8"):
-        Loader(config(shards), 0, 0, 2, global_batch=10, micro_batch=4)
+    with pytest.raises(
+        ValueError,
+        match=r"batch.micro 4 does not divide the 5 clips that each of 2 ranks has .* choose 1 or 5",
+    ):
+        Loader(config(shards), 0, 0, 2, BatchConfig(10, 4))
 
 
 def test_cursor_of_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
-    _, cursor = next(iter(Loader(config(shards), 0, 0, 1, 2, 2)))
+    _, cursor = next(iter(Loader(config(shards), 0, 0, 1, BatchConfig(2))))
     other = write_shards(tmp_path, [4])
     with pytest.raises(ValueError, match="2 samples so far are of a set with fingerprint"):
-        Loader(config(other), 0, 0, 1, 2, 2, cursor)
+        Loader(config(other), 0, 0, 1, BatchConfig(2), cursor)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -224,7 +228,7 @@ def test_sample_without_frames_is_named_in_one_sentence(tmp_path: Path, num_work
     writer.add("good", "mp4", encode(frames), about(frames))
     writer.add("bad", "mp4", b"no video at all", about(frames))
     writer.close()
-    loader = Loader(config(tmp_path, num_workers=num_workers), 0, 0, 1, 2, 2)
+    loader = Loader(config(tmp_path, num_workers=num_workers), 0, 0, 1, BatchConfig(2))
     with pytest.raises(
         ValueError, match=r"^sample bad of .*shard-00000\.tar cannot be read: the file .*$"
     ) as caught:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from svd_ds.data.batching import BatchSplit
 from svd_ds.data.order import SHARDS_PER_WINDOW, Interleave, Order, permutation
 from svd_ds.data.schedule import MicroBatch, Schedule
 
@@ -97,8 +98,10 @@ def test_an_interleaving_keeps_shares_and_orders_and_is_found_at_once(
         assert items[0] == pytest.approx(shares[sequence] / sum(shares) * far, abs=len(shares) + 30)
 
 
-def schedule(sizes: list[list[list[int]]], weights: list[float], micro: list[int], batch: int) -> Schedule:
-    return Schedule(sizes, weights, micro, seed=5, global_batch=batch)
+def schedule(
+    sizes: list[list[list[int]]], weights: list[float], micro: list[int], batch: int, world: int = 1
+) -> Schedule:
+    return Schedule(sizes, weights, BatchSplit(batch, world, tuple(micro)), seed=5)
 
 
 @given(
@@ -113,13 +116,13 @@ def test_ranks_and_workers_share_the_steps_evenly(
 ) -> None:
     batch, num_steps = 12 * world, 5
     sizes = [[[7 * (bucket + 1)]] for bucket in range(len(micro))]
-    found = schedule(sizes, [1.0], micro, batch)
+    found = schedule(sizes, [1.0], micro, batch, world)
     # With one bucket a run may begin anywhere: the batch size may have been another before.
     start = start * batch if len(micro) > 1 else start
     every: list[list[MicroBatch]] = []
     for rank in range(world):
-        workers = [found.micro_batches_of(start, rank, world, n, num_workers) for n in range(num_workers)]
-        alone = found.micro_batches_of(start, rank, world)
+        workers = [found.micro_batches(start, rank, n, num_workers) for n in range(num_workers)]
+        alone = found.micro_batches(start, rank)
         ours: list[MicroBatch] = []
         while not ours or ours[-1].end <= start + num_steps * batch or len(ours) % num_workers:
             # The loader collects one micro-batch from each worker in turn.
@@ -127,7 +130,9 @@ def test_ranks_and_workers_share_the_steps_evenly(
         assert ours == list(islice(alone, len(ours)))
         every.append([part for part in ours if part.end <= start + num_steps * batch])
     for parts in zip(*every, strict=True):
-        assert len({(part.bucket, part.end, part.accumulation) for part in parts}) == 1, "one shape a step"
+        assert len({(part.bucket, part.end, part.num_micro_batches) for part in parts}) == 1, (
+            "one shape a step"
+        )
         assert all(len(part.ordinals) == micro[part.bucket] for part in parts)
     read = [ordinal for parts in every for part in parts for ordinal in part.ordinals]
     assert sorted(read) == list(range(start, start + num_steps * batch))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
 from svd_ds.data.quarantine import Fault, Quarantine
@@ -48,7 +49,7 @@ def test_the_loader_replaces_tells_and_stops(tmp_path: Path, num_workers: int) -
     config = DataConfig(
         str(tmp_path), 1, 8, 8, crop="center", max_quarantined=0.1, num_workers=num_workers, prefetch=1
     )
-    loader = Loader(config, 0, 0, 1, 4, 4)
+    loader = Loader(config, 0, 0, 1, BatchConfig(4))
     ids = [name for batch, _ in islice(loader, 6) for name in batch.ids]
     assert "s3" not in ids and "s7" not in ids
     faults = loader.pop_faults()
@@ -60,21 +61,21 @@ def test_the_loader_replaces_tells_and_stops(tmp_path: Path, num_workers: int) -
     write(tmp_path / "worse", [6, 6], dict.fromkeys((1, 3, 7), "junk"))
     config = DataConfig(str(tmp_path / "worse"), 1, 8, 8, max_quarantined=0.1, num_workers=num_workers)
     with pytest.raises(ValueError, match=r"that makes 3 of 12 samples, where .* allows 2$"):
-        list(islice(Loader(config, 0, 0, 1, 4, 4), 9))
+        list(islice(Loader(config, 0, 0, 1, BatchConfig(4)), 9))
 
 
 def test_a_set_of_nothing_readable_ends_the_run(tmp_path: Path) -> None:
     write(tmp_path, [3], dict.fromkeys(range(3), "junk"))
     config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=1.0, num_workers=0)
     with pytest.raises(ValueError, match=r"^no sample in .* can be read: the file cannot be decoded"):
-        next(iter(Loader(config, 0, 0, 1, 2, 2)))
+        next(iter(Loader(config, 0, 0, 1, BatchConfig(2))))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_read_that_hangs_ends_the_run_with_its_shard(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, [3], {})
     config = DataConfig(str(tmp_path), 1, 8, 8, read_timeout_seconds=0.3, num_workers=num_workers)
-    loader = Loader(config, 0, 0, 1, 2, 2)
+    loader = Loader(config, 0, 0, 1, BatchConfig(2))
     # Opening a pipe that nobody writes to waits for ever, as a file of a dead server does.
     (tmp_path / "shard-00000.tar").unlink()
     os.mkfifo(tmp_path / "shard-00000.tar")
@@ -92,7 +93,7 @@ def test_too_many_that_may_pass_are_no_mistake(
     """A file system that is away leaves nothing to read for a while."""
     write(tmp_path, [3], {})
     config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=share, num_workers=0)
-    loader = Loader(config, 0, 0, 1, 2, 2)
+    loader = Loader(config, 0, 0, 1, BatchConfig(2))
 
     def away(*_: object) -> None:
         raise error
@@ -106,7 +107,7 @@ def test_too_many_that_may_pass_are_no_mistake(
 def test_a_shard_that_is_gone_is_a_cause_too(tmp_path: Path) -> None:
     write(tmp_path, [3, 30], {})
     config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=0.1, num_workers=0)
-    loader = Loader(config, 0, 0, 1, 11, 11)
+    loader = Loader(config, 0, 0, 1, BatchConfig(11))
     (tmp_path / "shard-00000.tar").unlink()
     ids = [name for batch, _ in islice(loader, 3) for name in batch.ids]
     assert set(ids) == {f"s{number}" for number in range(3, 33)}

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from svd_ds.data import latents, reader
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.clips import read_frames
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
@@ -29,7 +30,7 @@ from tests.videos import about, encode, moving_square
 
 def loader_of(folder: Path, batch: int = 4, **changes: Any) -> Loader:
     settings = {"crop": "center", "num_workers": 0, "max_quarantined": 0.5, **changes}
-    return Loader(DataConfig(str(folder), 1, 8, 8, **settings), 0, 0, 1, batch, batch)
+    return Loader(DataConfig(str(folder), 1, 8, 8, **settings), 0, 0, 1, BatchConfig(batch))
 
 
 def ids(loader: Loader, batches: int = 3) -> set[str]:
@@ -99,7 +100,9 @@ def test_frames_that_are_smaller_than_the_index_says_are_not_enlarged(tmp_path: 
     writer.add("small", "mp4", encode(frames), about(large))
     writer.add("large", "mp4", encode(large), about(large))
     writer.close()
-    loader = Loader(DataConfig(str(tmp_path), 2, 16, 16, num_workers=0, max_quarantined=0.5), 0, 0, 1, 2, 2)
+    loader = Loader(
+        DataConfig(str(tmp_path), 2, 16, 16, num_workers=0, max_quarantined=0.5), 0, 0, 1, BatchConfig(2)
+    )
     assert ids(loader) == {"large"}
     assert loader.pop_faults()[0].cause == "its frames have 8 x 8 pixels, and do not fill 16 x 16"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.folders import open_folder
 from svd_ds.data.loader import Loader, open_url
@@ -25,7 +26,7 @@ def ids(path: str, cache: Path | None, **changes: object) -> list[str]:
     config = DataConfig(
         path, 1, 8, 8, crop="center", num_workers=0, cache=None if cache is None else str(cache)
     )
-    loader = Loader(DataConfig(**{**vars(config), **changes}), 0, 0, 1, 4, 4)
+    loader = Loader(DataConfig(**{**vars(config), **changes}), 0, 0, 1, BatchConfig(4))
     return [name for batch, _ in islice(loader, 4) for name in batch.ids]
 
 
@@ -233,7 +234,7 @@ def test_a_small_cache_fetches_the_index_once(tmp_path: Path) -> None:
     size = (shards / "shard-00000.tar").stat().st_size
     url = f"pipe:echo {{}} >> {log}; cat {shards}/{{}}"
     config = DataConfig(url, 1, 8, 8, num_workers=0, cache=str(tmp_path / "c"), cache_gb=8.5 * size / 1e9)
-    loader = Loader(config, 0, 0, 1, 4, 4)
+    loader = Loader(config, 0, 0, 1, BatchConfig(4))
     found = {name for batch, _ in islice(loader, 12) for name in batch.ids}
     assert found == {f"s{number}" for number in range(24)} and not loader.pop_faults()
     assert log.read_text().split().count("index.jsonl") == 1
@@ -249,7 +250,7 @@ def test_an_index_whose_fetch_hangs_ends_the_run(tmp_path: Path) -> None:
 def test_an_index_that_another_run_fetches_later_does_not_disturb(shards: Path, tmp_path: Path) -> None:
     url = f"pipe:cat {shards}/{{}}"
     config = DataConfig(url, 1, 8, 8, num_workers=0, cache=str(tmp_path / "cache"))
-    loader = Loader(config, 0, 0, 1, 4, 4)
+    loader = Loader(config, 0, 0, 1, BatchConfig(4))
     index = shards / "index.jsonl"
     rows = [json.loads(line) for line in index.read_text().splitlines()]
     rows[1:] = [{**row, "annotations": {"new": 1.0}} for row in rows[1:]]

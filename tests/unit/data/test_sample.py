@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
 from svd_ds.data.quarantine import Quarantine
@@ -165,7 +166,7 @@ def test_a_wrong_line_is_one_unreadable_sample(
     with pytest.raises(ValueError, match=rf"^line 5 of .*index\.jsonl is damaged: {cause}"):
         list(index.samples())
     config = DataConfig(str(shards), 1, 8, 8, num_workers=0, max_quarantined=0.2)
-    loader = Loader(config, 0, 0, 1, 5, 5)
+    loader = Loader(config, 0, 0, 1, BatchConfig(5))
     found = [name for batch, _ in islice(loader, 3) for name in batch.ids]
     assert sorted(set(found)) == ["s0", "s1", "s2", "s4", "s5"] and len(found) == 15
     faults = loader.pop_faults()
@@ -175,7 +176,7 @@ def test_a_wrong_line_is_one_unreadable_sample(
         rf"^sample line 5 of .*index\.jsonl cannot be read: {cause}.*; that makes 1 of 6 samples, where data"
     )
     with pytest.raises(ValueError, match=told):
-        Loader(DataConfig(str(shards), 1, 8, 8, num_workers=0, max_quarantined=0.0), 0, 0, 1, 5, 5)
+        Loader(DataConfig(str(shards), 1, 8, 8, num_workers=0, max_quarantined=0.0), 0, 0, 1, BatchConfig(5))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,9 @@ def test_members_of_other_samples_are_found_out(shards: Path, lines: list[str]) 
         *lines[3:],
     ]
     with_line(shards, swapped, 1, lines[0])
-    loader = Loader(DataConfig(str(shards), 1, 8, 8, num_workers=0, max_quarantined=0.5), 0, 0, 1, 6, 6)
+    loader = Loader(
+        DataConfig(str(shards), 1, 8, 8, num_workers=0, max_quarantined=0.5), 0, 0, 1, BatchConfig(6)
+    )
     assert {name for batch, _ in islice(loader, 4) for name in batch.ids} == {"s2", "s3", "s4", "s5"}
 
 

@@ -6,12 +6,10 @@ from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 
 
 def test_the_dictionary_is_this() -> None:
-    config = deepspeed_config(
-        ZeroConfig(), precision="bf16", micro_batch=2, accumulation=4, gradient_clip=1.0
-    )
+    config = deepspeed_config(ZeroConfig(), precision="bf16", gradient_clip=1.0)
     assert config == {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 4,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -32,7 +30,7 @@ def test_the_dictionary_is_this() -> None:
 
 
 def test_every_field_has_its_effect() -> None:
-    common = {"precision": "fp32", "micro_batch": 1, "accumulation": 1, "gradient_clip": 0.5}
+    common = {"precision": "fp32", "gradient_clip": 0.5}
     plain = deepspeed_config(ZeroConfig(), **common)
     assert plain["bf16"] == {"enabled": False}
     assert plain["gradient_clipping"] == 0.5
@@ -51,7 +49,7 @@ def test_every_field_has_its_effect() -> None:
 
 def test_unknown_precisions_are_refused() -> None:
     with pytest.raises(ValueError, match="fp16"):
-        deepspeed_config(ZeroConfig(), precision="fp16", micro_batch=1, accumulation=1, gradient_clip=1.0)
+        deepspeed_config(ZeroConfig(), precision="fp16", gradient_clip=1.0)
     with pytest.raises(ValueError, match=r"parallel.reduce_dtype is 'fp16'"):
         ZeroConfig(reduce_dtype="fp16")
     with pytest.raises(ValueError, match=r"parallel.reduce_bucket is 0"):

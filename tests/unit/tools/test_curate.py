@@ -17,6 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.filters import satisfies
 from svd_ds.data.loader import Loader
@@ -128,7 +129,7 @@ def test_junk_is_refused_with_reasons_and_the_good_ones_are_there(
     variable = videos["variable.mkv"]
     assert variable["fps"] == 25 and variable["end_frame"] == pytest.approx(60 * 53.3 / 40, abs=12)
 
-    loader = Loader(DataConfig(str(tmp_path / "shards"), 8, 40, 40, num_workers=0), 0, 0, 1, 1, 1)
+    loader = Loader(DataConfig(str(tmp_path / "shards"), 8, 40, 40, num_workers=0), 0, 0, 1, BatchConfig(1))
     assert loader.num_left_out == 0
     for _, (batch, _) in zip(clips, loader, strict=False):
         assert batch.frames_BTCHW.shape == (1, 8, 3, 40, 40)

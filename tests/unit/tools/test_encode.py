@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from svd_ds.data import clip_embeddings
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER, LatentsOrigin, read_origin
@@ -121,7 +122,7 @@ def test_the_same_losses_with_and_without_the_cache(
             seed=0,
         )
         data = DataConfig(str(path), 3, 32, 48, fps=12, crop="center", latents=latents, num_workers=0)
-        loader = Loader(data, 0, 0, 1, 2, 2, context=wanted, ends=config.uses_last_frame)
+        loader = Loader(data, 0, 0, 1, BatchConfig(2), context=wanted, ends=config.uses_last_frame)
         assert loader.context == wanted
         batches = [batch for batch, _ in islice(loader, 4)]
         assert all((batch.context_BLD is not None) == (wanted is not None) for batch in batches)
@@ -172,7 +173,10 @@ def test_samples_that_cannot_be_encoded_are_left_out_and_listed(encode: Encode, 
     assert [sample.id for sample in Index.load(out).samples()] == ["s0", "s1", "s3", "s4"]
     told = (out / "refused.csv").read_text().splitlines()
     assert told[0] == "sample,shard,reason" and len(told) == 2 and told[1].startswith("s2,")
-    assert len(Loader(DataConfig(str(out), 3, 32, 48, crop="center", latents=True), 0, 0, 1, 2, 2)) == 4
+    assert (
+        len(Loader(DataConfig(str(out), 3, 32, 48, crop="center", latents=True), 0, 0, 1, BatchConfig(2)))
+        == 4
+    )
 
 
 def test_clip_is_left_out_on_demand(encode: Encode, shards: Path, tmp_path: Path) -> None:

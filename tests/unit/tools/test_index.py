@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from svd_ds.data import indexing
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
@@ -70,7 +71,7 @@ def test_foreign_shards_are_read_where_they_are(
     assert not (tmp_path / ".index-parts").exists()
 
     data = DataConfig(str(tmp_path), 4, 16, 16, fps=0, num_workers=0)
-    batches = [batch for batch, _ in islice(Loader(data, 0, 0, 1, 2, 2), 2)]
+    batches = [batch for batch, _ in islice(Loader(data, 0, 0, 1, BatchConfig(2)), 2)]
     assert {text for batch in batches for text in batch.captions} == {"it moves", "it stands"}
     assert index(tmp_path) == 2 and "--overwrite it" in capsys.readouterr().err
     assert index(tmp_path, "--overwrite", "--no-motion") == 0
@@ -211,7 +212,7 @@ def test_index_of_a_read_only_folder_lies_elsewhere(
     assert sorted(folder.rglob("*")) == before, "nothing is written next to the shards"
     assert ids(out) == ["sub_a-0", "sub_a-1"]
     data = DataConfig(str(out), 4, 16, 16, fps=0, num_workers=0)
-    (batch, _) = next(iter(Loader(data, 0, 0, 1, 2, 2)))
+    (batch, _) = next(iter(Loader(data, 0, 0, 1, BatchConfig(2))))
     assert set(batch.ids) == {"sub_a-0", "sub_a-1"}
     assert index(folder, "--out", out) == 2 and "--overwrite it" in capsys.readouterr().err
     other = tmp_path / "other"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
@@ -62,14 +63,14 @@ def test_shapes_images_and_junk(make_shards: Callable[..., Ended], folder: Path,
     assert samples["sub_shape_2-000000"].elevation == 30 and samples["sub_shape_1-000000"].elevation is None
     assert {(sample.height, sample.width) for sample in samples.values()} == {(32, 42)}
 
-    loader = Loader(DataConfig(str(out), 4, 32, 40, fps=8, num_workers=0), 0, 0, 1, 12, 12)
+    loader = Loader(DataConfig(str(out), 4, 32, 40, fps=8, num_workers=0), 0, 0, 1, BatchConfig(12))
     batch, _ = next(iter(loader))
     captions = dict(zip(batch.ids, batch.captions, strict=True))
     assert len(captions) == 12 and loader.num_left_out == 1
     assert captions["sub_shape_1-000000"] == "a square moves slowly"
     assert captions["sub_shape_2-000000"] == "shape 2"
 
-    images, _ = next(iter(Loader(DataConfig(str(out), 1, 32, 40, num_workers=0), 0, 0, 1, 13, 13)))
+    images, _ = next(iter(Loader(DataConfig(str(out), 1, 32, 40, num_workers=0), 0, 0, 1, BatchConfig(13))))
     assert "still-000000" in images.ids and images.frames_BTCHW.shape == (13, 1, 3, 32, 40)
 
 
@@ -140,7 +141,9 @@ def test_real_clips(make_shards: Callable[..., Ended], tmp_path: Path) -> None:
     # Its cuts, at frames 30, 76, 137, 187 and 242, were found by eye.
     bikes = [int(s.id.rsplit("-", 1)[1]) for s in index.samples() if s.id.startswith("bikes")]
     assert not [start for start in bikes for cut in (30, 76, 137, 187, 242) if start < cut < start + 25]
-    loader = Loader(DataConfig(str(tmp_path / "out"), 8, 96, 160, fps=12, num_workers=0), 0, 0, 1, 4, 4)
+    loader = Loader(
+        DataConfig(str(tmp_path / "out"), 8, 96, 160, fps=12, num_workers=0), 0, 0, 1, BatchConfig(4)
+    )
     assert loader.num_left_out == 0
     for batch, _ in islice(loader, 3):
         assert batch.frames_BTCHW.shape == (4, 8, 3, 96, 160)

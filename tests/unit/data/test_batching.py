@@ -1,0 +1,34 @@
+"""Division of the global batch into micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+
+from svd_ds.data.batching import BatchConfig, BatchSplit
+
+
+def test_null_processes_the_whole_share_of_a_rank_at_once() -> None:
+    assert BatchConfig(12).split(3) == BatchSplit(size=12, world=3, micro=(4,))
+    assert BatchConfig(12).split(3).num_micro_batches(0) == 1
+
+
+def test_buckets_have_micro_batches_of_their_own() -> None:
+    split = BatchConfig(24, micro=3).split(2, {"1x8x8": 12, "4x8x8": 4})
+    assert split.micro == (12, 4)
+    assert [split.num_micro_batches(bucket) for bucket in (0, 1)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "buckets", "message"),
+    [
+        (BatchConfig(12), 5, {}, r"batch.size 12 cannot be split over 5 ranks; start 4 or 6"),
+        (BatchConfig(12, 2), 4, {}, r"batch.micro 2 does not divide the 3 clips .* 4 ranks .* choose 1 or 3"),
+        (BatchConfig(12), 2, {"4x8x8": 4}, r"data.buckets.4x8x8 4 does not divide the 6 clips .* 3 or 6"),
+        (BatchConfig(2), 4, {}, r"batch.size 2 cannot be split over 4 ranks; start 2"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(
+    batch: BatchConfig, world: int, buckets: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch.split(world, buckets)
