@@ -120,7 +120,7 @@ def check_trainable(config: RunConfig, layers: Mapping[str, str]) -> None:
     """Refuse to freeze what begins at random or at zero: the tags of such layers, and what they would do."""
     for tag, would in sorted(layers.items()):
         if config.lora.rank or config.optim.rate(tag) == 0:
-            frozen = "lora.rank freezes" if config.lora.rank else f"optim.{tag}_rate=0 freezes"
+            frozen = "lora.rank freezes" if config.lora.rank else f"optim.{tag}_lr_scale=0 freezes"
             raise ValueError(f"{frozen} {tag} layers that would {would}")
 
 
