@@ -17,7 +17,7 @@ import torch
 
 from svd_ds.allocator import keep_freed_memory
 from svd_ds.cli import run_cli
-from svd_ds.data.batching import BatchConfig
+from svd_ds.data.batching import BatchConfig, BatchSplit
 from svd_ds.data.clips import ClipDraws, Timing
 from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER
@@ -80,7 +80,7 @@ def bare(config: DataConfig) -> Iterator[object]:
     """The frames of the same clips, as a script would decode them."""
     loader = Loader(config, seed=0, rank=0, world=1, batch=BatchConfig(1))
     (index,) = loader.sources[0].buckets
-    order = Schedule([[index.shard_sizes]], [1.0], [1], seed=0, global_batch=1)
+    order = Schedule([[index.shard_sizes]], [1.0], BatchSplit(1, 1, (1,)), seed=0)
     for ordinal in count():
         _, _, number = next(order.samples(ordinal))
         sample = index.sample(number)

@@ -66,9 +66,7 @@ def compare(case: Case, zero: ZeroConfig, arguments: argparse.Namespace, env: En
 
 def sharded(case: Case, zero: ZeroConfig, recompute: str, env: Env) -> Step:
     mpu = create_groups(ParallelDims(env.world))
-    config = deepspeed_config(
-        zero, precision=case.dtype, micro_batch=1, num_micro_batches=1, gradient_clip=GRADIENT_CLIP
-    )
+    config = deepspeed_config(zero, precision=case.dtype, gradient_clip=GRADIENT_CLIP)
     with Engine.sharded_init(config, mpu):
         unet = UNet(case.config)
     apply_recompute(unet, unet.blocks(), recompute)
