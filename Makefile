@@ -12,7 +12,7 @@ ARGS   ?=
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow check lock clean
+.PHONY: help setup train test test-slow check docs lock clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/ /' | awk '{c=$$1; $$1=""; printf "make %-10s %s\n", c, $$0}'
@@ -48,8 +48,13 @@ check: setup    ## test, lint, formatting and types
 	@$(VENV)/bin/mypy
 	@$(MAKE) --no-print-directory test
 
+docs: setup     ## write docs/configuration.md and build the site into site/, every link and anchor checked
+	@$(PY) -m svd_ds.config_reference docs/configuration.md
+	@NO_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
+
 lock:           ## write requirements.lock from what .venv holds
 	@$(PY) -m pip freeze --all --exclude-editable | grep -vE '^(pip|triton)==' | sed -E 's/^torch==([0-9.]+).*/torch==\1/' > requirements.lock
 
 clean:          ## remove .venv, shards and caches; runs/ stays
-	@rm -rf $(VENV) data .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) data site .pytest_cache .mypy_cache .ruff_cache

@@ -20,7 +20,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import SearchPathException
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+from svd_ds.package_files import package_folder
+
+CONF = package_folder("conf")
 VERSION_BASE = "1.3"
 """Of Hydra: whose defaults it has."""
 PRIMARY = "train"

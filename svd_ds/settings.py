@@ -47,16 +47,17 @@ class Range:
     def check(self, value: Any) -> str:
         """What is wrong with a number, "" if nothing is."""
         if not math.isfinite(value):
-            return "finite, " + self._words()
+            return "finite, " + self.describe()
         fits = (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
         )
-        return "" if fits or value == self.off else self._words()
+        return "" if fits or value == self.off else self.describe()
 
-    def _words(self) -> str:
+    def describe(self) -> str:
+        """Return the range in words."""
         bounds = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
         words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
         words += f", or {self.off} to switch it off" if self.off is not None else ""
@@ -70,7 +71,11 @@ class Choice:
     options: tuple[str, ...]
 
     def check(self, value: Any) -> str:
-        return "" if value in self.options else f"one of {', '.join(self.options)}"
+        return "" if value in self.options else self.describe()
+
+    def describe(self) -> str:
+        """Return the options in words."""
+        return f"one of {', '.join(self.options)}"
 
 
 @dataclass(frozen=True)

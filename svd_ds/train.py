@@ -1,14 +1,14 @@
-"""The door: `python -m svd_ds.train [+experiment=NAME] [key=value ...]`, one process a rank.
+"""The training command: `python -m svd_ds.train [+experiment=NAME] [key=value ...]`, one process a rank.
 
-Started by hand (one rank), by torchrun, by srun, or by tools/launch.py. With -m, Hydra runs every
-combination.
+Start it by hand (one rank), with torchrun, with srun, or with tools/launch.py. With -m Hydra runs every
+combination of several values. `--help KEY` explains a setting.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -30,11 +30,17 @@ HYDRA_SWITCH = "HYDRA_FULL_ERROR"
 
 
 def main() -> None:
-    """Compose, run, and end with 0; with 2 and one sentence on bad input; with 1 when another rank was lost;
-    with 130 when interrupted."""
+    """Run the command.
+
+    Exit codes: 0 when the run has finished, or has stopped on request with a checkpoint; 1 when another rank
+    has failed; 2, with one sentence, on bad input; 130 when interrupted.
+    """
     keep_freed_memory()
     mask_tracebacks()
     debug = wants_traceback()
+    if names := help_names(sys.argv[1:]):
+        _print_help(names)
+        return
     compose.register()
     errors: list[Exception] = []
     unnamed: list[str] = []
@@ -42,13 +48,13 @@ def main() -> None:
     try:
         env = Env.read()
     except ValueError as error:
-        # Of its place among the ranks each knows for itself.
+        # Launcher errors are per rank: every rank prints its own.
         print_error(error)
         sys.exit(2)
 
     @hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name=PRIMARY)
     def task(node: Any) -> None:
-        # Those of running it would announce before it raises them: it does not get to see them.
+        # Hydra would print errors of the run in its own way before raising them: it does not see them.
         if not errors:
             try:
                 _run(node, env, debug, unnamed)
@@ -69,15 +75,32 @@ def main() -> None:
     except (*compose.COMPOSE_ERRORS, *USER_ERRORS) as error:
         if debug:
             raise
-        # All ranks read the same settings: one tells what is wrong with them.
+        # All ranks read the same settings: rank 0 alone reports what is wrong with them.
         if env.rank == 0:
             print_error(compose.explain(error) if isinstance(error, compose.COMPOSE_ERRORS) else error)
         sys.exit(2)
 
 
+def help_names(words: Sequence[str]) -> list[str]:
+    """Return the keys and groups that `--help` is asked to explain; empty if Hydra's own help is wanted."""
+    if not {"--help", "-h"} & set(words):
+        return []
+    return [word for word in words if not word.startswith("-") and "=" not in word]
+
+
+def _print_help(names: Sequence[str]) -> None:
+    from svd_ds.config_reference import help_text
+
+    try:
+        print("\n\n".join(map(help_text, names)))
+    except ValueError as error:
+        print_error(error)
+        sys.exit(2)
+
+
 @contextmanager
 def _hydra_raises() -> Iterator[None]:
-    """Hydra tells errors of composing in several lines of its own; inside, it raises them, for us to tell."""
+    """Make Hydra raise errors of composing, for us to report; it prints them in several lines otherwise."""
     before = os.environ.get(HYDRA_SWITCH)
     os.environ[HYDRA_SWITCH] = "1"
     try:
@@ -90,7 +113,11 @@ def _hydra_raises() -> Iterator[None]:
 
 
 def _run(node: Any, env: Env, debug: bool, unnamed: Collection[str]) -> None:
-    """Run one config; `unnamed`: keys that differ among the runs of a multirun, but not in run.dir."""
+    """Run one config.
+
+    Args:
+        unnamed: keys that differ among the runs of a multirun while run.dir does not.
+    """
     compose.mask_multirun_file()
     # W&B's client stores them.
     sys.argv[1:] = map(redact, sys.argv[1:])
@@ -99,11 +126,11 @@ def _run(node: Any, env: Env, debug: bool, unnamed: Collection[str]) -> None:
         # Two runs in one folder would overwrite each other.
         folder = compose.folder_of_job(settings.run.dir, unnamed)
         settings = replace(settings, run=replace(settings.run, dir=folder))
-    with RankSession(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as attempt:
-        # Assembly imports DeepSpeed, which takes seconds: a mistake in the settings is told before.
+    with RankSession(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as session:
+        # DeepSpeed takes seconds to import: mistakes in the settings are reported before that.
         from svd_ds.run import run
 
-        run(settings, env, attempt)
+        run(settings, env, session)
 
 
 if __name__ == "__main__":
