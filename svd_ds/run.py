@@ -1,9 +1,9 @@
-"""Assembly: from a RunConfig to the parts of a run, in the order in which they need each other.
+"""Assembly: RunConfig -> components of a run -> training loop.
 
-1. the inputs, read and checked (inputs.py), and the task: what is trained (tasks.py)
-2. the network: made in shards, activations recomputed, blocks gathered whole, weights read
-3. the averages, the checkpoint that the run goes on from
-4. the loop
+1. Inputs, read and checked (inputs.py), and the task: the network and its objective (tasks.py).
+2. Engine: network built in ZeRO-3 shards, activation checkpointing, leaf modules, initial weights.
+3. EMA, and the checkpoint to resume from.
+4. The training loop (training/loop.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,13 @@ from svd_ds.tasks import Task, read_task
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation, as_eval_objective
 from svd_ds.training.git_version import code_version
+from svd_ds.training.gradients import GradientComputation
 from svd_ds.training.guard import Guard
-from svd_ds.training.loop import train
+from svd_ds.training.loop import LoopConfig, TrainingComponents, train
 from svd_ds.training.metrics import Metrics
+from svd_ds.training.null_metrics import NullMetrics
 from svd_ds.training.objectives.diffusion import DiffusionObjective
 from svd_ds.training.optim import parameter_groups
-from svd_ds.training.parts import LoopConfig, TrainingComponents
 from svd_ds.training.preview import Previews
 from svd_ds.training.progress import Progress
 from svd_ds.training.resume import Resume
@@ -52,16 +53,26 @@ from svd_ds.training.usage import MfuCounter, StageTimer, peak_of, unet_forward_
 from svd_ds.weights.restarts import restarts_damage
 
 
-def run(config: RunConfig, env: Env, attempt: RankSession | None = None) -> Progress:
-    """Train as the config says, on this process's rank, and tell where it ended. All ranks call it, with the
-    same config; `restart_id`: told of every step and of the end."""
+def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Progress:
+    """Train as `config` says, on this process's rank. All ranks call it, with the same config.
+
+    Args:
+        session: receives the heartbeat of every step, and records how the run ends; None in tests and tools.
+
+    Returns:
+        The progress at the end.
+
+    Raises:
+        ValueError, OSError: a user's mistake, in one sentence.
+        SharedError: an error that all ranks know.
+    """
     environment.init(env, config.watchdog.patience)
     try:
         check_shared_folder(Path(config.run.dir), env)
         resume = find_resume(config, env)
         inputs = raise_on_all_ranks(lambda: read_inputs(config, env, resume.path))
         task = raise_on_all_ranks(lambda: read_task(config, env, inputs))
-        progress = _train(config, env, resume, inputs, task, attempt)
+        progress = _train(config, env, resume, inputs, task, session)
         destroy_groups()
     finally:
         environment.shutdown()
@@ -69,17 +80,17 @@ def run(config: RunConfig, env: Env, attempt: RankSession | None = None) -> Prog
 
 
 def _train(
-    config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, attempt: RankSession | None
+    config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, session: RankSession | None
 ) -> Progress:
     checkpoints, folder = inputs.checkpoints, inputs.folder
-    lives = broadcast_from_rank0(lambda: restarts_damage(checkpoints.folder))
+    damaged_restarts = broadcast_from_rank0(lambda: restarts_damage(checkpoints.folder))
     checkpoints.start_session(inputs.progress.step, resume.origin)
-    # At once: the sooner the files are this start's, the less an earlier one still writes there.
+    # At once: from here on an earlier process of this run writes nothing more.
     damage = broadcast_from_rank0(
         lambda: folder.open(_settings(config, inputs), inputs.progress.step, checkpoints.check_not_fenced)
     )
-    if attempt is not None:
-        attempt.set_fencing_token(checkpoints.token, checkpoints.is_fenced)
+    if session is not None:
+        session.set_fencing_token(checkpoints.token, checkpoints.is_fenced)
     engine = build_engine(config, env, inputs.precision, task)
     new = engine.load_full(task.weights) if task.weights is not None else []
     ema = ShardEMA(config.ema, engine.local_shards())
@@ -90,85 +101,81 @@ def _train(
         config.data.max_quarantined, inputs.loader.quarantine.num_samples, inputs.folder.quarantine
     )
     started = time.perf_counter()
-    # W&B is left last, which may take long: by then it is told how the run ended.
-    outcome = attempt.record_outcome() if attempt is not None else nullcontext()
-    stop = StopRequest(_say_at_once if env.rank == 0 else lambda text: None)
+    # W&B is closed last, which may take long: the outcome of the run is recorded before.
+    outcome = session.record_outcome() if session is not None else nullcontext()
+    stop = StopRequest(_print_from_signal_handler if env.rank == 0 else lambda text: None)
     opened = raise_on_all_ranks(lambda: _open_metrics(config, env, inputs, engine, stop))
     with stop, opened as metrics, outcome, checkpoints:
-        if metrics is not None:
-            notes = [metrics.tracking(), resume.note, *inputs.loader.notes, *task.notes]
-            metrics.print_line("\n".join([_opening(config, env, inputs, engine), *filter(None, notes)]))
-            for sentence in filter(None, (lives, *damage)):
-                metrics.print_line(f"warning: {sentence}")
-            if new:
-                source = config.init.source
-                metrics.print_line(f"{len(new)} tensors are not in {source} and start afresh: {new[0]}, ...")
-        parts = TrainingComponents(
+        notes = [metrics.wandb_status(), resume.note, *inputs.loader.notes, *task.notes]
+        metrics.print_line("\n".join([_start_summary(config, env, inputs, engine), *filter(None, notes)]))
+        for sentence in filter(None, (damaged_restarts, *damage)):
+            metrics.print_line(f"warning: {sentence}")
+        if new:
+            source = config.init.source
+            metrics.print_line(f"{len(new)} tensors are not in {source} and are initialised: {new[0]}, ...")
+        components = TrainingComponents(
             rank=env.rank,
             engine=engine,
-            local_norm=LocalNorm(engine.module),
-            ema=ema,
-            settings=task.settings,
+            gradients=GradientComputation(
+                engine, task.objective, LocalNorm(engine.module), env.rank, env.device
+            ),
             objective=task.objective,
+            ema=ema,
             batches=iter(inputs.loader),
             pop_faults=inputs.loader.pop_faults,
             quarantine=quarantine,
             guard=Guard(config.guard),
             checkpoints=checkpoints,
+            settings=task.settings,
             evaluation=_evaluation(config, env, inputs, task),
             previews=_previews(config, env, inputs, task),
             stop=stop,
-            clock=StageTimer(),
-            heartbeat=attempt.watchdog.heartbeat if attempt is not None else lambda: None,
+            timer=StageTimer(),
+            heartbeat=session.watchdog.heartbeat if session is not None else lambda: None,
             metrics=metrics,
-            device=env.device,
         )
-        # One rank looks: a shared disk may not show all of them the same.
-        of_a_job = broadcast_from_rank0(lambda: attempt is not None and attempt.is_managed_by_job())
-        progress = train(parts, _plan(config, of_a_job), inputs.progress)
+        # Rank 0 looks for all: a shared file system may not show every rank the same.
+        managed = broadcast_from_rank0(lambda: session is not None and session.is_managed_by_job())
+        progress = train(components, _loop_config(config, managed), inputs.progress)
         broadcast_from_rank0(checkpoints.check_not_fenced)
-        if metrics is not None:
-            _report(inputs.folder, metrics)
-            metrics.print_line(_closing(config, inputs.folder, progress, stop, time.perf_counter() - started))
-            metrics.print_line(f"  {metrics.wall_time()}")
-        if attempt is not None:
+        if env.rank == 0:
+            _write_report(inputs.folder, metrics)
+        seconds = time.perf_counter() - started
+        metrics.print_line(_end_summary(config, inputs.folder, progress, stop, seconds))
+        metrics.print_wall_time()
+        if session is not None:
             finished = progress.step == config.run.steps
-            attempt.record_end(finished, stop.interrupted, stop.by_keyboard, stop.failing_nodes)
+            session.record_end(finished, stop.interrupted, stop.by_keyboard, stop.failing_nodes)
     return progress
 
 
-def _say_at_once(text: str) -> None:
-    """From a signal handler, which must not touch a buffer that it may have interrupted."""
+def _print_from_signal_handler(text: str) -> None:
+    """Write to stdout without its buffer, which the signal may have interrupted."""
     with suppress(OSError, ValueError):
         os.write(sys.stdout.fileno(), f"\n{text}\n".encode())
 
 
 def _previews(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Previews:
     return Previews(
-        inputs.preview_clips,
-        task.preview_fn,
-        task.measures,
-        config.sampling.fps,
-        inputs.folder,
-        env,
-        inputs.checkpoints.check_not_fenced,
-    )
+        inputs.preview_clips, task.preview_fn, task.measures, config.sampling.fps,
+        inputs.folder, env, inputs.checkpoints.check_not_fenced
+    )  # fmt: skip
 
 
-def _report(folder: RunFolder, metrics: Metrics) -> None:
+def _write_report(folder: RunFolder, metrics: NullMetrics) -> None:
     try:
         write_report([folder.path], folder.report)
     except (ValueError, OSError) as error:
-        # All steps are done and saved: the run is finished without it.
+        # All steps are done and saved: the run is finished even without a report.
         metrics.print_line(f"warning: {folder.report} cannot be written: {error}")
 
 
 def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """As config.yaml and W&B show them."""
+    """The resolved config as config.yaml and W&B hold it."""
     return config.as_dict() | {"contents": inputs.contents, "code": code_version()}
 
 
-def _plan(config: RunConfig, of_a_job: bool) -> LoopConfig:
+def _loop_config(config: RunConfig, managed_by_job: bool) -> LoopConfig:
     return LoopConfig(
         total_steps=config.run.steps,
         batch_size=config.batch.size,
@@ -176,7 +183,7 @@ def _plan(config: RunConfig, of_a_job: bool) -> LoopConfig:
         checkpoint_every=config.checkpoint.every,
         preview_every=config.sampling.every,
         evaluate_every=config.evaluation.every,
-        exclude_bad_nodes=of_a_job,
+        exclude_bad_nodes=managed_by_job,
     )
 
 
@@ -195,25 +202,19 @@ def _evaluation(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Eval
 
 def _open_metrics(
     config: RunConfig, env: Env, inputs: Inputs, engine: Engine, stop: StopRequest
-) -> AbstractContextManager[Metrics | None]:
+) -> NullMetrics:
     if env.rank != 0:
-        return nullcontext()
+        return NullMetrics()
     inputs.checkpoints.check_not_fenced()
     return Metrics(
-        inputs.folder,
-        config.logger,
-        _settings(config, inputs),
-        config.run.steps,
-        inputs.progress.step,
-        _speed(config, env),
-        parameter_tags(engine.module),
-        stop.interrupt,
-        inputs.checkpoints.check_not_fenced,
-    )
+        inputs.folder, config.logger, _settings(config, inputs), config.run.steps, inputs.progress.step,
+        _mfu_counter(config, env), parameter_tags(engine.module), stop.interrupt,
+        inputs.checkpoints.check_not_fenced
+    )  # fmt: skip
 
 
-def _speed(config: RunConfig, env: Env) -> MfuCounter | None:
-    """None where the device's peak is not known, for a decoder, and where clips differ in shape."""
+def _mfu_counter(config: RunConfig, env: Env) -> MfuCounter | None:
+    """The MFU counter; None for an unknown GPU, for a decoder, and where clips differ in shape."""
     peak = peak_of(env.device)
     if peak is None or config.task != "unet" or config.data.buckets:
         return None
@@ -225,11 +226,15 @@ def _speed(config: RunConfig, env: Env) -> MfuCounter | None:
 
 
 def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Engine:
-    """The sharded network and its optimiser. The order matters:
+    """Build the sharded network and its optimizer. The order matters:
 
-    groups before the network, which is cut into shards over them as it is made, adapters too;
-    recomputation before the engine, whose hooks must lie outside it;
-    leaf blocks inside the engine, so that a block's parameters travel as one.
+    1. process groups, before the network, whose parameters are sharded over them as they are created;
+    2. LoRA adapters inside `task.build`, so that they are sharded with the network;
+    3. activation checkpointing before the engine, whose hooks must lie outside it;
+    4. leaf modules inside the engine, so that the parameters of a block are gathered in one message.
+
+    Args:
+        precision: bf16 or fp32.
     """
     mpu = create_groups(ParallelDims(env.world), config.watchdog.patience)
     zero = deepspeed_config(
@@ -254,7 +259,7 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
 
 def _optimizer_groups(config: RunConfig, network: UNet | Decoder, task: Task) -> list[dict[str, Any]]:
     with torch.device("meta"):
-        # Parameters of the sharded network have no shape of their own any more.
+        # Parameters of the sharded network have lost their shapes.
         shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
     tags = {name: tag for name, tag in parameter_tags(network).items() if task.is_trainable(name)}
     parameters = dict(network.named_parameters())
@@ -268,27 +273,27 @@ def _optimizer_groups(config: RunConfig, network: UNet | Decoder, task: Task) ->
     ]
 
 
-def _opening(config: RunConfig, env: Env, inputs: Inputs, engine: Engine) -> str:
+def _start_summary(config: RunConfig, env: Env, inputs: Inputs, engine: Engine) -> str:
     millions = sum(shape.numel() for shape in engine.shapes.values()) / 1e6
     shapes = " or ".join(f"{s.num_frames} x {s.height}x{s.width}" for s in config.data.shapes)
-    begin = f"resuming at step {inputs.progress.step}" if inputs.resume else "starting"
+    action = f"resuming at step {inputs.progress.step}" if inputs.resume else "starting"
     return (
-        f"{begin}: {millions:.1f}M parameters in ZeRO-3 shards, ranks: {env.world} x {env.device.type}, "
+        f"{action}: {millions:.1f}M parameters in ZeRO-3 shards, ranks: {env.world} x {env.device.type}, "
         f"{inputs.precision}; {len(inputs.loader)} clips of {shapes}, "
         f"batch {config.batch.size}; run folder {inputs.folder.path}"
     )
 
 
-def _closing(
+def _end_summary(
     config: RunConfig, folder: RunFolder, progress: Progress, stop: StopRequest, seconds: float
 ) -> str:
     if progress.step < config.run.steps and stop.failing_nodes:
         nodes = ", ".join(stop.failing_nodes)
-        return f"stopped at step {progress.step}: the job is to go on without {nodes}"
+        return f"stopped at step {progress.step}: the job is requeued without {nodes}"
     if progress.step < config.run.steps:
         return f"stopped at step {progress.step} as asked; the same command resumes from there"
     return (
-        f"done: {progress.step} steps, this start took {seconds:.0f} s\n"
+        f"done: {progress.step} steps, this restart took {seconds:.0f} s\n"
         f"  report   {folder.report}\n"
         f"  videos   {folder.samples(progress.step)}\n"
         f"  weights  {folder.checkpoints}"

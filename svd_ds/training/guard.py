@@ -75,7 +75,7 @@ class GuardState:
 class Guard:
     config: GuardConfig
 
-    def judge(self, state: GuardState, loss: float, norm: float) -> tuple[str | None, GuardState]:
+    def check(self, state: GuardState, loss: float, norm: float) -> tuple[str | None, GuardState]:
         """What is wrong with a step of this loss and gradient norm, None if nothing; the state after it."""
         fault = self._fault("loss", loss, state.losses, self.config.loss_factor) or self._fault(
             "gradient norm", norm, state.norms, self.config.norm_factor

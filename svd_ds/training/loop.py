@@ -1,14 +1,16 @@
-"""The order in which a run does things. No tensor arithmetic here: each line names who does it."""
+"""Training loop: the order in which a run does its work, without tensor arithmetic of its own."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from svd_ds.batch import Batch
 from svd_ds.data.cursor import Cursor
+from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.jobs.signals import StopRequest
 from svd_ds.parallel.collectives import (
     SharedError,
     all_gather_objects,
@@ -16,222 +18,282 @@ from svd_ds.parallel.collectives import (
     broadcast_from_rank0,
     raise_on_all_ranks,
 )
-from svd_ds.training.checkpoint import NonFiniteError
-from svd_ds.training.compute import Computed, compute, compute_again
+from svd_ds.parallel.engine import Engine
+from svd_ds.training.checkpoint import Checkpoints, NonFiniteError
+from svd_ds.training.checkpoint_files import Settings
+from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation
 from svd_ds.training.fault_cause import FaultCause
-from svd_ds.training.guard import GuardState
-from svd_ds.training.metrics import StepMetrics
-from svd_ds.training.optim import group_lrs, learning_rate
-from svd_ds.training.parts import LoopConfig, TrainingComponents
+from svd_ds.training.gradients import GradientComputation, StepBatches, StepGradients
+from svd_ds.training.guard import Guard, GuardState
+from svd_ds.training.null_metrics import NullMetrics, StepMetrics
+from svd_ds.training.objectives.base import Objective
+from svd_ds.training.optim import OptimConfig, group_lrs, learning_rate
+from svd_ds.training.preview import Previews
 from svd_ds.training.progress import Progress
+from svd_ds.training.usage import StageTimer
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What became of a step, the same on all ranks."""
+class LoopConfig:
+    """Length of a run, and the intervals of what happens between its steps."""
+
+    total_steps: int
+    batch_size: int
+    """Clips in an optimiser step, over all ranks."""
+    optim: OptimConfig
+    checkpoint_every: int
+    preview_every: int
+    evaluate_every: int
+    exclude_bad_nodes: bool = False
+    """True where the launcher can restart the ranks on other nodes: the run then stops at a failing node."""
+
+    @property
+    def total_samples(self) -> int:
+        """Clips of the whole run."""
+        return self.total_steps * self.batch_size
+
+
+@dataclass(frozen=True)
+class TrainingComponents:
+    """Everything that the loop calls, on one rank."""
+
+    rank: int
+    engine: Engine
+    gradients: GradientComputation
+    objective: Objective
+    ema: ShardEMA
+    batches: Iterator[tuple[Batch, Cursor]]
+    """Micro-batches, each with the cursor after its step."""
+    pop_faults: Callable[[], list[Fault]]
+    """Returns the samples that were replaced in this rank's batches since the last call."""
+    quarantine: Quarantine
+    """Damaged samples of all ranks."""
+    guard: Guard
+    checkpoints: Checkpoints
+    settings: Settings
+    """What a checkpoint says about the network."""
+    evaluation: Evaluation | None
+    """None without evaluation."""
+    previews: Previews
+    stop: StopRequest
+    timer: StageTimer
+    heartbeat: Callable[[], None]
+    """Reports to the watchdog that a step is done."""
+    metrics: NullMetrics
+    """Metrics on rank 0, NullMetrics on the others."""
+
+
+@dataclass(frozen=True)
+class _StepResult:
+    """Outcome of one step, the same on all ranks."""
 
     progress: Progress
-    """Behind it."""
-    fault: str | None
-    """Why the guard skipped it; None where it was taken."""
+    """Progress after the step."""
+    skipped: str | None
+    """Reason why the guard skipped the step; None if it was taken."""
     stop: bool
-    """Whether a rank was asked to stop, or nodes should be left."""
+    """True if a rank was asked to stop, or failing nodes should be excluded."""
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """What the guard makes of a step, the same on all ranks. The engine holds the gradients of its last
-    computation."""
+class _Verdict:
+    """The guard's decision about a step, the same on all ranks."""
 
     loss: float
-    """Over all ranks."""
+    """Mean loss over all ranks."""
     grad_norm: float
     guard: GuardState
-    trip: str | None
-    """What was out of bounds in the first computation; None where nothing was."""
+    fault: str | None
+    """What was out of bounds in the first computation; None if nothing was."""
     skipped: str | None
-    """Why the step is not taken; None where it is."""
+    """Reason why the step is not taken; None if it is."""
     cause: FaultCause | None = None
-    """None where the step was computed once."""
+    """Result of the second computation; None if the step was computed once."""
 
 
-def train(parts: TrainingComponents, plan: LoopConfig, progress: Progress) -> Progress:
-    """Train from `progress` to the plan's last step, or until the ranks are asked to stop; return where it
-    ended."""
-    stopped = due = False
-    while progress.step < plan.total_steps and not stopped:
-        step = _step(parts, plan, progress)
+def train(run: TrainingComponents, config: LoopConfig, progress: Progress) -> Progress:
+    """Train from `progress` to the last step, or until a rank is asked to stop. All ranks call it.
+
+    Returns:
+        The progress at the end.
+
+    Raises:
+        SharedError: the last steps of the run were skipped, the guard has rolled back too often, or a
+            checkpoint cannot be written.
+    """
+    stopped = save_due = False
+    while progress.step < config.total_steps and not stopped:
+        step = train_step(run, config, progress)
         progress, stopped = step.progress, step.stop
-        if parts.guard.should_roll_back(progress.guard):
-            why = f"{progress.guard.consecutive_skips} steps in a row were skipped, the last because {step.fault}"
-            progress, due = _roll_back(parts, progress, why), False
+        if run.guard.should_roll_back(progress.guard):
+            skips = progress.guard.consecutive_skips
+            reason = f"{skips} steps in a row were skipped, the last because {step.skipped}"
+            progress, save_due = _roll_back(run, progress, reason), False
             continue
 
-        last = stopped or progress.step == plan.total_steps
-        ended = last and not stopped
-        if parts.evaluation is not None and (ended or progress.step % plan.evaluate_every == 0):
-            _evaluate(parts, parts.evaluation, progress)
-        due = due or last or progress.step % plan.checkpoint_every == 0
+        last = stopped or progress.step == config.total_steps
+        completed = last and not stopped
+        if run.evaluation is not None and (completed or progress.step % config.evaluate_every == 0):
+            _evaluate(run, run.evaluation, progress)
+        save_due = save_due or last or progress.step % config.checkpoint_every == 0
         try:
-            # Behind the evaluation: what is told of a step must be told before a run can go on behind it.
-            due = _save(parts, progress, due, taken=step.fault is None)
-            if ended or progress.step % plan.preview_every == 0:
-                _preview(parts, progress)
+            # After the evaluation: the metrics of a step are written before its checkpoint is committed.
+            save_due = _save(run, progress, save_due, taken=step.skipped is None)
+            if completed or progress.step % config.preview_every == 0:
+                _preview(run, progress)
             if last:
-                parts.checkpoints.finish()
+                run.checkpoints.finish()
         except NonFiniteError as error:
-            parts.guard.check_may_roll_back(progress.guard, str(error))
-            progress, due = _roll_back(parts, progress, str(error)), False
-        parts.heartbeat()
-    _check_end(parts, plan, progress)
+            run.guard.check_may_roll_back(progress.guard, str(error))
+            progress, save_due = _roll_back(run, progress, str(error)), False
+        run.heartbeat()
+    _check_last_steps_were_taken(run, config, progress)
     return progress
 
 
-def _step(parts: TrainingComponents, plan: LoopConfig, progress: Progress) -> _Step:
-    """Compute the next step, and take it unless the guard skips it."""
+def train_step(run: TrainingComponents, config: LoopConfig, progress: Progress) -> _StepResult:
+    """Compute the next optimiser step, and take it unless the guard skips it. All ranks call it."""
     started = time.perf_counter()
-    samples = progress.samples + plan.batch_size
-    lr = learning_rate(plan.optim, samples, plan.total_steps * plan.batch_size)
+    samples = progress.samples + config.batch_size
+    lr = learning_rate(config.optim, samples, config.total_samples)
 
-    read: list[tuple[Batch, Cursor]] = []
-    computed = compute(parts, _read(parts, read))
-    overheads_s = parts.clock.lap()
-    loss, overheads_s["data"], asked = _reduce(parts, progress, computed.loss, overheads_s["data"])
+    batches = StepBatches(run.batches, run.timer)
+    gradients = run.gradients.compute(batches)
+    overheads_s = run.timer.lap()
+    loss, overheads_s["data"], stop = _exchange(run, progress, gradients.loss, overheads_s["data"])
+    verdict = _check_step(run, progress, batches.read, gradients, loss)
 
-    judged = _judge(parts, progress, [batch for batch, _ in read], computed, loss)
-    progress = progress.advance(read[-1][1], plan.batch_size, judged.guard)
-    if judged.skipped is None:
-        parts.engine.step(group_lrs(plan.optim, lr))
+    if verdict.skipped is None:
+        run.engine.step(group_lrs(config.optim, lr))
     else:
-        parts.engine.discard_gradients()
-    terms = parts.objective.end_step()
-    parts.ema.update(parts.engine.local_shards(), samples, plan.batch_size)
+        run.engine.discard_gradients()
+    loss_terms = run.objective.end_step()
+    run.ema.update(run.engine.local_shards(), samples, config.batch_size)
+    progress = progress.advance(batches.cursor, config.batch_size, verdict.guard)
 
-    clips = all_gather_objects(list(computed.clips)) if judged.trip is not None else []
+    clip_ids = all_gather_objects(list(gradients.clip_ids)) if verdict.fault is not None else []
     step_s = time.perf_counter() - started
-    if parts.metrics is not None:
-        parts.metrics.log(
-            StepMetrics(
-                step=progress.step,
-                samples=progress.samples,
-                loss=judged.loss,
-                lr=lr,
-                grad_norm=judged.grad_norm,
-                clips_per_s=plan.batch_size / step_s,
-                step_s=step_s,
-                overheads_s=overheads_s,
-                skipped=judged.guard.skipped,
-                hardware_faults=judged.guard.hardware_faults,
-                terms=terms,
-            )
+    run.metrics.log(
+        StepMetrics(
+            step=progress.step,
+            samples=progress.samples,
+            loss=verdict.loss,
+            lr=lr,
+            grad_norm=verdict.grad_norm,
+            clips_per_s=config.batch_size / step_s,
+            step_s=step_s,
+            overheads_s=overheads_s,
+            skipped=verdict.guard.skipped,
+            hardware_faults=verdict.guard.hardware_faults,
+            terms=loss_terms,
         )
-        if judged.trip is not None:
-            taken = judged.skipped is None
-            parts.metrics.log_fault(progress.step, judged.trip, clips, judged.cause, taken)
-    if judged.cause is not None and plan.exclude_bad_nodes:
-        parts.stop.failing_nodes |= judged.cause.nodes
-    return _Step(progress, judged.skipped, asked or bool(parts.stop.failing_nodes))
+    )
+    if verdict.fault is not None:
+        taken = verdict.skipped is None
+        run.metrics.log_fault(progress.step, verdict.fault, clip_ids, verdict.cause, taken)
+    if verdict.cause is not None and config.exclude_bad_nodes:
+        run.stop.failing_nodes |= verdict.cause.nodes
+    return _StepResult(progress, verdict.skipped, stop or bool(run.stop.failing_nodes))
 
 
-def _judge(
-    parts: TrainingComponents, progress: Progress, batches: Sequence[Batch], computed: Computed, loss: float
-) -> _Judged:
-    """Have the guard judge a step, a second time where failing hardware computed it the first time."""
-    trip, guard = parts.guard.judge(progress.guard, loss, computed.grad_norm)
-    if trip is None or not parts.guard.config.recompute_tolerance:
-        return _Judged(loss, computed.grad_norm, guard, trip, trip)
-    again, cause = compute_again(parts, batches, computed)
-    if not cause.hardware:
-        return _Judged(loss, computed.grad_norm, guard, trip, trip, cause)
-    (loss,) = all_reduce_mean([again.loss])
-    skipped, guard = parts.guard.judge(progress.guard.with_hardware_fault(), loss, again.grad_norm)
-    return _Judged(loss, again.grad_norm, guard, trip, skipped, cause)
-
-
-def _read(parts: TrainingComponents, read: list[tuple[Batch, Cursor]]) -> Iterator[Batch]:
-    """A step's micro-batches, each read when it is asked for, and then in `read` with the cursor behind the
-    step."""
-    while not read or len(read) < read[-1][0].num_micro_batches:
-        with parts.clock("data"):
-            read.append(next(parts.batches))
-        yield read[-1][0]
-
-
-def _reduce(
-    parts: TrainingComponents, progress: Progress, loss: float, data_s: float
+def _exchange(
+    run: TrainingComponents, progress: Progress, loss: float, data_s: float
 ) -> tuple[float, float, bool]:
-    """A step's one exchange of numbers among the ranks: its loss, its wait for data, whether to stop.
+    """The one exchange of numbers among the ranks in a step.
+
+    Args:
+        loss: mean loss of this rank.
+        data_s: seconds that this rank has waited for data.
+
+    Returns:
+        Mean loss and mean wait over all ranks, and whether any rank was asked to stop.
 
     Raises:
-        SharedError: another start has taken the run folder over, or too many clips cannot be read.
+        SharedError: another restart has acquired the run folder, or too many samples cannot be read.
     """
-    faults = parts.pop_faults()
-    # Rank 0 writes the files, so that it looks whether they are still this start's.
-    lost = parts.metrics is not None and parts.checkpoints.is_fenced()
-    loss, data_s, asked, unreadable, taken_over = all_reduce_mean(
-        [loss, data_s, float(parts.stop.asked), float(len(faults)), float(lost)]
+    faults = run.pop_faults()
+    # Rank 0 writes the files, so it checks whether they are still this process's.
+    fenced = run.rank == 0 and run.checkpoints.is_fenced()
+    loss, data_s, asked, num_faults, any_fenced = all_reduce_mean(
+        [loss, data_s, float(run.stop.asked), float(len(faults)), float(fenced)]
     )
-    if taken_over:
-        broadcast_from_rank0(parts.checkpoints.check_not_fenced)
-    if unreadable:
+    if any_fenced:
+        broadcast_from_rank0(run.checkpoints.check_not_fenced)
+    if num_faults:
         faults, step = all_gather_objects(faults), progress.step + 1
-        raise_on_all_ranks(partial(parts.quarantine.add, faults, step, write=parts.metrics is not None))
+        raise_on_all_ranks(partial(run.quarantine.add, faults, step, write=run.rank == 0))
     return loss, data_s, asked > 0
 
 
-def _evaluate(parts: TrainingComponents, evaluation: Evaluation, progress: Progress) -> None:
-    with parts.clock("evaluation"):
-        measured = evaluation.measure(parts.engine, parts.ema)
-    broadcast_from_rank0(parts.checkpoints.check_not_fenced)
-    if parts.metrics is not None:
-        parts.metrics.log_evaluation(progress.step, progress.samples, measured)
-        parts.metrics.log_weights(progress.step, parts.engine.local_shards())
+def _check_step(
+    run: TrainingComponents, progress: Progress, batches: list[Batch], gradients: StepGradients, loss: float
+) -> _Verdict:
+    """Have the guard check a step; where it is out of bounds, compute it again to tell data from hardware."""
+    fault, guard = run.guard.check(progress.guard, loss, gradients.grad_norm)
+    tolerance = run.guard.config.recompute_tolerance
+    if fault is None or not tolerance:
+        return _Verdict(loss, gradients.grad_norm, guard, fault, skipped=fault)
+    again, cause = run.gradients.recompute(batches, gradients, tolerance)
+    if not cause.hardware:
+        return _Verdict(loss, gradients.grad_norm, guard, fault, skipped=fault, cause=cause)
+    (loss,) = all_reduce_mean([again.loss])
+    skipped, guard = run.guard.check(progress.guard.with_hardware_fault(), loss, again.grad_norm)
+    return _Verdict(loss, again.grad_norm, guard, fault, skipped, cause)
 
 
-def _save(parts: TrainingComponents, progress: Progress, due: bool, taken: bool) -> bool:
-    """Settle the save that is under way, and begin the one that is due; return whether it still is."""
-    with parts.clock("checkpoint"):
-        parts.checkpoints.poll_pending_save(taken)
-        # In a streak of skipped steps the weights are in doubt: the save waits for a taken one.
+def _evaluate(run: TrainingComponents, evaluation: Evaluation, progress: Progress) -> None:
+    with run.timer("evaluation"):
+        result = evaluation.measure(run.engine, run.ema)
+    broadcast_from_rank0(run.checkpoints.check_not_fenced)
+    run.metrics.log_evaluation(progress.step, progress.samples, result)
+    run.metrics.log_weights(progress.step, run.engine.local_shards())
+
+
+def _save(run: TrainingComponents, progress: Progress, due: bool, taken: bool) -> bool:
+    """Advance the pending save, and begin the one that is due.
+
+    Returns:
+        True if a save is still due.
+    """
+    with run.timer("checkpoint"):
+        run.checkpoints.poll_pending_save(taken)
+        # Among skipped steps the weights are in doubt: the save waits for a step that is taken.
         if due and taken:
-            parts.checkpoints.save(progress, parts.engine, parts.ema, parts.objective, parts.settings)
+            run.checkpoints.save(progress, run.engine, run.ema, run.objective, run.settings)
     return due and not taken
 
 
-def _preview(parts: TrainingComponents, progress: Progress) -> None:
-    with parts.clock("preview"):
-        preview = parts.previews.make(progress.step, parts.engine, parts.ema)
-    if parts.metrics is not None and preview is not None:
-        parts.metrics.log_preview(progress.step, preview)
+def _preview(run: TrainingComponents, progress: Progress) -> None:
+    with run.timer("preview"):
+        preview = run.previews.make(progress.step, run.engine, run.ema)
+    if preview is not None:
+        run.metrics.log_preview(progress.step, preview)
 
 
-def _check_end(parts: TrainingComponents, plan: LoopConfig, progress: Progress) -> None:
-    """Refuse to call a run done whose last steps were skipped: all ranks see the same numbers.
+def _roll_back(run: TrainingComponents, progress: Progress, reason: str) -> Progress:
+    """Load the last good checkpoint. The data order continues: the bad clips are not seen again."""
+    saved = run.checkpoints.reload(run.engine, run.ema, run.objective, reason)
+    run.metrics.print_line(f"step {progress.step}  {reason}")
+    run.metrics.log_rollback(saved.step, progress.step)
+    return progress.rolled_back(saved)
+
+
+def _check_last_steps_were_taken(run: TrainingComponents, config: LoopConfig, progress: Progress) -> None:
+    """Refuse to call a run finished whose last steps were skipped.
 
     Raises:
-        SharedError: it has come to its last step that way.
+        SharedError: the run has reached its last step, and it was skipped.
     """
     if (skipped := progress.guard.consecutive_skips) == 0:
         return
-    if progress.step == plan.total_steps:
+    if progress.step == config.total_steps:
         raise SharedError(
-            f"the run has come to run.steps={plan.total_steps} with its last {skipped} steps skipped, so "
+            f"the run has reached run.steps={config.total_steps} with its last {skipped} steps skipped, so "
             f"nothing is saved after step {progress.step - skipped}; logs/skipped.jsonl says why. Lower "
             "optim.lr, or widen guard.loss_factor and guard.norm_factor, or give it more run.steps"
         )
-    if parts.metrics is not None:
-        parts.metrics.print_line(
-            f"step {progress.step}  not saved, for the last {skipped} steps were skipped: the same command "
-            "resumes from the newest checkpoint before them"
-        )
-
-
-def _roll_back(parts: TrainingComponents, progress: Progress, why: str) -> Progress:
-    """To the weights of the last good checkpoint. The clips go on: the bad ones are not seen again."""
-    saved = parts.checkpoints.reload(parts.engine, parts.ema, parts.objective, why)
-    if parts.metrics is not None:
-        parts.metrics.print_line(f"step {progress.step}  {why}")
-    if parts.metrics is not None:
-        parts.metrics.log_rollback(saved.step, progress.step)
-    return progress.rolled_back(saved)
+    run.metrics.print_line(
+        f"step {progress.step}  not saved, because the last {skipped} steps were skipped: the same command "
+        "resumes from the newest checkpoint before them"
+    )

@@ -1,9 +1,9 @@
-"""What a run tells: a progress bar or plain lines, files of one JSON object a line, and Weights & Biases.
+"""Rank-0 logger: console, JSONL files and Weights & Biases.
 
-metrics.jsonl         every step: StepMetrics
-evaluation.jsonl      every evaluation: step, samples, Measured
+metrics.jsonl         StepMetrics of every step
+evaluation.jsonl      step, samples and EvalResult of every evaluation
 logs/skipped.jsonl    every step that the guard found out of bounds: step, fault, cause (hardware, data, or
-                      unknown where it was not computed again), words, taken, clips
+                      unknown where it was not computed again), message, taken, clips
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -30,56 +30,32 @@ from svd_ds.run_folder import RunFolder
 from svd_ds.settings import Settings, choice, number, text
 from svd_ds.training.evaluate import EvalResult
 from svd_ds.training.fault_cause import FaultCause
+from svd_ds.training.null_metrics import NullMetrics, StepMetrics
 from svd_ds.training.preview import Preview
 from svd_ds.training.tracker import MODES, open_tracker
 from svd_ds.training.usage import Goodput, MfuCounter, peak_memory_gib
 
 RATE_WINDOW = 20
-"""Steps over which clips/s is averaged."""
+"""Number of steps over which clips/s is averaged."""
 HISTOGRAM_SAMPLE = 2**20
-"""About so many weights make a histogram."""
+"""Approximate number of weights in a histogram."""
 
 
 @dataclass(frozen=True)
 class LoggerConfig(Settings, section="logger"):
     every: int = number(10, ge=1)
-    """Steps between plain lines."""
+    """Steps between lines on the console."""
     wandb: str = choice("auto", MODES)
-    """auto (online when a key is set, else offline) | online | offline | disabled. WANDB_MODE overrides
-    auto."""
+    """W&B mode: auto (online where wandb has an API key, else offline) | online | offline | disabled.
+    WANDB_MODE overrides auto."""
     project: str = text("svd_ds")
+    """W&B project."""
     entity: str | None = text(None)
+    """W&B entity; null is the account's default."""
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """One optimiser step, the same on all ranks."""
-
-    step: int
-    samples: int
-    loss: float
-    lr: float
-    grad_norm: float
-    clips_per_s: float
-    step_s: float
-    overheads_s: dict[str, float]
-    """By usage.WAITS: for data within `step_s`, for the others since the step before."""
-    skipped: int = 0
-    """Steps that the guard has skipped so far."""
-    hardware_faults: int = 0
-    """Steps so far that came out otherwise when they were computed again."""
-    terms: dict[str, float] = field(default_factory=dict)
-    """What the loss was made of."""
-
-    def numbers(self) -> dict[str, float]:
-        """Each number by name, the waits and terms among them."""
-        numbers = asdict(self)
-        overheads_s, terms = numbers.pop("overheads_s"), numbers.pop("terms")
-        return numbers | {f"{kind}_s": seconds for kind, seconds in overheads_s.items()} | terms
-
-
-class Metrics:
-    """The voice of rank 0. A context: leaving it closes the bar, the files and the W&B run."""
+class Metrics(NullMetrics):
+    """Rank-0 logger. As a context manager it closes the progress bar, the files and the W&B run."""
 
     def __init__(
         self,
@@ -88,15 +64,21 @@ class Metrics:
         settings: Mapping[str, Any],
         total_steps: int,
         step: int,
-        speed: MfuCounter | None = None,
+        mfu_counter: MfuCounter | None = None,
         tags: Mapping[str, str] | None = None,
         on_stop: Callable[[], None] = lambda: None,
         check_not_fenced: Callable[[], None] = lambda: None,
     ) -> None:
-        """step: where this life begins; speed: None leaves MFU out; tags: of the parameters by name, for
-        histograms; on_stop: called when W&B is asked to stop the run; check_not_fenced: raises ValueError
-        where another start of the run has taken the folder over, and is called before anything is written
-        there by name."""
+        """
+        Args:
+            settings: resolved config, for W&B.
+            step: step from which this process resumes.
+            mfu_counter: None leaves MFU out.
+            tags: parameter name -> tag, for histograms.
+            on_stop: called when the run is stopped in W&B.
+            check_not_fenced: raises ValueError where another restart has acquired the run folder; called
+                before a file there is written by name.
+        """
         self.config = config
         self.folder = folder
         self.check_not_fenced = check_not_fenced
@@ -106,7 +88,7 @@ class Metrics:
         self.lines = LineFile(folder.logs / "train.log")
         self.recent: deque[StepMetrics] = deque(maxlen=RATE_WINDOW)
         self.goodput = Goodput.of(folder)
-        self.speed = speed
+        self.mfu_counter = mfu_counter
         self.tags = tags or {}
         self.tracker = open_tracker(
             folder, config.wandb, config.project, config.entity, settings, self.print_line, on_stop
@@ -115,9 +97,6 @@ class Metrics:
         if self.bar is not None:
             self.task = self.bar.add_task("train", total=total_steps, completed=step, numbers="")
             self.bar.start()
-
-    def __enter__(self) -> Metrics:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.bar is not None:
@@ -128,17 +107,15 @@ class Metrics:
         self.lines.close()
 
     def print_line(self, text: str) -> None:
-        """A line for the person, above the bar and in the log file."""
         text = printable(text)
         self.console.print(text, markup=False)
-        self._keep(text)
+        self._append_to_log(text)
 
-    def tracking(self) -> str:
-        """Where W&B shows the run, in words."""
+    def wandb_status(self) -> str:
         return self.tracker.where() if self.tracker is not None else "W&B: disabled"
 
-    def _keep(self, line: str) -> None:
-        # A copy of what the console shows: a full disk ends a run where metrics or checkpoints are lost.
+    def _append_to_log(self, line: str) -> None:
+        # A copy of the console: a full disk ends a run only where metrics or checkpoints would be lost.
         with suppress(OSError):
             self.lines.append(redact(line))
 
@@ -160,48 +137,47 @@ class Metrics:
             self.bar.update(self.task, completed=metrics.step, numbers=short)
         if metrics.step % self.config.every == 0 or metrics.step in (1, self.total_steps):
             line = f"step {metrics.step}/{self.total_steps}  {numbers}  eta {self._remaining(metrics)}"
-            self._keep(line)
+            self._append_to_log(line)
             if self.bar is None:
                 self.console.print(line, markup=False)
 
     def _usage(self, metrics: StepMetrics) -> dict[str, float]:
         usage = {f"goodput/{kind}": share for kind, share in self.goodput.shares(time.time()).items()}
-        if self.speed is not None:
-            usage["mfu"] = self.speed.mfu(metrics.clips_per_s)
+        if self.mfu_counter is not None:
+            usage["mfu"] = self.mfu_counter.mfu(metrics.clips_per_s)
         return usage | {"memory_gib": peak_memory_gib()}
 
-    def wall_time(self) -> str:
-        """How the run's wall time since its first start divides, in words."""
+    def print_wall_time(self) -> None:
         shares = self.goodput.shares(time.time())
-        told = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.005)
-        return f"wall time of the run: {told}"
+        parts = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.005)
+        self.print_line(f"  wall time of the run: {parts}")
 
     def log_fault(
         self, step: int, fault: str, clips: list[str], cause: FaultCause | None = None, taken: bool = False
     ) -> None:
-        """Say what was wrong with a step and why, and keep the ids of its clips.
-
-        Args:
-            cause: None where the step was not computed again.
-            taken: whether the step was taken with what the second computation gave.
-        """
         self.check_not_fenced()
-        words = cause.message if cause is not None else ""
+        message = cause.message if cause is not None else ""
         kind = "unknown" if cause is None else "hardware" if cause.hardware else "data"
-        row = {"step": step, "fault": fault, "cause": kind, "message": words, "taken": taken, "clips": clips}
+        row = {
+            "step": step,
+            "fault": fault,
+            "cause": kind,
+            "message": message,
+            "taken": taken,
+            "clips": clips,
+        }
         append_row(self.folder.skipped, row)
-        told = "; ".join(filter(None, (fault, words)))
-        kept = f"its clips stand in {self.folder.skipped}"
+        report = "; ".join(filter(None, (fault, message)))
+        kept = f"its clips are listed in {self.folder.skipped}"
         if cause is None or not cause.hardware:
-            self.print_line(f"step {step}  skipped: {told}; {kept}")
+            self.print_line(f"step {step}  skipped: {report}; {kept}")
             return
-        end = "the step is taken as it was computed the second time" if taken else f"skipped; {kept}"
-        self.print_line(f"step {step}  warning: failing hardware: {told}; {end}")
+        end = "the step is taken with the result of the second computation" if taken else f"skipped; {kept}"
+        self.print_line(f"step {step}  warning: failing hardware: {report}; {end}")
         if self.tracker is not None:
-            self.tracker.alert("failing hardware", f"step {step}: {told}")
+            self.tracker.alert("failing hardware", f"step {step}: {report}")
 
     def log_rollback(self, step: int, left: int) -> None:
-        """The run goes on from `step`: what was told of the steps behind it, up to `left`, is dropped."""
         self.check_not_fenced()
         self.jsonl.close()
         damage = self.folder.truncate_after(step, self.folder.metrics, self.folder.evaluation)
@@ -209,18 +185,19 @@ class Metrics:
         self.goodput = Goodput.of(self.folder)
         for sentence in damage:
             self.print_line(f"warning: {sentence}")
-        self.print_line(f"step {left}  going back to the checkpoint of step {step}, and on with new clips")
+        self.print_line(
+            f"step {left}  rolled back to the checkpoint of step {step}; the data continues with new clips"
+        )
 
-    def log_evaluation(self, step: int, samples: int, measured: EvalResult) -> None:
+    def log_evaluation(self, step: int, samples: int, result: EvalResult) -> None:
         self.check_not_fenced()
-        append_row(self.folder.evaluation, {"step": step, "samples": samples, **asdict(measured)})
-        mean, average = fmean(measured.loss), fmean(measured.loss_average)
-        self.print_line(f"step {step}  fixed set: loss {mean:.4f}, of the averaged weights {average:.4f}")
+        append_row(self.folder.evaluation, {"step": step, "samples": samples, **asdict(result)})
+        mean, average = fmean(result.loss), fmean(result.loss_average)
+        self.print_line(f"step {step}  fixed set: loss {mean:.4f}, with averaged weights {average:.4f}")
         if self.tracker is not None:
-            self.tracker.log_evaluation(step, measured)
+            self.tracker.log_evaluation(step, result)
 
     def log_weights(self, step: int, shards: Mapping[str, Tensor]) -> None:
-        """Send W&B histograms by tag, of a sample of this rank's flat shards; parameter name -> shard."""
         if self.tracker is None:
             return
         by_tag: dict[str, list[Tensor]] = {}
@@ -235,9 +212,8 @@ class Metrics:
         self.tracker.log_weights(step, histograms)
 
     def log_preview(self, step: int, preview: Preview) -> None:
-        """Say where its videos (mp4) and contact sheet (png) are and what was measured; send all to W&B."""
-        measured = "".join(f", {name} {value:.2f}" for name, value in preview.measured.items())
-        self.print_line(f"step {step}  made {len(preview.videos)} videos{measured}: {preview.sheet}")
+        metrics = "".join(f", {name} {value:.2f}" for name, value in preview.measured.items())
+        self.print_line(f"step {step}  made {len(preview.videos)} videos{metrics}: {preview.sheet}")
         if self.tracker is not None:
             self.tracker.log_preview(step, preview)
 
@@ -249,7 +225,7 @@ class Metrics:
 
 
 def _progress_bar(console: Console) -> Progress:
-    """Fits 80 columns: step, bar, numbers, time left."""
+    """Progress bar of 80 columns: step, bar, numbers, time left."""
     return Progress(
         MofNCompleteColumn(),
         BarColumn(bar_width=8),

@@ -79,7 +79,9 @@ def test_a_read_that_hangs_ends_the_run_with_its_shard(tmp_path: Path, num_worke
     # Opening a pipe that nobody writes to waits for ever, as a file of a dead server does.
     (tmp_path / "shard-00000.tar").unlink()
     os.mkfifo(tmp_path / "shard-00000.tar")
-    with pytest.raises(OSError, match=r"^a read of .*shard-00000\.tar has hung for data\.read_timeout_seconds=0\.3$"):
+    with pytest.raises(
+        OSError, match=r"^a read of .*shard-00000\.tar has hung for data\.read_timeout_seconds=0\.3$"
+    ):
         next(iter(loader))
 
 

@@ -17,20 +17,20 @@ GUARD = Guard(GuardConfig(loss_factor=3.0, norm_factor=10.0, window=4, max_skips
 def after(values: list[tuple[float, float]], guard: Guard = GUARD) -> GuardState:
     state = GuardState()
     for loss, norm in values:
-        fault, state = guard.judge(state, loss, norm)
+        fault, state = guard.check(state, loss, norm)
         assert fault is None, fault
     return state
 
 
 def test_a_spike_is_skipped_and_named() -> None:
     calm = after([(0.5, 1.0), (0.4, 2.0), (0.6, 1.0), (0.5, 1.0)])
-    assert GUARD.judge(calm, 1.49, 9.9)[0] is None
-    fault, state = GUARD.judge(calm, 1.6, 1.0)
+    assert GUARD.check(calm, 1.49, 9.9)[0] is None
+    fault, state = GUARD.check(calm, 1.6, 1.0)
     assert fault == "the loss is 1.6, 3.2 times the median of the last 4"
     assert (state.skipped, state.consecutive_skips, state.losses) == (1, 1, calm.losses)
-    fault, state = GUARD.judge(state, 0.5, 11.0)
+    fault, state = GUARD.check(state, 0.5, 11.0)
     assert fault == "the gradient norm is 11, 11 times the median of the last 4"
-    fault, state = GUARD.judge(state, 0.5, 1.0)
+    fault, state = GUARD.check(state, 0.5, 1.0)
     assert fault is None
     assert (state.skipped, state.consecutive_skips) == (2, 0)
     assert state.losses == (0.4, 0.6, 0.5, 0.5), "the last window, without what was skipped"
@@ -38,7 +38,7 @@ def test_a_spike_is_skipped_and_named() -> None:
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (0.5, math.inf)])
 def test_what_is_not_finite_is_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
-    fault, state = Guard(GuardConfig(loss_factor=0, norm_factor=0)).judge(GuardState(), loss, norm)
+    fault, state = Guard(GuardConfig(loss_factor=0, norm_factor=0)).check(GuardState(), loss, norm)
     assert fault is not None and ("nan" in fault or "inf" in fault)
     assert state == GuardState(skipped=1, consecutive_skips=1)
 
@@ -57,7 +57,7 @@ def test_after_too_many_in_a_row_the_run_goes_back_so_often_and_ends() -> None:
     progress = Progress(Cursor(16, "f"), step=2, samples=16, guard=saved)
     state = GuardState(saved.losses, saved.norms, skipped=7).with_hardware_fault()
     for expected in (False, True):
-        _, state = guard.judge(state, math.nan, 1.0)
+        _, state = guard.check(state, math.nan, 1.0)
         assert guard.should_roll_back(state) is expected
     left = Progress(Cursor(80, "f"), step=10, samples=80, guard=state)
     again = left.rolled_back(progress)
@@ -65,7 +65,7 @@ def test_after_too_many_in_a_row_the_run_goes_back_so_often_and_ends() -> None:
     assert again.guard == GuardState(saved.losses, saved.norms, skipped=9, rollbacks=1, hardware_faults=1)
     state = again.guard
     for _ in range(2):
-        _, state = guard.judge(state, math.nan, 1.0)
+        _, state = guard.check(state, math.nan, 1.0)
     with pytest.raises(SharedError, match=r"2 steps in a row .*max_skips=1, .* 1 of guard\.max_rollbacks=1 "):
         guard.should_roll_back(state)
 

@@ -8,7 +8,8 @@ import pytest
 from svd_ds.fsync_io import LineFile
 from svd_ds.run_folder import RunFolder
 from svd_ds.training.evaluate import EvalResult
-from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
+from svd_ds.training.metrics import LoggerConfig, Metrics
+from svd_ds.training.null_metrics import StepMetrics
 
 
 def step(number: int) -> StepMetrics:
@@ -74,7 +75,7 @@ def test_evaluations_and_skipped_steps_are_lines_and_a_resumed_run_drops_the_lat
             metrics.log_evaluation(number, 8 * number, measured(0.5))
             metrics.log_fault(number + 1, "the loss is nan", ["a", "b"])
     told = capsys.readouterr().out
-    assert "step 3  fixed set: loss 0.5000, of the averaged weights 1.5000" in told
+    assert "step 3  fixed set: loss 0.5000, with averaged weights 1.5000" in told
     assert "step 4  skipped: the loss is nan" in told
     run.open({}, step=3)
     rows = [json.loads(line) for line in run.evaluation.read_text().splitlines()]

@@ -19,7 +19,8 @@ from svd_ds.run_folder import RunFolder
 from svd_ds.training import tracker as module
 from svd_ds.training.evaluate import EvalResult
 from svd_ds.training.fault_cause import FaultCause
-from svd_ds.training.metrics import LoggerConfig, Metrics, StepMetrics
+from svd_ds.training.metrics import LoggerConfig, Metrics
+from svd_ds.training.null_metrics import StepMetrics
 from svd_ds.training.tracker import Tracker, open_tracker
 from svd_ds.training.usage import OVERHEADS, MfuCounter
 
@@ -309,11 +310,11 @@ def test_netrc_file_without_a_key_means_offline(home: Path, content: str) -> Non
 
 def test_start_says_where_the_run_is_shown(client: RunFolder) -> None:
     with Metrics(client, LoggerConfig(wandb="offline"), {}, 5, 0) as metrics:
-        told = metrics.tracking()
+        told = metrics.wandb_status()
         (folder,) = client.path.glob("wandb/offline-run-*")
         assert told == f"W&B: offline; after `wandb login`, `wandb sync {folder}` uploads it"
     with Metrics(client, LoggerConfig(wandb="disabled"), {}, 5, 0) as metrics:
-        assert metrics.tracking() == "W&B: disabled"
+        assert metrics.wandb_status() == "W&B: disabled"
 
 
 def test_start_says_the_runs_address() -> None:
