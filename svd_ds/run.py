@@ -108,7 +108,9 @@ def _train(
     with stop, opened as metrics, outcome, checkpoints:
         notes = [metrics.wandb_status(), resume.note, *inputs.loader.notes, *task.notes]
         metrics.print_line("\n".join([_start_summary(config, env, inputs, engine), *filter(None, notes)]))
-        for sentence in filter(None, (damaged_restarts, *damage)):
+        if damaged_restarts is not None:
+            damage.insert(0, f"{damaged_restarts}; a copy was kept next to it")
+        for sentence in damage:
             metrics.print_line(f"warning: {sentence}")
         if new:
             source = config.init.source

@@ -31,5 +31,5 @@ def start(shards: Path, run_dir: Path, *overrides: str) -> Progress:
     config = compose([*SMALLEST, f"data.path={shards}", f"run.dir={run_dir}", *overrides])
     env = Env.read({})
     # With `debug` an error is raised, and not turned into an exit code.
-    with RankSession(RunFolder(run_dir), env, config.watchdog, debug=True) as attempt:
-        return run(config, env, attempt)
+    with RankSession(RunFolder(run_dir), env, config.watchdog, debug=True) as session:
+        return run(config, env, session)

@@ -23,7 +23,7 @@ from svd_ds.cli import print_line, run_cli
 from svd_ds.fsync_io import replace_text
 from svd_ds.jobs.outcome import FINISHED, INTERRUPTED, REFUSED, JobOutcome
 from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
-from svd_ds.jobs.rank_session import record_queued_restart
+from svd_ds.jobs.requeue import record_queued_restart
 from svd_ds.parallel.env import STARTED, restart_id
 from svd_ds.run_folder import RunFolder
 
@@ -66,7 +66,7 @@ def main() -> None:
     clock = JobClock(job.id, options.arguments)
     try:
         folder = run_folder(options.arguments, clock)
-        if (damage := record_queued_restart(folder, job.id, job.max_restarts)) is not None:
+        if (damage := record_queued_restart(folder, int(job.id), job.max_restarts)) is not None:
             print_line(f"warning: {damage}")
     except ValueError:
         settle(options.trial, clock)

@@ -1,7 +1,7 @@
-"""How an attempt at a run ended, as its launcher reads it.
+"""Outcome of a job: how the newest restart of a run ended. The launcher reads it.
 
-logs/outcome.json           of the newest attempt; missing where it was killed
-logs/outcome-0123abcd.json  of an attempt that another start took the folder over from
+logs/outcome.json           outcome of the newest restart; missing where it was killed
+logs/outcome-0123abcd.json  outcome of a restart that lost the run folder to another, by its token
 """
 
 from __future__ import annotations
@@ -18,59 +18,68 @@ from svd_ds.small_files import read_json
 
 FINISHED = "finished"
 PREEMPTED = "preempted"
-"""Asked to stop, it left a checkpoint."""
+"""Stopped on request, after a checkpoint."""
 REFUSED = "refused"
-"""A user's mistake: another attempt would end the same."""
+"""Ended by a user's mistake: another restart would end in the same way."""
 INTERRUPTED = "interrupted"
-"""By a person at the terminal, or with W&B's stop button."""
+"""Stopped by a person at the terminal, or with W&B's stop button."""
 FAILED = "failed"
 BAD_NODES = "bad nodes"
-"""Some of its nodes compute wrongly: it goes on without them, from a checkpoint."""
+"""Stopped, after a checkpoint, because nodes compute wrongly: the job resumes without them."""
 
 
 @dataclass(frozen=True)
 class JobOutcome:
+    """Outcome of one restart."""
+
     kind: str
+    """One of the constants above."""
     rank: int
+    """Rank that recorded it."""
     message: str
     restart_id: tuple[int, int]
-    """svd_ds.parallel.env.restart_id: ranks of an earlier one, on a node that was cut off, may still speak."""
+    """Restart that ended (svd_ds.parallel.env.restart_id): ranks of an earlier one, on a node that was cut
+    off, may still write."""
     nodes: dict[str, str] = field(default_factory=dict)
-    """Hosts that another attempt should do without, and why."""
+    """Host -> why the next restart should not use it."""
 
     @staticmethod
     def read(folder: RunFolder) -> JobOutcome | None:
-        """Of this attempt, in which the caller takes part; None where nobody has said it yet."""
+        """Read the outcome of the caller's own restart; None while no rank has recorded one."""
         for path in (outcome_path(folder), *sorted(folder.logs.glob("outcome-*.json"))):
-            told = _told(path)
-            if told is not None and told.restart_id == restart_id():
-                return told
+            outcome = _read_outcome(path)
+            if outcome is not None and outcome.restart_id == restart_id():
+                return outcome
         return None
 
     def record(self, path: Path) -> bool:
-        """Write the file where nobody has told an outcome of this attempt yet; return whether that is so.
+        """Write the file unless an outcome of this restart is there already; return True if it was written.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         text = json.dumps(asdict(self) | {"message": redact(self.message)}) + "\n"
         try:
             create_text(path, text)
         except FileExistsError:
-            told = _told(path)
-            if told is None or told.restart_id >= self.restart_id:
+            recorded = _read_outcome(path)
+            if recorded is None or recorded.restart_id >= self.restart_id:
                 return False
             replace_text(path, text)
         return True
 
 
 def outcome_path(folder: RunFolder, token: str = "") -> Path:
-    """The file of an outcome; `token`: of a start that another one took the folder over from."""
+    """Path of an outcome.
+
+    Args:
+        token: fencing token of a restart that lost the run folder to another; empty for the newest restart.
+    """
     return folder.logs / (f"outcome-{token}.json" if token else "outcome.json")
 
 
-def _told(path: Path) -> JobOutcome | None:
-    """By whichever attempt spoke last; None where nobody did, or where what it said cannot be read."""
+def _read_outcome(path: Path) -> JobOutcome | None:
+    """The outcome in a file, of whichever restart; None where it is missing or damaged."""
     try:
         values = read_json(path)
         nodes = {str(host): str(why) for host, why in values.get("nodes", {}).items()}

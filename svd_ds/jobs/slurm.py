@@ -54,7 +54,7 @@ class Job:
     def add_options(parser: ArgumentParser) -> None:
         """The options by which slurm/lib.sh tells of the allocation, and a site of its wishes."""
         add = parser.add_argument
-        add("--job", required=True, metavar="ID", help="the job's id")
+        add("--job", required=True, type=int, metavar="ID", help="the job's id")
         add("--nodes", required=True, metavar="NAMES", help="its nodes, with commas between")
         add("--cpus", type=int, default=1, metavar="N", help="of a task; default: %(default)s")
         add("--gpus", type=int, default=0, metavar="N", help="of a node; default: %(default)s")
@@ -71,7 +71,7 @@ class Job:
     def of(options: Namespace) -> Job:
         nodes = tuple(options.nodes.split(","))
         numbers = options.cpus, options.gpus, options.max_restarts
-        return Job(options.job, nodes, *numbers, preflight=not options.no_preflight)
+        return Job(str(options.job), nodes, *numbers, preflight=not options.no_preflight)
 
     def options(self) -> list[str]:
         """Words that `of` reads as this job."""

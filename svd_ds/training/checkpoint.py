@@ -1,6 +1,5 @@
 """Checkpoints that a killed run can trust: written under a temporary name, made durable, then renamed.
 
-    checkpoints/lives.jsonl     a line for each start of the run (svd_ds.weights.restarts)
     checkpoints/step-0000100/
         COMPLETE                the manifest: size and checksum of every other file. Without it the folder
                                 does not count

@@ -1,4 +1,11 @@
-"""The folder of a run's checkpoints, as rank 0 keeps it: whose it is, what is added to it, what stays."""
+"""Folder of a run's checkpoints, as rank 0 manages it: ownership, commits, pruning.
+
+Each restart that acquires a run folder gets a *fencing token*, a random number that it adds to
+logs/restarts.jsonl; the newest one owns the folder. It guarantees that of several processes of a run, one
+writes: one with an older token, such as on a node that was cut off, finds that out before its next commit and
+ends. Should it look a moment too early, the checkpoint that it commits is invalid (svd_ds.weights.restarts),
+and nothing resumes from it.
+"""
 
 from __future__ import annotations
 
@@ -14,131 +21,150 @@ from pathlib import Path
 from svd_ds.fsync_io import fsync_path, replace_file, set_aside, write_text
 from svd_ds.settings import Settings, number
 from svd_ds.weights.manifest import COMPLETE, Manifest, damage_of
-from svd_ds.weights.restarts import RESTARTS, Restart, complete_checkpoints, read_restarts, restarts_damage
+from svd_ds.weights.restarts import (
+    RESTARTS,
+    Restart,
+    complete_checkpoints,
+    read_acquired_restarts,
+    read_restarts,
+    restarts_damage,
+    restarts_path,
+)
 from svd_ds.weights.shards import KEPT_AVERAGES
 
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings, section="checkpoint"):
+    """When checkpoints are saved, and which of them are kept."""
+
     every: int = number(1000, ge=1)
-    """Steps between checkpoints; the last step always leaves one."""
+    """Steps between checkpoints; the last step always saves one."""
     keep_last: int = number(2, ge=1)
-    """How many of the newest stay."""
+    """Number of newest checkpoints that are kept."""
     keep_every: int = number(0, ge=0)
-    """Checkpoints at multiples of this many steps stay for good; 0 keeps none for good."""
+    """Checkpoints at multiples of this many steps are kept for good; 0 keeps none for good."""
     keep_averages: int = number(0, ge=0)
-    """Of those at multiples of this many steps the averages stay, in averages/step-N: any other length can be
-    made of them after the run. 0 keeps none."""
+    """When a checkpoint at a multiple of this many steps is removed, its averages are kept in
+    averages/step-N: an average of any other length can be made of them after the run. 0 keeps none."""
     asynchronous: bool = True
-    """Train on while a checkpoint is written. Takes a copy of each rank's slices in host memory."""
+    """Continue training while a checkpoint is written; takes a copy of each rank's shards in host memory."""
     verify: bool = True
-    """Before a run resumes, compare the checksum of every file of the checkpoint with its manifest. It costs
-    one more reading of the files, divided over the ranks; their sizes are compared in any case."""
+    """Before a run resumes, compare the checksum of every file of the checkpoint with its manifest. The files
+    are read once more, divided over the ranks; their sizes are compared in any case."""
 
 
-def acquire(folder: Path, step: int, origin: str = "", attempt: tuple[int, int] = (0, 0)) -> str:
-    """Start the run after `step`; returns this start's fencing token.
-
-    From here on an earlier start that still writes, on a node that was cut off, saves nothing that counts.
+def acquire(folder: Path, step: int, origin: str = "", restart_id: tuple[int, int] = (0, 0)) -> str:
+    """Make this restart of the run the owner of its folder.
 
     Args:
-        origin: the checkpoint named by run.resume that this start descends from (svd_ds.weights.restarts.Restart).
-        attempt: the Slurm job and its restart count.
+        folder: folder of the run's checkpoints.
+        step: step after which the restart begins.
+        origin: checkpoint named by run.resume that it descends from (svd_ds.weights.restarts.Restart).
+        restart_id: Slurm job and its restart count.
+
+    Returns:
+        The fencing token.
 
     Raises:
-        ValueError: another start takes the folder over at the same moment.
+        ValueError: another restart acquires the folder at the same moment.
     """
-    life = Restart(secrets.token_hex(4), step, time.time(), origin, *attempt)
-    for abandoned in folder.glob(f"{RESTARTS}.*.new"):
+    token, path = secrets.token_hex(4), restarts_path(folder)
+    for abandoned in path.parent.glob(f"{RESTARTS}.*.new"):
         abandoned.unlink(missing_ok=True)
-    lives = [*read_restarts(folder), life]
+    job, restart = restart_id
+    restarts = [*read_restarts(folder), Restart(step, time.time(), job, restart, token, origin)]
     if restarts_damage(folder) is not None:
-        set_aside(folder / RESTARTS)
-    # A draft of its own: two starts at once must not write into one file.
-    draft = folder / f"{RESTARTS}.{life.token}.new"
-    write_text(draft, "".join(json.dumps(asdict(each)) + "\n" for each in lives))
+        set_aside(path)
+    # A draft of its own: two restarts at once must not write into one file. The one that replaces the file
+    # last may drop the other's row, and with it ends the other; both fence every earlier one.
+    draft = path.with_name(f"{RESTARTS}.{token}.new")
+    write_text(draft, "".join(json.dumps(asdict(each)) + "\n" for each in restarts))
     try:
-        replace_file(draft, folder / RESTARTS)
+        replace_file(draft, path)
     except FileNotFoundError as error:
-        raise ValueError(_taken_over(folder)) from error
-    if not _is_last(folder, life.token):
-        raise ValueError(_taken_over(folder))
-    # Of former lives. A later one's are not here yet: it would first have taken over from this one.
+        raise ValueError(_fenced(folder)) from error
+    if _is_fenced(folder, token):
+        raise ValueError(_fenced(folder))
+    # Drafts of earlier restarts. A later one has none here yet: it would have acquired the folder first.
     for draft in folder.glob("*.tmp"):
         _remove(draft)
     for kept in (folder.parent / KEPT_AVERAGES).glob("step-*"):
         _strip(kept)
-    return life.token
+    return token
 
 
-def draft_name(name: str, life: str) -> str:
-    """Of a checkpoint as long as it is written: no two lives write into one."""
-    return f"{name}.{life}.tmp"
+def draft_name(name: str, token: str) -> str:
+    """Name of a checkpoint while it is written: no two restarts write into one folder."""
+    return f"{name}.{token}.tmp"
 
 
-def check_not_fenced(folder: Path, life: str) -> None:
-    """Raises ValueError where another start has taken over, or where the folder is gone."""
+def check_not_fenced(folder: Path, token: str) -> None:
+    """Check that the restart with this token still owns the folder.
+
+    Raises:
+        ValueError: another restart has acquired the folder, or the folder is gone.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is gone: it was moved or removed while the run was training")
-    if not _is_last(folder, life):
-        raise ValueError(_taken_over(folder))
+    if _is_fenced(folder, token):
+        raise ValueError(_fenced(folder))
 
 
-def _is_last(folder: Path, life: str) -> bool:
-    """Whether no other start has taken over.
+def _is_fenced(folder: Path, token: str) -> bool:
+    tokens = [restart.token for restart in read_acquired_restarts(folder)]
+    is_damaged = restarts_damage(folder) is not None
+    if token in tokens:
+        # An unreadable row after our own may be that of a later restart.
+        return tokens[-1] != token or is_damaged
+    # Every later restart keeps the readable rows and adds its own: where there is none, or what is left is
+    # damaged, only our own row is lost.
+    return bool(tokens) and not is_damaged
 
-    One that does writes the whole file anew. So where the file is gone, or its last line is damaged, none
-    has: the line was this start's.
-    """
-    lives = read_restarts(folder)
-    return not lives or lives[-1].token == life or restarts_damage(folder) is not None
 
-
-def _taken_over(folder: Path) -> str:
+def _fenced(folder: Path) -> str:
     return f"another start of this run has taken over {folder.parent}: this one ends and leaves it alone"
 
 
 def commit(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int) -> None:
-    """Make a checkpoint of a draft whose files are all on disk, and remove what is old.
+    """Turn a draft whose files are all on disk into a checkpoint, and prune old checkpoints.
 
     Args:
-        manifest: digests of the files of all ranks, and the token of the start that saved them.
-        good: the newest step whose checkpoint is known to train: neither it nor a newer one is removed.
+        manifest: digests of the files of all ranks, and the fencing token of the restart that saved them.
+        good: newest step whose checkpoint is known to train: neither it nor a newer one is pruned.
 
     Raises:
-        ValueError: another start of the run has taken over, or a rank's file is not in the draft.
-        OSError: it cannot be written.
+        ValueError: another restart has acquired the folder, or a rank's file is not in the draft.
+        OSError: a file cannot be written.
     """
-    folder, life = draft.parent, manifest.token
-    check_not_fenced(folder, life)
+    folder, token = draft.parent, manifest.token
+    check_not_fenced(folder, token)
     if damage := damage_of(draft, manifest, checksums=False):
         raise ValueError(
             f"the checkpoint {draft} lacks what a rank has written: {damage}; all "
             f"{manifest.world_size} ranks must see one run folder"
         )
-    # What is told of these steps must not be lost when the run can go on behind them.
-    for told in (*folder.parent.glob("*.jsonl"), *folder.parent.glob("logs/*.jsonl")):
-        fsync_path(told)
-    # Not `write_text`, which makes folders: who has taken over has cleared this draft away.
+    # The metrics of these steps must be on disk before the run can resume after them.
+    for log in (*folder.parent.glob("*.jsonl"), *folder.parent.glob("logs/*.jsonl")):
+        fsync_path(log)
+    # Not `write_text`, which makes folders: another restart that acquired the folder has removed the draft.
     (draft / COMPLETE).write_text(manifest.as_json(), encoding="utf-8")
     for written in (draft / COMPLETE, draft, *(path for path in draft.iterdir() if path.is_dir())):
         fsync_path(written)
-    _put_in_place(draft, folder / draft.name.partition(".")[0], life)
+    _publish(draft, folder / draft.name.partition(".")[0], token)
     fsync_path(folder)
-    _prune(folder, life, config, good)
+    _prune(folder, token, config, good)
 
 
-def _put_in_place(draft: Path, final: Path, life: str) -> None:
-    """Rename the draft to what it is from now on. An earlier life may have left one there, which does not
-    count."""
-    check_not_fenced(final.parent, life)
-    aside = final.with_name(draft_name(f"{final.name}.old", life))
+def _publish(draft: Path, final: Path, token: str) -> None:
+    """Rename a draft to its final name. An earlier restart may have left an invalid checkpoint there."""
+    check_not_fenced(final.parent, token)
+    aside = final.with_name(draft_name(f"{final.name}.old", token))
     if os.path.lexists(final):
         os.replace(final, aside)
         try:
-            # A process may be held up for hours between two lines. If it is ours still, so was what has been
-            # moved; and what another life puts here from now on, the renaming fails at.
-            check_not_fenced(final.parent, life)
+            # A process may be suspended for hours between two lines. If it still owns the folder, what it
+            # moved was invalid; and where another restart publishes from now on, os.replace below fails.
+            check_not_fenced(final.parent, token)
         except ValueError:
             os.replace(aside, final)
             raise
@@ -146,9 +172,9 @@ def _put_in_place(draft: Path, final: Path, life: str) -> None:
     _remove(aside)
 
 
-def _prune(folder: Path, life: str, config: CheckpointConfig, good: int) -> None:
-    """Each goes by one renaming, so that a prune that is cut short leaves nothing that looks whole, and loses
-    no averages."""
+def _prune(folder: Path, token: str, config: CheckpointConfig, good: int) -> None:
+    """Remove old checkpoints. Each is renamed first, so that a prune that is cut short leaves nothing that
+    looks complete, and loses no averages."""
     complete = complete_checkpoints(folder)
     for step, path in list(complete.items())[: -config.keep_last]:
         if step >= good or (config.keep_every and step % config.keep_every == 0):
@@ -156,15 +182,15 @@ def _prune(folder: Path, life: str, config: CheckpointConfig, good: int) -> None
         if config.keep_averages and step % config.keep_averages == 0:
             _keep_averages(path, folder.parent / KEPT_AVERAGES / path.name)
         else:
-            old = path.with_name(draft_name(f"{path.name}.old", life))
+            old = path.with_name(draft_name(f"{path.name}.old", token))
             os.replace(path, old)
             _remove(old)
 
 
 def _keep_averages(checkpoint: Path, kept: Path) -> None:
-    """Move a checkpoint to where state.json, the power-function averages and the manifest stay of it: other
-    averages can be made of them."""
-    # One may be there since before the run went on from an earlier step.
+    """Move a checkpoint to `kept`, and remove all but state.json, the manifest and the power-function
+    averages."""
+    # An earlier restart may have kept one of the same step.
     _remove(kept)
     kept.parent.mkdir(exist_ok=True)
     os.replace(checkpoint, kept)
@@ -180,7 +206,7 @@ def _strip(kept: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder as far as that is possible, or a link and not what it leads to, or a file."""
+    """Remove a folder as far as possible, a file, or a link but not its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from svd_ds.json_lines import read_json_lines
 from svd_ds.model.unet import PIXELS_PER_LATENT, UNet, UNetConfig
 from svd_ds.run_folder import RunFolder
-from svd_ds.weights.restarts import read_restarts
+from svd_ds.weights.restarts import read_acquired_restarts
 
 OVERHEADS = ("data", "checkpoint", "evaluation", "preview")
 """What a rank does besides computing steps."""
@@ -55,7 +55,8 @@ class Goodput:
     @staticmethod
     def of(folder: RunFolder) -> Goodput:
         """As far as the folder's files tell; of a run without a life until now, it starts now."""
-        started = next((life.started for life in read_restarts(folder.checkpoints)), time.time())
+        restarts = read_acquired_restarts(folder.checkpoints)
+        started = restarts[0].time if restarts else time.time()
         goodput = Goodput(started, 0.0, dict.fromkeys(OVERHEADS, 0.0))
         for row in read_json_lines(folder.metrics, _has_times, skip_bad=True).rows:
             goodput.add(row["step_s"], {kind: row[f"{kind}_s"] for kind in OVERHEADS})

@@ -1,8 +1,15 @@
-"""Which of a run's checkpoints count.
+"""Restarts of a run, and which of its checkpoints are valid.
 
-A run lives from one start to the next. Two lives may overlap: the tasks of a node that was cut off still
-write when the run has been started anew. So each life is written down where it begins, and each checkpoint
-bears the mark of the life that made it.
+    logs/restarts.jsonl   one row per restart of the run, the first start included, oldest first
+
+Restarts may overlap: the processes of a node that was cut off can still write after the run was restarted on
+another node. Each restart is therefore recorded with the step after which it begins, and the manifest of a
+checkpoint names the restart that saved it.
+
+There are two kinds of rows. Rank 0 writes an *acquired* row, which has a token, when it acquires the run
+folder (svd_ds.training.retention): these alone decide who may write and which checkpoints are valid.
+tools/job.py writes a *queued* row, without a token, before the ranks start: these alone count for
+--max-restarts.
 """
 
 from __future__ import annotations
@@ -18,84 +25,111 @@ from svd_ds.weights.manifest import COMPLETE, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
-RESTARTS = "lives.jsonl"
-"""Beside the checkpoints: a line for each life, in order."""
+RESTARTS = "restarts.jsonl"
+"""File name of the restarts, in the folder logs of a run."""
 
 
 @dataclass(frozen=True)
 class Restart:
-    token: str
-    start: int
-    """The step behind which it began."""
-    started: float
-    """When, in seconds since the epoch."""
-    origin: str = ""
-    """The checkpoint named by run.resume that this start and all of its checkpoints descend from, relative to
-    the folder of checkpoints where it lies there; empty where none was named."""
+    """One row of logs/restarts.jsonl."""
+
+    step: int
+    """Step after which the restart begins."""
+    time: float
+    """Time of the row, in seconds since the epoch."""
     job: int = 0
-    """The Slurm job that started it; 0 without one."""
+    """Id of the Slurm job; 0 without one."""
     restart: int = 0
-    """How often that job had been queued again by then."""
+    """Slurm's restart count of the job."""
+    token: str = ""
+    """Fencing token; empty in a queued row."""
+    origin: str = ""
+    """Checkpoint named by run.resume that this restart and all of its checkpoints descend from, relative to
+    the folder of checkpoints where it is inside; empty where none was named."""
+
+    @property
+    def is_queued(self) -> bool:
+        """True if tools/job.py wrote the row before the ranks started."""
+        return not self.token
 
 
-def read_restarts(folder: Path) -> list[Restart]:
-    """The lives of the run whose checkpoints are in `folder`, in order; a damaged tail is left out.
+def restarts_path(checkpoints: Path) -> Path:
+    """Path of the restarts of the run whose folder of checkpoints is `checkpoints`."""
+    return checkpoints.parent / "logs" / RESTARTS
+
+
+def read_restarts(checkpoints: Path) -> list[Restart]:
+    """Read all rows, oldest first; a damaged tail is left out.
 
     Raises:
-        ValueError: a line that others follow cannot be read; the message names file and line.
+        ValueError: a row that readable ones follow cannot be read; the message names file and line.
     """
-    known = {field.name for field in fields(Restart)}
-    rows = read_json_lines(folder / RESTARTS, _is_life).rows
-    return [Restart(**{name: value for name, value in row.items() if name in known}) for row in rows]
+    names = [field.name for field in fields(Restart)]
+    rows = read_json_lines(restarts_path(checkpoints), _is_restart).rows
+    return [Restart(**{name: row[name] for name in names}) for row in rows]
 
 
-def restarts_damage(folder: Path) -> str | None:
-    """A sentence about a damaged tail of lives.jsonl; None without one. The next start sets it aside."""
-    damage = read_json_lines(folder / RESTARTS, _is_life).damage
-    return damage and f"{damage}; a copy was kept next to it"
+def read_acquired_restarts(checkpoints: Path) -> list[Restart]:
+    """Read the rows of the restarts that acquired the run folder, oldest first.
+
+    Raises:
+        ValueError: see `read_restarts`.
+    """
+    return [restart for restart in read_restarts(checkpoints) if not restart.is_queued]
+
+
+def restarts_damage(checkpoints: Path) -> str | None:
+    """Return a sentence about a damaged tail of restarts.jsonl, None without one.
+
+    The next restart sets the file aside and repairs it.
+    """
+    return read_json_lines(restarts_path(checkpoints), _is_restart).damage
 
 
 def restart_of(checkpoint: Path) -> Restart | None:
-    """The start of the run that saved a checkpoint, None where it is not listed."""
+    """Find the restart that saved a checkpoint; None where it is not listed."""
     manifest = read_manifest_or_none(checkpoint)
     if manifest is None:
         return None
-    return next((life for life in read_restarts(checkpoint.parent) if life.token == manifest.token), None)
+    restarts = read_acquired_restarts(checkpoint.parent)
+    return next((restart for restart in restarts if restart.token == manifest.token), None)
 
 
-def _is_life(row: dict[str, Any]) -> bool:
-    kinds: dict[str, type] = {"token": str, "start": int, "started": float}
-    return all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+def _is_restart(row: dict[str, Any]) -> bool:
+    # A row that lost its token to damage must not pass for a queued one: every field has to be there.
+    types: dict[str, Any] = {
+        "step": int, "time": (int, float), "job": int, "restart": int, "token": str, "origin": str
+    }  # fmt: skip
+    return all(isinstance(row.get(name), kind) for name, kind in types.items())
 
 
 def numbered_checkpoints(folder: Path) -> dict[int, Path]:
-    """Step -> each checkpoint folder that is part of the run's past, damaged ones too, oldest first.
+    """Step -> each valid checkpoint folder, damaged ones too, oldest first.
 
-    A checkpoint is no part of it where a later start of the run began before the checkpoint's step: what an
-    earlier start left ahead of that, or still writes there, the later one never saw.
+    A checkpoint is invalid once a later restart has begun before its step: the later restart never saw what
+    an earlier one had saved ahead of that step, or still writes there.
     """
-    lives = read_restarts(folder)
-    order = {life.token: place for place, life in enumerate(lives)}
+    restarts = read_acquired_restarts(folder)
+    order = {restart.token: index for index, restart in enumerate(restarts)}
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(r"step-(\d+)", path.name)
         if match and path.is_dir():
             manifest = read_manifest_or_none(path)
-            # Of an unknown start, as in a folder that was copied here, nothing is known against it.
-            own = order.get(manifest.token, len(lives)) if manifest else len(lives)
-            if all(life.start >= int(match[1]) for life in lives[own + 1 :]):
+            # A checkpoint of an unknown restart, as in a folder that was copied here, is valid.
+            index = order.get(manifest.token, len(restarts)) if manifest else len(restarts)
+            if all(restart.step >= int(match[1]) for restart in restarts[index + 1 :]):
                 found[int(match[1])] = path
     return dict(sorted(found.items()))
 
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
-    """Those of `numbered_checkpoints` that have a readable manifest. Whether their other files are as they
-    were written is not looked at."""
+    """Step -> each valid checkpoint with a readable manifest, oldest first; other files are not checked."""
     return {step: path for step, path in numbered_checkpoints(folder).items() if read_manifest_or_none(path)}
 
 
 def read_manifest_or_none(checkpoint: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None where it is missing or damaged."""
+    """Read the manifest of a checkpoint; None where it is missing or damaged."""
     try:
         return read_manifest(checkpoint)
     except (ValueError, OSError):
@@ -103,7 +137,7 @@ def read_manifest_or_none(checkpoint: Path) -> Manifest | None:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint of a run folder; a warning names newer ones that are incomplete.
+    """Find the newest complete checkpoint of a run folder; a warning names newer ones that are incomplete.
 
     Raises:
         ValueError: there is none.

@@ -190,4 +190,4 @@ def test_named_checkpoint_is_only_where_the_first_start_begins(cluster: Cluster,
     (run,) = tmp_path.glob("runs/*")
     assert steps(run) == list(range(3, 9)), "every step once"
     assert "resuming at step 2" in output and "from which the run's own" in output
-    assert (run / "logs/attempts.jsonl").read_text().count("\n") == 2
+    assert (run / "logs/restarts.jsonl").read_text().count("\n") == 4, "each restart queued, then acquired"

@@ -19,7 +19,7 @@ import pytest
 from svd_ds.training.progress import Progress
 from svd_ds.training.shared_folder import TOKEN
 from svd_ds.weights.manifest import check_checkpoint
-from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, read_restarts
+from svd_ds.weights.restarts import complete_checkpoints, read_acquired_restarts
 from tests.distributed.recorded_ranks import record_clips
 from tests.forked import fork_server
 from tests.runs import metrics
@@ -81,10 +81,10 @@ def start(shards: Path) -> Iterator[Callable[[Path, int, int], Ranks]]:
         process.kill()
 
 
-def has_begun_to_save(checkpoints: Path, num_lives: int, step: int) -> bool:
-    """Whether the start after `num_lives` others has a draft of this step or a later one."""
+def has_begun_to_save(checkpoints: Path, num_restarts: int, step: int) -> bool:
+    """True if the restart after `num_restarts` others has a draft of this step or a later one."""
     # A draft of its own: those of earlier starts lie about until it removes them.
-    own = [life.token for life in read_restarts(checkpoints)[num_lives:]]
+    own = [restart.token for restart in read_acquired_restarts(checkpoints)[num_restarts:]]
     drafts = [draft.name for token in own for draft in checkpoints.glob(f"step-*.{token}.tmp")]
     return any(name >= f"step-{step:07d}" for name in drafts)
 
@@ -126,7 +126,7 @@ def test_run_that_is_killed_24_times_at_changing_ranks_loses_nothing(
         world, at_start = moments.choice((1, 2, 3)), kill % 4 == 3
         who = "all" if at_start else moments.choice(("all", "rank 0", "one"))
         one, steps, seconds = moments.randrange(world), moments.randint(1, 4), moments.uniform(0, 1)
-        num_lives = len(read_restarts(checkpoints))
+        num_restarts = len(read_acquired_restarts(checkpoints))
         ranks = start(killed, world, 100_000)
         story = f"kill {kill}: {who} of {world} ranks"
 
@@ -138,7 +138,7 @@ def test_run_that_is_killed_24_times_at_changing_ranks_loses_nothing(
             time.sleep(5 * seconds)
         else:
             least = newest + steps
-            wait_until(partial(has_begun_to_save, checkpoints, num_lives, least), ranks, told)
+            wait_until(partial(has_begun_to_save, checkpoints, num_restarts, least), ranks, told)
             time.sleep(seconds)
         assert all(process.is_alive() for process in ranks), told()
         newest = max(complete_checkpoints(checkpoints), default=0)
@@ -154,7 +154,7 @@ def test_run_that_is_killed_24_times_at_changing_ranks_loses_nothing(
             check_checkpoint(path)
             assert Progress.read(path / "state.json").step == step, story
     assert newest > KILLS // 3, "it got on"
-    assert len(read_restarts(checkpoints)) > KILLS // 2
+    assert len(read_acquired_restarts(checkpoints)) > KILLS // 2
 
     for token in run.glob(f"{TOKEN}.*"):
         os.utime(token, (0, 0))  # of a killed start: removed when it is old
@@ -178,6 +178,6 @@ def check_nothing_is_lost(killed: Path, whole: Path, last: int) -> None:
 
     run = killed / "run"
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    assert names == {RESTARTS, *(f"step-{step:07d}" for step in (last - 1, last))}
+    assert names == {f"step-{step:07d}" for step in (last - 1, last)}
     left = [path for end in ("*.tmp", "*.new", "*.old", f"{TOKEN}.*") for path in run.rglob(end)]
     assert not left

@@ -33,7 +33,7 @@ loss, run, calls = Diffusion.loss, Path(os.environ["RUN"]), []
 
 def waits(self, net, batch):
     calls.append(batch)
-    while len(calls) > 6 and (run / "checkpoints/lives.jsonl").read_text().count("\\n") < 2:
+    while len(calls) > 6 and (run / "logs/restarts.jsonl").read_text().count("\\n") < 2:
         time.sleep(0.02)
     return loss(self, net, batch)
 

@@ -35,7 +35,7 @@ WRITTEN_BY_THE_RUN = (
     "ema-power-0.100/rank-00000-of-00001.safetensors",
 )  # fmt: skip
 BESIDE = (
-    "config.yaml", "metrics.jsonl", "checkpoints/lives.jsonl", "logs/outcome.json", "logs/train.log",
+    "config.yaml", "metrics.jsonl", "logs/restarts.jsonl", "logs/outcome.json", "logs/train.log",
     "logs/rank-00000.log",
 )  # fmt: skip
 

@@ -197,7 +197,7 @@ def test_folder_named_after_the_time_is_one_in_all_restarts(
     with pytest.raises(ValueError, match=f"{tmp_path}/runs/.* 3 times from step 0"):
         ended("", 143, folder)
     (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "logs/attempts.jsonl").read_text().count("\n") == 3
+    assert (run / "logs/restarts.jsonl").read_text().count("\n") == 3
     handed_on = (tmp_path / "run.started").read_text().split()
     assert len(handed_on) == 3 and len(set(handed_on)) == 1, "the ranks find the same folder"
     assert datetime.fromisoformat(handed_on[0]).strftime("%H-%M-%S-%f") == run.name
@@ -239,7 +239,7 @@ def test_group_of_a_users_folder_names_the_run_for_the_job_as_for_its_ranks(
     words = ("run.dir=runs/${name}", "--config-dir", "configs", "+subset=few")
     (tmp_path / "run/logs").mkdir(parents=True)
     assert ended("", 143, *words)[1] == ["requeue 7"]
-    assert (tmp_path / "runs/few/logs/attempts.jsonl").exists()
+    assert (tmp_path / "runs/few/logs/restarts.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from svd_ds.training.objectives.base import Objective
 from svd_ds.training.progress import Progress
 from svd_ds.training.retention import CheckpointConfig, commit, draft_name
 from svd_ds.weights.manifest import Manifest, read_manifest
-from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, read_restarts
+from svd_ds.weights.restarts import complete_checkpoints, read_acquired_restarts
 from svd_ds.weights.shards import KEPT_AVERAGES, open_checkpoint
 
 SHAPES = {"a": torch.Size((7,)), "b": torch.Size((1, 3)), "c": torch.Size((2,))}
@@ -83,12 +83,12 @@ class Shards:
         return []
 
 
-def checkpoints(folder: Path, begin: int | None = 0, **config: Any) -> Checkpoints:
-    """Of a run on one rank, which is started after a step."""
+def checkpoints(folder: Path, start_session: int | None = 0, **config: Any) -> Checkpoints:
+    """Checkpoints of a run on one rank that is restarted after step `start_session`."""
     store = Checkpoints(folder, CheckpointConfig(**config), Env.read({}), "unet")
-    folder.mkdir(exist_ok=True)
-    if begin is not None:
-        store.start_session(begin)
+    folder.mkdir(parents=True, exist_ok=True)
+    if start_session is not None:
+        store.start_session(start_session)
     return store
 
 
@@ -112,11 +112,11 @@ def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_save_and_load_round_trip(tmp_path: Path, asynchronous: bool) -> None:
-    store, engine = checkpoints(tmp_path, asynchronous=asynchronous), Shards()
+def test_save_and_load_round_trip(folder: Path, asynchronous: bool) -> None:
+    store, engine = checkpoints(folder, asynchronous=asynchronous), Shards()
     ema = save(store, 5, engine)
     path = store.latest()
-    assert path == tmp_path / "step-0000005"
+    assert path == folder / "step-0000005"
     assert json.loads((path / "unet" / "config.json").read_text()) == {"widths": [32]}
     assert load_file(path / "ema-power-0.100" / "rank-00000-of-00001.safetensors").keys() == {"a", "b"}, (
         "what does not learn has no average"
@@ -186,11 +186,11 @@ def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int
                 assert torch.equal(engine.adam[moment][name], wanted.adam[moment][name]), (rank, name)
 
 
-def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_while_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What changes meanwhile is not in it, and it does not count before it is all there."""
     disk, write = threading.Event(), drafts.write_tensors
     monkeypatch.setattr(drafts, "write_tensors", lambda *told: disk.wait() and write(*told))
-    store, engine = checkpoints(tmp_path), Shards()
+    store, engine = checkpoints(folder), Shards()
     wanted = {name: values.clone() for name, values in engine.weights.items()}
     begin_save(store, 5, engine)
     for values in engine.weights.values():
@@ -199,33 +199,33 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
     assert store.latest() is None
     disk.set()
     store.finish()
-    saved = load_file(tmp_path / "step-0000005/unet/rank-00000-of-00001.safetensors")
+    saved = load_file(folder / "step-0000005/unet/rank-00000-of-00001.safetensors")
     assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
 
 
-def test_leaving_the_run_waits_for_what_is_being_saved(tmp_path: Path) -> None:
-    with checkpoints(tmp_path, start_session=0) as store:
+def test_leaving_the_run_waits_for_what_is_being_saved(folder: Path) -> None:
+    with checkpoints(folder, start_session=0) as store:
         begin_save(store, 1)
-    assert store.latest() == tmp_path / "step-0000001"
-    with pytest.raises(SharedError), checkpoints(tmp_path, start_session=1) as store:
+    assert store.latest() == folder / "step-0000001"
+    with pytest.raises(SharedError), checkpoints(folder, start_session=1) as store:
         begin_save(store, 2)
         raise SharedError("all ranks know")
-    assert store.latest() == tmp_path / "step-0000002"
+    assert store.latest() == folder / "step-0000002"
 
 
-def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
-    (tmp_path / "step-0000002.0123.tmp").mkdir()
-    (tmp_path / "step-0000003").mkdir()
-    store = checkpoints(tmp_path)
+def test_half_written_checkpoints_do_not_count(folder: Path) -> None:
+    (folder / "step-0000002.0123.tmp").mkdir()
+    (folder / "step-0000003").mkdir()
+    store = checkpoints(folder)
     save(store, 1)
-    assert list(complete_checkpoints(tmp_path)) == [1]
+    assert list(complete_checkpoints(folder)) == [1]
     save(store, 3)
-    assert list(complete_checkpoints(tmp_path)) == [1, 3]
-    assert not list(tmp_path.glob("*.tmp")), "leftovers are cleared"
+    assert list(complete_checkpoints(folder)) == [1, 3]
+    assert not list(folder.glob("*.tmp")), "leftovers are cleared"
 
 
-def test_a_full_disk_fails_the_save_and_leaves_the_earlier_ones(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path)
+def test_a_full_disk_fails_the_save_and_leaves_the_earlier_ones(folder: Path) -> None:
+    store = checkpoints(folder)
     save(store, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -234,15 +234,15 @@ def test_a_full_disk_fails_the_save_and_leaves_the_earlier_ones(tmp_path: Path) 
             save(store, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert store.latest() == tmp_path / "step-0000001"
-    assert not list(tmp_path.glob("*.tmp")), "it takes no room from what comes next"
+    assert store.latest() == folder / "step-0000001"
+    assert not list(folder.glob("*.tmp")), "it takes no room from what comes next"
     save(store, 3)
-    assert store.latest() == tmp_path / "step-0000003"
+    assert store.latest() == folder / "step-0000003"
 
 
 @pytest.mark.parametrize("moment", ["before the draft", "before the renaming"])
 def test_two_starts_at_the_same_moment_leave_one_owner(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others: list[Checkpoints] = []
     name = "write_text" if moment == "before the draft" else "replace_file"
@@ -250,12 +250,12 @@ def test_two_starts_at_the_same_moment_leave_one_owner(
 
     def second_start_comes_first(*arguments: Any) -> None:
         if not others:
-            others.append(checkpoints(tmp_path, start_session=None))
+            others.append(checkpoints(folder, start_session=None))
             others[0].start_session(0)
         real(*arguments)
 
     monkeypatch.setattr(retention, name, second_start_comes_first)
-    first = checkpoints(tmp_path, start_session=None)
+    first = checkpoints(folder, start_session=None)
     try:
         first.start_session(0)
     except SharedError as error:
@@ -263,16 +263,16 @@ def test_two_starts_at_the_same_moment_leave_one_owner(
     owners = [store for store in (first, *others) if store.token and not store.is_fenced()]
     assert len(owners) == 1
     save(owners[0], 2)
-    assert owners[0].latest() == tmp_path / "step-0000002"
+    assert owners[0].latest() == folder / "step-0000002"
     monkeypatch.undo()
-    checkpoints(tmp_path, start_session=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [RESTARTS, "step-0000002"]
+    checkpoints(folder, start_session=2)
+    assert [path.name for path in folder.iterdir()] == ["step-0000002"]
 
 
 def test_the_next_save_tells_that_the_one_before_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = checkpoints(tmp_path)
+    store = checkpoints(folder)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -283,15 +283,13 @@ def test_the_next_save_tells_that_the_one_before_failed(
         begin_save(store, 2)
 
 
-def test_old_ones_go_and_every_nth_stays(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path, keep_last=2, keep_every=4)
+def test_old_ones_go_and_every_nth_stays(folder: Path) -> None:
+    store = checkpoints(folder, keep_last=2, keep_every=4)
     for step in range(1, 8):
         begin_save(store, step)
     store.finish()
-    assert list(complete_checkpoints(tmp_path)) == [4, 6, 7]
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
-        f"step-000000{step}" for step in (4, 6, 7)
-    ]
+    assert list(complete_checkpoints(folder)) == [4, 6, 7]
+    assert sorted(path.name for path in folder.glob("step-*")) == [f"step-000000{step}" for step in (4, 6, 7)]
 
 
 def test_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
@@ -332,102 +330,100 @@ def test_a_prune_that_is_cut_short_loses_no_averages(
     monkeypatch.undo()
     checkpoints(tmp_path / "checkpoints", start_session=3)
     assert list(complete_checkpoints(tmp_path / "checkpoints")) == [3]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [RESTARTS, "step-0000003"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000003"]
     kept = tmp_path / KEPT_AVERAGES / "step-0000002"
     assert sorted(path.name for path in kept.iterdir()) == ["COMPLETE", "ema-power-0.100", "state.json"]
 
 
-def test_a_life_that_was_cut_off_saves_nothing_that_counts(tmp_path: Path) -> None:
-    old = checkpoints(tmp_path)
+def test_stale_process_cannot_overwrite_checkpoint(folder: Path) -> None:
+    old = checkpoints(folder)
     save(old, 4)
     begin_save(old, 6)
-    new = checkpoints(tmp_path, start_session=4)
+    new = checkpoints(folder, start_session=4)
     with pytest.raises(SharedError, match="another start of this run has taken over"):
         old.finish()
-    assert new.latest() == tmp_path / "step-0000004", "what it was made from"
+    assert new.latest() == folder / "step-0000004", "what it was made from"
     begin_save(new, 6)
     with pytest.raises(SharedError, match="another start of this run has taken over"):
         save(old, 8)
     new.finish()
-    assert new.latest() == tmp_path / "step-0000006"
-    assert read_manifest(tmp_path / "step-0000006").token == read_restarts(tmp_path)[1].token
+    assert new.latest() == folder / "step-0000006"
+    assert read_manifest(folder / "step-0000006").token == read_acquired_restarts(folder)[1].token
 
 
-def test_one_that_a_cut_off_life_still_finished_is_not_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The new life began between the old one's look at the lives and its renaming."""
-    old = checkpoints(tmp_path)
+def test_checkpoint_of_a_stale_process_is_not_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new restart began between the fencing check of the old one and its renaming."""
+    old = checkpoints(folder)
     save(old, 4)
-    before = read_restarts(tmp_path)
-    new = checkpoints(tmp_path, start_session=4)
-    monkeypatch.setattr(retention, "read_restarts", lambda _: before)
+    before = read_acquired_restarts(folder)
+    new = checkpoints(folder, start_session=4)
+    monkeypatch.setattr(retention, "read_acquired_restarts", lambda _: before)
     save(old, 6)
     monkeypatch.undo()
-    assert (tmp_path / "step-0000006/COMPLETE").exists()
-    assert new.latest() == tmp_path / "step-0000004"
+    assert (folder / "step-0000006/COMPLETE").exists()
+    assert new.latest() == folder / "step-0000004"
     save(new, 6)
-    assert new.latest() == tmp_path / "step-0000006", "the new life's own takes its place"
-    assert checkpoints(tmp_path, start_session=6).latest() == tmp_path / "step-0000006"
+    assert new.latest() == folder / "step-0000006", "the checkpoint of the new restart replaces it"
+    assert checkpoints(folder, start_session=6).latest() == folder / "step-0000006"
 
 
 @pytest.mark.parametrize("cleared", [True, False], ids=["cleared", "not cleared"])
-@pytest.mark.parametrize("look", [1, 2, 3])
-def test_a_life_that_thaws_behind_a_look_takes_nothing_from_the_next(
-    look: int, cleared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_checks", [1, 2, 3])
+def test_stale_process_that_wakes_after_a_check_removes_nothing_of_the_next_restart(
+    num_checks: int, cleared: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its node was cut off behind its `look`-th look at the lives, and comes back when the next has saved the
-    same step. A draft that its own node holds open may not be cleared."""
-    first = checkpoints(tmp_path)
+    """Its node was cut off after its `num_checks`-th fencing check, and comes back when the next restart has
+    saved the same step. A draft that its own node holds open may not be cleared."""
+    first = checkpoints(folder)
     save(first, 4)
     save(first, 6)
-    old = checkpoints(tmp_path, start_session=4)
+    old = checkpoints(folder, start_session=4)
     begin_save(old, 6)
     old._thread.shutdown()
     manifest = Manifest(old.token, 1, True, old._pending.job.result())
-    looks, lives = [], []
+    checks, restarts = [], []
 
-    def freeze(folder: Path, life: str) -> None:
-        check(folder, life)
-        looks.extend([life] if life == old.token else [])
-        if len(looks) == look and not lives:
-            lives.append(checkpoints(tmp_path, start_session=4))
-            save(lives[0], 6)
+    def freeze(folder: Path, token: str) -> None:
+        check(folder, token)
+        checks.extend([token] if token == old.token else [])
+        if len(checks) == num_checks and not restarts:
+            restarts.append(checkpoints(folder, start_session=4))
+            save(restarts[0], 6)
 
     check = retention.check_not_fenced
     monkeypatch.setattr(retention, "check_not_fenced", freeze)
     if not cleared:
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises((ValueError, OSError)):
-        commit(tmp_path / draft_name("step-0000006", old.token), manifest, old.config, 6)
-    (new,) = lives
-    assert new.latest() == tmp_path / "step-0000006"
-    assert read_manifest(tmp_path / "step-0000006").token == new.token != old.token
-    assert (tmp_path / "step-0000006/unet/rank-00000-of-00001.safetensors").exists()
+        commit(folder / draft_name("step-0000006", old.token), manifest, old.config, 6)
+    (new,) = restarts
+    assert new.latest() == folder / "step-0000006"
+    assert read_manifest(folder / "step-0000006").token == new.token != old.token
+    assert (folder / "step-0000006/unet/rank-00000-of-00001.safetensors").exists()
 
 
-def test_a_run_sent_back_to_an_earlier_step_leaves_its_later_ones_behind(tmp_path: Path) -> None:
-    first = checkpoints(tmp_path, keep_last=5)
+def test_a_run_sent_back_to_an_earlier_step_leaves_its_later_ones_behind(folder: Path) -> None:
+    first = checkpoints(folder, keep_last=5)
     for step in (2, 4, 6):
         save(first, step)
-    back = checkpoints(tmp_path, start_session=2, keep_last=5)
-    assert back.latest() == tmp_path / "step-0000002"
+    back = checkpoints(folder, start_session=2, keep_last=5)
+    assert back.latest() == folder / "step-0000002"
     save(back, 4)
-    assert list(complete_checkpoints(tmp_path)) == [2, 4]
+    assert list(complete_checkpoints(folder)) == [2, 4]
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path)
+def test_a_checkpoint_of_another_network_is_refused(folder: Path) -> None:
+    store = checkpoints(folder)
     save(store, 1)
-    path = tmp_path / "step-0000001"
+    path = folder / "step-0000001"
     store.check_network(path)
     store.network = "decoder"
     with pytest.raises(ValueError, match="is a checkpoint of a unet, and this run trains a decoder"):
         store.check_network(path)
 
 
-def test_a_network_of_other_widths_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path)
+def test_a_network_of_other_widths_is_refused_with_both_numbers(folder: Path) -> None:
+    store = checkpoints(folder)
     ema = save(store, 1)
     for shapes, told in (
         ({**SHAPES, "a": torch.Size((9,))}, "has 7 elements of a, and of this run's network it would have 9"),
@@ -436,7 +432,7 @@ def test_a_network_of_other_widths_is_refused_with_both_numbers(tmp_path: Path) 
         engine = Shards()
         engine.shapes = shapes
         with pytest.raises(ValueError, match=told):
-            store.load(tmp_path / "step-0000001", engine, ema, Adversary(0.0))  # type: ignore[arg-type]
+            store.load(folder / "step-0000001", engine, ema, Adversary(0.0))  # type: ignore[arg-type]
 
 
 def test_nonsense_is_refused() -> None:
@@ -446,29 +442,29 @@ def test_nonsense_is_refused() -> None:
         CheckpointConfig(keep_every=-1)
 
 
-def test_value_that_is_not_finite_is_never_published(tmp_path: Path) -> None:
-    store, engine = checkpoints(tmp_path), Shards()
+def test_value_that_is_not_finite_is_never_published(folder: Path) -> None:
+    store, engine = checkpoints(folder), Shards()
     save(store, 1, engine)
     engine.adam["exp_avg"]["a"][2] = torch.nan
     with pytest.raises(NonFiniteError, match=r"a in adam-exp_avg/.* is not finite"):
         save(store, 2, engine)
-    assert store.latest() == tmp_path / "step-0000001"
-    assert not list(tmp_path.glob("*.tmp"))
+    assert store.latest() == folder / "step-0000001"
+    assert not list(folder.glob("*.tmp"))
 
 
-def test_save_in_doubt_is_not_gone_back_to(tmp_path: Path) -> None:
-    store, engine = checkpoints(tmp_path), Shards()
+def test_save_in_doubt_is_not_gone_back_to(folder: Path) -> None:
+    store, engine = checkpoints(folder), Shards()
     ema = save(store, 1, engine)
     begin_save(store, 2, engine)
     store.poll_pending_save(taken=False)
     found = store.reload(engine, ema, Adversary(0.0), "skipped")  # type: ignore[arg-type]
     assert found.step == 1
-    assert list(complete_checkpoints(tmp_path)) == [1]
+    assert list(complete_checkpoints(folder)) == [1]
 
 
-def test_unproven_checkpoint_prunes_none(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path, keep_last=1)
+def test_unproven_checkpoint_prunes_none(folder: Path) -> None:
+    store = checkpoints(folder, keep_last=1)
     save(store, 1)
     begin_save(store, 2)
     store.finish()
-    assert list(complete_checkpoints(tmp_path)) == [1, 2]
+    assert list(complete_checkpoints(folder)) == [1, 2]

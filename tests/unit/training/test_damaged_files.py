@@ -1,5 +1,5 @@
-"""Every small file of a run's folder, each truncated, emptied, zeroed, with one byte flipped, and deleted: a
-start repairs it, or ends with a sentence that names it."""
+"""Every small file of a run folder, truncated, emptied, zeroed, with one bit flipped, and deleted: a restart
+repairs it, or ends with a sentence that names it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from svd_ds.data.cursor import Cursor
 from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.evaluation.runs import read_run
 from svd_ds.jobs.outcome import FINISHED, JobOutcome
-from svd_ds.jobs.rank_session import record_queued_restart
+from svd_ds.jobs.requeue import record_queued_restart
 from svd_ds.run_folder import RunFolder
 from svd_ds.training.progress import Progress
 from svd_ds.training.retention import acquire
 from svd_ds.training.usage import OVERHEADS, Goodput
-from svd_ds.weights.restarts import RESTARTS, read_restarts, restarts_damage
+from svd_ds.weights.restarts import read_restarts, restarts_damage
 
 CONFIG = {"batch": {"size": 4}, "optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "note": None}
 FILES = [
@@ -29,15 +29,14 @@ FILES = [
     "evaluation.jsonl",
     "logs/skipped.jsonl",
     "logs/quarantine.jsonl",
-    "logs/attempts.jsonl",
+    "logs/restarts.jsonl",
     "logs/outcome.json",
-    f"checkpoints/{RESTARTS}",
     "state.json",
 ]
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> RunFolder:
+def intact(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path)
     folder.open(CONFIG, step=0)
     times = {"step_s": 1.0, **{f"{kind}_s": 0.5 for kind in OVERHEADS}}
@@ -48,7 +47,7 @@ def whole(tmp_path: Path) -> RunFolder:
     folder.skipped.write_text('{"step": 2, "fault": "the loss is nan", "clips": ["a"]}\n')
     Quarantine(1.0, 9, folder.quarantine).add([Fault("a", "s.tar", "cut")], step=1, write=True)
     for _ in range(2):
-        record_queued_restart(folder, "7", limit=9)
+        record_queued_restart(folder, 7, limit=9)
         acquire(folder.checkpoints, step=0)
     ended = {"kind": FINISHED, "rank": 0, "message": "", "restart_id": [0, 0]}
     (folder.logs / "outcome.json").write_text(json.dumps(ended))
@@ -56,15 +55,15 @@ def whole(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def start(folder: RunFolder) -> None:
-    """What a start of the run reads and repairs, in its order."""
-    record_queued_restart(folder, "7", limit=9)
+def restart(folder: RunFolder) -> None:
+    """Read and repair all files, in the order of a restart of the run."""
+    record_queued_restart(folder, 7, limit=9)
     JobOutcome.read(folder)
     Progress.read(folder.path / "state.json")
     folder.check_config_matches(CONFIG)
     restarts_damage(folder.checkpoints)
     acquire(folder.checkpoints, step=3)
-    assert read_restarts(folder.checkpoints)[-1].start == 3
+    assert read_restarts(folder.checkpoints)[-1].step == 3
     folder.open(CONFIG, step=3)
     folder.metrics.touch()
     Quarantine(1.0, 9, folder.quarantine)
@@ -86,11 +85,11 @@ def damages(content: bytes) -> Iterator[bytes | None]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_file_is_repaired_or_named(whole: RunFolder, name: str) -> None:
-    contents = {path: path.read_bytes() for path in whole.path.rglob("*") if path.is_file()}
-    file = whole.path / name
+def test_damaged_file_is_repaired_or_named(intact: RunFolder, name: str) -> None:
+    contents = {path: path.read_bytes() for path in intact.path.rglob("*") if path.is_file()}
+    file = intact.path / name
     for damage in damages(contents[file]):
-        for path in [path for path in whole.path.rglob("*") if path.is_file()]:
+        for path in [path for path in intact.path.rglob("*") if path.is_file()]:
             path.unlink()
         for path, content in contents.items():
             path.write_bytes(content)
@@ -99,9 +98,9 @@ def test_damaged_file_is_repaired_or_named(whole: RunFolder, name: str) -> None:
         else:
             file.write_bytes(damage)
         try:
-            start(whole)
+            restart(intact)
         except (ValueError, OSError) as error:
             assert str(file) in str(error), (damage, error)
             continue
-        start(whole)
-        assert RunFolder(whole.path).check_config_matches(CONFIG) is None
+        restart(intact)
+        assert RunFolder(intact.path).check_config_matches(CONFIG) is None

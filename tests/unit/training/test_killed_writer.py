@@ -30,7 +30,7 @@ WATCHED = ("fsync", "replace", "unlink", "rmdir", "mkdir")
 
 
 def save(folder: Path, begin: int, step: int) -> None:
-    """A start of the run after step `start_session`, which saves one checkpoint whose weights are all `step`."""
+    """A restart of the run after step `begin`, which saves one checkpoint whose weights are all `step`."""
     engine, objective = Shards(), Adversary(float(step))
     for values in (engine.weights, *engine.adam.values()):
         for value in values.values():

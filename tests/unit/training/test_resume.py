@@ -1,8 +1,7 @@
-"""run.resume: a start of a run and every restart of it with the same arguments."""
+"""run.resume: the first start of a run, and every restart of it with the same arguments."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.resume import Resume, find_checkpoint
 from svd_ds.weights.manifest import COMPLETE
-from svd_ds.weights.restarts import RESTARTS
 from tests.unit.training.test_checkpoint import checkpoints, save
 
 
@@ -24,7 +22,7 @@ def _one_rank() -> Iterator[None]:
 
 
 def restart(folder: Path, resume: str) -> tuple[Resume, Checkpoints]:
-    """One more start with these arguments, up to the point from which it may save."""
+    """Restart the run with these arguments, up to the point from which it may save."""
     store = checkpoints(folder, start_session=None, keep_last=9)
     found = find_checkpoint(store, resume)
     step = int(found.path.name.removeprefix("step-")) if found.path is not None else 0
@@ -32,47 +30,49 @@ def restart(folder: Path, resume: str) -> tuple[Resume, Checkpoints]:
     return found, store
 
 
-def test_named_checkpoint_of_own_run_rewinds_once_and_then_the_run_continues(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path, keep_last=9)
+def test_named_checkpoint_of_own_run_rewinds_once_and_then_the_run_continues(folder: Path) -> None:
+    store = checkpoints(folder, keep_last=9)
     for step in (2, 4, 6):
         save(store, step)
-    named = tmp_path / "step-0000002"
+    named = folder / "step-0000002"
     for _ in range(2):  # nothing is saved by the first of them
-        found, store = restart(tmp_path, str(named))
+        found, store = restart(folder, str(named))
         assert found == Resume(named, "step-0000002")
     save(store, 4)
     save(store, 8)
     for step in (8, 10):
-        found, store = restart(tmp_path, str(named))
-        assert (found.path, found.origin) == (tmp_path / f"step-{step:07d}", "step-0000002")
+        found, store = restart(folder, str(named))
+        assert (found.path, found.origin) == (folder / f"step-{step:07d}", "step-0000002")
         assert "run.resume" in found.note and str(named) in found.note
         save(store, step + 2)
 
 
-def test_named_checkpoint_is_not_needed_any_more_once_the_run_has_its_own(tmp_path: Path) -> None:
-    """checkpoint.keep_last removes it in time."""
-    store = checkpoints(tmp_path, keep_last=1)
+def test_named_checkpoint_may_be_removed_once_the_run_has_its_own(folder: Path) -> None:
+    """checkpoint.keep_last removes it."""
+    store = checkpoints(folder, keep_last=1)
     save(store, 2)
     store.start_session(2, "step-0000002")
     save(store, 4)
-    assert not (tmp_path / "step-0000002").exists()
-    assert restart(tmp_path, str(tmp_path / "step-0000002"))[0].path == tmp_path / "step-0000004"
+    assert not (folder / "step-0000002").exists()
+    assert restart(folder, str(folder / "step-0000002"))[0].path == folder / "step-0000004"
 
 
-def test_named_checkpoint_of_another_run_is_the_start_and_then_own_checkpoints_count(tmp_path: Path) -> None:
-    other, own = tmp_path / "other", tmp_path / "own"
+def test_named_checkpoint_of_another_run_counts_until_the_run_has_its_own(tmp_path: Path) -> None:
+    other, own = tmp_path / "other/checkpoints", tmp_path / "own/checkpoints"
     save(checkpoints(other), 4)
-    save(checkpoints(own), 2)  # of an earlier start, which does not descend from the named one
+    save(checkpoints(own), 2)  # of an earlier restart, which does not descend from the named one
     named = other / "step-0000004"
     found, store = restart(own, str(named))
     assert found.path == named
     save(store, 6)
     assert restart(own, str(named))[0].path == own / "step-0000006"
-    assert restart(own, f"{other}/../other/step-0000004/")[0].path == own / "step-0000006", "by any spelling"
+    assert restart(own, f"{other}/../checkpoints/step-0000004/")[0].path == own / "step-0000006", (
+        "by any spelling"
+    )
 
 
-def test_restart_by_auto_keeps_the_descent(tmp_path: Path) -> None:
-    other, own = tmp_path / "other", tmp_path / "own"
+def test_restart_by_auto_keeps_the_origin(tmp_path: Path) -> None:
+    other, own = tmp_path / "other/checkpoints", tmp_path / "own/checkpoints"
     save(checkpoints(other), 4)
     _, store = restart(own, str(other / "step-0000004"))
     save(store, 6)
@@ -82,7 +82,7 @@ def test_restart_by_auto_keeps_the_descent(tmp_path: Path) -> None:
 
 
 def test_another_named_checkpoint_counts(tmp_path: Path) -> None:
-    other, own = tmp_path / "other", tmp_path / "own"
+    other, own = tmp_path / "other/checkpoints", tmp_path / "own/checkpoints"
     store = checkpoints(other, keep_last=9)
     for step in (2, 4):
         save(store, step)
@@ -101,45 +101,37 @@ def test_another_named_checkpoint_counts(tmp_path: Path) -> None:
         (("7", "1"), ("7", "3"), True),
         (("7", "0"), ("7", "0"), False),  # started twice by hand in one allocation
         (("7", "0"), ("8", "0"), False),
-        (("7", "0"), ("8", "2"), False),  # its own earlier starts came to no checkpoint
+        (("7", "0"), ("8", "2"), False),  # its own earlier restarts saved no checkpoint
         (None, None, False),
     ],
 )
-def test_never_refuses_checkpoints_but_of_the_same_job(
+def test_never_refuses_checkpoints_except_those_of_the_same_job(
     saved: tuple[str, str] | None,
     now: tuple[str, str] | None,
     resumes: bool,
-    tmp_path: Path,
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def attempt(numbers: tuple[str, str] | None) -> None:
+    def set_restart(numbers: tuple[str, str] | None) -> None:
         for name, number in zip(("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), numbers or (), strict=False):
             monkeypatch.setenv(name, number)
 
-    attempt(saved)
-    found, store = restart(tmp_path, "never")
+    set_restart(saved)
+    found, store = restart(folder, "never")
     assert found == Resume(None)
     save(store, 2)
-    attempt(now)
+    set_restart(now)
     if resumes:
-        assert restart(tmp_path, "never")[0].path == tmp_path / "step-0000002"
+        assert restart(folder, "never")[0].path == folder / "step-0000002"
     else:
         with pytest.raises(ValueError, match=r"run\.resume is never, .* has .*step-0000002"):
-            restart(tmp_path, "never")
+            restart(folder, "never")
 
 
-def test_what_cannot_be_resumed_is_refused_by_run_resume(tmp_path: Path) -> None:
-    save(checkpoints(tmp_path), 2)
+def test_folder_that_is_no_checkpoint_is_refused_by_run_resume(folder: Path) -> None:
+    save(checkpoints(folder), 2)
     with pytest.raises(ValueError, match=r"run\.resume is 'nowhere'"):
-        restart(tmp_path, "nowhere")
-    (tmp_path / "step-0000002" / COMPLETE).unlink()
+        restart(folder, "nowhere")
+    (folder / "step-0000002" / COMPLETE).unlink()
     with pytest.raises(ValueError, match=rf"run\.resume is '.*step-0000002': .*{COMPLETE}"):
-        restart(tmp_path, str(tmp_path / "step-0000002"))
-
-
-def test_starts_of_older_folders_are_read(tmp_path: Path) -> None:
-    store = checkpoints(tmp_path)
-    save(store, 2)
-    row = {"token": store.token, "start": 0, "started": 1.0}
-    (tmp_path / RESTARTS).write_text(json.dumps(row) + "\n")
-    assert restart(tmp_path, "auto")[0] == Resume(tmp_path / "step-0000002", is_own=True)
+        restart(folder, str(folder / "step-0000002"))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from svd_ds.weights.restarts import RESTARTS, complete_checkpoints, newest_checkpoint
+from svd_ds.weights.restarts import Restart, complete_checkpoints, newest_checkpoint, restarts_path
 from tests.networks import seal
 
 
@@ -16,7 +17,7 @@ def mark(folder: Path, step: int, token: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lives", "counted"),
+    ("restarts", "counted"),
     [
         ([], [2, 4, 6, 8]),
         ([("a", 0), ("b", 6)], [2, 4, 6, 8]),
@@ -24,19 +25,22 @@ def mark(folder: Path, step: int, token: str) -> None:
         ([("a", 0), ("b", 4), ("c", 2)], [2]),
         ([("a", 0), ("c", 2), ("b", 6)], [2, 8]),
         ([("x", 0), ("y", 2)], [2, 4, 6, 8]),
+        ([("a", 0), ("", 0), ("b", 6), ("", 2)], [2, 4, 6, 8]),
     ],
 )
-def test_what_a_later_life_has_left_behind_does_not_count(
-    lives: list[tuple[str, int]], counted: list[int], tmp_path: Path
+def test_checkpoint_after_the_first_step_of_a_later_restart_is_invalid(
+    restarts: list[tuple[str, int]], counted: list[int], tmp_path: Path
 ) -> None:
-    """Life a saved steps 2, 4 and 6, life b step 8; of lives that are not told of nothing is known."""
+    """Restart a saved steps 2, 4 and 6, restart b step 8, and "" is a queued one. Checkpoints of a restart that
+    is not listed are valid."""
     folder = tmp_path / "checkpoints"
     for step, token in ((2, "a"), (4, "a"), (6, "a"), (8, "b")):
         mark(folder, step, token)
     (folder / "step-0000009").mkdir()
     (folder / "step-0000010.b.tmp").mkdir()
-    (folder / RESTARTS).write_text(
-        "".join(json.dumps({"token": t, "start": s, "started": 0.0}) + "\n" for t, s in lives)
+    restarts_path(folder).parent.mkdir()
+    restarts_path(folder).write_text(
+        "".join(json.dumps(asdict(Restart(step, 0.0, token=token))) + "\n" for token, step in restarts)
     )
     assert list(complete_checkpoints(folder)) == counted
     assert newest_checkpoint(tmp_path) == folder / f"step-{counted[-1]:07d}"

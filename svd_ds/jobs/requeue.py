@@ -1,0 +1,75 @@
+"""Queued restarts: recorded by tools/job.py before it starts the ranks, and limited without progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from svd_ds.fsync_io import append_row, fsync_path, replace_text, set_aside
+from svd_ds.jobs.outcome import outcome_path
+from svd_ds.parallel.env import restart_id
+from svd_ds.run_folder import RunFolder
+from svd_ds.weights.restarts import (
+    Restart,
+    complete_checkpoints,
+    read_restarts,
+    restarts_damage,
+    restarts_path,
+)
+
+
+def record_queued_restart(folder: RunFolder, job: int, limit: int) -> str | None:
+    """Record in logs/restarts.jsonl that `job` is about to start the ranks, and discard the last outcome.
+
+    Args:
+        job: id of the Slurm job.
+        limit: restarts of the job in a row that may begin after the same step.
+
+    Returns:
+        A sentence about a damaged restarts.jsonl, of which a copy is kept; None where it is intact.
+
+    Raises:
+        ValueError: the last `limit` restarts of the job all began after the step that this one would; or the
+            file is damaged before its tail.
+    """
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    restarts = read_restarts(folder.checkpoints)
+    step = max(complete_checkpoints(folder.checkpoints), default=0)
+    recent = [restart.step for restart in restarts if restart.is_queued and restart.job == job][-limit:]
+    if recent == [step] * limit:
+        raise ValueError(
+            f"job {job} has started {folder.path} {limit} times from step {step} and never reached another "
+            f"checkpoint; {folder.logs} says why"
+        )
+    path, row = restarts_path(folder.checkpoints), Restart(step, time.time(), job, restart_id()[1])
+    if (damage := restarts_damage(folder.checkpoints)) is not None:
+        damage += f"; it was kept as {set_aside(path)}"
+    if damage is not None or not _ends_with_newline(path):
+        _rewrite(path, [*restarts, row])
+    else:
+        # Appended, not rewritten: rank 0 of another job may add its token at the same moment. Were that row
+        # lost, the process that it fences could write again. If rank 0 replaces the file at that moment, only
+        # this row is lost, and one restart is not counted.
+        append_row(path, asdict(row))
+        fsync_path(path)
+        fsync_path(path.parent)
+    outcome_path(folder).unlink(missing_ok=True)
+    return damage
+
+
+def is_queued_by_job(folder: RunFolder) -> bool:
+    """True if tools/job.py recorded this restart: it discarded the last outcome before any rank started."""
+    queued = [restart for restart in read_restarts(folder.checkpoints) if restart.is_queued]
+    return bool(queued) and queued[-1].job == restart_id()[0]
+
+
+def _ends_with_newline(path: Path) -> bool:
+    """True for a missing file too: a row can be appended."""
+    return not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+
+
+def _rewrite(path: Path, restarts: Sequence[Restart]) -> None:
+    replace_text(path, "".join(json.dumps(asdict(restart)) + "\n" for restart in restarts))
