@@ -174,7 +174,7 @@ def _encoded(
             # RuntimeError is how torch tells a fault of the device.
             if is_out_of_memory(error) or isinstance(error, RuntimeError):
                 raise
-            shard = source.folder.name(source.shards[sample.shard].name)
+            shard = source.folder.location(source.shards[sample.shard].name)
             faults.append(Fault(sample.id, shard, describe_error(error)))
             refused.add(faults)
         advance(1)

@@ -1,4 +1,4 @@
-"""Small videos and shards for tests: shapes that move at a known speed."""
+"""Small videos and shards for tests, with shapes that move at a known speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from svd_ds.data.writer import ShardWriter
 def moving_square(
     num_frames: int, height: int = 48, width: int = 64, speed: float = 2.0, seed: int = 0
 ) -> np.ndarray:
-    """uint8 (T, H, W, 3): a textured square that moves `speed` pixels a frame to the right."""
+    """Make frames of a textured square that moves `speed` pixels a frame to the right: uint8, (T, H, W,
+    3)."""
     generator = np.random.default_rng(seed)
     side = height // 2
     texture = generator.integers(0, 256, (side // 4, side // 4, 3)).repeat(4, 0).repeat(4, 1)
@@ -28,7 +29,7 @@ def moving_square(
 
 
 def counting(num_frames: int, height: int = 32, width: int = 64) -> np.ndarray:
-    """uint8 (T, H, W, 3): frame k is flat grey of level 4 k + 8, so that a decoded frame tells its number."""
+    """Make frames of flat grey, uint8, (T, H, W, 3): frame k has level 4 k + 8, which gives its number."""
     levels = (np.arange(num_frames) * 4 + 8).astype(np.uint8)
     return np.broadcast_to(levels[:, None, None, None], (num_frames, height, width, 3)).copy()
 
@@ -41,7 +42,7 @@ def encode(
     muxing: dict[str, str] | None = None,
     options: dict[str, str] | None = None,
 ) -> bytes:
-    """The frames as a video file with B-frames, as encoders make them by default."""
+    """Encode frames as a video file with B-frames, the default of encoders."""
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format=suffix, options=muxing or {}) as container:
         given = {"crf": "12", "g": str(keyframe_every), "mbtree": "0"} | (options or {})
@@ -56,19 +57,20 @@ def encode(
 
 
 def hide(content: bytes, first: int, num_frames: int, fps: int = 24) -> bytes:
-    """An mp4 or mov whose edit list shows `num_frames` frames from frame `first` on."""
-    place = content.index(b"elst") + 4
+    """Edit an mp4 or mov so that its edit list shows `num_frames` frames from frame `first` on."""
+    elst_at = content.index(b"elst") + 4
     entry = bytearray(content)
     ticks = int.from_bytes(content[(head := content.index(b"mdhd") + 16) : head + 4], "big")
     scale_at = content.index(b"mvhd") + 16
     scale = int.from_bytes(content[scale_at : scale_at + 4], "big")
-    start = int.from_bytes(content[place + 12 : place + 16], "big")
-    entry[place + 8 : place + 12] = (num_frames * scale // fps).to_bytes(4, "big")
-    entry[place + 12 : place + 16] = (start + first * ticks // fps).to_bytes(4, "big")
+    start = int.from_bytes(content[elst_at + 12 : elst_at + 16], "big")
+    entry[elst_at + 8 : elst_at + 12] = (num_frames * scale // fps).to_bytes(4, "big")
+    entry[elst_at + 12 : elst_at + 16] = (start + first * ticks // fps).to_bytes(4, "big")
     return bytes(entry)
 
 
 def write_video(path: Path, frames_THWC: np.ndarray, fps: int = 24) -> Path:
+    """Encode frames to a file, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode(frames_THWC, fps))
     return path
@@ -77,7 +79,7 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: int = 24) -> Path:
 def about(
     frames_THWC: np.ndarray, fps: float = 24.0, motion: float = 0.1, **more: object
 ) -> dict[str, object]:
-    """What a sample's json holds."""
+    """Make the content of a sample's JSON."""
     num_frames, height, width = frames_THWC.shape[:3]
     return {
         "captions": {"text": "a square moves"},
@@ -91,7 +93,7 @@ def about(
 
 
 def write_shards(folder: Path, shard_sizes: list[int], num_frames: int = 6) -> Path:
-    """Shards of the given sizes, their samples named s0000, s0001, ...; all share the same few pixels."""
+    """Write shards of the given sizes, with samples s0000, s0001, ... that all have the same frames."""
     frames = moving_square(num_frames, height=32, width=48)
     content = encode(frames)
     writer = ShardWriter(folder, samples_per_shard=max(shard_sizes))

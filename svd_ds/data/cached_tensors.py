@@ -1,7 +1,8 @@
-"""What is cached of a sample: tensors in a safetensors file, of which only the rows of a clip are read.
+"""Tensors cached for a sample, in a safetensors file of which only the rows of a clip are read.
 
-The file's metadata has one entry, `origin`: json that says what the tensors were made of and by. The format:
-https://huggingface.co/docs/safetensors (eight bytes of the header's length, the header as json, the tensors).
+The file's metadata has one entry, `origin`: JSON that says from what, and by which network, the tensors were
+computed. Format: https://huggingface.co/docs/safetensors (eight bytes with the length of the header, the
+header as JSON, the tensors).
 """
 
 from __future__ import annotations
@@ -17,14 +18,25 @@ from torch import Tensor
 
 LENGTH_BYTES = 8
 DTYPES = {"F16": np.float16, "U8": np.uint8, "I64": np.int64}
-"""Those that `pack` writes."""
+"""Data types that `pack` writes."""
 
 ReadRange = Callable[[int, int], bytes]
-"""(first byte, their number) -> the bytes of a file. Raises ValueError or OSError."""
+"""Reads a range of a file: (first byte, number of bytes) -> bytes; raises ValueError or OSError."""
 
 
 def pack(tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> bytes:
-    """The file's bytes; floats are rounded to float16. ValueError for values that are not finite then."""
+    """Serialize tensors of any shape to a safetensors file; floats are rounded to float16.
+
+    Args:
+        tensors: name -> tensor, on any device.
+        origin: JSON values that say from what, and by which network, the tensors were computed.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ValueError: a value is not finite in float16.
+    """
     stored = {}
     for name, tensor in tensors.items():
         dtype = torch.float16 if tensor.is_floating_point() else tensor.dtype
@@ -36,10 +48,18 @@ def pack(tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> bytes:
 
 
 class TensorFile:
-    """Reads from a file of `pack`."""
+    """Reader of a file that `pack` made, which fetches only the bytes that it needs."""
 
     def __init__(self, read: ReadRange, member: str) -> None:
-        """`member`: what errors call it. Raises ValueError where it is no such file."""
+        """Read the header.
+
+        Args:
+            read: reads a range of the file.
+            member: name of the file in error messages.
+
+        Raises:
+            ValueError: the file is not one that `pack` made, or is cut short.
+        """
         self.member, self._read = member, read
         try:
             length = int.from_bytes(read(0, LENGTH_BYTES), "little")
@@ -49,20 +69,35 @@ class TensorFile:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"its {member} does not say what it was made of") from error
         self._begin = LENGTH_BYTES + length
-        self._bytes(end - 1, 1)  # A file that is cut short must not pass by what is read of it.
+        self._bytes(end - 1, 1)  # Detect a file that is cut short, whichever rows are read of it.
 
     def __contains__(self, name: str) -> bool:
         return name in self._header
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of each tensor. Raises ValueError where the file is damaged."""
+        """Return name -> shape of each tensor.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         try:
             return {name: tuple(map(int, tensor["shape"])) for name, tensor in self._header.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its {self.member} is damaged ({error})") from error
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Some rows of a tensor, ascending. Raises ValueError where it has not so many, or is damaged."""
+        """Read some rows of a tensor.
+
+        Args:
+            name: name of the tensor, of shape (N, ...).
+            rows: ascending row numbers, from 0 to N - 1.
+
+        Returns:
+            A tensor of shape (len(rows), ...).
+
+        Raises:
+            ValueError: the tensor is missing, has too few rows, or is damaged.
+        """
         try:
             number, *shape = self._header[name]["shape"]
             dtype = np.dtype(DTYPES[self._header[name]["dtype"]])
@@ -81,7 +116,11 @@ class TensorFile:
         return stored
 
     def tensor(self, name: str) -> Tensor:
-        """All of a tensor. Raises ValueError where the file has none of that name, or is damaged."""
+        """Read a complete tensor.
+
+        Raises:
+            ValueError: the tensor is missing or damaged.
+        """
         if name not in self:
             raise ValueError(f"its {self.member} has no {name}")
         return self.rows(name, range(self._header[name]["shape"][0]))

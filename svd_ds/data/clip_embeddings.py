@@ -1,9 +1,9 @@
-"""A sample's cached CLIP states: one file of tensors beside its pixels (docs/cache.md).
+"""Cached CLIP embeddings of a sample: one file of tensors next to its pixels (docs/cache.md).
 
-    image           (T, D)  the image encoder's token of each stored frame, cropped as its latents are
-    text/CAPTIONER  (L, D)  the text encoder's states of a caption
+    image           (T, D)  image embedding of each stored frame, cropped in the same way as its latents
+    text/CAPTIONER  (L, D)  text embeddings of a caption, one for each token
 
-Shape legend: T frames, L tokens, D width.
+Shape legend: T frames, L tokens, D embedding width.
 """
 
 from __future__ import annotations
@@ -16,35 +16,55 @@ from torch import Tensor
 from svd_ds.data import cached_tensors
 from svd_ds.data.cached_tensors import TensorFile
 
-MEMBER = "clip.safetensors"
-"""Extension of a sample's states."""
+MEMBER = "clip_embeddings.safetensors"
+"""Extension of the file with a sample's CLIP embeddings."""
 
 
 @dataclass(frozen=True)
 class EmbeddingsOrigin:
-    """What the states were made of and by."""
+    """Source of a file's CLIP embeddings: the size of the frames, and the encoders."""
 
     height: int
-    """Of the frames that were encoded, in pixels."""
+    """Height of the encoded frames in pixels."""
     width: int
+    """Width of the encoded frames in pixels."""
     image_encoder: str | None
-    """See `model.frozen.fingerprint`; None where the file has no states of that kind."""
+    """Fingerprint of the image encoder (`model.frozen.fingerprint`); None if the file has no image
+    embeddings."""
     text_encoder: str | None
+    """Fingerprint of the text encoder; None if the file has no text embeddings."""
 
     def encoder(self, context: str) -> str | None:
-        """That of the states which `context` wants: image, ends or text."""
+        """Return the fingerprint of the encoder for a `context` (image, ends or text); None if there is
+        none."""
         return self.text_encoder if context == "text" else self.image_encoder
 
 
 def pack(image_TD: Tensor | None, texts_LD: Mapping[str, Tensor], origin: EmbeddingsOrigin) -> bytes:
-    """The file's bytes; states are rounded to float16. ValueError for states that are not finite then."""
+    """Serialize the CLIP embeddings of a sample; they are rounded to float16.
+
+    Args:
+        image_TD: embeddings of all stored frames, float, (T, D); None leaves them out.
+        texts_LD: captioner -> embeddings of its caption, float, (L, D).
+        origin: source of the embeddings.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ValueError: an embedding is not finite in float16.
+    """
     images = {} if image_TD is None else {"image": image_TD}
-    texts = {f"text/{captioner}": states_LD for captioner, states_LD in texts_LD.items()}
+    texts = {f"text/{captioner}": text_LD for captioner, text_LD in texts_LD.items()}
     return cached_tensors.pack(images | texts, asdict(origin))
 
 
 def read_origin(file: TensorFile) -> EmbeddingsOrigin:
-    """Raises ValueError where the file is not of `pack`."""
+    """Return the source of a file's embeddings.
+
+    Raises:
+        ValueError: `pack` did not make the file.
+    """
     try:
         return EmbeddingsOrigin(**file.origin)
     except TypeError as error:
@@ -52,7 +72,11 @@ def read_origin(file: TensorFile) -> EmbeddingsOrigin:
 
 
 def embedding_shape(file: TensorFile, context: str) -> tuple[int, ...]:
-    """What the states for a `context` have in common: (D,) of the images', (L, D) of the texts'."""
+    """Return the shape that the embeddings for a `context` share: (D,) of images, (L, D) of texts.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     shapes = file.shapes()
     if context != "text":
         return shapes.get("image", ())[1:]
@@ -60,8 +84,21 @@ def embedding_shape(file: TensorFile, context: str) -> tuple[int, ...]:
 
 
 def read(file: TensorFile, context: str, frames: Sequence[int], captioner: str) -> Tensor:
-    """What a network with that `context` sees, float16 (L, D): the caption's states, the token of the clip's
-    first frame, or for `ends` those of its first and last. Raises ValueError where they are not all there."""
+    """Read the embeddings that are the context of a network's cross-attention.
+
+    Args:
+        file: file of a sample's embeddings.
+        context: `text` reads the embeddings of the caption, `image` that of the clip's first frame, `ends`
+            those of its first and last frame.
+        frames: numbers of the clip's frames among the stored ones.
+        captioner: name of the captioner whose caption is read.
+
+    Returns:
+        Embeddings, float16, (L, D).
+
+    Raises:
+        ValueError: an embedding is missing or damaged.
+    """
     if context == "text":
         return file.tensor(f"text/{captioner}")
     return file.rows("image", [frames[0], frames[-1]] if context == "ends" else [frames[0]])

@@ -1,12 +1,12 @@
-"""From a sample's bytes to the frames of a clip: which frames, decoded, cropped, resized.
+"""Frames of a clip from the bytes of a sample: chosen, decoded, cropped and resized.
 
 Shape legend: T frames, H x W pixels of the clip, C = 3 RGB channels.
 
-Frames come at a whole stride of the stored ones, so motion stays even and the rate that the network is told
-is exact; a clip too short for the wanted rate takes the largest stride that fits. The window of the wanted
-aspect is cut out before it is resized, and resized by torch's antialiased bicubic filter on bytes: no slower
-than swscale in one pass with the colour conversion, and within one level of Pillow's result, where
-swscale's bicubic is off by up to 43.
+The stride between frames is a whole number of stored frames, so motion is even and the frame rate that
+conditions the network is exact; a sample too short for the wanted rate takes the largest stride that fits.
+The window of the wanted aspect ratio is cut out first, then resized by torch's antialiased bicubic filter on
+bytes: no slower than swscale in one pass with the colour conversion, and within one level of Pillow's result,
+where swscale's bicubic is off by up to 43.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from svd_ds.pixels.still import MAX_PIXELS
 
 @dataclass(frozen=True)
 class ClipDraws:
-    """All that is random about reading a clip: uniform numbers in [0, 1)."""
+    """Random draws of reading a clip: uniform numbers in [0, 1)."""
 
     start: float
     top: float
@@ -37,26 +37,38 @@ class ClipDraws:
 
     @staticmethod
     def draw(seed: int, ordinal: int) -> ClipDraws:
-        """The draws of the run's `ordinal`-th sample: always all, in this order, so that no option moves
-        another's."""
+        """Make the draws of a sample ordinal.
+
+        All of them are always made, in this order, so that no option changes the draw of another.
+        """
         generator = random.Random(f"clip {seed} {ordinal}")
         return ClipDraws(*(generator.random() for _ in range(6)))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Which of the stored frames make the clip."""
+    """Choice of the stored frames that make a clip."""
 
     start: int
+    """Number of the first frame."""
     stride: int
+    """Stored frames from one frame of the clip to the next."""
     fps: float
-    """Of the clip: the stored rate over the stride."""
+    """Frame rate of the clip in frames a second: the stored rate divided by the stride."""
 
     @staticmethod
     def choose(
         stored_frames: int, stored_fps: float, num_frames: int, wanted_fps: float, draw: float
     ) -> Timing:
-        """From a drawn start, frames as near `wanted_fps` as a whole stride comes; 0 takes every frame."""
+        """Choose the stride nearest to the wanted frame rate, and the start from a random draw.
+
+        Args:
+            stored_frames: frames of the sample.
+            stored_fps: their rate, in frames a second.
+            num_frames: frames of the clip.
+            wanted_fps: wanted rate, in frames a second; 0 takes every stored frame.
+            draw: uniform number in [0, 1) that chooses the start.
+        """
         assert stored_frames >= num_frames, "short samples are left out of the order"
         stride = max(1, round(stored_fps / wanted_fps)) if wanted_fps else 1
         if num_frames > 1:
@@ -65,12 +77,13 @@ class Timing:
         return Timing(start=int(draw * num_starts), stride=stride, fps=stored_fps / stride)
 
     def frame_numbers(self, num_frames: int) -> range:
+        """Return the numbers of the clip's frames among the stored ones."""
         return range(self.start, self.start + num_frames * self.stride, self.stride)
 
 
 @dataclass(frozen=True)
 class Box:
-    """A window of a frame, in pixels."""
+    """Window of a frame, in pixels."""
 
     top: int
     left: int
@@ -79,9 +92,13 @@ class Box:
 
     @staticmethod
     def largest(frame: tuple[int, int], wanted: tuple[int, int], top: float = 0.5, left: float = 0.5) -> Box:
-        """The largest window of the aspect of `wanted` in `frame`, both (H, W).
+        """Return the largest window of a wanted aspect ratio in a frame.
 
-        `top` and `left`, in [0, 1), place it: 0.5 is the centre.
+        Args:
+            frame: (height, width) of the frame in pixels.
+            wanted: (height, width) that gives the aspect ratio.
+            top: vertical position of the window, in [0, 1); 0.5 is the centre.
+            left: horizontal position of the window, in [0, 1); 0.5 is the centre.
         """
         height, width = frame
         box_height = min(height, round(width * wanted[0] / wanted[1]))
@@ -94,10 +111,21 @@ class Box:
         )
 
 
-def resize_crop(frame_HWC: Tensor, box: Box, height: int, width: int, flip: bool = False) -> Tensor:
-    """The pixels of `box`, resized with antialiasing to (height, width, 3); uint8 in and out."""
-    window_HWC = frame_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
-    # The strides of this axis of one tell torch that channels are last: it resizes without copies.
+def resize_crop(frame: Tensor, box: Box, height: int, width: int, flip: bool = False) -> Tensor:
+    """Crop a frame to a window and resize that with antialiasing.
+
+    Args:
+        frame: uint8 RGB, (H, W, 3).
+        box: window of the frame.
+        height: height of the result in pixels.
+        width: width of the result in pixels.
+        flip: mirror the result horizontally.
+
+    Returns:
+        uint8 RGB, (height, width, 3).
+    """
+    window_HWC = frame[box.top : box.top + box.height, box.left : box.left + box.width]
+    # By the strides of this axis of size one torch sees that channels are last, and resizes without copies.
     window_1CHW = window_HWC[None].permute(0, 3, 1, 2)
     resized_1CHW = F.interpolate(window_1CHW, size=(height, width), mode="bicubic", antialias=True)
     resized_HWC = resized_1CHW[0].permute(1, 2, 0)
@@ -105,7 +133,7 @@ def resize_crop(frame_HWC: Tensor, box: Box, height: int, width: int, flip: bool
 
 
 def covers(frame: tuple[int, int], wanted: tuple[int, int]) -> bool:
-    """Is a frame large enough to be reduced to `wanted` rather than enlarged? Both (H, W)."""
+    """Return True if a frame of size (H, W) need not be enlarged to cover the wanted size (H, W)."""
     box = Box.largest(frame, wanted)
     return box.height >= wanted[0] and box.width >= wanted[1]
 
@@ -119,11 +147,23 @@ def read_frames(
     flip: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """Some frames of a file held in memory, uint8 (T, 3, H, W): see `decode`, `Box.largest` and `resize_crop`.
+    """Decode, crop and resize some frames of a file held in memory.
 
-    Channels are last in memory, as decoders and resizers have them; a batch and its device keep them so.
-    Raises ValueError if the file cannot be decoded or ends too early, or if its frames are too large, or so
-    small that they would have to be enlarged.
+    Args:
+        content: bytes of a video or image file.
+        wanted: ascending frame numbers, see `decode`.
+        size: (height, width) of the result in pixels.
+        top: vertical position of the window, see `Box.largest`.
+        left: horizontal position of the window.
+        flip: mirror the frames horizontally.
+        max_pixels: largest allowed number of pixels of a stored frame.
+
+    Returns:
+        uint8 RGB, (T, 3, H, W), channels last in memory as decoders and resizers produce them.
+
+    Raises:
+        ValueError: the file cannot be decoded or ends too early, or its frames are too large, or so small
+            that they would have to be enlarged.
     """
     frames = []
     for frame in decode(content, wanted, max_pixels):
@@ -131,27 +171,36 @@ def read_frames(
         height, width = frame_HWC.shape[:2]
         if not covers((height, width), size):
             raise ValueError(
-                f"its frames have {height} x {width} pixels, and do not fill {size[0]} x {size[1]}"
+                f"its frames have {height} x {width} pixels, and do not cover {size[0]} x {size[1]}"
             )
         frames.append(resize_crop(frame_HWC, Box.largest((height, width), size, top, left), *size, flip))
     return torch.stack(frames).permute(0, 3, 1, 2)
 
 
 def choose_captioner(captions: Mapping[str, str], weights: Mapping[str, float], draw: float) -> str:
-    """Draw one of a sample's captioners by their weights.
+    """Draw one of a sample's captioners by weight.
 
-    Captioners without a weight are drawn, all alike, where the sample has none with one.
-    Raises ValueError if no caption is left.
+    If none of the sample's captioners has a weight, all of them are equally likely.
+
+    Args:
+        captions: captioner -> caption.
+        weights: captioner -> weight (data.caption_weights).
+        draw: uniform number in [0, 1).
+
+    Raises:
+        ValueError: the sample has no caption of a weight above 0.
     """
-    weight_of = {name: weights.get(name, 0.0) for name in sorted(captions)}
-    if not any(weight_of.values()):
-        weight_of = {name: float(name not in weights) for name in weight_of}
-    total = sum(weight_of.values())
+    weight_by_name = {name: weights.get(name, 0.0) for name in sorted(captions)}
+    if not any(weight_by_name.values()):
+        weight_by_name = {name: float(name not in weights) for name in weight_by_name}
+    total = sum(weight_by_name.values())
     if total == 0:
-        raise ValueError(f"its captions ({', '.join(weight_of) or 'none'}) have no weight in {dict(weights)}")
+        raise ValueError(
+            f"its captions ({', '.join(weight_by_name) or 'none'}) have no weight in {dict(weights)}"
+        )
     left = draw * total
-    for name, weight in weight_of.items():
+    for name, weight in weight_by_name.items():
         left -= weight
         if left < 0:
             return name
-    return max(weight_of, key=weight_of.__getitem__)
+    return max(weight_by_name, key=weight_by_name.__getitem__)

@@ -1,4 +1,4 @@
-"""Where the whole run stands in its data: two plain values, the same on every rank."""
+"""Position of a run in its data: two plain values, the same on every rank."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cursor:
-    """A point between two global steps. `Cursor(**asdict(cursor))` is its round trip through json."""
+    """Point between two global steps; `Cursor(**asdict(cursor))` restores it from JSON."""
 
     next_ordinal: int
-    """Samples that all ranks together have consumed since the run began: the next ordinal."""
+    """Next sample ordinal: the number of samples that all ranks together have read since the run began."""
     fingerprint: str
-    """Names the set of samples that the position counts; see `Index.fingerprint`."""
+    """Fingerprint of the set of samples that the ordinals count; see `Index.fingerprint`."""
 
     def check(self, fingerprint: str, where: str) -> None:
-        """Raises ValueError unless `fingerprint`, of the data at `where`, is the one that was read so far."""
+        """Check that a run resumes on the data that it has read so far.
+
+        Args:
+            fingerprint: fingerprint of the data at `where`.
+            where: name of the data in the error message.
+
+        Raises:
+            ValueError: the fingerprint is another one.
+        """
         if fingerprint != self.fingerprint:
             raise ValueError(
-                f"the run's {self.next_ordinal} samples so far are of a set with fingerprint {self.fingerprint}, "
-                f"and the clips in {where} that are long and large enough have {fingerprint}"
+                f"the run's {self.next_ordinal} samples so far are of a set with fingerprint "
+                f"{self.fingerprint}, and the clips in {where} that are long and large enough have "
+                f"{fingerprint}"
             )

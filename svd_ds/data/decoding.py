@@ -1,4 +1,4 @@
-"""Frames of a video or image file held in memory, by their numbers: the decoder of reader and indexer."""
+"""Decoding of frames by number from a video or image file held in memory; used by reader and indexer."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from svd_ds.pixels.frame import deinterlace
 from svd_ds.pixels.still import MAX_PIXELS, TooLargeError, is_still, read_still, too_large
 
 MAX_UNTIMED_FRAMES = 3000
-"""Frames of a video whose packets have no times: to find one, all before it are decoded."""
+"""Largest number of frames of a video whose packets have no times: all frames before a wanted one are
+decoded."""
 
 
 def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) -> Iterator[VideoFrame]:
-    """Decode some frames of a video or image file held in memory: see `pixels.frame.to_rgb` for their pixels.
+    """Decode some frames of a video or image file; `pixels.frame.to_rgb` gives their pixels.
 
     Args:
-        content: the file's bytes.
-        wanted: ascending frame numbers, as timeline.py counts them. Decoding goes from the keyframe before
-            the first to the last.
-        max_pixels: of a frame; a file that claims more is refused before anything is decoded.
+        content: bytes of the file.
+        wanted: ascending frame numbers, as timeline.py counts them. Decoding begins at the keyframe before
+            the first and ends at the last.
+        max_pixels: largest allowed number of pixels of a frame; a file that claims more is not decoded.
 
     Raises:
-        ValueError: the file cannot be decoded, has not all of these frames, or they are too large.
+        ValueError: the file cannot be decoded, lacks some of these frames, or they are too large.
     """
     if is_still(content):
         yield from _decode_still(content, wanted, max_pixels)
@@ -38,21 +39,25 @@ def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) 
     found = 0
     try:
         with open_video(content, max_pixels) as (container, stream):
-            # Number 0 of a file is its first frame, whatever its clock.
+            # Frame 0 is the first frame, whatever its time: no timeline is needed.
             timeline = read_timeline(container, stream) if wanted[-1] > 0 else None
             if timeline is not None:
                 count = bisect_left(wanted, len(timeline.times))
                 times = [timeline.times[number] for number in wanted[:count]]
                 if times:
                     container.seek(timeline.seek_time(times[0]), stream=stream)
-                for frame in _at(times, deinterlace(container.decode(stream)), timeline):
+                for frame in _frames_at_times(times, deinterlace(container.decode(stream)), timeline):
                     found += 1
                     yield frame
         if timeline is None or found < count:
             with open_video(content, max_pixels) as (container, stream):
                 frames = deinterlace(container.decode(stream))
-                # A seek may lead past a frame: then it is looked for from the start on.
-                rest = _nth(wanted, frames) if timeline is None else _at(times[found:], frames, timeline)
+                # A seek may lead past a frame: then the file is decoded from its start.
+                rest = (
+                    _frames_at_numbers(wanted, frames)
+                    if timeline is None
+                    else _frames_at_times(times[found:], frames, timeline)
+                )
                 for frame in rest:
                     found += 1
                     yield frame
@@ -66,16 +71,16 @@ def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) 
 
 @contextmanager
 def open_video(content: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]:
-    """The container and the video stream of a file held in memory, which is decoded in one thread.
+    """Open a video file held in memory, to be decoded in one thread; yields (container, video stream).
 
     Raises:
-        ValueError: it has no video stream, or claims frames of more than `max_pixels`.
-        av.FFmpegError: it cannot be opened.
+        ValueError: the file has no video stream, or claims frames of more than `max_pixels` pixels.
+        av.FFmpegError: the file cannot be opened.
     """
-    # libav opens a file by decoding its first keyframe, a twelfth of a clip's time, to learn how far frames
-    # stand from their decoding order. An mp4's header tells it, unless the file is in fragments.
-    blindly = content[4:8] == b"ftyp" and b"moof" not in content
-    options = {"skip_frame": "all"} if blindly else {}
+    # On opening, libav decodes the first keyframe (a twelfth of the time of a clip) to find the reordering
+    # delay of the frames. The header of an mp4 has it, unless the file is fragmented.
+    has_delay = content[4:8] == b"ftyp" and b"moof" not in content
+    options = {"skip_frame": "all"} if has_delay else {}
     with open_container(content, max_pixels, options) as container:
         stream = select_video_stream(container, max_pixels)
         stream.thread_count = 1
@@ -83,10 +88,10 @@ def open_video(content: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[A
 
 
 def select_video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
-    """The video stream that a player shows: the default one, then the largest; no cover picture of a song.
+    """Select the video stream that a player shows: the default one, else the largest; never cover art.
 
     Raises:
-        ValueError: there is none, or its frames have more than `max_pixels`.
+        ValueError: there is no video stream, or its frames have more than `max_pixels` pixels.
     """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
@@ -97,13 +102,15 @@ def select_video_stream(container: Any, max_pixels: int = MAX_PIXELS) -> Any:
     return shown
 
 
-def _at(times: Sequence[int], frames: Iterable[VideoFrame], timeline: Timeline) -> Iterator[VideoFrame]:
-    """The frames at ascending times, until one is missing."""
+def _frames_at_times(
+    times: Sequence[int], frames: Iterable[VideoFrame], timeline: Timeline
+) -> Iterator[VideoFrame]:
+    """Yield the frames at ascending times, until one is missing."""
     found = 0
     if not times:
         return
     for frame in frames:
-        time = timeline.time_of(frame)
+        time = timeline.frame_time(frame)
         if time is None or time < times[found]:
             continue
         while time == times[found]:
@@ -115,8 +122,8 @@ def _at(times: Sequence[int], frames: Iterable[VideoFrame], timeline: Timeline) 
             return
 
 
-def _nth(wanted: Sequence[int], frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    """The frames of these ascending numbers, counted from 0."""
+def _frames_at_numbers(wanted: Sequence[int], frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+    """Yield the frames with these ascending numbers, counted from 0."""
     found = 0
     for number, frame in enumerate(frames):
         while number == wanted[found]:
@@ -127,6 +134,7 @@ def _nth(wanted: Sequence[int], frames: Iterable[VideoFrame]) -> Iterator[VideoF
 
 
 def _decode_still(content: bytes, wanted: Sequence[int], max_pixels: int) -> Iterator[VideoFrame]:
+    """Decode an image file as a video of one frame; raises as `decode`."""
     try:
         frame = VideoFrame.from_ndarray(read_still(content, max_pixels), format="rgb24")
     except TooLargeError:

@@ -1,7 +1,6 @@
-"""Shards that others wrote: what their samples hold, probed from the files themselves.
+"""Probing of external WebDataset shards: the contents of their samples, read from the files themselves.
 
-Their members are found by tars.py. Pixels are whatever PyAV decodes; captions and annotations are read by
-sidecar.py.
+tars.py finds the members of a sample, PyAV decodes its pixels, sidecar.py reads its captions and annotations.
 """
 
 from __future__ import annotations
@@ -41,28 +40,33 @@ BAD_ANNOTATIONS = "annotations that are no finite numbers"
 SEVERAL_MEDIA = "with several videos or images"
 
 ReadFrames = Callable[[range], Iterator[np.ndarray]]
-"""Numbers of frames -> these frames as uint8 RGB, (H, W, 3)."""
+"""Reads frames of a video: frame numbers -> these frames as uint8 RGB, (H, W, 3)."""
 ScoreMotion = Callable[[ReadFrames, int, float], float]
-"""(reads a video's frames, how many it has, frames a second) -> motion score."""
+"""Scores the motion of a video: (reader of its frames, number of frames, frames a second) -> motion score."""
 
 
 @dataclass(frozen=True)
 class ProbedSample:
-    """A sample that training can use."""
+    """Sample that training can use."""
 
     sample: Sample
     notes: dict[str, int] = field(default_factory=dict)
-    """What the user should know of it: how many of NO_CAPTION, NOT_UTF8, DROPPED, OF_SEVERAL."""
+    """Remarks for the user: NO_CAPTION, NOT_UTF8, BAD_ANNOTATIONS or SEVERAL_MEDIA -> number of cases."""
 
 
 def probe_shard(path: Path, name: str, motion: ScoreMotion | None) -> Iterator[ProbedSample | Fault]:
-    """What the index is to know of each sample of a shard, or why it cannot be used.
+    """Yield the index entry of each sample of a shard, or the fault because of which it cannot be used.
 
-    No error of a sample or of the tar is raised: it is a Fault. The samples' shard number is 0.
+    An error in a sample or in the tar is yielded as a Fault, not raised. The shard number of the samples is
+    0.
 
     Args:
-        name: of the shard in its folder; samples are named after it, as keys may be the same in each.
-        motion: scores a video; None leaves all at 0.
+        path: path of the shard.
+        name: name of the shard in its folder; it is part of the sample ids, since keys repeat between shards.
+        motion: scores a video; None leaves all motion scores at 0.
+
+    Raises:
+        MemoryError: the machine ran out of memory.
     """
     shown = clean_text(name)
     try:
@@ -86,12 +90,17 @@ def probe_shard(path: Path, name: str, motion: ScoreMotion | None) -> Iterator[P
 
 
 def make_sample_id(shard: str, key: str) -> str:
-    """A sample's id from its shard's name and its key."""
+    """Make the id of a sample from the name of its shard and its key."""
     return re.sub(r"[^\w-]+", "_", f"{PurePosixPath(shard).with_suffix('')}-{clean_text(key)}")
 
 
 def _probe(path: Path, members: Members, sample_id: str, motion: ScoreMotion | None) -> ProbedSample:
-    """Raises ValueError, and whatever a damaged file makes of its decoder, where a sample cannot be used."""
+    """Make the index entry of a sample.
+
+    Raises:
+        ValueError: the sample cannot be used.
+        Exception: any error that a decoder raises on a damaged file.
+    """
     read = partial(read_member, path)
     notes: Counter[str] = Counter()
     media = choose_media(members)
@@ -100,10 +109,10 @@ def _probe(path: Path, members: Members, sample_id: str, motion: ScoreMotion | N
     used = {media.rpartition(".")[2]: members[media]}
     annotations = _add_sidecar(members, read, used, notes)
     content = read(members[media])
-    num_frames, fps, height, width = measure_media(content, _kind(media) in STILLS)
+    num_frames, fps, height, width = measure_media(content, _suffix(media) in STILLS)
     score = 0.0
     if motion is not None and num_frames > 1:
-        score = motion(partial(_pixels, content), num_frames, fps)
+        score = motion(partial(_rgb_frames, content), num_frames, fps)
         if not math.isfinite(score):
             raise ValueError(f"its motion score is {score}")
     sample = Sample(
@@ -121,10 +130,16 @@ def _probe(path: Path, members: Members, sample_id: str, motion: ScoreMotion | N
 
 
 def choose_media(members: Iterable[str]) -> str:
-    """The extension of a sample's pixels: a video before an image, NAME.mp4 before NAME.rgb.mp4.
+    """Choose the member that holds a sample's pixels: a video before an image, NAME.mp4 before NAME.rgb.mp4.
+
+    Args:
+        members: extensions of the sample's members.
+
+    Returns:
+        The extension of the chosen member.
 
     Raises:
-        ValueError: there is none, or several of the same rank.
+        ValueError: no member is a video or an image, or several have the same rank.
     """
     found = _media_in(members)
     if not found:
@@ -138,14 +153,15 @@ def choose_media(members: Iterable[str]) -> str:
 
 
 def _media_in(members: Iterable[str]) -> list[str]:
-    return sorted(extension for extension in members if _kind(extension) in MEDIA)
+    return sorted(extension for extension in members if _suffix(extension) in MEDIA)
 
 
 def _rank(extension: str) -> tuple[bool, bool]:
-    return _kind(extension) in STILLS, "." in extension
+    """Sort key of a video or image member: the lowest is chosen."""
+    return _suffix(extension) in STILLS, "." in extension
 
 
-def _kind(extension: str) -> str:
+def _suffix(extension: str) -> str:
     return extension.rpartition(".")[2]
 
 
@@ -155,18 +171,24 @@ def _add_sidecar(
     used: dict[str, tarfile.TarInfo],
     notes: Counter[str],
 ) -> dict[str, float]:
-    """Add the member with the captions to `used`, and return the annotations of all jsons.
+    """Add the member with the captions to `used`, and merge the annotations of all JSON members.
 
-    NAME.json counts before NAME.mp4.json, and that before others by their names; a json before a text. Where
-    two have an annotation, the first counts.
+    NAME.json comes before NAME.mp4.json, then the others by name; a JSON comes before a text. If two members
+    have the same annotation, the first one counts.
+
+    Args:
+        members: all members of the sample.
+        read: reads a member.
+        used: extension -> entry of the members that the index lists; changed in place.
+        notes: remarks on the sample; changed in place.
 
     Raises:
         ValueError: no caption was found, and one of the members cannot be read.
     """
     annotations: dict[str, float] = {}
     damage: Exception | None = None
-    jsons = [extension for extension in members if _kind(extension) == "json"]
-    for extension in sorted(jsons, key=lambda name: ("." in name, _kind(name[:-5]) not in MEDIA, name)):
+    jsons = [extension for extension in members if _suffix(extension) == "json"]
+    for extension in sorted(jsons, key=lambda name: ("." in name, _suffix(name[:-5]) not in MEDIA, name)):
         try:
             about = parse_json(read(members[extension]), extension)
         except ValueError as error:
@@ -177,8 +199,8 @@ def _add_sidecar(
         notes[BAD_ANNOTATIONS] += dropped
         if "json" not in used and any(parse_captions(about).values()):
             used["json"] = members[extension]
-    texts = [extension for extension in members if _kind(extension) in TEXTS]
-    for extension in sorted(texts, key=lambda name: ("." in name, TEXTS.index(_kind(name)), name)):
+    texts = [extension for extension in members if _suffix(extension) in TEXTS]
+    for extension in sorted(texts, key=lambda name: ("." in name, TEXTS.index(_suffix(name)), name)):
         if "json" in used or "txt" in used:
             break
         content = read(members[extension])
@@ -196,56 +218,75 @@ def _add_sidecar(
 
 
 def measure_media(content: bytes, still: bool) -> tuple[int, float, int, int]:
-    """(frames, frames a second, shown height, width) of a file, its frames numbered as in `decoding.decode`.
+    """Measure a video or image file, its frames numbered as by `decoding.decode`.
+
+    Args:
+        content: bytes of the file.
+        still: True if the file is an image.
+
+    Returns:
+        (number of frames, frames a second, shown height, shown width).
 
     Raises:
-        ValueError: it cannot be decoded to its end, or its pixels are not square.
+        ValueError: the file cannot be decoded to its end, or its pixels are not square.
     """
     if still:
         height, width = to_rgb(next(decode(content, [0]))).shape[:2]
         return 1, 1.0, height, width
     with open_video(content) as (container, stream):
         aspect = stream.sample_aspect_ratio
-        _check_whole(stream, len(content))
+        _check_complete(stream, len(content))
         timeline = read_timeline(container, stream)
         fps = float(stream.average_rate or 0)
     if timeline is not None:
         num_frames, fps = len(timeline.times), timeline.rate
     else:
-        num_frames = _count(content)
+        num_frames = _count_frames(content)
     if not num_frames:
         raise ValueError("none of its frames can be decoded")
     if aspect not in (None, 0, 1):
         raise ValueError(f"its pixels are not square, but {aspect}")
     if not (fps > 0 and math.isfinite(fps)):
         raise ValueError("it has no frame rate")
-    *_, last = _of_one_size(decode(content, sorted({0, num_frames - 1})))
+    *_, last = _check_one_size(decode(content, sorted({0, num_frames - 1})))
     height, width = to_rgb(last).shape[:2]
     return num_frames, fps, height, width
 
 
-def _count(content: bytes) -> int:
-    """Frames of a video whose packets do not say when they are shown. Raises ValueError for too many."""
+def _count_frames(content: bytes) -> int:
+    """Count the frames of a video whose packets have no presentation times, by decoding all of it.
+
+    Raises:
+        ValueError: there are more than MAX_UNTIMED_FRAMES.
+    """
     count = 0
     with open_video(content) as (container, stream):
         for count, _ in enumerate(container.decode(stream), 1):
             if count > MAX_UNTIMED_FRAMES:
                 raise ValueError(
-                    f"it does not say when its frames are shown, and has more than {MAX_UNTIMED_FRAMES}: they could "
-                    "only be found by decoding all before them; convert it to mp4"
+                    f"it has no presentation times, and more than {MAX_UNTIMED_FRAMES} frames: each could "
+                    "only be found by decoding all frames before it; convert it to mp4"
                 )
     return count
 
 
-def _check_whole(stream: Any, num_bytes: int) -> None:
-    """Raises ValueError where the file's own index of its frames leads beyond its end."""
+def _check_complete(stream: Any, num_bytes: int) -> None:
+    """Check that a file is as long as the index in its header says.
+
+    Raises:
+        ValueError: the file is cut short.
+    """
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if end > num_bytes:
         raise ValueError(f"it is cut short: it has {num_bytes} bytes, and its frames end at byte {end}")
 
 
-def _of_one_size(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """The same frames. Raises ValueError where their size changes, as in a recorded call."""
+def _check_one_size(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Yield the frames, and check that they have one size.
+
+    Raises:
+        ValueError: the size changes, as in the recording of a video call.
+    """
     size: tuple[int, int] | None = None
     for frame in frames:
         size = size or (frame.width, frame.height)
@@ -254,5 +295,6 @@ def _of_one_size(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         yield frame
 
 
-def _pixels(content: bytes, numbers: range) -> Iterator[np.ndarray]:
-    return (to_rgb(frame).numpy() for frame in _of_one_size(decode(content, numbers)))
+def _rgb_frames(content: bytes, numbers: range) -> Iterator[np.ndarray]:
+    """Decode frames by number; each is uint8 RGB, (H, W, 3)."""
+    return (to_rgb(frame).numpy() for frame in _check_one_size(decode(content, numbers)))

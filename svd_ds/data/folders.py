@@ -1,4 +1,4 @@
-"""Where the files of a data set are: in a folder that is mounted here, or at a URL, fetched to a cache."""
+"""Folders of a data set's files: local ones, and remote ones that are fetched from a URL to a cache."""
 
 from __future__ import annotations
 
@@ -21,41 +21,43 @@ from svd_ds.data.sample import Shard
 INDEX_NAME = "index.jsonl"
 URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 FETCHED_NAME = re.compile(r"[\w.+=,][\w.+=, -]*(/[\w.+=,][\w.+=, -]*)*")
-"""Names that neither a shell (but for blanks), nor a URL parser, nor a command's options read another way."""
+"""Safe file names: no shell (except for blanks), URL parser or command line gives them another meaning."""
 PERCENT_DECODED = ("http:", "https:", "ftps:", "sftp:", "scp:", "file:")
-"""Schemes whose openers decode %20 and the like."""
-BLOCK = 2**20
-"""Bytes that are fetched at once."""
+"""URL schemes whose openers decode percent escapes such as %20."""
+BLOCK_BYTES = 2**20
+"""Number of bytes that are fetched at a time."""
 
 OpenUrl = Callable[[str], IO[bytes]]
-"""Opens a URL for reading; closing it raises OSError where the transfer has failed."""
+"""Opens a URL for reading; closing the file raises OSError if the transfer failed."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A data set's files, on a file system that is mounted here. remote.py has those that are fetched."""
+    """Folder of a data set's files on a local or mounted file system."""
 
     path: Path
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def name(self, file: str) -> str:
-        """A file's path, or URL, as errors name it."""
+    def location(self, file: str) -> str:
+        """Return the path or URL of a file, as error messages name it."""
         return f"{self}/{file}"
 
     def check_name(self, name: str) -> None:
-        """Check the name of a shard, beyond that it lies within the folder.
+        """Check that the name of a shard is safe to open; that it lies in the folder is checked already.
 
         Raises:
             ValueError: a file of that name must not be opened.
         """
 
-    def index(self) -> Path:
-        """The local path of the index.
+    def index_path(self) -> Path:
+        """Return the local path of the index, after fetching it from a URL.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the folder or its index is missing.
+            OSError: the index cannot be fetched; it may be possible later.
+            ValueError: the index cannot be fetched, and never can.
         """
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no data folder {self}; tools/make_shards.py makes one")
@@ -65,22 +67,33 @@ class Folder:
         return path
 
     def check_shards(self, shards: Iterable[Shard]) -> None:
-        """Raises FileNotFoundError or ValueError where one is missing or cut short."""
+        """Check that all shards are complete.
+
+        Raises:
+            FileNotFoundError: a shard is missing.
+            ValueError: a shard does not have the size that the index says.
+        """
         for shard in shards:
             _check_shard(self.path / shard.name, shard.num_bytes)
 
     def open(self, shard: Shard) -> IO[bytes]:
-        """Open a shard for reading, unbuffered: what is read is scattered, and each part is wanted whole.
+        """Open a shard for reading, without a buffer: reads are scattered, and of known size.
 
         Raises:
-            OSError: it cannot be opened.
-            ValueError: it is not the file that was indexed.
+            OSError: the shard cannot be opened or fetched.
+            ValueError: the shard is not the file that was indexed.
         """
         return open(self.path / shard.name, "rb", buffering=0)
 
 
 def open_folder(path: str, cache: str | None, cache_gb: float, open_url: OpenUrl) -> Folder:
-    """The files at a local path, or at a URL, from which they are fetched to `cache`.
+    """Open a folder of a data set.
+
+    Args:
+        path: local path, or URL.
+        cache: local folder to which the files at a URL are fetched (data.cache).
+        cache_gb: largest size of the cache in GB (data.cache_gb); 0 is unlimited.
+        open_url: opens a URL for reading.
 
     Raises:
         ValueError: `path` is a URL, and `cache` is None.
@@ -88,7 +101,7 @@ def open_folder(path: str, cache: str | None, cache_gb: float, open_url: OpenUrl
     if not URL.match(path):
         return Folder(Path(path))
     if cache is None:
-        raise ValueError(f"{path} is fetched from elsewhere: data.cache must name a local folder for it")
+        raise ValueError(f"{path} is remote: data.cache must name a local folder for its files")
     return RemoteFolder(
         Path(cache), path.rstrip("/"), FileCache(Path(cache), math.ceil(cache_gb * 1e9)), open_url
     )
@@ -96,17 +109,17 @@ def open_folder(path: str, cache: str | None, cache_gb: float, open_url: OpenUrl
 
 @dataclass(frozen=True)
 class RemoteFolder(Folder):
-    """A data set's files at a URL."""
+    """Folder of a data set's files at a URL."""
 
     url: str
-    """Of the folder; `{}` in it is replaced by the file's name, as in `pipe:ssh host cat /shards/{}`."""
+    """URL of the folder; the file name replaces `{}` in it, as in `pipe:ssh host cat /shards/{}`."""
     cache: FileCache
     open_url: OpenUrl
 
     def __str__(self) -> str:
         return self.url
 
-    def name(self, file: str) -> str:
+    def location(self, file: str) -> str:
         if self.url.startswith("pipe:"):
             file = shlex.quote(file)
         elif self.url.lower().startswith(PERCENT_DECODED):
@@ -114,40 +127,45 @@ class RemoteFolder(Folder):
         return self.url.replace("{}", file) if "{}" in self.url else f"{self.url}/{file}"
 
     def check_name(self, name: str) -> None:
-        # A command such as ssh hands the name to another shell, where our quotes are gone.
+        # A command such as ssh passes the name on to another shell, without our quotes.
         if not FETCHED_NAME.fullmatch(name) or (self.url.startswith("pipe:") and " " in name):
             raise ValueError(
                 f"shard name {name!a} is not fetched from {self.url}: it may have letters, digits and "
                 "._+=,- alone, and no part of it may begin with -"
             )
 
-    def index(self) -> Path:
-        """Fetch the index, as there may be another by now, to a file of its own content's name: what another
-        run fetches later does not replace it."""
-        url = self.name(INDEX_NAME)
+    def index_path(self) -> Path:
+        """Fetch the index anew, as it may have changed, to a file named after the hash of its content: an
+        index that another run fetches later does not replace it. Raises as `Folder.index_path`."""
+        url = self.location(INDEX_NAME)
         with _fetch_errors(url):
             content = b"".join(self._blocks(url))
-            return self.cache.store(_file_name(url), content)
+            return self.cache.store(_cache_name(url), content)
 
     def check_shards(self, shards: Iterable[Shard]) -> None:
-        """They are checked when they are fetched."""
+        """Do nothing: shards are checked when they are fetched."""
 
     def open(self, shard: Shard) -> IO[bytes]:
-        url = self.name(shard.name)
+        url = self.location(shard.name)
         with _fetch_errors(url):
-            return self.cache.open(_file_name(url), shard.num_bytes, lambda: self._blocks(url))
+            return self.cache.open(_cache_name(url), shard.num_bytes, lambda: self._blocks(url))
 
     def _blocks(self, url: str) -> Iterator[bytes]:
         with self.open_url(url) as stream:
-            while block := stream.read(BLOCK):
+            while block := stream.read(BLOCK_BYTES):
                 yield block
 
 
 def check_cache_size(sets: Sequence[tuple[Folder, Sequence[Shard]]], window: int, cache_gb: float) -> None:
-    """Check that the cache holds the shards that are read from at a time, `window` of each data set.
+    """Check that the cache is large enough for the shards that are read at a time.
+
+    Args:
+        sets: folder and shards of each data set.
+        window: number of shards of each data set that are read at a time.
+        cache_gb: largest size of the cache in GB (data.cache_gb); 0 is unlimited.
 
     Raises:
-        ValueError: it does not: almost every sample would fetch a shard.
+        ValueError: the cache is too small: almost every sample would fetch a shard.
     """
     needed = 0
     for folder, shards in sets:
@@ -161,15 +179,21 @@ def check_cache_size(sets: Sequence[tuple[Folder, Sequence[Shard]]], window: int
         )
 
 
-def _file_name(url: str) -> str:
-    """A file's name in the cache: hashed, because two data sets' shards have the same names."""
+def _cache_name(url: str) -> str:
+    """Return the name of a file in the cache, with a hash of its URL: shards of two data sets have equal
+    names."""
     tail = re.sub(r"[^A-Za-z0-9_.-]", "_", redact(url))[-40:]
     return f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}-{tail}"
 
 
 @contextmanager
 def _fetch_errors(url: str) -> Iterator[None]:
-    """Raises OSError, naming `url`, for what goes wrong inside; ValueError where a retry does not help."""
+    """Name `url` in the errors that are raised inside.
+
+    Raises:
+        OSError: an error after which a retry may help.
+        ValueError: any other error.
+    """
     try:
         yield
     except (MemoryError, AssertionError):
@@ -177,13 +201,14 @@ def _fetch_errors(url: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         raise same_kind(error, f"{url} cannot be fetched: {error}") from error
     except Exception as error:
-        # Every storage client has exceptions of its own.
+        # Every storage client has its own exceptions.
         raise OSError(f"{url} cannot be fetched: {type(error).__name__}: {error}") from error
 
 
 def _check_shard(path: Path, num_bytes: int) -> None:
+    """Check that a local shard exists and has `num_bytes` bytes; raises as `Folder.check_shards`."""
     if not path.is_file():
-        raise FileNotFoundError(f"shard {path} is missing, though the index beside it lists it")
+        raise FileNotFoundError(f"shard {path} is missing, though the index next to it lists it")
     actual = path.stat().st_size
     if actual != num_bytes:
         cause = "it is truncated" if actual < num_bytes else "it is not the file that was indexed"

@@ -1,7 +1,7 @@
-"""The index of a folder of shards that others wrote: found, probed shard by shard, written at the end.
+"""Indexing of a folder of external shards: they are found, probed one by one, and indexed at the end.
 
-What was found in a shard is kept in a part file until the index is written, so that a stopped program
-resumes. A part counts only for a shard of the same name, size and times: shards may be added, replaced,
+The samples of a shard are cached in a part file until the index is written, so that a stopped program
+resumes. A part is valid only for a shard of the same name, size and times: shards may be added, replaced,
 renamed and removed in between.
 """
 
@@ -29,15 +29,15 @@ from svd_ds.fsync_io import replace_text
 from svd_ds.json_lines import read_json_lines
 
 PARTS_FOLDER = ".index-parts"
-"""In the folder of the index, while it is made: what was found in each shard."""
+"""Sub-folder of the index's folder that holds the part files until the index is written."""
 PART_VERSION = 2
 SHARDS_LINK = "shards"
-"""In a folder of its own for the index: a link to the folder of the shards."""
+"""Link to the folder of the shards, for an index in another folder."""
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """What a part file was made of; it holds for nothing else."""
+class _ShardState:
+    """State of a shard that a part file belongs to; for any other state the part is stale."""
 
     name: str
     motion: bool
@@ -49,17 +49,17 @@ class _Mark:
 
 @dataclass
 class ProbedFolder:
-    """What is known of a folder's shards so far."""
+    """Samples and faults found so far in the shards of a folder."""
 
     shards: list[Shard] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
-    """See `foreign.ProbedSample`."""
+    """Number of cases of each remark, see `ProbedSample.notes`."""
     _ids: set[str] = field(default_factory=set)
 
     def add(self, name: str, num_bytes: int, items: Iterable[ProbedSample | Fault]) -> None:
-        """Add a shard. Samples whose ids are taken get a number behind theirs."""
+        """Add the samples of a shard; a number is appended to ids that are in use already."""
         samples = []
         for item in items:
             if isinstance(item, Fault):
@@ -78,10 +78,13 @@ class ProbedFolder:
 
 
 def find_shards(folder: Path) -> tuple[list[str], list[Fault]]:
-    """Names of the tars in `folder` at any depth, sorted, and what cannot be looked into.
+    """Find the tars in a folder at any depth.
 
-    Linked folders and files are followed; a folder or file that several links lead to counts once. Hidden
-    ones and those that macOS adds are left out.
+    Links are followed; a folder or file with several links counts once. Hidden files and folders, and those
+    that macOS adds, are left out.
+
+    Returns:
+        The sorted names relative to `folder`, and the faults of folders and files that cannot be read.
     """
     names: list[str] = []
     faults: list[Fault] = []
@@ -90,26 +93,27 @@ def find_shards(folder: Path) -> tuple[list[str], list[Fault]]:
     def refuse(error: OSError) -> None:
         faults.append(Fault("", clean_text(str(error.filename)), describe_error(error)))
 
-    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         # Real folders come before links to them, and both in the order of their names.
         folders[:] = sorted(
             (name for name in folders if name[0] != "." and name != MACOS_FOLDER),
-            key=lambda name: (os.path.islink(os.path.join(place, name)), name),
+            key=lambda name: (os.path.islink(os.path.join(parent, name)), name),
         )
-        if _seen(place, seen):
+        if _is_seen(parent, seen):
             folders.clear()
             continue
         for name in files:
-            below = os.path.relpath(os.path.join(place, name), folder)
+            below = os.path.relpath(os.path.join(parent, name), folder)
             if name[0] != "." and name.lower().endswith(".tar"):
                 names.append(below)
             elif name[0] != "." and is_compressed_name(name):
                 faults.append(Fault("", clean_text(below), COMPRESSED_REASON))
     names.sort(key=lambda name: (os.path.islink(folder / name), name))
-    return sorted(name for name in names if not _seen(folder / name, seen)), faults
+    return sorted(name for name in names if not _is_seen(folder / name, seen)), faults
 
 
-def _seen(path: str | Path, seen: set[str]) -> bool:
+def _is_seen(path: str | Path, seen: set[str]) -> bool:
+    """Return True if the real path is in `seen`, and add it otherwise."""
     real = os.path.realpath(path)
     if real in seen:
         return True
@@ -125,10 +129,19 @@ def probe_shards(
     found: ProbedFolder,
     prefix: str = "",
 ) -> None:
-    """Probe each shard, or read its part in the folder `parts`, and add it to `found`.
+    """Probe each shard, unless its part file is valid, and add it to `found`.
 
     Args:
-        prefix: of the shards' names in the index.
+        folder: folder of the shards.
+        names: names of the shards relative to `folder`.
+        parts: folder of the part files.
+        motion: scores a video; None leaves all motion scores at 0.
+        found: result, changed in place.
+        prefix: prefix of the names of the shards in the index.
+
+    Raises:
+        MemoryError: the machine ran out of memory.
+        OSError: a part file cannot be written.
     """
     for name in names:
         shown = clean_text(name)
@@ -138,35 +151,40 @@ def probe_shards(
         part = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.jsonl"
         try:
             check_local_name(name)
-            mark = _mark(folder / name, name, motion is not None)
-            items = kept = _read_part(part, mark)
+            state = _shard_state(folder / name, name, motion is not None)
+            items = cached = _read_part(part, state)
             if items is None:
                 items = list(probe_shard(folder / name, name, motion))
-                if _mark(folder / name, name, motion is not None) != mark:
+                if _shard_state(folder / name, name, motion is not None) != state:
                     raise ValueError("it was changed while it was read")
         except (ValueError, OSError) as error:
             found.faults.append(Fault("", shown, describe_error(error)))
             continue
-        if kept is None:
-            _write_part(part, mark, items)
-        found.add(f"{prefix}{name}", mark.num_bytes, items)
+        if cached is None:
+            _write_part(part, state, items)
+        found.add(f"{prefix}{name}", state.num_bytes, items)
 
 
-def _mark(path: Path, name: str, motion: bool) -> _Mark:
-    """Raises OSError or ValueError where there is no file to be read."""
+def _shard_state(path: Path, name: str, motion: bool) -> _ShardState:
+    """Return the state of a shard.
+
+    Raises:
+        OSError: the file is missing.
+        ValueError: it is not a regular file.
+    """
     state = path.stat()
     if not S_ISREG(state.st_mode):
         raise ValueError("it is no regular file")
-    return _Mark(name, motion, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    return _ShardState(name, motion, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
-def _read_part(path: Path, mark: _Mark) -> list[ProbedSample | Fault] | None:
-    """What a part holds; None where there is none of this shard, or it is damaged."""
+def _read_part(path: Path, state: _ShardState) -> list[ProbedSample | Fault] | None:
+    """Read a part file; None if it is missing, damaged, or belongs to another state of the shard."""
     try:
         lines = read_json_lines(path)
     except (ValueError, OSError):
         return None
-    if lines.damage is not None or not lines.rows or lines.rows[0] != asdict(mark):
+    if lines.damage is not None or not lines.rows or lines.rows[0] != asdict(state):
         return None
     try:
         return [
@@ -179,9 +197,10 @@ def _read_part(path: Path, mark: _Mark) -> list[ProbedSample | Fault] | None:
         return None
 
 
-def _write_part(path: Path, mark: _Mark, items: Iterable[ProbedSample | Fault]) -> None:
+def _write_part(path: Path, state: _ShardState, items: Iterable[ProbedSample | Fault]) -> None:
+    """Write a part file: the state of the shard, then a line for each sample or fault."""
     found = [{"fault": asdict(item)} if isinstance(item, Fault) else asdict(item) for item in items]
-    rows = [asdict(mark), *found]
+    rows = [asdict(state), *found]
     replace_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
@@ -192,15 +211,23 @@ def index_folder(
     overwrite: bool,
     track: Callable[[list[str]], Iterable[str]],
 ) -> ProbedFolder:
-    """Write the index of the shards in `folder` into `out`, which may be the same folder, and REFUSED.
+    """Write the index of external shards, and the list of refused samples (REFUSED).
 
     Args:
-        track: shows the progress over the shards' names.
+        folder: folder of the shards.
+        out: folder of the index; may be `folder`.
+        motion: scores a video; None leaves all motion scores at 0.
+        overwrite: replace an index that exists.
+        track: iterates over the names of the shards and shows the progress.
+
+    Returns:
+        The samples and faults that were found.
 
     Raises:
-        ValueError: there are no shards, none of them can be used, or `out` has an index and is not to be
-            overwritten.
-        OSError: `out` cannot be written to.
+        FileNotFoundError: `folder` is missing.
+        ValueError: there are no shards, no sample can be used, or `out` has an index and `overwrite` is
+            False.
+        OSError: `out` cannot be written.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -216,7 +243,7 @@ def index_folder(
             shutil.rmtree(parts)
             parts.mkdir()
     except OSError as error:
-        raise OSError(f"{out} cannot be written to ({error.strerror}); --out names another place") from error
+        raise OSError(f"{out} cannot be written to ({error.strerror}); --out names another folder") from error
     same = out.resolve() == folder.resolve()
     if not same:
         _link(out / SHARDS_LINK, folder, overwrite)
@@ -232,12 +259,16 @@ def index_folder(
 
 
 def _link(link: Path, folder: Path, overwrite: bool) -> None:
-    """Make `link` lead to `folder`. Raises ValueError where there is something else of its name."""
+    """Make `link` a symbolic link to `folder`.
+
+    Raises:
+        ValueError: another file or link of that name exists.
+    """
     target = folder.resolve()
     if link.is_symlink() and (overwrite or not link.exists()):
         link.unlink()
     if link.is_symlink() or link.exists():
         if link.resolve() != target:
-            raise ValueError(f"{link} is there, and does not lead to {target}: choose another --out")
+            raise ValueError(f"{link} exists and does not lead to {target}: choose another --out")
         return
     link.symlink_to(target, target_is_directory=True)

@@ -1,11 +1,11 @@
-"""A sample's cached latents: one file of tensors beside its pixels (docs/cache.md).
+"""Cached latents of a sample: one file of tensors next to its pixels (docs/cache.md).
 
-    moments     (T, M, h, w)  mean and log-variance of the autoencoder's posterior, unscaled, so that it is
-                              sampled anew each time
-    frames      (bytes,)      the frames that were encoded, each a JPEG: a clip needs its first as pixels
-    frame_ends  (T,)          where in `frames` each ends
+    moments     (T, M, h, w)  mean and log-variance of the autoencoder's posterior, unscaled; the posterior is
+                              sampled anew whenever a clip is read
+    frames      (bytes,)      the encoded frames as JPEGs: a clip needs its first frame as pixels
+    frame_ends  (T,)          end of each JPEG in `frames`
 
-Of all stored frames, so that stride and start stay free. The crop is centred.
+All stored frames are included, so that the stride and the start of a clip stay free. The crop is centred.
 
 Shape legend: T frames, M = 2C moments of C latent channels, h x w latent pixels, H x W pixels.
 """
@@ -25,28 +25,40 @@ from svd_ds.data import cached_tensors
 from svd_ds.data.cached_tensors import TensorFile
 
 MEMBER = "latents.safetensors"
-"""Extension of a sample's latents."""
+"""Extension of the file with a sample's latents."""
 MAX_MOMENT = 1000.0
-"""Means of the public autoencoder have a standard deviation of 5.5; log-variances are clipped to 20."""
+"""Largest valid moment. The means of the public autoencoder have a standard deviation of 5.5, and its
+log-variances are clipped to 20."""
 JPEG_QUALITY = 98
-"""With whole chroma: off by half a level of 255 on average, a tenth of the noise that is put on the frame."""
+"""JPEG quality of the stored frames, without chroma subsampling: the mean error is half a level of 255, a
+tenth of the noise that conditioning adds to the frame."""
 
 
 @dataclass(frozen=True)
 class LatentsOrigin:
-    """What the moments were made of and by."""
+    """Source of a file's latents: the size of the frames, and the autoencoder."""
 
     height: int
-    """Of the frames that were encoded, in pixels."""
+    """Height of the encoded frames in pixels."""
     width: int
+    """Width of the encoded frames in pixels."""
     autoencoder: str
-    """See `Autoencoder.fingerprint`."""
+    """Fingerprint of the autoencoder, see `Autoencoder.fingerprint`."""
 
 
 def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: LatentsOrigin) -> bytes:
-    """The file's bytes, of moments, rounded to float16, and the uint8 frames that they were made of.
+    """Serialize the latents of a sample.
 
-    Raises ValueError for moments that are not finite then, or that `check_moments` refuses.
+    Args:
+        moments_TMhw: moments of all stored frames, float, (T, M, h, w); they are rounded to float16.
+        frames_TCHW: the frames that were encoded, uint8 RGB, (T, 3, H, W).
+        origin: source of the latents.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ValueError: a moment is not finite in float16, or too large (`check_moments`).
     """
     jpegs = [_to_jpeg(frame_CHW) for frame_CHW in frames_TCHW]
     joined = np.frombuffer(b"".join(jpegs), dtype=np.uint8).copy()
@@ -61,7 +73,11 @@ def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: LatentsOrigin) -> by
 
 
 def read_origin(file: TensorFile) -> LatentsOrigin:
-    """Raises ValueError where the file is not of `pack`."""
+    """Return the source of a file's latents.
+
+    Raises:
+        ValueError: `pack` did not make the file.
+    """
     try:
         return LatentsOrigin(**file.origin)
     except TypeError as error:
@@ -69,32 +85,55 @@ def read_origin(file: TensorFile) -> LatentsOrigin:
 
 
 def moments_shape(file: TensorFile) -> tuple[int, ...]:
-    """(M, h, w) of the moments. Raises ValueError where there are none."""
+    """Return the shape (M, h, w) of the moments of a frame.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     return file.shapes().get("moments", ())[1:]
 
 
 def read_moments(file: TensorFile, frames: Sequence[int]) -> Tensor:
-    """The moments of some of the stored frames, float16 (T, M, h, w).
+    """Read the moments of some of the stored frames.
 
-    Raises ValueError where the file is damaged or has too few frames.
+    Args:
+        file: file of a sample's latents.
+        frames: ascending frame numbers.
+
+    Returns:
+        Moments, float16, (T, M, h, w).
+
+    Raises:
+        ValueError: the file is damaged or has too few frames.
     """
     return check_moments(file.rows("moments", frames))
 
 
 def check_moments(moments: Tensor) -> Tensor:
-    """The moments.
+    """Return the moments, of any shape, after checking them.
 
     Raises:
-        ValueError: they are not finite, or so large that no autoencoder made them.
+        ValueError: a moment is not finite, or larger than MAX_MOMENT.
     """
-    # NaN is not below the limit.
+    # NaN compares as False.
     if not bool((moments.abs() <= MAX_MOMENT).all()):
         raise ValueError(f"its moments are not finite, or beyond {MAX_MOMENT:g}")
     return moments
 
 
 def read_frames(file: TensorFile, frames: Sequence[int]) -> Tensor:
-    """The pixels of some of the stored frames, uint8 (T, 3, H, W). Raises as `read_moments` does."""
+    """Read the pixels of some of the stored frames.
+
+    Args:
+        file: file of a sample's latents.
+        frames: frame numbers.
+
+    Returns:
+        uint8 RGB, (T, 3, H, W).
+
+    Raises:
+        ValueError: the file is damaged or has too few frames.
+    """
     ends = [0, *file.tensor("frame_ends").tolist()]
     origin = read_origin(file)
     pixels = []
@@ -103,7 +142,7 @@ def read_frames(file: TensorFile, frames: Sequence[int]) -> Tensor:
         try:
             with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
                 if image.mode != "RGB" or image.size != (origin.width, origin.height):
-                    raise OSError(f"frame {frame} is of {image.height} x {image.width} pixels")
+                    raise OSError(f"frame {frame} has {image.height} x {image.width} pixels")
                 pixels.append(torch.from_numpy(np.array(image)))
         except OSError as error:
             raise ValueError(f"its {MEMBER} is damaged ({error})") from error
@@ -111,6 +150,7 @@ def read_frames(file: TensorFile, frames: Sequence[int]) -> Tensor:
 
 
 def _to_jpeg(frame_CHW: Tensor) -> bytes:
+    """Encode a uint8 RGB frame, (3, H, W), as a JPEG."""
     buffer = io.BytesIO()
     pixels = frame_CHW.permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)

@@ -1,14 +1,14 @@
-"""The loader, told in five steps. This is the only module that imports webdataset.
+"""Data loader of a rank, in five steps. This is the only module that imports webdataset.
 
-1. schedule.py says which positions of the run's global order this rank reads, in which micro-batches, and
-   which samples stand there.
-2. The micro-batches are dealt to the worker processes in turn, and collected in turn, so the number of
-   workers changes nothing but the speed.
-3. A worker reads each sample and makes a clip of it (reader.py). One that cannot be read gives its place to
-   the next sample of its set's order, wherever and whenever the place is read.
+1. schedule.py maps the sample ordinals of the run's global order to samples, and gives this rank its
+   micro-batches of ordinals.
+2. The micro-batches are distributed to the worker processes round-robin, and collected in the same order, so
+   the number of workers changes the speed alone.
+3. A worker reads each sample and makes a clip of it (reader.py). A sample that cannot be read is replaced by
+   the next sample in the order of its data set: a function of the ordinal, the same on every rank.
 4. Clips are stacked to a `Batch`.
-5. The main process pairs each batch with the cursor behind its global step, and counts what was replaced. A
-   run that is given that cursor goes on with the next step, at any number of ranks and workers.
+5. The main process pairs each batch with the cursor after its global step, and counts the replaced samples. A
+   run resumes from that cursor with the next step, at any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from svd_ds.data.sources import open_dataset
 
 
 class Loader:
-    """The endless (micro-batch, cursor behind the global step that it belongs to) of one rank."""
+    """Endless iterator of one rank over (micro-batch, cursor after the global step that it belongs to)."""
 
     def __init__(
         self,
@@ -54,16 +54,23 @@ class Loader:
         context: str | None = None,
         ends: bool = False,
     ) -> None:
-        """
-        Args:
-            batch: size of the global batch, and of a micro-batch where there are no buckets.
-            cursor: where an earlier run stopped; None begins.
-            context: which CLIP states are read, where all samples have them: image, ends or text.
-            ends: whether, beside latents, the pixels of a clip's last frame come with its first's.
+        """Open the data sets of a run and check them.
 
-        Raises ValueError or OSError for batches that do not divide, shards that are missing or truncated,
-        data without a clip that is long and large enough, latents that are missing or of another size, a
-        cursor that belongs to other data.
+        Args:
+            config: settings of the data.
+            seed: seed of the run (run.seed).
+            rank: rank of this process.
+            world: number of ranks.
+            batch: size of the global batch, and of a micro-batch if there are no buckets.
+            cursor: cursor of the run that is resumed; None starts at sample ordinal 0.
+            context: kind of the cached CLIP embeddings to read, if all samples have them: image, ends or
+                text.
+            ends: with cached latents, read the pixels of a clip's last frame as well as its first.
+
+        Raises:
+            ValueError: the batch sizes do not divide, a shard is truncated, no sample is long and large
+                enough, latents are missing or have another size, or the cursor belongs to other data.
+            OSError: a shard is missing, or cannot be read.
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
         self.config, self.rank, self.world = config, rank, world
@@ -79,9 +86,9 @@ class Loader:
                 raise ValueError(f"none of the {len(self)} samples in {config.set_names} fits bucket {shape}")
 
         self.micro_batch = self.split.micro[config.shapes.index(config.shape)]
-        """Clips of the main shape that a rank processes at once."""
+        """Clips of a micro-batch of the main shape (`DataConfig.shape`)."""
         self.notes = [note for source in self.sources for note in source.notes]
-        """What a user should know of the samples that are left out."""
+        """Remarks for the user on the samples that are left out."""
         self.num_left_out = sum(source.num_left_out for source in self.sources)
         self.fingerprint = self._fingerprint(batch.size)
         self.cursor = cursor or Cursor(0, self.fingerprint)
@@ -90,7 +97,8 @@ class Loader:
         self.quarantine = Quarantine(config.max_quarantined, len(self) + len(self._faults))
         self.quarantine.add(self._faults)
         self._unreadable: dict[tuple[int, int, int], Fault] = {}
-        """(bucket, source, number) of the samples that this process has found damaged: each is tried once."""
+        """(bucket, data set, sample number) -> fault of a damaged sample; this process reads each only
+        once."""
         self.context = context if context and self._has_embeddings(context) else None
         weights = [source.weight for source in self.sources]
         sizes = [[index.shard_sizes for index in indices] for indices in buckets]
@@ -103,23 +111,28 @@ class Loader:
         ]  # fmt: skip
 
     def __len__(self) -> int:
-        """Samples of one epoch."""
+        """Number of samples of one epoch."""
         return sum(map(len, self.sources))
 
     def samples(self) -> Iterator[Sample]:
-        """Every sample that the run could draw."""
+        """Iterate over every sample that the run can draw."""
         return (sample for source in self.sources for index in source.buckets for sample in index.samples())
 
     def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
-        """Raises ValueError, naming shard and sample, where more cannot be read than data.max_quarantined
-        allows; OSError where that may pass, or a read hangs."""
+        """Iterate over (batch, cursor after its global step), without end.
+
+        Raises:
+            ValueError: more samples are unreadable than data.max_quarantined allows; the message names the
+                shard and the sample.
+            OSError: the same with an error that may pass, or a read hangs.
+        """
         faults: list[Fault] = []
         end = self.cursor.next_ordinal
         for item in self._items():
-            if not isinstance(item, _Item):
+            if not isinstance(item, _WorkerItem):
                 raise item
             if item.end != end:
-                # Behind the step: a run's ranks count together there, and stop together where it is too much.
+                # At the end of the step: there the ranks of a run count together, and stop together.
                 self.quarantine.add(faults)
                 faults, end = [], item.end
             faults += item.faults
@@ -131,12 +144,12 @@ class Loader:
             yield item.batch, Cursor(end, self.fingerprint)
 
     def pop_faults(self) -> list[Fault]:
-        """What was replaced in the batches since the last call."""
+        """Return and clear the faults of the samples that were replaced since the last call."""
         taken, self._faults = self._faults, []
         return taken
 
-    def _items(self) -> Iterator[_Item | ValueError | OSError]:
-        pipeline = webdataset.DataPipeline(self._micro_batches, webdataset.map(self._read), _stops_as_values)
+    def _items(self) -> Iterator[_WorkerItem | ValueError | OSError]:
+        pipeline = webdataset.DataPipeline(self._micro_batches, webdataset.map(self._read), _yield_errors)
         if self.config.num_workers == 0:
             return iter(pipeline)
         return workers.iterate_in_workers(
@@ -144,81 +157,84 @@ class Loader:
         )
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
-        """Those of this rank that fall to this worker process."""
+        """Yield the micro-batches of this rank that this worker process reads."""
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         start = self.cursor.next_ordinal
         return self._schedule.micro_batches(start, self.rank, number, num_workers)
 
-    def _read(self, micro: MicroBatch) -> _Item:
+    def _read(self, micro: MicroBatch) -> _WorkerItem:
         clips: list[Clip] = []
         faults: list[Fault] = []
         for ordinal in micro.ordinals:
             clip = self._read_clip(ordinal, faults)
             if clip is None:
-                return _Item(None, micro.end, faults)
+                return _WorkerItem(None, micro.end, faults)
             clips.append(clip)
-        return _Item(Batch.from_clips(clips, micro.num_micro_batches), micro.end, faults)
+        return _WorkerItem(Batch.from_clips(clips, micro.num_micro_batches), micro.end, faults)
 
     def _read_clip(self, ordinal: int, faults: list[Fault]) -> Clip | None:
-        """The first sample for a position that can be read; those before it are added to `faults`. None where
-        more than allowed cannot."""
+        """Read the clip of a sample ordinal, from the first of its candidate samples that can be read.
+
+        The faults of the others are added to `faults`. None if more samples are unreadable than allowed.
+        """
         found = len(faults)
-        # In twice a set's length of its order each of its samples stands.
+        # Twice the length of a set covers a complete epoch of its order, so each of its samples.
         for bucket, source, number in islice(self._schedule.samples(ordinal), 2 * len(self)):
-            place = bucket, source, number
-            fault = self._unreadable.get(place)
+            key = bucket, source, number
+            fault = self._unreadable.get(key)
             try:
                 if fault is None:
                     return self._readers[bucket][source].read(number, ordinal)
             except UnreadableError as error:
                 fault = error.fault
                 if not fault.is_retryable:
-                    self._unreadable[place] = fault
+                    self._unreadable[key] = fault
             faults.append(fault)
             if len(set(faults[found:])) > self.quarantine.allowed:
                 return None
         return None
 
     def _has_embeddings(self, context: str) -> bool:
-        """Whether every data set has them, all of one encoder."""
+        """Return True if every data set has CLIP embeddings for `context`, all of the same encoder."""
         origins = [source.embeddings_origin for source in self.sources]
         encoders = {None if origin is None else origin.encoder(context) for origin in origins}
         return len(encoders) == 1 and None not in encoders
 
     def _fingerprint(self, global_batch: int) -> str:
-        """Names the order that positions count: of one data set in one bucket, that of its index."""
+        """Return the fingerprint of the global order; with one data set and one bucket, that of its index."""
         indices = [index.fingerprint for source in self.sources for index in source.buckets]
         if len(indices) == 1:
             return indices[0]
-        told = [*indices, *(source.weight for source in self.sources)]
+        parts = [*indices, *(source.weight for source in self.sources)]
         if len(self.split.micro) > 1:
-            # A step has one shape: which clips stand in which depends on how many it takes.
-            told.append(global_batch)
-        return hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()[:16]
+            # A step has one shape, so the shape of an ordinal depends on the number of clips of a step.
+            parts.append(global_batch)
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class _Item:
-    """What a worker hands over."""
+class _WorkerItem:
+    """Result of a micro-batch, sent from a worker to the main process."""
 
     batch: Batch | None
-    """None where more than allowed could not be read."""
+    """Batch; None if more samples were unreadable than allowed."""
     end: int
+    """Next sample ordinal of the run after the global step."""
     faults: list[Fault]
+    """Samples that were replaced."""
 
 
-def _stops_as_values(items: Iterable[_Item]) -> Iterator[_Item | ValueError | OSError]:
-    """What ends the run as the last item: torch would wrap what is raised in the text of a traceback."""
+def _yield_errors(items: Iterable[_WorkerItem]) -> Iterator[_WorkerItem | ValueError | OSError]:
+    """Yield an error that ends the run as the last item: torch would replace its message by a traceback."""
     try:
         yield from items
     except USER_ERRORS as error:
-        # Of a plain kind, which any process can unpack.
+        # A plain ValueError or OSError, which any process can unpickle.
         yield same_kind(error, str(error))
 
 
 def open_url(url: str) -> IO[bytes]:
-    """Open a URL by webdataset's openers, and where these do not know the scheme (s3, memory, ...) by
-    fsspec."""
+    """Open a URL for reading by webdataset, or by fsspec if webdataset does not know the scheme (s3, ...)."""
     gopen_schemes["__default__"] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
     return gopen(url)

@@ -1,11 +1,13 @@
-"""The order in which a run reads its samples: pure functions of (seed, position), the same on every machine.
+"""Order of the samples of a run: pure functions of (seed, ordinal), the same on every machine.
 
-    Order       one set of samples, endless: epoch after epoch, each a permutation of its own
-    Interleave  several endless sequences in one, each by its share (mixtures, buckets)
+    Order       endless order of one set of samples: each epoch is another permutation
+    Interleave  several endless sequences merged into one by their shares (mixtures, buckets)
 
-Reads stay clustered: an epoch permutes the shards, then permutes the samples inside windows of
-`SHARDS_PER_WINDOW` shards, so at any moment the whole run reads from about that many files. Nothing of
-the size of the data set is kept: one window's permutation is made when the run reaches it.
+An ordinal counts the items of an endless sequence from 0.
+
+Reads are clustered: an epoch permutes the shards, then the samples inside windows of `SHARDS_PER_WINDOW`
+shards, so the run reads from about that many files at a time. Memory does not grow with the data set: the
+permutation of a window is computed when the run reaches it.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from collections.abc import Sequence
 import numpy as np
 
 SHARDS_PER_WINDOW = 8
-"""Samples mix across so many shards. Changing it changes the order of every run."""
+"""Number of shards whose samples are mixed. Changing it changes the order of every run."""
 
 _MASK = (1 << 64) - 1
 
 
 def _mix(value: int) -> int:
-    """The splitmix64 finaliser (Steele et al. 2014): a bijection on 64 bits that scatters its input."""
+    """Hash 64 bits by the splitmix64 finaliser, a bijection (Steele et al. 2014, Fast Splittable Pseudorandom
+    Number Generators)."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -29,14 +32,15 @@ def _mix(value: int) -> int:
 
 
 def _mix_array(values: np.ndarray) -> np.ndarray:
-    """`_mix` of every element of a uint64 array."""
+    """Apply `_mix` to every element of a uint64 array."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def _state(key: Sequence[int]) -> int:
+def _hash_key(key: Sequence[int]) -> int:
+    """Hash a sequence of integers to 64 bits."""
     state = 0
     for part in key:
         state = _mix(state ^ _mix(part & _MASK))
@@ -44,29 +48,35 @@ def _state(key: Sequence[int]) -> int:
 
 
 def permutation(length: int, *key: int) -> np.ndarray:
-    """A permutation of range(length) that depends on nothing but `key`.
+    """Return a permutation of range(length), int64, (length,), that depends on `key` alone.
 
-    Made by sorting hashes: no library promises that its shuffle stays the same from version to version.
+    It sorts hashes: no library guarantees that its shuffle stays the same in later versions.
     """
-    hashes = _mix_array(np.arange(length, dtype=np.uint64) ^ np.uint64(_state(key)))
+    hashes = _mix_array(np.arange(length, dtype=np.uint64) ^ np.uint64(_hash_key(key)))
     return np.argsort(hashes, kind="stable")
 
 
 class Order:
-    """The endless order of a set of samples: position p is the (p % N)-th sample of epoch p // N."""
+    """Endless order of a set of N samples: ordinal n is the (n % N)-th sample of epoch n // N."""
 
     def __init__(self, shard_sizes: Sequence[int], seed: int) -> None:
-        """`shard_sizes`: samples in each shard; sample i of the set is counted through the shards in turn."""
+        """Make the order of a set.
+
+        Args:
+            shard_sizes: number of samples of each shard; samples are numbered through the shards in turn.
+            seed: seed of the run.
+        """
         self.seed = seed
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.first_of_shard = np.cumsum(self.sizes) - self.sizes
         self.num_samples = int(self.sizes.sum())
         self._epoch, self._window = -1, -1
 
-    def sample(self, position: int) -> int:
-        """The number of the sample at `ordinal`, from 0 to N - 1. Ordinals that ascend are fast."""
+    def sample(self, ordinal: int) -> int:
+        """Return the number of the sample at an ordinal of this order, from 0 to N - 1; ascending ordinals
+        are fast."""
         assert self.num_samples > 0, "an empty data set has no order"
-        epoch, offset = divmod(position, self.num_samples)
+        epoch, offset = divmod(ordinal, self.num_samples)
         if epoch != self._epoch:
             self._begin_epoch(epoch)
         window = int(np.searchsorted(self._ends, offset, side="right"))
@@ -89,30 +99,35 @@ class Order:
 
 
 class Interleave:
-    """Several endless sequences in one, each by its share: who stands at a place is found at once.
+    """Endless sequence that merges several others by their shares, with random access.
 
-    Item k of sequence i stands at time (k + jitter) / share_i, with a jitter in [0, 1) hashed from (key, i,
-    k), and the items follow each other in time. So the order is random, every sequence's own order is kept,
-    and in each prefix every sequence has its share to within one item a sequence.
+    Item k of sequence i has the time (k + jitter) / share_i, with a jitter in [0, 1) hashed from (key, i, k),
+    and the items are sorted by time. So the order is random, each sequence keeps its own order, and in each
+    prefix each sequence has its share to within one item a sequence.
     """
 
     def __init__(self, shares: Sequence[float], *key: int) -> None:
-        """`shares`: positive or 0, in any unit."""
+        """Merge sequences.
+
+        Args:
+            shares: share of each sequence, at least 0, in any unit.
+            key: seeds of the jitter.
+        """
         self.shares = [(i, share) for i, share in enumerate(shares) if share > 0]
         assert self.shares, "nothing has a share"
         self.total = sum(share for _, share in self.shares)
-        self._key = _state(key)
+        self._key = _hash_key(key)
 
-    def at(self, place: int) -> tuple[int, int]:
-        """(sequence, number of the item in it) that stands at `place`, both from 0."""
+    def at(self, ordinal: int) -> tuple[int, int]:
+        """Return (sequence, ordinal in that sequence) of the item at an ordinal of the merged sequence."""
         if len(self.shares) == 1:
-            return self.shares[0][0], place
-        # Before this time there are at most `place` items, of which these are certain.
-        time = max(0.0, (place - len(self.shares)) / self.total)
+            return self.shares[0][0], ordinal
+        # At most `ordinal` items are before this time; those counted in `passed` are certainly before it.
+        time = max(0.0, (ordinal - len(self.shares)) / self.total)
         passed = {i: int(share * time) for i, share in self.shares}
         upcoming = {i: self._time(i, passed[i], share) for i, share in self.shares}
         shares = dict(self.shares)
-        for _ in range(place - sum(passed.values())):
+        for _ in range(ordinal - sum(passed.values())):
             i = min(upcoming, key=lambda i: (upcoming[i], i))
             passed[i] += 1
             upcoming[i] = self._time(i, passed[i], shares[i])

@@ -1,4 +1,4 @@
-"""Samples that turn out unreadable: set aside with their cause, and counted, until they are too many."""
+"""Unreadable samples: each is listed with its cause and counted; too many end the run."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from svd_ds.fsync_io import append_row
 from svd_ds.json_lines import read_json_lines
 
 REFUSED = "refused.csv"
-"""In the folder of an index: which samples were left out, and why."""
+"""Name of the file in the folder of an index that lists the samples that were left out, and why."""
 CPU_ALLOCATOR = "DefaultCPUAllocator"
-"""In the message of the plain RuntimeError by which torch says that the host's memory ran out."""
+"""Part of the message of the RuntimeError that torch raises when host memory runs out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine had no memory left: that is no fault of the sample or file that was read.
+    """Return True if the machine ran out of memory, which is not a fault of the sample that was read.
 
-    libav's own error is not meant: it refuses what a damaged header claims.
+    An out-of-memory error of libav does not count: it refuses the size that a damaged header claims.
     """
     if isinstance(error, av.FFmpegError):
         return False
-    told = isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
-    return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    is_host_allocator = isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+    return is_host_allocator or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def describe_error(error: Exception) -> str:
-    """One line about an error, with its type where it is none that a damaged file is known to raise."""
+    """Describe an error in one line, with its type unless it is one that damaged files are known to raise."""
     if isinstance(error, av.FFmpegError):
         return f"it cannot be decoded ({error.strerror})"
     text = " ".join(clean_text(str(error)).split())
@@ -48,27 +48,29 @@ def describe_error(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """A sample that could not be read, and was replaced."""
+    """Sample that could not be read."""
 
     id: str
     shard: str
-    """Its path or URL."""
+    """Path or URL of its shard, without credentials."""
     cause: str
+    """Reason in one line, without credentials."""
     is_retryable: bool = False
-    """Whether it may be read another time: its file system has failed, not the sample."""
+    """True if a later read may succeed, because the file system failed and not the sample."""
 
     def __post_init__(self) -> None:
-        # Of a URL: it is listed in a file, and compared with what is listed there.
+        # Faults are written to files, and compared with those that are listed there.
         object.__setattr__(self, "shard", redact(self.shard))
         object.__setattr__(self, "cause", redact(self.cause))
 
     def error(self, sentence: str) -> ValueError | OSError:
-        """For where it is one too many: of a kind that svd_ds.cli.is_retryable judges as this."""
+        """Make the error that ends the run; `svd_ds.cli.is_retryable` is the same for it as for this
+        fault."""
         return OSError(sentence) if self.is_retryable else ValueError(sentence)
 
 
 def refused_csv_lines(faults: Iterable[Fault]) -> list[str]:
-    """The lines of a REFUSED that lists these samples: the header, and one line each."""
+    """Format faults as the lines of a CSV file (REFUSED): a header, and a line for each fault."""
     rows = [("sample", "shard", "reason")]
     rows += [(clean_text(fault.id), clean_text(fault.shard), clean_text(fault.cause)) for fault in faults]
     lines: list[str] = []
@@ -80,13 +82,19 @@ def refused_csv_lines(faults: Iterable[Fault]) -> list[str]:
 
 
 class Quarantine:
-    """The unreadable samples that were met so far: by one rank, or by a whole run, whose logs/ list them."""
+    """Set of the unreadable samples found so far, by one rank or by all ranks of a run, with a limit."""
 
     def __init__(
         self, share: float, num_samples: int, path: Path | None = None, key: str = "data.max_quarantined"
     ) -> None:
-        """`share`: of the `num_samples` samples, that may be unreadable, by the setting `key`; `path`: of the
-        list, with a line for each that earlier lives of the run have met."""
+        """Read the list of unreadable samples that a run has found before its restart.
+
+        Args:
+            share: share of the samples that may be unreadable.
+            num_samples: number of samples.
+            path: JSON lines file with the list; None keeps it in memory alone.
+            key: config key of `share`, for the error message.
+        """
         self.share, self.num_samples, self.path, self.key = share, num_samples, path, key
         rows = read_json_lines(path, _is_fault, skip_bad=True).rows if path is not None else []
         self._known = {(row["shard"], row["id"]) for row in rows}
@@ -96,13 +104,23 @@ class Quarantine:
 
     @property
     def allowed(self) -> int:
-        """So many samples may be unreadable: one at least, unless the share is 0."""
+        """Number of samples that may be unreadable: at least one, unless the share is 0."""
         return math.ceil(self.share * self.num_samples)
 
     def add(self, faults: Iterable[Fault], step: int = 0, write: bool = False) -> int:
-        """Count what was met, and `write` it to the list: how many there are now.
+        """Count faults; a sample that is known already is not counted again.
 
-        Raises ValueError where that is more than allowed, and OSError where the last of them may pass.
+        Args:
+            faults: faults to be counted.
+            step: step of the run, for the list.
+            write: append the new faults to the list.
+
+        Returns:
+            The number of unreadable samples so far.
+
+        Raises:
+            ValueError: there are more than allowed.
+            OSError: there are more than allowed, and the last of them is retryable.
         """
         new = {(fault.shard, fault.id): fault for fault in faults}
         for name in self._known & new.keys():
@@ -124,4 +142,5 @@ class Quarantine:
 
 
 def _is_fault(row: dict[str, Any]) -> bool:
+    """Return True if a row of the list names a sample."""
     return isinstance(row.get("shard"), str) and isinstance(row.get("id"), str)

@@ -1,4 +1,4 @@
-"""A time limit for reads: a file system or a server that hangs ends the run with one sentence."""
+"""Time limit for reads: if a file system or a server hangs, the run ends with an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class ReadTimeoutError(OSError):
-    """A read that took too long: no fault of what was read."""
+    """Error of a read that took too long; the sample itself may be valid."""
 
 
 def with_timeout(action: Callable[[], Result], seconds: float, sentence: str) -> Result:
@@ -23,25 +23,26 @@ def with_timeout(action: Callable[[], Result], seconds: float, sentence: str) ->
     A read that hangs cannot be interrupted: its thread is abandoned.
 
     Args:
-        seconds: the limit.
-        sentence: the message where it is exceeded.
+        action: function that reads.
+        seconds: limit in seconds.
+        sentence: message of the error if the limit is exceeded.
 
     Raises:
         ReadTimeoutError: `action` did not return within `seconds`.
-        Exception: whatever `action` raises.
+        Exception: any error of `action`.
     """
     result: Future[Result] = Future()
-    _tasks_of(os.getpid()).put((action, result))
+    _reading_queue(os.getpid()).put((action, result))
     if not wait([result], seconds).done:
-        _tasks_of.cache_clear()
+        _reading_queue.cache_clear()
         raise ReadTimeoutError(sentence)
     return result.result()
 
 
 @cache
-def _tasks_of(process: int) -> SimpleQueue[tuple[Callable[[], Any], Future[Any]]]:
-    """The queue of the process's reading thread: one for all reads, as starting a thread costs as much as a
-    read. A forked process needs a thread of its own."""
+def _reading_queue(process: int) -> SimpleQueue[tuple[Callable[[], Any], Future[Any]]]:
+    """Return the queue of a process's reading thread, which is started once: starting a thread takes as long
+    as a read. A forked process needs its own thread, so the queue is cached by process id."""
     tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
 
     def work() -> None:

@@ -1,7 +1,7 @@
-"""Shards and their index, as docs/data.md fixes them: checked when loaded. writer.py writes them.
+"""Reading of shards and their index, whose format is in docs/data.md. writer.py writes them.
 
-An index of any size costs eight bytes a sample in memory: a line is parsed when its sample is asked for, so a
-loader's worker processes start at once and share the file through the page cache.
+An index takes eight bytes of memory a sample: a line is parsed when its sample is requested, so the worker
+processes of a loader start quickly and share the file through the page cache.
 """
 
 from __future__ import annotations
@@ -25,40 +25,42 @@ from svd_ds.data.sample import TAR_BLOCK, Sample, Shard, parse_header, parse_sam
 
 
 class ReadMember(Protocol):
-    """Reads a member of a sample, or a part of it: see `Index.open`."""
+    """Reader of the members of a sample, or of parts of them: see `Index.open`."""
 
     def __call__(self, member: str, begin: int = 0, number: int | None = None) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class Index:
-    """The samples of a folder of shards, or those of them that were kept."""
+    """Index of the samples of a folder of shards, or of a subset of them."""
 
     folder: Folder
     path: Path
-    """Of the index file."""
+    """Path of the index file."""
     num_bytes: int
-    """Its size when it was loaded."""
+    """Size of the index file when it was loaded."""
     shards: tuple[Shard, ...]
     shard_sizes: tuple[int, ...]
-    """Kept samples of each shard."""
+    """Number of samples of each shard that are in the subset."""
     line_offsets: np.ndarray
-    """int64, (num_samples,): where each kept sample's line begins in the index."""
+    """Offset in bytes of each sample's line in the index file: int64, (num_samples,)."""
     motion_map: MotionMap
+    """Map from motion scores to motion buckets."""
     fingerprint: str
-    """16 hexadecimal digits that name this set: a hash of the index's bytes and of the choice among them."""
+    """Hash of the index's bytes and of the choice of the subset, 16 hexadecimal digits."""
 
     @staticmethod
     def load(folder: str | Path | Folder) -> Index:
-        """Read the index of `folder` and check that every shard is there in full.
+        """Read the index of a folder and check that every shard is complete.
 
         Raises:
             FileNotFoundError: the folder, its index or a shard is missing.
-            ValueError: the index is cut short, damaged or not ours, or a shard's size is not the one in it.
+            ValueError: the index is cut short, damaged or of another format, or a shard has another size than
+                the index says.
         """
         if not isinstance(folder, Folder):
             folder = Folder(Path(folder))
-        path, name = folder.index(), folder.name(INDEX_NAME)
+        path, name = folder.index_path(), folder.location(INDEX_NAME)
         content = path.read_bytes()
         try:
             header = _json(content[: content.find(b"\n") + 1])
@@ -88,35 +90,39 @@ class Index:
         return len(self.line_offsets)
 
     def samples(self) -> Iterator[Sample]:
-        """All samples, in the order of their numbers.
+        """Iterate over all samples, in the order of their numbers.
 
         Raises:
-            ValueError: a line is damaged; the message names the index and the line. `drop_damaged` sets such
-                samples aside.
+            ValueError: a line is damaged; the message names the index and the line. `drop_damaged` leaves
+                such samples out.
         """
         for number, sample in enumerate(self._parsed()):
-            yield self._sound(number, sample)
+            yield self._require_valid(number, sample)
 
     def sample(self, number: int) -> Sample:
-        """Sample `number`, counted through the shards in turn. Raises ValueError as `samples` does."""
-        with self._open_index() as file:
-            file.seek(int(self.line_offsets[number]))
-            return self._sound(number, self._parse(file.readline(), self._shard_number(number)))
-
-    def drop_damaged(self, quarantine: Quarantine) -> tuple[Index, list[Fault]]:
-        """The index of the samples whose lines are sound and whose ids are unique, and the others' faults.
+        """Read the sample of a number, which counts through the shards in turn.
 
         Raises:
-            ValueError: more are not than `quarantine` allows.
+            ValueError: its line is damaged.
         """
-        sound = np.ones(len(self), dtype=bool)
+        with self._open_index() as file:
+            file.seek(int(self.line_offsets[number]))
+            return self._require_valid(number, self._parse(file.readline(), self._shard_number(number)))
+
+    def drop_damaged(self, quarantine: Quarantine) -> tuple[Index, list[Fault]]:
+        """Return the index of the samples with valid lines and unique ids, and the faults of the others.
+
+        Raises:
+            ValueError: more samples are damaged than `quarantine` allows.
+        """
+        valid = np.ones(len(self), dtype=bool)
         hashes = np.empty(len(self), dtype=np.int64)
         faults: list[Fault] = []
 
         def refuse(number: int, name: str, cause: str) -> None:
-            sound[number] = False
+            valid[number] = False
             line = f"line {self._line_number(number)}"
-            fault = Fault(f"{name} ({line})" if name else line, self.folder.name(INDEX_NAME), cause)
+            fault = Fault(f"{name} ({line})" if name else line, self.folder.location(INDEX_NAME), cause)
             quarantine.add([fault])
             faults.append(fault)
 
@@ -125,51 +131,63 @@ class Index:
             if isinstance(sample, ValueError):
                 refuse(number, "", str(sample))
         seen: dict[str, int] = {}
-        values, times = np.unique(hashes[sound], return_counts=True)
+        values, times = np.unique(hashes[valid], return_counts=True)
         if (times > 1).any():
-            shared = np.isin(hashes, values[times > 1]) & sound
+            shared = np.isin(hashes, values[times > 1]) & valid
             for number in np.flatnonzero(shared).tolist():
                 sample_id = self.sample(number).id
                 if sample_id in seen:
                     first = self._line_number(seen[sample_id])
                     refuse(number, sample_id, f"line {first} has the same id")
                 seen.setdefault(sample_id, number)
-        return self._part(sound), faults
+        return self._subset(valid), faults
 
     def _parsed(self) -> Iterator[Sample | ValueError]:
-        """Each line's sample, or what is wrong with it."""
-        shard_of = np.repeat(np.arange(len(self.shards)), self.shard_sizes)
+        """Yield the sample of each line, or the error of a damaged line."""
+        shard_numbers = np.repeat(np.arange(len(self.shards)), self.shard_sizes)
         with self._open_index() as file:
-            position = 0
-            for offset, shard in zip(self.line_offsets.tolist(), shard_of.tolist(), strict=True):
-                if offset != position:  # A seek gives up what is buffered.
+            end = 0
+            for offset, shard in zip(self.line_offsets.tolist(), shard_numbers.tolist(), strict=True):
+                if offset != end:  # A seek discards the buffer.
                     file.seek(offset)
                 line = file.readline()
-                position = offset + len(line)
+                end = offset + len(line)
                 yield self._parse(line, shard)
 
     @contextmanager
     def _open_index(self) -> Iterator[IO[bytes]]:
-        """Raises ValueError where it is another index than the one that was loaded."""
+        """Open the index file.
+
+        Raises:
+            ValueError: its size has changed since it was loaded.
+        """
         with open(self.path, "rb") as file:
             if os.fstat(file.fileno()).st_size != self.num_bytes:
-                raise ValueError(f"{self.folder.name(INDEX_NAME)} was changed after it was read: start again")
+                raise ValueError(
+                    f"{self.folder.location(INDEX_NAME)} was changed after it was read: restart the run"
+                )
             yield file
 
     def _parse(self, line: bytes, shard: int) -> Sample | ValueError:
+        """Parse the line of a sample of a shard; an error is returned."""
         try:
             return parse_sample(_json(line), self.shards, shard)
         except ValueError as error:
             return error
 
-    def _sound(self, number: int, sample: Sample | ValueError) -> Sample:
+    def _require_valid(self, number: int, sample: Sample | ValueError) -> Sample:
+        """Return a parsed sample.
+
+        Raises:
+            ValueError: its line is damaged; the message names the index and the line.
+        """
         if isinstance(sample, ValueError):
-            line, name = self._line_number(number), self.folder.name(INDEX_NAME)
+            line, name = self._line_number(number), self.folder.location(INDEX_NAME)
             raise ValueError(f"line {line} of {name} is damaged: {sample}")
         return sample
 
     def _line_number(self, number: int) -> int:
-        """The line of sample `number` in the index file, the first being 1."""
+        """Return the line number of a sample in the index file, from 1."""
         with open(self.path, "rb") as file:
             return file.read(int(self.line_offsets[number])).count(b"\n") + 1
 
@@ -177,24 +195,29 @@ class Index:
         return int(np.searchsorted(np.cumsum(self.shard_sizes), number, side="right"))
 
     def shard_location(self, number: int) -> str:
-        """The path or URL of the shard that holds sample `number`."""
-        return self.folder.name(self.shards[self._shard_number(number)].name)
+        """Return the path or URL of the shard that holds a sample."""
+        return self.folder.location(self.shards[self._shard_number(number)].name)
 
     def keep(self, wanted: Callable[[Sample], bool]) -> Index:
-        """The index of the samples that `wanted` accepts, in the same order."""
+        """Return the index of the samples for which `wanted` is True, in the same order."""
         return self.split(lambda sample: 0 if wanted(sample) else None, 1)[0]
 
     def split(self, choose: Callable[[Sample], int | None], parts: int) -> list[Index]:
-        """The indices of the samples for which `choose` gives 0, 1, ...; None leaves a sample out."""
-        given = (choose(sample) for sample in self.samples())
-        part_of_sample = np.fromiter((-1 if p is None else p for p in given), dtype=np.int64, count=len(self))
-        return [self._part(part_of_sample == part) for part in range(parts)]
+        """Split the samples into several indices.
 
-    def _part(self, kept: np.ndarray) -> Index:
+        Args:
+            choose: returns the number of the part of a sample, from 0; None leaves the sample out.
+            parts: number of parts.
+        """
+        given = (choose(sample) for sample in self.samples())
+        part_numbers = np.fromiter((-1 if p is None else p for p in given), dtype=np.int64, count=len(self))
+        return [self._subset(part_numbers == part) for part in range(parts)]
+
+    def _subset(self, kept: np.ndarray) -> Index:
         if kept.all():
             return self
-        shard_of_sample = np.repeat(np.arange(len(self.shards)), self.shard_sizes)
-        sizes = np.bincount(shard_of_sample[kept], minlength=len(self.shards))
+        shard_numbers = np.repeat(np.arange(len(self.shards)), self.shard_sizes)
+        sizes = np.bincount(shard_numbers[kept], minlength=len(self.shards))
         choice = self.fingerprint.encode() + np.packbits(kept).tobytes()
         return replace(
             self,
@@ -204,19 +227,23 @@ class Index:
         )
 
     def read(self, sample: Sample, member: str) -> bytes:
-        """The bytes of a sample's member. Raises ValueError where the shard ends before them."""
+        """Read a member of a sample; raises as the reader of `open`."""
         with self.open(sample) as read:
             return read(member)
 
     @contextmanager
     def open(self, sample: Sample) -> Iterator[ReadMember]:
-        """What reads a sample's members, or parts of them: (member, first byte, number of bytes).
+        """Open the shard of a sample; yields a reader of its members: (member, first byte, number of bytes).
 
-        It raises ValueError where the sample has no such member, or not so many bytes of it, or where the
-        shard has another sample's at the place that the index gives.
+        The reader raises ValueError if the sample has no such member, the member has too few bytes, or the
+        index gives the offset of another sample's member.
+
+        Raises:
+            OSError: the shard cannot be opened.
+            ValueError: the shard is not the file that was indexed.
         """
         shard = self.shards[sample.shard]
-        path = self.folder.name(shard.name)
+        path = self.folder.location(shard.name)
         keys: dict[str, str] = {}
         with self.folder.open(shard) as file:
 
@@ -239,7 +266,7 @@ class Index:
 
 
 def _read(file: IO[bytes], begin: int, number: int) -> bytes:
-    """As many of the bytes as there are."""
+    """Read `number` bytes from `begin`, or fewer at the end of the file."""
     file.seek(begin)
     content = file.read(number)
     while len(content) < number and (more := file.read(number - len(content))):
@@ -248,7 +275,11 @@ def _read(file: IO[bytes], begin: int, number: int) -> bytes:
 
 
 def _json(line: bytes) -> object:
-    """Raises ValueError where the line is no JSON."""
+    """Parse a line.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
     try:
         return json.loads(line)
     except RecursionError as error:
@@ -258,8 +289,11 @@ def _json(line: bytes) -> object:
 
 
 def _key(header: bytes) -> str:
-    """The key of a tar member, from its header block: its file name up to the first dot. Empty where the
-    header does not hold the name as it is: a long one, or in a pax tar one that is not ASCII."""
+    """Return the key of a tar member from its header block: its file name up to the first dot.
+
+    The key is empty if the header block does not have the name itself: a long name, or in a pax tar one that
+    is not ASCII.
+    """
     name = header[:100].rstrip(b"\0")
     if len(header) < TAR_BLOCK or len(name) == 100 or b"\0" in name or not name.isascii() or b"?" in name:
         return ""
@@ -267,12 +301,13 @@ def _key(header: bytes) -> str:
 
 
 def _check_key(sample: Sample, member: str, keys: dict[str, str]) -> None:
-    """Check that the members of a sample are not those of different samples.
+    """Check that the members of a sample belong to it.
 
-    An id is the key, or ends with it (external shards), in which letters that an id cannot have are `_`.
+    The id of a sample is its key, or ends with it (external shards); letters that an id cannot have become
+    `_`.
 
     Raises:
-        ValueError: the index gives the place of another sample's member.
+        ValueError: the index gives the offset of another sample's member.
     """
     key = keys[member]
     if key and (re.sub(r"[^\w-]+", "_", key) not in sample.id or len(set(keys.values()) - {""}) > 1):

@@ -1,4 +1,4 @@
-"""What the files next to a sample's pixels say of it: captions and annotations, whatever their shape.
+"""Captions and annotations from the JSON and text files next to a sample's pixels, in any common layout.
 
 Every text that this module returns can be encoded as UTF-8; every number is finite.
 """
@@ -12,26 +12,26 @@ from typing import Any
 from svd_ds.small_files import is_number
 
 CAPTION_KEYS = ("captions", "caption", "text", "texts", "prompt", "prompts", "title", "description")
-"""Names under which a json has its captions, the preferred ones first; upper and lower case are the same."""
+"""Keys of the captions in a JSON, the preferred ones first; case is ignored."""
 MAX_DEPTH = 4
-"""Levels of lists and objects in which captions are looked for."""
+"""Levels of lists and objects that are searched for captions."""
 TEXTS = ("txt", "text", "caption", "prompt")
-"""Extensions of a file that is a caption, the preferred ones first."""
+"""Extensions of caption files, the preferred ones first."""
 DEFAULT_CAPTIONER = "text"
-"""Name of the captioner where a sample names none."""
+"""Name of the captioner if a sample names none."""
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def clean_text(text: str) -> str:
-    """A text without lone surrogates (half an emoji, a name that is not UTF-8): U+FFFD takes their place."""
+    """Replace lone surrogates (half an emoji, a file name that is not UTF-8) by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def decode_text(content: bytes) -> str:
-    """The text of a file: UTF-8 or UTF-16 with or without a byte order mark, else Windows-1252.
+    """Decode a text file: UTF-8 with or without a byte order mark, UTF-16 with one, else Windows-1252.
 
     Raises:
-        ValueError: the bytes are none of these.
+        ValueError: the file has none of these encodings.
     """
     encodings = ["utf-16"] if content.startswith(UTF16_MARKS) else ["utf-8-sig", "cp1252"]
     for encoding in encodings:
@@ -45,7 +45,7 @@ def decode_text(content: bytes) -> str:
 
 
 def is_utf8(content: bytes) -> bool:
-    """Whether a text is UTF-8, so that `decode_text` need not try anything else."""
+    """Return True if a text is UTF-8 without a fallback of `decode_text`."""
     try:
         content.decode()
     except UnicodeDecodeError:
@@ -54,15 +54,19 @@ def is_utf8(content: bytes) -> bool:
 
 
 def decode_caption(content: bytes) -> str:
-    """The caption in a text file. Raises ValueError as `decode_text` does."""
+    """Decode the caption in a text file.
+
+    Raises:
+        ValueError: the file has none of the encodings of `decode_text`.
+    """
     return clean_text(decode_text(content)).strip()
 
 
 def parse_json(content: bytes, name: str = "json") -> Any:
-    """The value of a JSON file, by the encodings of `decode_text`.
+    """Parse a JSON file in an encoding of `decode_text`.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply; the message says that this is its `name`.
+        ValueError: the file is not JSON, or nested too deeply; the message calls the file `name`.
     """
     try:
         return json.loads(decode_text(content))
@@ -72,25 +76,31 @@ def parse_json(content: bytes, name: str = "json") -> Any:
 
 
 def parse_captions(about: Any) -> dict[str, str]:
-    """Captioner -> caption, from a sample's json.
+    """Read the captions in a parsed JSON.
 
-    A json has its captions under one of CAPTION_KEYS, as a text, a list, or an object by captioner's name;
-    inside these may be further objects with such keys, as in `{"en": {"text": ...}}`. It may also be a text
-    or a list of texts itself, or have them in a list of "annotations", as COCO does. Anything else (null,
-    numbers) is no caption. Empty texts are left out, unless there are no others.
+    The captions are the value of one of CAPTION_KEYS: a text, a list, or an object with names of captioners
+    as keys; inside these may be further objects with such keys, as in `{"en": {"text": ...}}`. The JSON may
+    also be a text or a list of texts itself, or have captions in a list of "annotations", as COCO does. Other
+    values (null, numbers) are not captions. Empty texts are left out, unless there are no others.
+
+    Returns:
+        Captioner -> caption.
     """
-    found = dict(_numbered(_captions(about, DEFAULT_CAPTIONER, MAX_DEPTH)))
+    found = dict(_with_unique_names(_captions(about, DEFAULT_CAPTIONER, MAX_DEPTH)))
     if not found and isinstance(about, dict) and isinstance(about.get("annotations"), list):
         items = [item for item in about["annotations"] if isinstance(item, dict)]
-        found = dict(_numbered(_captions(items, DEFAULT_CAPTIONER, MAX_DEPTH)))
-    spoken = {name: text for name, text in found.items() if text}
-    return spoken or found
+        found = dict(_with_unique_names(_captions(items, DEFAULT_CAPTIONER, MAX_DEPTH)))
+    not_empty = {name: text for name, text in found.items() if text}
+    return not_empty or found
 
 
 def parse_annotations(about: Any) -> tuple[dict[str, float], int]:
-    """Numbers by name from a json's "annotations", and how many values there were no finite numbers.
+    """Read the annotations in a parsed JSON.
 
-    Null counts as absent, and "annotations" that are no object (a list, as COCO has it) as none.
+    Null counts as absent, and "annotations" that are not an object (a list, as in COCO) as none.
+
+    Returns:
+        Name -> number, and the number of values that are not finite numbers.
     """
     values = about.get("annotations") if isinstance(about, dict) else None
     if not isinstance(values, dict):
@@ -101,7 +111,7 @@ def parse_annotations(about: Any) -> tuple[dict[str, float], int]:
 
 
 def _captions(value: Any, captioner: str, depth: int) -> Iterator[tuple[str, str]]:
-    """(captioner, caption) of each caption in a value, in its order; a captioner may come several times."""
+    """Yield (captioner, caption) of each caption in a value, in order; a captioner may repeat."""
     if isinstance(value, str):
         yield captioner, clean_text(value).strip()
     elif depth and isinstance(value, list):
@@ -111,7 +121,7 @@ def _captions(value: Any, captioner: str, depth: int) -> Iterator[tuple[str, str
         by_key = {key.lower(): item for key, item in value.items()}
         empty: list[tuple[str, str]] = []
         for key in (key for key in CAPTION_KEYS if key in by_key):
-            found = list(_under(key, by_key[key], captioner, depth - 1))
+            found = list(_captions_under(key, by_key[key], captioner, depth - 1))
             if any(text for _, text in found):
                 yield from found
                 return
@@ -119,8 +129,8 @@ def _captions(value: Any, captioner: str, depth: int) -> Iterator[tuple[str, str
         yield from empty
 
 
-def _under(key: str, value: Any, captioner: str, depth: int) -> Iterator[tuple[str, str]]:
-    """Captions under a caption key: an object there holds captions by captioner's name, or further keys."""
+def _captions_under(key: str, value: Any, captioner: str, depth: int) -> Iterator[tuple[str, str]]:
+    """Yield the captions under a caption key; an object there has names of captioners or caption keys."""
     if not isinstance(value, dict) or (
         key != "captions" and any(name.lower() in CAPTION_KEYS for name in value)
     ):
@@ -130,8 +140,8 @@ def _under(key: str, value: Any, captioner: str, depth: int) -> Iterator[tuple[s
         yield from _captions(item, clean_text(name).strip() or captioner, depth)
 
 
-def _numbered(captions: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The same with names that differ: a, a_2, a_3."""
+def _with_unique_names(captions: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Make the names of the captioners unique: a, a_2, a_3."""
     taken: set[str] = set()
     for name, text in captions:
         free, count = name, 1

@@ -1,4 +1,4 @@
-"""The data sets of a run, opened: which of their samples count, in which bucket, and what is cached."""
+"""Opening of a run's data sets: the samples that are read, their buckets, and their cached tensors."""
 
 from __future__ import annotations
 
@@ -22,33 +22,37 @@ from svd_ds.data.shards import Index
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """One data set of a run."""
+    """Data set of a run."""
 
     path: str
+    """Local path or URL, as in the config."""
     weight: float
     """Share of the clips, in any unit."""
     buckets: tuple[Index, ...]
-    """Its samples of each bucket."""
+    """Index of the samples of each bucket."""
     num_left_out: int
+    """Number of samples that are in no bucket."""
     faults: tuple[Fault, ...]
-    """The samples whose index lines are damaged; they are in no bucket."""
+    """Faults of the samples whose index lines are damaged."""
     notes: tuple[str, ...]
-    """What a user should know of the samples that were left out."""
+    """Remarks for the user on the samples that were left out."""
     latents_origin: latents.LatentsOrigin | None
-    """None: every frame is decoded."""
+    """Source of the cached latents; None decodes every frame."""
     latents_shape: tuple[int, ...]
-    """(M, h, w) of the moments; the first sample's, which those of all must have to make a batch."""
+    """Shape (M, h, w) of the moments of the first sample, which all must have to be batched."""
     embeddings_origin: clip_embeddings.EmbeddingsOrigin | None
-    """None where a sample that counts has no CLIP clip_embeddings."""
+    """Source of the cached CLIP embeddings; None if a sample has none."""
     embeddings_shapes: dict[str, tuple[int, ...]]
-    """Context -> shape of its clip_embeddings, as `clip_embeddings.moments_shape`; the first sample's."""
+    """Context -> shape of the first sample's CLIP embeddings, see `clip_embeddings.embedding_shape`."""
 
     @property
     def motion_map(self) -> MotionMap:
+        """Map from motion scores to motion buckets of this data set."""
         return self.buckets[0].motion_map
 
     @property
     def files(self) -> tuple[Folder, tuple[Shard, ...]]:
+        """Folder and shards of the data set."""
         return self.buckets[0].folder, self.buckets[0].shards
 
     def __len__(self) -> int:
@@ -56,10 +60,22 @@ class DatasetSource:
 
 
 def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -> DatasetSource:
-    """Raises ValueError or OSError, in one sentence, where `folder` is no data set, has no sample to draw, or
-    has not the latents that are to be read."""
-    hung = f"reading {folder.name(INDEX_NAME)} has hung for data.read_timeout_seconds={config.read_timeout_seconds:g}"
-    loaded = with_timeout(lambda: Index.load(folder), config.read_timeout_seconds, hung)
+    """Open a data set and choose the samples that a run reads.
+
+    Args:
+        path: path or URL in the config.
+        weight: share of the clips, in any unit.
+        config: settings of the data.
+        folder: folder of the data set.
+
+    Raises:
+        ValueError: the index is damaged, no sample can be drawn, or cached latents that are to be read are
+            missing.
+        OSError: the index or a shard is missing, or a read hangs.
+    """
+    seconds = config.read_timeout_seconds
+    hung = f"reading {folder.location(INDEX_NAME)} has hung for data.read_timeout_seconds={seconds:g}"
+    loaded = with_timeout(lambda: Index.load(folder), seconds, hung)
     everything, faults = loaded.drop_damaged(Quarantine(config.max_quarantined, len(loaded)))
     selection = satisfies(config.where, everything)
     chosen = everything.keep(selection) if config.where else everything
@@ -71,7 +87,8 @@ def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -
     buckets = chosen.split(lambda sample: choose_bucket(sample, config, shapes), len(shapes))
     if not any(map(len, buckets)):
         raise ValueError(
-            f"none of the {len(chosen)} samples in {path} has {_wanted(shapes)}: {_largest(chosen)}"
+            f"none of the {len(chosen)} samples in {path} has {_describe_shapes(shapes)}: "
+            f"{_describe_largest(chosen)}"
         )
     origin, latents_shape = _latents_of(path, buckets, shapes) if config.latents else (None, ())
     embeddings_origin, embeddings_shapes = _embeddings_of(buckets, config)
@@ -90,10 +107,19 @@ def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -
 
 
 def choose_bucket(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -> int | None:
-    """The bucket that a sample belongs to: of those for which it is long enough, and large enough to be
-    reduced rather than enlarged, the nearest in aspect, then the longest, then the largest.
+    """Choose the bucket of a sample.
 
-    A video goes to a bucket of stills only where no other takes it. None where none does.
+    A bucket is possible if the sample is long enough, and large enough that it need not be enlarged. The
+    chosen one has the nearest aspect ratio, then the most frames, then the most pixels; a bucket of stills is
+    chosen for a video only if there is no other.
+
+    Args:
+        sample: entry of the index.
+        config: settings of the data.
+        shapes: shape of each bucket.
+
+    Returns:
+        The number of the bucket; None if no bucket is possible.
     """
     best: tuple[tuple[bool, float, int, int], int] | None = None
     for number, shape in enumerate(shapes):
@@ -101,7 +127,7 @@ def choose_bucket(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -
         if not long or not covers((sample.height, sample.width), (shape.height, shape.width)):
             continue
         stretch = math.log(sample.height * shape.width / (sample.width * shape.height))
-        # Rounded: shapes of one aspect differ by some pixels, as sides are multiples.
+        # Rounded, since the sides of shapes are multiples and their aspect ratios differ slightly.
         rank = (
             shape.num_frames > 1,
             -round(abs(stretch), 1),
@@ -116,8 +142,11 @@ def choose_bucket(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -
 def _latents_of(
     path: str, buckets: Sequence[Index], shapes: Sequence[Shape]
 ) -> tuple[latents.LatentsOrigin, tuple[int, ...]]:
-    """What the latents were made of, and their shape. Raises ValueError where a sample has none, or those of
-    another size."""
+    """Read the source and the shape (M, h, w) of the cached latents from the first sample.
+
+    Raises:
+        ValueError: a sample has no latents, or their size is not that of the clips.
+    """
     for index in buckets:
         for sample in index.samples():
             if latents.MEMBER not in sample.members:
@@ -142,8 +171,10 @@ def _latents_of(
 def _embeddings_of(
     buckets: Sequence[Index], config: DataConfig
 ) -> tuple[clip_embeddings.EmbeddingsOrigin | None, dict[str, tuple[int, ...]]]:
-    """What the CLIP states were made of, where every sample has them, of the frames that are read; and their
-    shape for each context."""
+    """Read the source of the cached CLIP embeddings, and their shape for each context, from the first sample.
+
+    (None, {}) if a sample has no CLIP embeddings, or they belong to another crop or size than the clips.
+    """
     if config.crop != "center" or config.flip:
         return None, {}
     for index in buckets:
@@ -154,22 +185,22 @@ def _embeddings_of(
         with index.open(index.sample(0)) as read:
             file = TensorFile(partial(read, clip_embeddings.MEMBER), clip_embeddings.MEMBER)
             origin = clip_embeddings.read_origin(file)
-            of_context = {
+            shapes = {
                 context: clip_embeddings.embedding_shape(file, context)
                 for context in ("image", "ends", "text")
             }
     except ValueError:
         return None, {}
     used = [shape for index, shape in zip(buckets, config.shapes, strict=True) if len(index)]
-    fit = all((origin.height, origin.width) == (shape.height, shape.width) for shape in used)
-    return (origin, of_context) if fit else (None, {})
+    is_same_size = all((origin.height, origin.width) == (shape.height, shape.width) for shape in used)
+    return (origin, shapes) if is_same_size else (None, {})
 
 
-def _wanted(shapes: Sequence[Shape]) -> str:
-    return " or ".join(f"{s.num_frames} frames that fill {s.height} x {s.width} pixels" for s in shapes)
+def _describe_shapes(shapes: Sequence[Shape]) -> str:
+    return " or ".join(f"{s.num_frames} frames that cover {s.height} x {s.width} pixels" for s in shapes)
 
 
-def _largest(index: Index) -> str:
+def _describe_largest(index: Index) -> str:
     samples = list(index.samples())
     num_frames = max((sample.num_frames for sample in samples), default=0)
     height, width = max(((sample.height, sample.width) for sample in samples), default=(0, 0))

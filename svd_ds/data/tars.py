@@ -1,7 +1,7 @@
-"""Tars that others wrote: their files by sample, wherever in the tar they are.
+"""Reading of external tars: their files grouped by sample, wherever in the tar they are.
 
-The members of a sample share a folder and the name up to its first dot; files of macOS (`._NAME`,
-`__MACOSX/`) and hidden ones are no members. Tars that were joined one after another are read as one.
+The members of a sample share a folder and the file name up to its first dot; files of macOS (`._NAME`,
+`__MACOSX/`) and hidden files are not members. Concatenated tars are read as one.
 """
 
 from __future__ import annotations
@@ -23,41 +23,40 @@ COMPRESSED = {
     ".xz": b"\xfd7zXZ",
     ".zst": b"\x28\xb5\x2f\xfd",
 }
-"""Suffix and first bytes of a compressed file, of which no part can be read by itself."""
-COMPRESSED_REASON = (
-    "it is compressed, and samples are read from their places in it: unpack it to a plain .tar"
-)
+"""Suffix -> first bytes of a compressed file, in which no member can be read on its own."""
+COMPRESSED_REASON = "it is compressed, and samples are read by their offsets: unpack it to a plain .tar"
 
 Members = dict[str, tarfile.TarInfo]
-"""Extension in lower case -> entry."""
+"""Extension in lower case -> entry of the tar."""
 
 
 @dataclass
 class TarContents:
-    """What a tar holds."""
+    """Contents of a tar."""
 
     samples: dict[str, Members] = field(default_factory=dict)
-    """By key."""
+    """Key -> members of the sample."""
     refused: list[tuple[str, str]] = field(default_factory=list)
-    """(name, reason) of each entry that is no member of a sample, but for folders and hidden files."""
+    """(name, reason) of each entry that is refused; folders and hidden files are not listed."""
     damage: str | None = None
-    """Why the tar cannot be read to its end."""
+    """Reason why the tar cannot be read to its end; None if it can."""
 
 
 def is_compressed_name(name: str) -> bool:
-    """Whether a file is a compressed tar by its name."""
+    """Return True if a file name is that of a compressed tar."""
     lower = name.lower()
     return lower.endswith((".tgz", ".tbz2", ".txz", *(f".tar{suffix}" for suffix in COMPRESSED)))
 
 
 def read_contents(path: Path) -> TarContents:
-    """List a tar's files.
+    """List the files of a tar.
 
-    Of files of one name the last counts, as where a tar is unpacked.
+    Of several files of one name the last one counts, as when a tar is unpacked.
 
     Raises:
-        ValueError: it is compressed.
-        tarfile.TarError: it is no tar.
+        ValueError: the file is compressed.
+        tarfile.TarError: the file is not a tar.
+        OSError: the file cannot be read.
     """
     contents = TarContents()
     with open(path, "rb") as file:
@@ -77,7 +76,7 @@ def read_contents(path: Path) -> TarContents:
                     raise
                 contents.damage = describe_error(error)
                 break
-            # The module tarfile takes a header that is damaged or cut short for the end of the tar.
+            # The tarfile module takes a damaged or cut header for the end of the tar.
             if not _is_end(file, end):
                 contents.damage = f"it is cut short or damaged at byte {end}"
                 break
@@ -86,9 +85,13 @@ def read_contents(path: Path) -> TarContents:
 
 
 def read_member(path: Path, entry: tarfile.TarInfo) -> bytes:
-    """An entry's bytes. Raises ValueError where the tar does not hold them in one place."""
+    """Read the bytes of an entry.
+
+    Raises:
+        ValueError: the entry is sparse, so that its bytes are not contiguous, or the tar is cut short.
+    """
     if entry.issparse():
-        raise ValueError(f"{entry.name} is stored with holes (sparse), so its bytes are not in one place")
+        raise ValueError(f"{entry.name} is stored with holes (sparse), so its bytes are not contiguous")
     with open(path, "rb") as file:
         file.seek(entry.offset_data)
         content = file.read(entry.size)
@@ -98,6 +101,7 @@ def read_member(path: Path, entry: tarfile.TarInfo) -> bytes:
 
 
 def _add(contents: TarContents, entry: tarfile.TarInfo) -> None:
+    """Add an entry to the contents, as a member of a sample or as a refused file."""
     path = PurePosixPath(entry.name)
     if entry.isdir() or path.name.startswith(".") or MACOS_FOLDER in path.parts:
         return
@@ -115,19 +119,21 @@ def _add(contents: TarContents, entry: tarfile.TarInfo) -> None:
 
 
 def _is_end(file: IO[bytes], offset: int) -> bool:
+    """Return True if the block at `offset` is all zeros, which ends a tar."""
     file.seek(offset)
     return file.read(TAR_BLOCK) == bytes(TAR_BLOCK)
 
 
 def _next_block(file: IO[bytes], offset: int) -> int | None:
-    """Where, from `offset` on, the first block begins that is not of zeros; None where all are."""
-    for at, block in _blocks(file, offset):
+    """Return the offset of the first block from `offset` on that is not all zeros; None if there is none."""
+    for begin, block in _blocks(file, offset):
         if block.strip(b"\0"):
-            return at
+            return begin
     return None
 
 
 def _blocks(file: IO[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, content) of each block from `offset` on."""
     file.seek(offset)
     while block := file.read(TAR_BLOCK):
         yield offset, block

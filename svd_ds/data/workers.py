@@ -1,12 +1,12 @@
-"""Worker processes that outlive the run's signals, but not the run.
+"""Worker processes that ignore the signals of a run and end with its process.
 
-Workers come from a fork server, a process without threads: forking the training process itself would copy
-locks that gloo's, OpenMP's and CUDA's threads may hold. Each imports the main module anew, so a door's
-module should import little before its `if __name__ == "__main__"`.
+Workers are forked by a fork server, a process without threads: forking the training process itself would copy
+locks that threads of gloo, OpenMP and CUDA may hold. Each worker imports the main module anew, so the module
+of a command should import little before its `if __name__ == "__main__"`.
 
-SLURM sends SIGTERM and SIGUSR1 to every process of a job step, not only to the ranks, and a rank that is told
-to write its checkpoint still needs its workers. So these signals are blocked in them; in return the main
-process kills them when it exits, and they end by themselves when it is killed.
+Slurm sends SIGTERM and SIGUSR1 to every process of a job step, not only to the ranks, and a rank that writes
+its last checkpoint still needs its workers. So these signals are blocked in the workers; the main process
+kills them when it exits, and they end by themselves when it is killed.
 """
 
 from __future__ import annotations
@@ -24,28 +24,31 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 EXIT_SECONDS = 0.5
-"""How long a worker whose pipe has broken may take to end."""
+"""Time in seconds that a worker with a broken pipe may take to exit."""
 RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that the main process handles."""
 
 
 def iterate_in_workers(
     dataset: IterableDataset[Any], num_workers: int, prefetch: int, module: str, rank: int = 0
 ) -> Iterator[Any]:
-    """Iterate over copies of `dataset` in `num_workers` processes, one item of each in turn.
+    """Iterate over copies of a data set in worker processes, taking an item of each in turn.
 
     Args:
-        prefetch: items that each process holds ready.
-        module: of `dataset`; the server imports it once for all workers.
-        rank: of this process, for error messages.
+        dataset: data set; each process iterates over a copy.
+        num_workers: number of processes.
+        prefetch: number of items that each process prepares in advance.
+        module: module of `dataset`, which the fork server imports once for all workers.
+        rank: rank of this process, for error messages.
 
     Raises:
-        OSError: while iterating, where a worker was killed or has ended by itself.
+        OSError: a worker was killed or exited (raised by the iterator).
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([module])
     before = multiprocessing.active_children()
     with _run_signals_blocked():
-        # Started by itself, because its start ends with signals unblocked.
+        # Started separately: when it starts, it unblocks the signals.
         resource_tracker.ensure_running()
     with _run_signals_blocked():
         loader = DataLoader(
@@ -57,15 +60,18 @@ def iterate_in_workers(
             worker_init_fn=exit_with_parent,
         )
         items = iter(loader)
-    # Python ends its children by SIGTERM and waits for them; this runs before that.
+    # Python sends SIGTERM to its children on exit and waits for them; this runs before that.
     children = [child for child in multiprocessing.active_children() if child not in before]
     atexit.register(_kill, children)
-    return _until_one_dies(items, children, f"{num_workers} data workers of rank {rank}")
+    return _check_workers(items, children, f"{num_workers} data workers of rank {rank}")
 
 
-def _until_one_dies(items: Iterator[Any], workers: list[Any], which: str) -> Iterator[Any]:
-    """The items. What a dead worker makes torch raise (RuntimeError, EOFError, ConnectionError, ...) does not
-    say that it died: its exit code does."""
+def _check_workers(items: Iterator[Any], workers: list[Any], which: str) -> Iterator[Any]:
+    """Yield the items, and raise OSError if a worker died.
+
+    The errors of torch after the death of a worker (RuntimeError, EOFError, ConnectionError, ...) do not say
+    that it died; its exit code does.
+    """
     while True:
         try:
             item = next(items)
@@ -75,17 +81,18 @@ def _until_one_dies(items: Iterator[Any], workers: list[Any], which: str) -> Ite
             codes = [code for worker in workers if (code := _exit_code(worker))]
             if not codes:
                 raise
-            raise OSError(_epitaph(codes, which)) from error
+            raise OSError(_describe_death(codes, which)) from error
         yield item
 
 
 def _exit_code(worker: Any) -> int | None:
-    """The exit code of a worker that has ended, or is just ending."""
+    """Return the exit code of a worker that has ended or is ending; None if it is alive."""
     worker.join(EXIT_SECONDS)
     return worker.exitcode
 
 
-def _epitaph(codes: list[int], which: str) -> str:
+def _describe_death(codes: list[int], which: str) -> str:
+    """Describe why a worker died, from the exit codes of the dead workers."""
     killed = [-code for code in codes if code < 0]
     if signal.SIGKILL in killed:
         return (
@@ -100,7 +107,7 @@ def _epitaph(codes: list[int], which: str) -> str:
 
 @contextmanager
 def _run_signals_blocked() -> Iterator[None]:
-    """Processes started inside inherit the block; a signal that arrives meanwhile comes afterwards."""
+    """Block RUN_SIGNALS; processes started inside inherit that, and signals are delivered afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
     try:
         yield
@@ -109,8 +116,7 @@ def _run_signals_blocked() -> Iterator[None]:
 
 
 def exit_with_parent(_: int = 0) -> None:
-    """In a worker, which is forked by a server or waits at a queue: nothing else ends it when the run is
-    killed."""
+    """Exit this worker process when its parent exits: a worker that waits at a queue would not notice."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

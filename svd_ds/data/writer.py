@@ -1,4 +1,4 @@
-"""Writes shards and their index, as docs/data.md fixes them."""
+"""Writing of shards and their index, whose format is in docs/data.md."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from svd_ds.fsync_io import replace_bytes
 
 
 class ShardWriter:
-    """Writes samples as shards with their index. The same samples give the same bytes.
+    """Writer of samples to shards with an index; the same samples give the same bytes.
 
-    A shard appears under its name only when it is whole, the index only when all shards are: a folder with
-    an index is complete.
+    A shard gets its name when it is complete, and the index is written after all shards: a folder with an
+    index is complete.
     """
 
     def __init__(
@@ -32,12 +32,19 @@ class ShardWriter:
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        """Creates `folder`. Raises ValueError where it already holds an index, unless to `overwrite` it.
+        """Create the folder.
 
-        With `resume` the shards of a writer that did not come to its `close` are left for `adopt_shard`.
+        Args:
+            folder: folder of the shards.
+            samples_per_shard: number of samples of a shard.
+            overwrite: remove the index and the shards that the folder has.
+            resume: keep the shards of a writer that was not closed, for `adopt_shard`.
+
+        Raises:
+            ValueError: the folder has an index and `overwrite` is False, or `samples_per_shard` is below 1.
         """
         if samples_per_shard < 1:
-            raise ValueError(f"a shard holds at least 1 sample, not {samples_per_shard}")
+            raise ValueError(f"samples_per_shard is {samples_per_shard}: it must be at least 1")
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
         self.shards: list[Shard] = []
@@ -63,11 +70,15 @@ class ShardWriter:
         """Append a sample.
 
         Args:
-            sample_id: letters, digits, `_` and `-`; unique in the data set.
-            media: "mp4" or "jpg", the extension of `content`.
-            about: what the sample's json holds; at least captions, num_frames, fps, height, width, motion;
-                docs/data.md has the rest.
+            sample_id: id of letters, digits, `_` and `-`, unique in the data set.
+            media: extension of `content`, "mp4" or "jpg".
+            content: bytes of the video or image.
+            about: content of the sample's JSON, with at least captions, num_frames, fps, height, width and
+                motion (docs/data.md).
             more: extension -> content of further members.
+
+        Raises:
+            ValueError: the id is invalid or repeats, or `about` cannot be written as JSON.
         """
         if not re.fullmatch(r"[\w-]+", sample_id):
             raise ValueError(f"sample id {sample_id!r} may hold only letters, digits, _ and -")
@@ -83,7 +94,7 @@ class ShardWriter:
             self.end_shard()
 
     def close(self, motion_map: MotionMap | None = None) -> MotionMap:
-        """Write what is left and the index, with `motion_map` or one calibrated on these samples."""
+        """Write the last shard and the index; by default the motion map is calibrated on the samples."""
         self.end_shard()
         if motion_map is None:
             motion_map = MotionMap.calibrate([clip.motion for clip in self.samples if clip.num_frames > 1])
@@ -91,49 +102,60 @@ class ShardWriter:
         return motion_map
 
     def end_shard(self) -> None:
-        """Write the samples added since the last shard, if any, as a shard."""
+        """Write the samples added since the last shard as a shard, if there are any."""
         if not self._open:
             return
         path = self._next_shard()
         replace_bytes(path, pack_shard(self._open))
-        self._list(path, list(_samples_of(path, len(self.shards))))
+        self._append_shard(path, list(_read_samples(path, len(self.shards))))
         self._open.clear()
 
     def adopt_shard(self, num_samples: int) -> bool:
-        """List the next shard as an earlier writer left it; False where it has not `num_samples` samples."""
+        """Add the next shard as an earlier writer left it.
+
+        Returns:
+            False if it is missing or damaged, or does not have `num_samples` samples.
+        """
         assert not self._open, "a shard is adopted between two others"
         path = self._next_shard()
         try:
-            samples = list(_samples_of(path, len(self.shards)))
+            samples = list(_read_samples(path, len(self.shards)))
         except (FileNotFoundError, tarfile.TarError):
             return False
         if len(samples) != num_samples:
             return False
         self._ids.update(sample.id for sample in samples)
-        self._list(path, samples)
+        self._append_shard(path, samples)
         return True
 
     def _next_shard(self) -> Path:
+        """Return the path of the next shard."""
         return self.folder / shard_name(len(self.shards))
 
-    def _list(self, path: Path, samples: list[Sample]) -> None:
+    def _append_shard(self, path: Path, samples: list[Sample]) -> None:
+        """Append a shard to the index."""
         self.samples += samples
         self.shards.append(Shard(path.name, path.stat().st_size, len(samples)))
 
 
 def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.tar"
 
 
 def remove_shards(folder: Path, which: str = "*") -> None:
-    """Remove the index that a writer has left in `folder`, then its shards, whole ones and begun ones, or
-    `*.part`: the begun ones alone."""
+    """Remove the index in a folder, then its shards.
+
+    Args:
+        folder: folder of the shards.
+        which: `*` removes all shards, `*.part` the unfinished ones alone.
+    """
     for stale in (folder / INDEX_NAME, *folder.glob(f"shard-*.tar{which}")):
         stale.unlink(missing_ok=True)
 
 
 def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
-    """A tar of samples: of each its id, and the content of its members by extension."""
+    """Pack samples to a tar; each is (id, extension -> content of a member)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for sample_id, contents in samples:
@@ -145,7 +167,7 @@ def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
 
 
 def complete_members(path: Path) -> dict[str, dict[str, tuple[int, int]]] | None:
-    """`list_members` a shard; None where it is missing, or cut short or damaged, as after a power cut."""
+    """List the members of a shard as `list_members`; None if it is missing, cut short or damaged."""
     try:
         if path.stat().st_size % tarfile.RECORDSIZE:
             return None
@@ -154,14 +176,14 @@ def complete_members(path: Path) -> dict[str, dict[str, tuple[int, int]]] | None
         return None
     end = max((offset + size for found in members.values() for offset, size in found.values()), default=0)
     with open(path, "rb") as file:
-        # A tar ends with blocks of zeros: tarfile takes anything that is no header for the end.
+        # A tar ends with blocks of zeros, but tarfile takes anything that is not a header for the end.
         file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
         rest = file.read()
     return members if rest and not any(rest) else None
 
 
 def list_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Id of each sample in a shard -> extension -> (offset, size) of the member."""
+    """List the members of a shard: id of the sample -> extension -> (offset, size) of the member."""
     with tarfile.open(path) as tar:
         found = groupby(tar, key=lambda entry: entry.name.split(".", 1)[0])
         return {
@@ -173,19 +195,19 @@ def list_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
 def write_index(
     folder: Path, shards: Sequence[Shard], samples: Iterable[Sample], motion_map: MotionMap
 ) -> None:
-    """Write the index of a folder, whose samples stand in the order of the shards."""
+    """Write the index of a folder; the samples must be in the order of the shards."""
     header = {
         "format": FORMAT,
         "version": VERSION,
         "motion_map": asdict(motion_map),
         "shards": [asdict(shard) for shard in shards],
     }
-    lines = [json.dumps(line) for line in (header, *map(_known, samples))]
+    lines = [json.dumps(line) for line in (header, *map(_index_fields, samples))]
     replace_bytes(folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
 
 
-def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
-    """What the index is to know of each sample in a shard."""
+def _read_samples(path: Path, shard: int) -> Iterator[Sample]:
+    """Read the index entry of each sample in a shard from its JSON."""
     with open(path, "rb") as file:
         for sample_id, members in list_members(path).items():
             offset, size = members["json"]
@@ -201,5 +223,6 @@ def _samples_of(path: Path, shard: int) -> Iterator[Sample]:
             )
 
 
-def _known(sample: Sample) -> dict[str, Any]:
+def _index_fields(sample: Sample) -> dict[str, Any]:
+    """Return the fields of a sample's index line: those that are neither None nor empty."""
     return {name: value for name, value in asdict(sample).items() if value not in (None, {})}

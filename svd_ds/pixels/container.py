@@ -1,8 +1,8 @@
-"""Video files, opened for reading: the one place that opens media of unknown origin with PyAV.
+"""Safe opening of video files: the only place that opens media of unknown origin with PyAV.
 
-libav knows files that are no media but tell it what to open: playlists (HLS, DASH, concat), session
-descriptions (SDP), patterns of names. Only containers that hold their streams themselves are opened here, and
-nothing but the file that was named is read.
+libav also reads files that name other files to open: playlists (HLS, DASH, concat), session descriptions
+(SDP), patterns of names. Only containers that hold their own streams are opened here, and no other file is
+read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ FORMATS = (
     "flv", "asf", "ogg", "mxf", "nut", "gif", "dv", "mjpeg", "yuv4mpegpipe", "apng", "png_pipe", "jpeg_pipe",
     "webp_pipe", "mp3", "wav", "aac", "flac",
 )  # fmt: skip
-"""libav's demuxers of files that hold their own streams. Those of sound give a better error than none."""
+"""Allowed demuxers of libav: of files that hold their own streams. Audio formats are allowed for their better
+error message."""
 PADDING = 2**20
-"""Pixels that libav may add to a frame of its own: it counts whole blocks."""
+"""Pixels by which libav may count a frame as larger than it is, since it rounds up to blocks."""
 
 
 @contextmanager
@@ -35,18 +36,19 @@ def open_container(
     """Open a video file.
 
     Args:
-        source: a path, or the file's bytes.
-        max_pixels: of a frame; libav refuses more before it allocates them.
-        options: further ones of libav.
+        source: path or bytes of the file.
+        max_pixels: largest allowed number of pixels of a frame; libav refuses more before it allocates
+            memory.
+        options: further options of libav.
 
     Raises:
         ValueError: the file is a pipe or a device.
-        av.FFmpegError: it cannot be opened, or is no container of FORMATS.
+        av.FFmpegError: the file cannot be opened, or is not of one of FORMATS.
     """
     bounds = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"} | limits(max_pixels)
     if isinstance(source, Path):
         check_regular(source)
-    # Without the protocol's name, libav takes a path such as `concat:a|b` for an order to open others.
+    # Without the name of the protocol, libav opens other files for a path such as `concat:a|b`.
     file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
     with av.open(file, mode="r", options={**(options or {}), **bounds}) as container:
         for stream in container.streams.video:
@@ -55,5 +57,5 @@ def open_container(
 
 
 def limits(max_pixels: int) -> dict[str, str]:
-    """Options of a decoder."""
+    """Return the options of a decoder that refuses larger frames."""
     return {"max_pixels": str(max_pixels + PADDING)}

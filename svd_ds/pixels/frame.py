@@ -1,6 +1,7 @@
-"""Video frames as they are shown: orientation, fields, transparency and colours of a decoded frame.
+"""Conversion of decoded video frames to RGB as a player shows them: orientation, fields, transparency,
+colours.
 
-Every reader of videos takes `deinterlace` for the frames of a stream and `to_rgb` for the pixels of a frame.
+Every reader of videos uses `deinterlace` for the frames of a stream and `to_rgb` for the pixels of a frame.
 """
 
 from __future__ import annotations
@@ -24,28 +25,31 @@ from svd_ds.pixels import hdr
 from svd_ds.pixels.still import BACKGROUND
 
 HD_HEIGHT = 720
-"""Untagged video is BT.709 from so many lines on and BT.601 below, as players take it."""
+"""Number of lines from which players take untagged video as BT.709, and below which as BT.601."""
 UNSPECIFIED = 2
-"""AVCOL_SPC_UNSPECIFIED, and the same of transfers and primaries."""
+"""Value of AVCOL_SPC_UNSPECIFIED, AVCOL_TRC_UNSPECIFIED and AVCOL_PRI_UNSPECIFIED."""
 LIMITED = 1
-"""AVCOL_RANGE_MPEG: of 8 bits, black is 16 and white 235."""
+"""Value of AVCOL_RANGE_MPEG: in 8 bits black is 16 and white 235."""
 UNREADABLE_MATRICES = {10: "BT.2020 with constant luminance", 11: "SMPTE ST 2085", 14: "ICtCp", 15: "IPT-C2"}
-"""AVColorSpace values that swscale takes for another matrix, without an error."""
+"""AVColorSpace value -> name of a matrix that swscale silently replaces by another."""
 DOLBY_VISION = (Type.DOVI_METADATA, Type.DOVI_RPU_BUFFER)
 STRAIGHT = (1, 0, 0, 1)
-"""The linear part of the display matrix of a frame that is shown as it is stored."""
+"""Linear part of the display matrix of a frame that is shown as it is stored."""
 TILT = 0.05
-"""Share by which a display matrix may miss a multiple of 90 degrees: containers round its entries."""
+"""Relative deviation of a display matrix from a multiple of 90 degrees: containers round its entries."""
 
 
 def to_rgb(frame: VideoFrame) -> Tensor:
-    """A decoded frame as it is shown: uint8 RGB, (H, W, 3).
+    """Convert a decoded frame to RGB as it is shown.
 
-    The display matrix is applied, mirrors included; HDR and wide gamut become SDR in BT.709 (hdr.py); what is
-    transparent is composited on white.
+    The display matrix is applied, mirroring included; HDR and wide gamut are converted to SDR in BT.709
+    (hdr.py); transparent pixels are composited on white.
+
+    Returns:
+        uint8 RGB, (H, W, 3).
 
     Raises:
-        ValueError: the frame's colours or its display matrix cannot be converted.
+        ValueError: the colours or the display matrix cannot be converted.
     """
     pixels_HWC = _colours(frame)
     a, b, c, d = display_matrix(frame)
@@ -55,7 +59,7 @@ def to_rgb(frame: VideoFrame) -> Tensor:
 
 
 def is_plain(frame: VideoFrame) -> bool:
-    """Whether any player and decoder shows the frame's stored pixels as they are."""
+    """Return True if every player shows the stored pixels of a frame as they are."""
     return not (
         frame.interlaced_frame
         or display_matrix(frame) != STRAIGHT
@@ -65,17 +69,17 @@ def is_plain(frame: VideoFrame) -> bool:
 
 
 def swaps_height_and_width(frame: VideoFrame) -> bool:
-    """Whether width and height change places when the frame is shown."""
+    """Return True if width and height are swapped when a frame is shown."""
     return display_matrix(frame)[0] == 0
 
 
 def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
-    """Signs of the linear part (a, b, c, d) of a frame's display matrix: one of eight.
+    """Return the signs of the linear part (a, b, c, d) of a frame's display matrix.
 
     A stored pixel (x, y) is shown at (a x + c y, b x + d y), y downwards (libavutil/display.h).
 
     Raises:
-        ValueError: the matrix turns the frame by an angle that is no multiple of 90 degrees.
+        ValueError: the matrix rotates the frame by an angle that is not a multiple of 90 degrees.
     """
     for data in _side_data(frame):
         if data.type == Type.DISPLAYMATRIX:
@@ -90,13 +94,18 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
         return (1 if a > 0 else -1, 0, 0, 1 if d > 0 else -1)
     if max(abs(a), abs(d)) <= TILT * across:
         return (0, 1 if b > 0 else -1, 1 if c > 0 else -1, 0)
-    raise ValueError(f"its display matrix ({a}, {b}, {c}, {d}) turns it by no multiple of 90 degrees")
+    raise ValueError(
+        f"its display matrix ({a}, {b}, {c}, {d}) does not rotate it by a multiple of 90 degrees"
+    )
 
 
 def deinterlace(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    """The frames of a stream in their order, the interlaced ones deinterlaced (libavfilter's bwdif).
+    """Yield the frames of a stream in order, the interlaced ones deinterlaced by libavfilter's bwdif.
 
-    As many frames come out as go in, with their times: the rate stays that of the frames, not of the fields.
+    The number of frames and their times do not change: the rate is that of frames, not of fields.
+
+    Raises:
+        ValueError: an interlaced frame is too small for the filter.
     """
     graph: Graph | None = None
     shape: tuple[object, ...] = ()
@@ -104,7 +113,7 @@ def deinterlace(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
     for frame in frames:
         now = (frame.width, frame.height, frame.format.name)
         if graph is not None and now != shape:
-            yield from _drained(graph, times, is_end=True)
+            yield from _filtered(graph, times, is_end=True)
             graph = None
         if graph is None:
             if not frame.interlaced_frame:
@@ -113,12 +122,13 @@ def deinterlace(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
             graph, shape = _deinterlacer(frame), now
         times.append(frame)
         graph.push(frame)
-        yield from _drained(graph, times)
+        yield from _filtered(graph, times)
     if graph is not None:
-        yield from _drained(graph, times, is_end=True)
+        yield from _filtered(graph, times, is_end=True)
 
 
-def _drained(graph: Graph, originals: deque[VideoFrame], is_end: bool = False) -> Iterator[VideoFrame]:
+def _filtered(graph: Graph, originals: deque[VideoFrame], is_end: bool = False) -> Iterator[VideoFrame]:
+    """Yield the frames that a filter has ready, with the times of the original frames."""
     if is_end:
         graph.push(None)
     while True:
@@ -132,8 +142,11 @@ def _drained(graph: Graph, originals: deque[VideoFrame], is_end: bool = False) -
 
 
 def _deinterlacer(frame: VideoFrame) -> Graph:
+    """Make a filter graph for frames of the size and format of `frame`."""
     if frame.width < 4 or frame.height < 4:
-        raise ValueError(f"it is interlaced, with {frame.height} x {frame.width} pixels too small to mend")
+        raise ValueError(
+            f"it is interlaced, with {frame.height} x {frame.width} pixels too small to deinterlace"
+        )
     graph = Graph()
     graph.threads = 1
     source = graph.add(
@@ -141,7 +154,7 @@ def _deinterlacer(frame: VideoFrame) -> Graph:
         f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={frame.time_base}"
         f":colorspace={frame.colorspace}:range={frame.color_range}",
     )
-    # Progressive frames among the interlaced ones pass through untouched.
+    # Progressive frames among the interlaced ones are not changed.
     bwdif = graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
     sink = graph.add("buffersink")
     source.link_to(bwdif)
@@ -161,6 +174,7 @@ def _flipped(pixels_HWC: Tensor, vertically: bool, horizontally: bool) -> Tensor
 
 
 def _colours(frame: VideoFrame) -> Tensor:
+    """Convert the colours of a frame; uint8 RGB, (H, W, 3), as stored."""
     if frame.colorspace in UNREADABLE_MATRICES:
         raise ValueError(
             f"its colours are coded as {UNREADABLE_MATRICES[frame.colorspace]}, which is not read"
@@ -178,23 +192,25 @@ def _colours(frame: VideoFrame) -> Tensor:
 
 
 def _is_wide(frame: VideoFrame) -> bool:
-    """Whether the frame's transfer or primaries are beyond those of SDR displays."""
+    """Return True if the transfer or the primaries of a frame exceed those of SDR displays."""
     return frame.color_trc in hdr.HDR or frame.color_primaries in hdr.TO_709
 
 
 def _sdr(frame: VideoFrame) -> Tensor:
+    """Convert HDR or wide gamut to SDR; uint8 RGB, (H, W, 3)."""
     wide = frame.reformat(format="rgb48le", src_colorspace=_matrix(frame), threads=1).to_ndarray()
     coded = torch.from_numpy(wide.astype(np.float32)) / 65535
     return (hdr.to_sdr(coded, frame.color_trc, frame.color_primaries) * 255).round().to(torch.uint8)
 
 
 def _limited_grey(frame: VideoFrame) -> Tensor:
-    """Grey from 16 to 235, which swscale takes for the full range."""
+    """Convert limited-range grey (16 to 235), which swscale takes for full range; uint8 RGB, (H, W, 3)."""
     wide = frame.reformat(format="rgb48le", threads=1).to_ndarray().astype(np.float32) * (255 / 65535)
     return torch.from_numpy(((wide - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8))
 
 
 def _composited(frame: VideoFrame) -> Tensor:
+    """Composite a transparent frame on white; uint8 RGB, (H, W, 3)."""
     rgba = frame.reformat(format="rgba", src_colorspace=_matrix(frame), threads=1).to_ndarray()
     pixels, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
     shown = (pixels * alpha + BACKGROUND * (255 - alpha) + 127) // 255
@@ -202,7 +218,7 @@ def _composited(frame: VideoFrame) -> Tensor:
 
 
 def _matrix(frame: VideoFrame) -> Colorspace | None:
-    """The YUV matrix of a frame that does not say its own, None of one that does."""
+    """Return the YUV matrix of a frame that does not name one; None if it does."""
     if frame.colorspace != UNSPECIFIED:
         return None
     if frame.color_trc in hdr.HDR or frame.color_primaries == ColorPrimaries.BT2020:

@@ -1,7 +1,6 @@
-"""Still images as they are shown: the one place that opens an image file with Pillow for its pixels.
+"""Reading of still images as they are shown: the only place that decodes an image file with Pillow.
 
-Orientation, transparency, bit depth and colour profile are applied here, so that the readers of folders, of
-shards and of a first frame agree.
+Orientation, transparency, bit depth and colour profile are applied here, so that all readers of images agree.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from svd_ds.small_files import read_regular
 
 ORIENTATION = 0x0112
-"""EXIF tag (CIPA DC-008, 4.6.5): how the stored rows and columns are to be shown."""
+"""EXIF tag of the orientation of the stored rows and columns (CIPA DC-008, 4.6.5)."""
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,49 +26,54 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""Formats that are read. Pillow knows others that make it start a program (EPS), or open what they name."""
+"""Allowed formats. Pillow knows others for which it starts a program (EPS), or opens further files."""
 MAX_PIXELS = 89_478_485
-"""Pixels a picture or frame: the limit at which Pillow warns of a decompression bomb, a quarter GiB of RGB. A
-frame of 8K video has 33 million."""
+"""Largest number of pixels of an image or frame: the limit at which Pillow warns of a decompression bomb, a
+quarter GiB of RGB. A frame of 8K video has 33 million."""
 HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 PHOTOMETRIC, WHITE_IS_ZERO = 0x0106, 0
-"""TIFF tag, and its value where 0 is white."""
+"""TIFF tag of the photometric interpretation, and its value if 0 is white."""
 SRGB_GAMMA = 1 / 2.2
 SAME_GAMMA = 0.05
-"""Share by which a gAMA chunk may differ from sRGB's without a visible change."""
+"""Relative difference of a gAMA chunk from the gamma of sRGB that makes no visible change."""
 BACKGROUND = 255
-"""Level of the white on which transparent pixels are shown, as browsers show them."""
+"""Level of the white background on which transparent pixels are composited, as in browsers."""
 
 
 class TooLargeError(ValueError):
-    """A file claims frames of more pixels than it may have: it is not decoded."""
+    """Error of a file that claims frames with too many pixels, and is not decoded."""
 
 
 def too_large(height: int, width: int, max_pixels: int) -> TooLargeError:
+    """Make the error of a file whose frames have too many pixels."""
     return TooLargeError(
         f"the file claims {height} x {width} pixels, and its frames may have {max_pixels}: it is not decoded"
     )
 
 
 def is_still(content: bytes) -> bool:
-    """Whether a file's first bytes are those of a JPEG, PNG or WebP image."""
+    """Return True if a file begins like a JPEG, PNG or WebP image."""
     return content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (
         content[:4] == b"RIFF" and content[8:12] == b"WEBP"
     )
 
 
 def read_still(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image file as it is shown: uint8 sRGB, (H, W, 3).
+    """Decode an image file as it is shown.
 
     The EXIF orientation is applied, transparent pixels are composited on white, 16 bits a channel are scaled
-    to 8, and an embedded colour profile is converted to sRGB. Of an animation the first frame is taken.
+    to 8, and an embedded colour profile is converted to sRGB. An animation gives its first frame.
 
     Args:
-        source: a path, or the file's bytes.
-        max_pixels: of the image; a file that claims more is refused before anything is decoded.
+        source: path or bytes of the file.
+        max_pixels: largest allowed number of pixels; a file that claims more is not decoded.
+
+    Returns:
+        uint8 sRGB, (H, W, 3).
 
     Raises:
-        ValueError: the file is no image that can be read; the caller adds its name.
+        ValueError: the file is not an image that can be read; the caller adds its name.
+        OSError: the file cannot be opened.
     """
     content = source if isinstance(source, bytes) else read_regular(source)
     try:
@@ -99,19 +103,19 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:
-        # A damaged EXIF block has no orientation; the pixels are still whole.
+        # The pixels are intact even if the EXIF block is damaged.
         return 1
 
 
 def _mend_transparency(image: Image.Image) -> None:
-    """Give the transparent colour of a PNG of 16 bits a channel in 8, as Pillow gives the pixels."""
+    """Scale the transparent colour of a 16-bit PNG to 8 bits, as Pillow does with the pixels."""
     colour = image.info.get("transparency")
     if isinstance(colour, tuple) and any("RGB;16" in str(tile) for tile in getattr(image, "tile", ())):
         image.info["transparency"] = tuple(level >> 8 for level in colour)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """The image in a mode of 8 bits a channel: Pillow itself clips wider grey, and makes it white."""
+    """Convert an image to a mode of 8 bits a channel; Pillow itself would clip 16-bit grey to white."""
     is_pgm = image.mode == "I" and image.format == "PPM"
     if not (image.mode.startswith("I;16") or is_pgm):
         if image.mode in ("I", "F"):
@@ -119,7 +123,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         return image
     levels_HW = np.asarray(image).astype(np.uint32)
     if image.format == "TIFF" and image.getexif().get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        # Pillow inverts those of 8 bits only.
+        # Pillow inverts images of 8 bits only.
         levels_HW = 65535 - levels_HW
     grey = Image.fromarray(((levels_HW * 255 + 32767) // 65535).astype(np.uint8))
     transparent = image.info.get("transparency")
@@ -131,10 +135,11 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert an image to sRGB by its profile or gamma, composited on white."""
     profile, gamma = image.info.get("icc_profile"), image.info.get("gamma", 0.0)
     alpha: Image.Image | None = None
     if image.has_transparency_data:
-        # A grey profile fits grey alone, and no profile has anything to say of transparency.
+        # A grey profile applies to grey images only, and no profile applies to the alpha channel.
         is_grey = image.mode in ("L", "LA", "La")
         image = image.convert("LA" if is_grey else "RGBA")
         alpha = image.getchannel("A")
@@ -154,12 +159,12 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _with_gamma(image: Image.Image, gamma: float) -> Image.Image:
-    """RGB that a PNG's gAMA chunk says to be of another gamma than sRGB's, as browsers show it."""
+    """Convert an RGB image with the gamma of a PNG's gAMA chunk to that of sRGB, as browsers do."""
     return image.point([round(255 * (level / 255) ** (SRGB_GAMMA / gamma)) for level in range(256)] * 3)
 
 
 def _converted(image: Image.Image, profile: bytes) -> Image.Image:
-    """The image in sRGB by its colour profile, or as it is where the profile does not fit it."""
+    """Convert an image to sRGB by its colour profile; unchanged if the profile does not match its mode."""
     try:
         embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if ImageCms.getProfileDescription(embedded).startswith("sRGB"):

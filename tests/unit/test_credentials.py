@@ -210,22 +210,22 @@ def test_secret_that_stands_alone_is_masked_once_a_config_has_it(tmp_path: Path)
 def test_quarantine_and_cache_of_a_remote_data_set(tmp_path: Path, place: str) -> None:
     url = place.format(SECRET)
     folder = open_folder(url, str(tmp_path / "cache"), 0, lambda _: pytest.fail("not opened"))  # type: ignore
-    fault = Fault("a", folder.name("shard-0.tar"), f"{url} gave 403")
+    fault = Fault("a", folder.location("shard-0.tar"), f"{url} gave 403")
     assert SECRET not in f"{fault}"
     listed = Quarantine(1.0, 10, tmp_path / "quarantine.jsonl")
     listed.add([fault], write=True)
     assert SECRET not in (tmp_path / "quarantine.jsonl").read_text()
     renewed = open_folder(place.format("renewed-secret"), str(tmp_path), 0, lambda _: pytest.fail("not"))  # type: ignore
     known = Quarantine(1.0, 10, tmp_path / "quarantine.jsonl")
-    assert known.add([Fault("a", renewed.name("shard-0.tar"), "403")]) == 1, "it is the same sample"
+    assert known.add([Fault("a", renewed.location("shard-0.tar"), "403")]) == 1, "it is the same sample"
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_names_of_files_and_folders(place: str) -> None:
-    from svd_ds.data.folders import _file_name
+    from svd_ds.data.folders import _cache_name
 
     url = place.format(SECRET)
-    assert SECRET not in _file_name(url)
+    assert SECRET not in _cache_name(url)
     names = [folder_name([f"data.path={place.format(secret)}"]) for secret in (SECRET, "renewed-secret")]
     assert SECRET not in names[0] and names[0] == names[1], "the multirun goes on in the same folder"
 

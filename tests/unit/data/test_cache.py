@@ -1,4 +1,4 @@
-"""The cache of fetched files removes nothing but what it fetched, and loses nothing to other processes."""
+"""The cache removes only files that it fetched, and is safe for concurrent processes."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def test_files_of_others_are_never_removed(tmp_path: Path) -> None:
     assert {path: left.get(path) for path in others} == others
     assert (ours / f"shard-{name(8)}").is_symlink()
     fetched = [path for path in ours.iterdir() if path.name in {f"shard-{name(n)}" for n in range(1, 6)}]
-    assert {path.name for path in fetched} == {f"shard-{name(4)}", f"shard-{name(5)}"}, "ours are bounded"
+    assert {path.name for path in fetched} == {f"shard-{name(4)}", f"shard-{name(5)}"}, "size is bounded"
 
 
-def test_a_folder_of_that_name_with_other_files_is_refused(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "shard-00000.tar").write_bytes(b"data of the user")
     with pytest.raises(
@@ -80,7 +80,7 @@ def test_a_folder_of_that_name_with_other_files_is_refused(tmp_path: Path) -> No
     assert (tmp_path / FOLDER / "shard-00000.tar").read_bytes() == b"data of the user"
 
 
-def test_a_link_in_the_place_of_a_file_is_not_written_through(tmp_path: Path) -> None:
+def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
     cache, precious = FileCache(tmp_path, 0), tmp_path / "precious"
     read(cache, 1)
     precious.write_bytes(b"precious")
@@ -93,7 +93,7 @@ def test_a_link_in_the_place_of_a_file_is_not_written_through(tmp_path: Path) ->
     assert precious.read_bytes() == b"precious"
 
 
-def test_the_least_recently_read_go_first_and_readers_keep_theirs(tmp_path: Path) -> None:
+def test_least_recently_read_are_evicted_and_readers_keep_open_files(tmp_path: Path) -> None:
     cache, fetched = FileCache(tmp_path, 2000), []
     with cache.open(name(0), 1000, lambda: [content(0)]) as first:
         for number in (1, 2, 1, 3, 1, 2):
@@ -110,12 +110,12 @@ def test_indices_are_kept_by_content(tmp_path: Path) -> None:
     new = cache.store(name(1), b"newer")
     read(cache, 2)
     read(cache, 3)
-    assert (old.read_bytes(), new.read_bytes()) == (b"old", b"newer"), "a run that reads the old one goes on"
+    assert (old.read_bytes(), new.read_bytes()) == (b"old", b"newer"), "a run may still read the old one"
     new.write_bytes(b"")
-    assert cache.store(name(1), b"newer").read_bytes() == b"newer", "a power cut leaves files of 0 bytes"
+    assert cache.store(name(1), b"newer").read_bytes() == b"newer", "a file of another size is replaced"
 
 
-def test_a_file_of_another_size_is_fetched_again_and_a_short_fetch_refused(tmp_path: Path) -> None:
+def test_file_of_another_size_is_fetched_again_and_short_fetch_is_refused(tmp_path: Path) -> None:
     cache = FileCache(tmp_path, 0)
     read(cache, 1)
     (tmp_path / FOLDER / f"shard-{name(1)}").write_bytes(b"torn")
@@ -135,7 +135,7 @@ def test_unfinished_files_of_killed_processes_are_removed_when_old(tmp_path: Pat
     os.utime(old, (0, time.time() - STALE_SECONDS - 1))
     read(cache, 2)
     assert not old.exists() and young.exists()
-    assert read(cache, 9) == content(9), "and a young one is begun anew"
+    assert read(cache, 9) == content(9), "a young one is fetched from its start"
 
 
 def test_one_reader_fetches_for_all(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def _read_many(folder: Path, seed: int, failures: Any) -> None:
             failures.put(repr(error))
 
 
-def test_processes_that_remove_what_others_fetch_lose_nothing(tmp_path: Path) -> None:
+def test_processes_that_evict_each_others_files_lose_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     failures = context.SimpleQueue()
     processes = [context.Process(target=_read_many, args=(tmp_path, seed, failures)) for seed in range(4)]

@@ -1,4 +1,4 @@
-"""Which frames a clip takes, that they are the right ones, and how they are fitted."""
+"""Choice, decoding, cropping and resizing of the frames of a clip."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_timing_stays_inside_the_sample(
     assert timing.fps * timing.stride == pytest.approx(fps)
 
 
-def test_timing_meets_the_wanted_rate() -> None:
+def test_timing_is_nearest_to_the_wanted_rate() -> None:
     assert Timing.choose(100, 24.0, 8, 6.0, 0.0) == Timing(0, 4, 6.0)
     assert Timing.choose(100, 24.0, 8, 0.0, 0.0) == Timing(0, 1, 24.0)
     assert Timing.choose(100, 24.0, 8, 30.0, 0.0).stride == 1
@@ -54,7 +54,7 @@ def test_timing_meets_the_wanted_rate() -> None:
     assert Timing.choose(100, 24.0, 8, 6.0, 0.9999).frame_numbers(8)[-1] == 99
 
 
-def test_the_default_stream_counts_before_larger_ones_and_first_ones() -> None:
+def test_default_stream_is_preferred_to_larger_and_earlier_ones() -> None:
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="matroska") as container:
         streams = [container.add_stream("ffv1", rate=24) for _ in range(2)]
@@ -71,7 +71,7 @@ def test_the_default_stream_counts_before_larger_ones_and_first_ones() -> None:
 
 @pytest.mark.parametrize("suffix", ["mp4", "matroska"])
 @pytest.mark.parametrize("wanted", [range(40), range(0, 40, 7), range(9, 33, 5), range(39, 40)])
-def test_decode_finds_the_frames_with_these_numbers(suffix: str, wanted: range) -> None:
+def test_decode_yields_the_wanted_frames(suffix: str, wanted: range) -> None:
     content = encode(counting(40), suffix=suffix)
     levels = [float(to_rgb(frame).float().mean()) for frame in decode(content, wanted)]
     assert levels == pytest.approx([4 * number + 8 for number in wanted], abs=1.5)
@@ -81,12 +81,12 @@ def test_decode_finds_the_frames_with_these_numbers(suffix: str, wanted: range) 
     ("suffix", "muxing", "options"),
     [
         ("mp4", {}, {"skip_frame": "all"}),
-        # Neither header says how far frames stand from their decoding order: one would be lost.
+        # Neither header has the reordering delay of the frames: a frame would be lost.
         ("mp4", {"movflags": "frag_keyframe"}, {}),
         ("matroska", {}, {}),
     ],
 )
-def test_only_a_file_whose_header_tells_all_is_opened_blindly(
+def test_file_is_opened_without_decoding_only_if_its_header_has_the_delay(
     suffix: str, muxing: dict[str, str], options: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = encode(counting(24), suffix=suffix, muxing=muxing)
@@ -99,7 +99,7 @@ def test_only_a_file_whose_header_tells_all_is_opened_blindly(
     assert levels == pytest.approx([4 * number + 8 for number in range(24)], abs=1.5)
 
 
-def test_decode_seeks_rather_than_reads_from_the_start() -> None:
+def test_decode_seeks_to_the_nearest_keyframe() -> None:
     content = encode(moving_square(64), keyframe_every=8)
     broken = bytearray(content)
     middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 4
@@ -111,7 +111,7 @@ def test_decode_seeks_rather_than_reads_from_the_start() -> None:
     )
 
 
-def test_decode_says_what_is_wrong() -> None:
+def test_decode_errors_name_the_cause() -> None:
     content = encode(counting(10))
     with pytest.raises(ValueError, match="ends after 2 of 3 frames, before number 10"):
         list(decode(content, [3, 9, 10]))
@@ -120,7 +120,7 @@ def test_decode_says_what_is_wrong() -> None:
             list(decode(junk, [0]))
 
 
-def test_an_image_is_a_clip_of_one_frame() -> None:
+def test_image_is_a_clip_of_one_frame() -> None:
     pixels = np.full((40, 60, 3), (200, 60, 20), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
@@ -135,7 +135,7 @@ def test_an_image_is_a_clip_of_one_frame() -> None:
     left=st.floats(0, 1, exclude_max=True),
 )
 @settings(max_examples=200, deadline=None)
-def test_box_is_the_largest_window_of_the_aspect(
+def test_box_is_the_largest_window_of_the_aspect_ratio(
     frame: tuple[int, int], wanted: tuple[int, int], top: float, left: float
 ) -> None:
     box = Box.largest(frame, wanted, top, left)
@@ -144,13 +144,13 @@ def test_box_is_the_largest_window_of_the_aspect(
     assert abs(box.height * wanted[1] - box.width * wanted[0]) <= max(wanted)
 
 
-def test_box_is_placed() -> None:
+def test_box_has_the_drawn_position() -> None:
     assert Box.largest((100, 300), (50, 50)) == Box(0, 100, 100, 100)
     assert Box.largest((100, 300), (50, 50), left=0.0) == Box(0, 0, 100, 100)
     assert Box.largest((300, 100), (50, 50), top=0.9999) == Box(200, 0, 100, 100)
 
 
-def test_fit_is_antialiased_like_pillow() -> None:
+def test_resize_is_antialiased_like_pillow() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, 160, 3)).astype(np.uint8)
     frame = torch.from_numpy(pixels)
     ours = resize_crop(frame, Box(10, 20, 64, 96), 16, 24)
@@ -159,7 +159,7 @@ def test_fit_is_antialiased_like_pillow() -> None:
     assert torch.equal(resize_crop(frame, Box(10, 20, 64, 96), 16, 24, flip=True), ours.flip(1))
 
 
-def test_frames_are_those_of_a_plain_loop_cropped_and_resized() -> None:
+def test_read_frames_equals_a_plain_loop_of_crop_and_resize() -> None:
     content = encode(moving_square(24, height=96, width=160))
     with av.open(io.BytesIO(content)) as container:
         plain = [frame.to_image() for frame in container.decode(video=0)]
@@ -174,7 +174,7 @@ def test_frames_are_those_of_a_plain_loop_cropped_and_resized() -> None:
         assert frames.is_contiguous(memory_format=torch.channels_last), "no copy in another format"
 
 
-def test_captions_follow_their_weights() -> None:
+def test_captioners_are_drawn_by_weight() -> None:
     captions = {"coca": "a", "vblip": "b", "llm": "c"}
     weights = {"coca": 0.5, "vblip": 0.25, "llm": 0.25}
     draws = [(n + 0.5) / 1000 for n in range(1000)]

@@ -13,7 +13,7 @@ def test_round_trip_through_json() -> None:
     assert Cursor(**json.loads(json.dumps(asdict(cursor)))) == cursor
 
 
-def test_other_data_is_refused_in_words() -> None:
+def test_cursor_of_other_data_is_refused_with_both_fingerprints() -> None:
     cursor = Cursor(96, "aaaa")
     cursor.check("aaaa", "shards")
     with pytest.raises(ValueError, match=r"96 samples .* aaaa.* shards .* bbbb"):

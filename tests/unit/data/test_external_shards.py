@@ -1,4 +1,4 @@
-"""Samples of shards that others wrote: grouped, captioned, and refused one by one."""
+"""Samples of external shards are grouped, captioned, and refused one by one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def probe(tmp_path: Path) -> Callable[[Files], tuple[dict[str, ProbedSample], li
 
 
 def captions(folder: Path, sample: Sample) -> dict[str, str]:
-    """As the reader finds them."""
+    """Read the captions of a sample as the reader does."""
     content = (folder / "a.tar").read_bytes()
 
     def read(member: str, begin: int = 0, number: int | None = None) -> bytes:
@@ -69,7 +69,7 @@ def as_json(about: Any) -> bytes:
     return json.dumps(about).encode()
 
 
-def test_members_anywhere_in_the_tar_make_one_sample(tmp_path: Path, probe: Callable) -> None:
+def test_members_are_grouped_wherever_they_are_in_the_tar(tmp_path: Path, probe: Callable) -> None:
     files = [(f"{key}.png", IMAGE) for key in ("x/0", "y/0", "1")]
     files += [("y/0.txt", b"y"), ("1.json", as_json({"caption": "one"})), ("x/0.txt", b"x")]
     found, faults = probe(files)
@@ -97,7 +97,7 @@ def test_members_anywhere_in_the_tar_make_one_sample(tmp_path: Path, probe: Call
         ({}, {"text": ""}, {NO_CAPTION: 1}),
     ],
 )
-def test_captions_of_any_habit_are_found_or_counted(
+def test_captions_in_any_layout_are_found_or_counted(
     tmp_path: Path, probe: Callable, sidecars: dict[str, Any], caption: dict[str, str], notes: dict[str, int]
 ) -> None:
     files = [("0.png", IMAGE)]
@@ -124,7 +124,7 @@ def test_captions_of_any_habit_are_found_or_counted(
         ({"png": None, "txt": b"x"}, "none of its members (txt) is a video or an image"),
     ],
 )
-def test_a_sample_that_cannot_be_used_costs_no_other(
+def test_unusable_sample_does_not_affect_others(
     probe: Callable, sidecars: dict[str, bytes | None], reason: str
 ) -> None:
     members = {"png": IMAGE, **sidecars}
@@ -136,7 +136,7 @@ def test_a_sample_that_cannot_be_used_costs_no_other(
 
 
 @pytest.mark.parametrize("annotations", [None, [1], "text", 5, {"a": None}, {"a": [1]}, {"a": {"b": 1}}])
-def test_annotations_of_any_type_cost_no_sample(probe: Callable, annotations: Any) -> None:
+def test_annotations_of_any_type_do_not_refuse_a_sample(probe: Callable, annotations: Any) -> None:
     found, faults = probe([("0.png", IMAGE), ("0.json", as_json({"annotations": annotations}))])
     assert not faults and found["a-0"].sample.annotations == {}
 
@@ -156,7 +156,7 @@ def test_annotations_of_several_jsons_are_merged(probe: Callable) -> None:
         av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
-def test_any_error_of_a_sample_is_its_refusal(
+def test_any_error_refuses_only_its_sample(
     probe: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     real = external_shards.measure_media
@@ -172,9 +172,7 @@ def test_any_error_of_a_sample_is_its_refusal(
     assert type(error).__name__ in fault.cause or "cannot be decoded" in fault.cause
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_sample(
-    probe: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_is_raised(probe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(content: bytes, still: bool) -> tuple[int, float, int, int]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
@@ -183,7 +181,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_sample(
         probe([("0.png", IMAGE)])
 
 
-def test_tars_that_were_joined_are_read_as_one(tmp_path: Path) -> None:
+def test_concatenated_tars_are_read_as_one(tmp_path: Path) -> None:
     first, second = (
         pack(tmp_path / f"{name}.tar", [(f"{name}.png", IMAGE), (f"{name}.txt", name.encode())])
         for name in "ab"
@@ -205,7 +203,7 @@ def test_tars_that_were_joined_are_read_as_one(tmp_path: Path) -> None:
     assert isinstance(fault, Fault) and "cannot be read to its end" in fault.cause
 
 
-def test_links_in_a_tar_are_told(tmp_path: Path) -> None:
+def test_links_in_a_tar_are_listed(tmp_path: Path) -> None:
     with tarfile.open(pack(tmp_path / "a.tar", [("0.png", IMAGE)]), "a") as tar:
         for number, kind in enumerate((tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE), 1):
             entry = tarfile.TarInfo(f"{number}.png")
@@ -218,7 +216,7 @@ def test_links_in_a_tar_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.xz"])
-def test_compressed_tars_are_told(tmp_path: Path, suffix: str) -> None:
+def test_compressed_tars_are_listed(tmp_path: Path, suffix: str) -> None:
     whole = pack(tmp_path / "whole.tar", [("0.png", IMAGE)]).read_bytes()
     compress = lzma.compress if suffix.endswith("xz") else gzip.compress
     (tmp_path / f"packed.{suffix}").write_bytes(compress(whole))
@@ -228,7 +226,7 @@ def test_compressed_tars_are_told(tmp_path: Path, suffix: str) -> None:
     assert fault.shard == f"packed.{suffix}" and "it is compressed" in fault.cause
 
 
-def test_long_videos_that_do_not_say_when_frames_are_shown_are_refused(
+def test_long_videos_without_presentation_times_are_refused(
     probe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(external_shards, "MAX_UNTIMED_FRAMES", 10)
@@ -236,10 +234,10 @@ def test_long_videos_that_do_not_say_when_frames_are_shown_are_refused(
     without = encode(counting(12), suffix="avi", options={"bf": "0"})
     found, (fault,) = probe([("0.avi", with_b_frames), ("1.avi", without)])
     assert list(found) == ["a-1"] and found["a-1"].sample.num_frames == 12
-    assert "it does not say when its frames are shown, and has more than 10" in fault.cause
+    assert "it has no presentation times, and more than 10 frames" in fault.cause
 
 
-def test_files_of_macos_and_hidden_ones_are_no_members(tmp_path: Path, probe: Callable) -> None:
+def test_hidden_files_and_those_of_macos_are_ignored(tmp_path: Path, probe: Callable) -> None:
     files: Files = []
     for key in ("0", "d/1"):
         folder, _, name = key.rpartition("/")
@@ -252,14 +250,14 @@ def test_files_of_macos_and_hidden_ones_are_no_members(tmp_path: Path, probe: Ca
     assert texts == {"a-0": {"text": "text"}, "a-d_1": {"text": "text"}}
 
 
-def test_names_that_are_no_utf8_cost_nothing(probe: Callable) -> None:
+def test_names_that_are_not_utf8_do_not_refuse_a_sample(probe: Callable) -> None:
     name = b"caf\xe9".decode("utf-8", "surrogateescape")
     found, faults = probe([(f"{name}.png", IMAGE), (f"{name}.txt", b"a"), (f"{name}2.txt", b"a")])
     assert list(found) == ["a-caf_"] and not found["a-caf_"].notes
     assert json.dumps(faults[0].cause, ensure_ascii=False).encode(), "every text can be encoded"
 
 
-def test_of_files_of_one_name_the_last_counts(tmp_path: Path, probe: Callable) -> None:
+def test_last_of_several_files_of_one_name_counts(tmp_path: Path, probe: Callable) -> None:
     found, faults = probe([("0.png", b"old"), ("0.txt", b"new"), ("0.png", IMAGE)])
     assert captions(tmp_path, found["a-0"].sample) == {"text": "new"}
     assert [(fault.id, fault.cause) for fault in faults] == [
@@ -277,18 +275,18 @@ def test_of_files_of_one_name_the_last_counts(tmp_path: Path, probe: Callable) -
         (["rgb.mp4", "jpg"], "rgb.mp4"),
     ],
 )
-def test_the_plain_video_counts(members: list[str], chosen: str) -> None:
+def test_plain_video_is_chosen(members: list[str], chosen: str) -> None:
     assert choose_media(members) == chosen
 
 
 @pytest.mark.parametrize("members", [["rgb.mp4", "depth.mp4"], ["mp4", "mkv"], ["jpg", "png"]])
-def test_several_videos_of_one_rank_are_refused_by_name(members: list[str]) -> None:
+def test_several_videos_of_equal_rank_are_refused_by_name(members: list[str]) -> None:
     with pytest.raises(ValueError, match="it has 2 ") as error:
         choose_media(members)
     assert all(name in str(error.value) for name in members)
 
 
-def test_the_choice_among_several_is_noted(probe: Callable) -> None:
+def test_choice_among_several_videos_is_noted(probe: Callable) -> None:
     found, _ = probe([("0.png", IMAGE), ("0.depth.png", b"x"), ("0.txt", b"x")])
     assert found["a-0"].notes == {SEVERAL_MEDIA: 1}
 
@@ -302,7 +300,7 @@ def test_samples_before_the_end_of_a_cut_tar_are_kept(tmp_path: Path, cut: int, 
     assert isinstance(items[-1], Fault) and items[-1].id == ""
 
 
-def test_samples_after_a_damaged_header_are_not_lost_without_a_word(tmp_path: Path) -> None:
+def test_samples_lost_after_a_damaged_header_are_reported(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar", [("0.png", IMAGE), ("1.png", IMAGE), ("2.png", IMAGE)])
     content = bytearray(path.read_bytes())
     content[1024 + 150] ^= 1

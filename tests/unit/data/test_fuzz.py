@@ -1,5 +1,5 @@
-"""Whatever the shards are, and whatever is broken in them: one order on any ranks, every good sample once an
-epoch, and a run that is killed and goes on elsewhere reads what it would have read."""
+"""Random shards with random damage: the order is the same on any ranks, every intact sample is read once an
+epoch, and a run that is killed and resumed elsewhere reads the same samples."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def picture(number: int, height: int) -> bytes:
 
 
 def write(path: Path, sizes: list[int], broken: dict[int, str], mark: int = 0, low: int = 0) -> None:
-    """Shards of these sizes, in which some samples are cut short, no picture, or without captions. Sample k
-    has the level mark + k, and every `low`-th is half as high."""
+    """Write shards in which some samples are cut short, not an image, or without captions.
+
+    Sample k is grey of level mark + k, and every `low`-th one has half the height.
+    """
     writer, number = ShardWriter(path, max(sizes)), 0
     for size in sizes:
         for _ in range(size):
@@ -52,7 +54,7 @@ def write(path: Path, sizes: list[int], broken: dict[int, str], mark: int = 0, l
 
 
 def read(config: DataConfig, world: int, micro: int, steps: int, start: Cursor | None) -> tuple[dict, Cursor]:
-    """Position -> (id, shape, pixel) of some global steps over all ranks, and the cursor behind them."""
+    """Read global steps on all ranks: sample ordinal -> (id, shape, pixel), and the cursor after them."""
     found, cursors = {}, set()
     for rank in range(world):
         loader, taken = Loader(config, 3, rank, world, BatchConfig(BATCH, micro), start), 0
@@ -64,7 +66,7 @@ def read(config: DataConfig, world: int, micro: int, steps: int, start: Cursor |
             if taken == steps * BATCH // world:
                 break
         cursors.add(end)
-    assert len(cursors) == 1, "every rank stands at the same place"
+    assert len(cursors) == 1, "the cursor is the same on every rank"
     return found, cursors.pop()
 
 
@@ -77,7 +79,7 @@ def read(config: DataConfig, world: int, micro: int, steps: int, start: Cursor |
     cut=st.integers(1, 3),
 )
 @settings(max_examples=10, deadline=None)
-def test_any_shards_any_ranks_any_damage(
+def test_order_is_exact_for_any_shards_ranks_and_damage(
     sizes: list[int],
     broken: dict[int, str],
     worlds: tuple[int, int],
@@ -96,7 +98,7 @@ def test_any_shards_any_ranks_any_damage(
         whole, end = read(config, 1, 3, steps, None)
         first, middle = read(config, worlds[0], micros[0], cut, None)
         rest, after = read(config, worlds[1], micros[1], steps - cut, middle)
-    assert sorted(whole) == list(range(steps * BATCH)), "every position, and none twice"
+    assert sorted(whole) == list(range(steps * BATCH)), "every ordinal once"
     assert first | rest == whole and not first.keys() & rest.keys() and after == end
     times = Counter(name for name, *_ in whole.values())
     assert not bad & times.keys(), "what cannot be read is replaced"
@@ -104,7 +106,7 @@ def test_any_shards_any_ranks_any_damage(
     for members in (low, {f"s{number}" for number in range(total)} - low):
         turns = [times[name] for name in members - bad]
         clips = sum(turns)
-        assert all(count >= clips // max(1, len(members)) for count in turns), "no good one loses a turn"
+        assert all(count >= clips // max(1, len(members)) for count in turns), "each is read as often"
         assert bad or not turns or max(turns) - min(turns) <= 1
 
 
@@ -113,7 +115,7 @@ SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=3)
 
 @given(SIZES, SIZES)
 @settings(max_examples=4, deadline=None)
-def test_a_mixture_is_exact_in_each_of_its_sets(ours: list[int], theirs: list[int]) -> None:
+def test_mixture_is_exact_in_each_of_its_sets(ours: list[int], theirs: list[int]) -> None:
     with TemporaryDirectory() as folder:
         sets = {f"{folder}/a": 3.0, f"{folder}/b": 1.0}
         for path, sizes, mark in zip(sets, (ours, theirs), (0, 100), strict=True):

@@ -1,4 +1,4 @@
-"""Cached latents: their file, and a loader that reads them in place of pixels."""
+"""Cached latents: their file, and a loader that reads them instead of pixels."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def numbered(num_frames: int = NUM_STORED) -> torch.Tensor:
-    """Moments that tell the number of their frame."""
+    """Moments whose values are the number of their frame."""
     return torch.arange(num_frames).float()[:, None, None, None].expand(num_frames, 8, 2, 3)
 
 
 def content_of(moments_TMhw: torch.Tensor, origin: LatentsOrigin = ORIGIN) -> bytes:
-    """A file of these moments, its frames those of `counting`."""
+    """Pack moments with the frames of `counting`."""
     frames = counting(len(moments_TMhw), height=16, width=24)
     return pack(moments_TMhw, torch.from_numpy(frames).permute(0, 3, 1, 2), origin)
 
@@ -44,7 +44,7 @@ def opened(content: bytes) -> TensorFile:
     return TensorFile(read, MEMBER)
 
 
-def test_file(tmp_path: Path) -> None:
+def test_file_has_the_moments_and_frames(tmp_path: Path) -> None:
     moments = torch.randn(5, 8, 2, 3, generator=torch.Generator().manual_seed(0))
     content = content_of(moments)
     assert read_origin(opened(content)) == ORIGIN
@@ -67,7 +67,7 @@ def test_moments_beyond_float16_are_refused() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", content_of(numbered())[:20]])
-def test_foreign_and_damaged_files_are_refused(content: bytes) -> None:
+def test_other_and_damaged_files_are_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="does not say what it was made of"):
         opened(content)
 
@@ -78,7 +78,7 @@ def test_too_few_frames_are_refused_with_both_numbers() -> None:
 
 
 def write(folder: Path, latents: Mapping[str, bytes | None]) -> DataConfig:
-    """Samples with these latents, and a small one without; the config that reads them."""
+    """Write samples with these latents, and a small one without; returns the config that reads them."""
     frames, small = counting(NUM_STORED, height=32, width=48), counting(NUM_STORED, height=8, width=12)
     writer = ShardWriter(folder)
     writer.add("small", "mp4", encode(small), about(small))
@@ -92,7 +92,7 @@ def write(folder: Path, latents: Mapping[str, bytes | None]) -> DataConfig:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_same_clips_with_and_without_the_cache(tmp_path: Path, num_workers: int) -> None:
+def test_clips_are_the_same_with_and_without_the_cache(tmp_path: Path, num_workers: int) -> None:
     config = write(tmp_path, {name: content_of(numbered()) for name in "abc"})
     config = replace(config, num_workers=num_workers)
     cached = Loader(config, 0, 0, 1, BatchConfig(4))
@@ -115,7 +115,7 @@ def test_the_same_clips_with_and_without_the_cache(tmp_path: Path, num_workers: 
     assert len(starts) > 2, "starts differ"
 
 
-def test_a_batch_keeps_its_moments(tmp_path: Path) -> None:
+def test_batch_keeps_its_moments(tmp_path: Path) -> None:
     batch, _ = next(iter(Loader(write(tmp_path, {"a": content_of(numbered())}), 0, 0, 1, BatchConfig(3))))
     assert batch.moments_BTMhw is not None
     chosen = batch.select([2, 0]).to(torch.device("cpu"))
@@ -123,13 +123,13 @@ def test_a_batch_keeps_its_moments(tmp_path: Path) -> None:
     assert torch.equal(chosen.moments_BTMhw, batch.moments_BTMhw[[2, 0]])
 
 
-def test_the_first_sample_without_latents_is_named(tmp_path: Path) -> None:
+def test_first_sample_without_latents_is_named(tmp_path: Path) -> None:
     config = write(tmp_path, {"a": content_of(numbered()), "b": None, "c": None})
     with pytest.raises(ValueError, match=r"^sample b in .* has no latents; tools/encode\.py adds them$"):
         Loader(config, 0, 0, 1, BatchConfig(1))
 
 
-def test_latents_of_another_size_are_refused_with_both(tmp_path: Path) -> None:
+def test_latents_of_another_size_are_refused_with_both_sizes(tmp_path: Path) -> None:
     config = write(tmp_path, {"a": content_of(numbered())})
     with pytest.raises(ValueError, match=r"are of 16 x 24 pixels, and data\.height x data\.width is 24 x 16"):
         Loader(replace(config, height=24, width=16), 0, 0, 1, BatchConfig(1))
@@ -144,18 +144,18 @@ def test_latents_of_another_size_are_refused_with_both(tmp_path: Path) -> None:
         (content_of(numbered())[:-4], "damaged"),
     ],
 )
-def test_a_sample_whose_latents_do_not_fit_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_sample_with_mismatched_latents_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     config = write(tmp_path, {"a": content_of(numbered()), "b": content})
     with pytest.raises(ValueError, match=f"^sample b of .*shard-00000.tar cannot be read: its .*{message}"):
         list(islice(Loader(replace(config, num_frames=NUM_STORED), 0, 0, 1, BatchConfig(1)), 2))
 
 
-def test_a_first_sample_of_unknown_origin_is_named(tmp_path: Path) -> None:
+def test_first_sample_of_unknown_origin_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^sample a in .* its latents\.safetensors does not say"):
         Loader(write(tmp_path, {"a": b"no safetensors"}), 0, 0, 1, BatchConfig(1))
 
 
 @pytest.mark.parametrize("changes", [{"crop": "random"}, {"crop": "center", "flip": True}])
-def test_a_crop_that_the_latents_cannot_have_is_refused(changes: dict[str, object]) -> None:
+def test_crop_that_latents_do_not_have_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"data\.latents=true needs data\.crop=center and data\.flip=false"):
         replace(DataConfig(crop="center", latents=True), **changes)

@@ -1,4 +1,4 @@
-"""The loader: one global order over any number of ranks and workers, exact resume, errors in one sentence."""
+"""The loader: the same order for any number of ranks and workers, exact resume, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def read(
     cursor: Cursor | None = None,
     micro_batch: int = 1,
 ) -> tuple[dict[int, tuple[str, float]], Cursor]:
-    """Position -> (id, mean of its pixels) of the global steps over all ranks, and the cursor behind them."""
+    """Read global steps on all ranks: sample ordinal -> (id, mean of its pixels), and the cursor after
+    them."""
     found: dict[int, tuple[str, float]] = {}
     cursors = set()
     for rank in range(world):
@@ -54,7 +55,7 @@ def read(
             means = batch.frames_BTCHW.float().mean((1, 2, 3, 4)).tolist()
             found.update(zip(batch.ordinals, zip(batch.ids, means, strict=True), strict=True))
         cursors.add(batches[-1][1])
-    assert len(cursors) == 1, "every rank stands at the same place"
+    assert len(cursors) == 1, "the cursor is the same on every rank"
     return found, cursors.pop()
 
 
@@ -65,15 +66,15 @@ def test_same_order_for_any_ranks_and_workers(shards: Path, world: int, num_work
     assert cursor.next_ordinal == 108
     assert sorted(found) == list(range(108))
     order = Order(SHARD_SIZES, 5)
-    names = [f"s{order.sample(position):04d}" for position in range(108)]
-    assert [found[position][0] for position in range(108)] == names
+    names = [f"s{order.sample(ordinal):04d}" for ordinal in range(108)]
+    assert [found[ordinal][0] for ordinal in range(108)] == names
     assert sorted(names[:TOTAL]) == [f"s{n:04d}" for n in range(TOTAL)], "every sample once an epoch"
     reference, _ = read(config(shards), 1, num_steps=9, global_batch=12, micro_batch=4)
     assert found == reference, "and the very same pixels"
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_resume_at_other_ranks_and_workers_goes_on_exactly(shards: Path, world: int) -> None:
+def test_resume_at_other_ranks_and_workers_is_exact(shards: Path, world: int) -> None:
     whole, end = read(config(shards), 1, num_steps=12, global_batch=12)
     first, middle = read(config(shards, num_workers=2), 4, num_steps=5, global_batch=12)
     rest, after = read(config(shards, num_workers=1), world, num_steps=7, global_batch=12, cursor=middle)
@@ -81,19 +82,19 @@ def test_resume_at_other_ranks_and_workers_goes_on_exactly(shards: Path, world: 
     assert after == end
 
 
-def test_resume_with_another_batch_size_goes_on_too(shards: Path) -> None:
+def test_resume_with_another_batch_size_is_exact(shards: Path) -> None:
     whole, _ = read(config(shards), 1, num_steps=6, global_batch=10)
     first, middle = read(config(shards), 1, num_steps=2, global_batch=10)
     rest, _ = read(config(shards), 2, num_steps=5, global_batch=8, cursor=middle)
     assert {**first, **rest} == whole
 
 
-def test_cursor_stands_behind_the_whole_global_step(shards: Path) -> None:
+def test_cursor_is_after_the_global_step(shards: Path) -> None:
     loader = Loader(config(shards), 0, 1, 2, BatchConfig(12, 2))
     assert [cursor.next_ordinal for _, cursor in islice(loader, 7)] == [12, 12, 12, 24, 24, 24, 36]
 
 
-def test_batch(shards: Path) -> None:
+def test_batch_has_the_properties_of_its_samples(shards: Path) -> None:
     batch, _ = next(iter(Loader(config(shards, num_frames=3, width=24, fps=12), 0, 0, 1, BatchConfig(4))))
     assert isinstance(batch, Batch) and len(batch) == 4
     assert batch.frames_BTCHW.shape == (4, 3, 3, 16, 24) and batch.frames_BTCHW.dtype == torch.uint8
@@ -116,7 +117,7 @@ def test_elevation_comes_from_the_samples_that_have_it(tmp_path: Path) -> None:
     assert found["a"] == -5.0 and math.isnan(found["b"])
 
 
-def test_options(tmp_path: Path) -> None:
+def test_crop_and_start_are_drawn(tmp_path: Path) -> None:
     frames = counting(20, height=32, width=64)
     frames[:, :, :32] = 0
     writer = ShardWriter(tmp_path)
@@ -133,7 +134,7 @@ def test_options(tmp_path: Path) -> None:
     ).all()
     assert len(set(centred.mean((1, 2, 3, 4)).tolist())) > 5, "starts differ"
     share_of_black = (clips(crop="random") < 4).float().mean((1, 2, 3, 4))
-    assert share_of_black.min() < 0.3 and share_of_black.max() > 0.7, "places differ"
+    assert share_of_black.min() < 0.3 and share_of_black.max() > 0.7, "crops differ"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_options(tmp_path: Path) -> None:
         ("a right-handed player", False),
     ],
 )
-def test_half_of_the_clips_are_mirrored_unless_their_caption_tells_sides(
+def test_half_of_the_clips_are_mirrored_unless_caption_names_sides(
     tmp_path: Path, caption: str, may_be: bool
 ) -> None:
     frames = np.zeros((2, 32, 64, 3), dtype=np.uint8)
@@ -179,7 +180,7 @@ def test_short_and_small_samples_are_left_out(tmp_path: Path) -> None:
         Loader(config(tmp_path, num_frames=9), 0, 0, 1, BatchConfig(2))
 
 
-def test_a_share_of_the_clips_are_stills(shards: Path) -> None:
+def test_share_of_the_clips_are_stills(shards: Path) -> None:
     videos, mixed = (
         next(iter(Loader(config(shards, num_frames=4, image_share=share), 5, 0, 1, BatchConfig(60))))[0]
         for share in (0.0, 0.3)
@@ -193,7 +194,7 @@ def test_a_share_of_the_clips_are_stills(shards: Path) -> None:
         assert bool(still) != torch.equal(clip_TCHW, videos.frames_BTCHW[row])
 
 
-def test_images_are_admitted_among_videos_as_stills(tmp_path: Path) -> None:
+def test_images_are_read_as_stills_among_videos(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path)
     for name, num_frames in {"video": 4, "image": 1}.items():
         frames = moving_square(num_frames, 32, 48)
@@ -222,7 +223,7 @@ def test_cursor_of_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_sample_without_frames_is_named_in_one_sentence(tmp_path: Path, num_workers: int) -> None:
+def test_undecodable_sample_is_named_in_one_sentence(tmp_path: Path, num_workers: int) -> None:
     frames = moving_square(6, 32, 48)
     writer = ShardWriter(tmp_path)
     writer.add("good", "mp4", encode(frames), about(frames))

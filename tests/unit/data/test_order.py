@@ -1,4 +1,5 @@
-"""The global order: a pure function, each sample once an epoch, over any sets, buckets, ranks and workers."""
+"""The global order is a pure function with each sample once an epoch, for any sets, buckets, ranks and
+workers."""
 
 from __future__ import annotations
 
@@ -17,35 +18,35 @@ from svd_ds.data.schedule import MicroBatch, Schedule
 SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=30).filter(any)
 
 
-def order(shard_sizes: list[int], seed: int, positions: range) -> list[int]:
+def order(shard_sizes: list[int], seed: int, ordinals: range) -> list[int]:
     found = Order(shard_sizes, seed)
-    return [found.sample(position) for position in positions]
+    return [found.sample(ordinal) for ordinal in ordinals]
 
 
 @given(SIZES, st.integers(0, 2**63), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
-def test_each_sample_once_an_epoch(sizes: list[int], seed: int, epoch: int) -> None:
+def test_each_sample_is_read_once_an_epoch(sizes: list[int], seed: int, epoch: int) -> None:
     total = sum(sizes)
     assert sorted(order(sizes, seed, range(epoch * total, (epoch + 1) * total))) == list(range(total))
 
 
 @given(SIZES, st.integers(0, 100), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_position_does_not_depend_on_what_was_read_before(
+def test_sample_of_an_ordinal_does_not_depend_on_earlier_reads(
     sizes: list[int], seed: int, data: st.DataObject
 ) -> None:
     whole = order(sizes, seed, range(3 * sum(sizes)))
     found = Order(sizes, seed)
-    for position in data.draw(st.lists(st.integers(0, 3 * sum(sizes) - 1), max_size=8)):
-        assert found.sample(position) == whole[position]
+    for ordinal in data.draw(st.lists(st.integers(0, 3 * sum(sizes) - 1), max_size=8)):
+        assert found.sample(ordinal) == whole[ordinal]
 
 
 def test_the_order_never_changes() -> None:
-    # Written down once: a run that is resumed years later, elsewhere, reads on in this order.
+    # Golden values: a run that is resumed years later on another machine continues in this order.
     assert permutation(8, 0, 0).tolist() == [7, 1, 6, 0, 3, 5, 4, 2]
     assert order([3, 1, 5], 0, range(18)) == [5, 3, 8, 7, 1, 6, 4, 2, 0, 1, 6, 8, 5, 2, 4, 3, 0, 7]
     mixed = Interleave([2, 1], 0)
-    assert [mixed.at(place)[0] for place in range(12)] == MIXED
+    assert [mixed.at(ordinal)[0] for ordinal in range(12)] == MIXED
 
 
 MIXED = [0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 1]
@@ -80,18 +81,18 @@ def test_reads_stay_within_a_window_of_shards() -> None:
     st.integers(0, 10**9),
 )
 @settings(max_examples=60, deadline=None)
-def test_an_interleaving_keeps_shares_and_orders_and_is_found_at_once(
+def test_interleave_keeps_shares_and_orders_with_random_access(
     shares: list[float], key: int, far: int
 ) -> None:
     mixed = Interleave(shares, key)
     seen = Counter()  # type: ignore[var-annotated]
-    for place in range(200):
-        sequence, item = mixed.at(place)
+    for ordinal in range(200):
+        sequence, item = mixed.at(ordinal)
         assert item == seen[sequence], "each sequence in its own order, nothing twice, nothing left out"
         seen[sequence] += 1
         for other, share in enumerate(shares):
-            assert abs(seen[other] - share / sum(shares) * (place + 1)) <= len(shares)
-    reached = [mixed.at(place) for place in range(far, far + 30)]
+            assert abs(seen[other] - share / sum(shares) * (ordinal + 1)) <= len(shares)
+    reached = [mixed.at(ordinal) for ordinal in range(far, far + 30)]
     for sequence in {sequence for sequence, _ in reached}:
         items = [item for other, item in reached if other == sequence]
         assert items == list(range(items[0], items[0] + len(items)))
@@ -117,7 +118,7 @@ def test_ranks_and_workers_share_the_steps_evenly(
     batch, num_steps = 12 * world, 5
     sizes = [[[7 * (bucket + 1)]] for bucket in range(len(micro))]
     found = schedule(sizes, [1.0], micro, batch, world)
-    # With one bucket a run may begin anywhere: the batch size may have been another before.
+    # With one bucket a run may resume at any ordinal, since the batch size may have changed.
     start = start * batch if len(micro) > 1 else start
     every: list[list[MicroBatch]] = []
     for rank in range(world):
@@ -143,7 +144,7 @@ def test_ranks_and_workers_share_the_steps_evenly(
              min_size=1, max_size=3)
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_each_sample_comes_once_an_epoch_of_its_set_in_every_bucket(sizes: list[list[list[int]]]) -> None:
+def test_each_sample_is_read_once_an_epoch_of_its_set_in_every_bucket(sizes: list[list[list[int]]]) -> None:
     assume(all(any(sum(bucket[i]) for bucket in sizes) for i in range(2)))
     assume(all(any(map(sum, bucket)) for bucket in sizes))
     found = schedule(sizes, [3.0, 1.0], [1] * len(sizes), batch=4)
@@ -159,12 +160,12 @@ def test_each_sample_comes_once_an_epoch_of_its_set_in_every_bucket(sizes: list[
         assert abs(buckets[bucket] - 800 * share) <= 4 * len(sizes), "a bucket has its samples' share"
 
 
-def test_what_takes_the_place_of_an_unreadable_sample_is_known_beforehand() -> None:
+def test_replacement_of_an_unreadable_sample_is_the_next_of_its_order() -> None:
     found = schedule([[[3, 4]]], [1.0], [1], batch=2)
     epoch = [next(found.samples(ordinal))[2] for ordinal in range(7)]
     assert [number for _, _, number in islice(found.samples(2), 5)] == epoch[2:]
 
 
-def test_an_empty_data_set_has_no_order() -> None:
+def test_empty_data_set_has_no_order() -> None:
     with pytest.raises(AssertionError):
         Order([0, 0], 0).sample(0)

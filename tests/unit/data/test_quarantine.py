@@ -1,4 +1,5 @@
-"""What cannot be read is counted once, listed, and in the end too much; what hangs is named."""
+"""Unreadable samples are counted once and listed, and end the run if there are too many; so does a hanging
+read."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ FAULTS = [Fault(f"s{number}", "a.tar", "it is junk") for number in range(5)]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-def test_each_sample_is_listed_once_and_remembered(tmp_path: Path) -> None:
+def test_each_sample_is_listed_once_across_restarts(tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(0.02, 100, path)
     assert quarantine.add(FAULTS[:1], step=3, write=True) == 1
@@ -30,21 +31,21 @@ def test_each_sample_is_listed_once_and_remembered(tmp_path: Path) -> None:
         {"step": 9, "id": "s1", "shard": "a.tar", "cause": "it is junk", "is_retryable": False},
     ]
     later = Quarantine(0.02, 100, path)
-    assert later.add(FAULTS[:2]) == 2, "a run that goes on knows them"
-    told = (
+    assert later.add(FAULTS[:2]) == 2, "a resumed run has read the list"
+    message = (
         r"^sample s2 of a\.tar cannot be read: it is junk; that makes 3 of 100 samples, where "
         r"data\.max_quarantined=0\.02 allows 2; .*quarantine\.jsonl lists them$"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         later.add(FAULTS[2:3])
 
 
-def test_a_small_set_may_lose_one_unless_none_may(tmp_path: Path) -> None:
+def test_small_set_may_have_one_unreadable_sample_unless_the_share_is_0(tmp_path: Path) -> None:
     assert (Quarantine(0.01, 5).allowed, Quarantine(0.0, 5).allowed, Quarantine(0.5, 5).allowed) == (1, 0, 3)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loader_replaces_tells_and_stops(tmp_path: Path, num_workers: int) -> None:
+def test_loader_replaces_reports_and_stops(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, [6, 6], {3: "junk", 7: "cut"})
     config = DataConfig(
         str(tmp_path), 1, 8, 8, crop="center", max_quarantined=0.1, num_workers=num_workers, prefetch=1
@@ -64,7 +65,7 @@ def test_the_loader_replaces_tells_and_stops(tmp_path: Path, num_workers: int) -
         list(islice(Loader(config, 0, 0, 1, BatchConfig(4)), 9))
 
 
-def test_a_set_of_nothing_readable_ends_the_run(tmp_path: Path) -> None:
+def test_set_without_readable_samples_ends_the_run(tmp_path: Path) -> None:
     write(tmp_path, [3], dict.fromkeys(range(3), "junk"))
     config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=1.0, num_workers=0)
     with pytest.raises(ValueError, match=r"^no sample in .* can be read: the file cannot be decoded"):
@@ -72,16 +73,15 @@ def test_a_set_of_nothing_readable_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_read_that_hangs_ends_the_run_with_its_shard(tmp_path: Path, num_workers: int) -> None:
+def test_hanging_read_ends_the_run_and_names_the_shard(tmp_path: Path, num_workers: int) -> None:
     write(tmp_path, [3], {})
     config = DataConfig(str(tmp_path), 1, 8, 8, read_timeout_seconds=0.3, num_workers=num_workers)
     loader = Loader(config, 0, 0, 1, BatchConfig(2))
-    # Opening a pipe that nobody writes to waits for ever, as a file of a dead server does.
+    # Opening a pipe without a writer blocks, like a file of a server that is down.
     (tmp_path / "shard-00000.tar").unlink()
     os.mkfifo(tmp_path / "shard-00000.tar")
-    with pytest.raises(
-        OSError, match=r"^a read of .*shard-00000\.tar has hung for data\.read_timeout_seconds=0\.3$"
-    ):
+    message = r"^a read of .*shard-00000\.tar has hung for data\.read_timeout_seconds=0\.3$"
+    with pytest.raises(OSError, match=message):
         next(iter(loader))
 
 
@@ -89,10 +89,10 @@ def test_a_read_that_hangs_ends_the_run_with_its_shard(tmp_path: Path, num_worke
     ("error", "kind"), [(OSError(116, "stale"), OSError), (ValueError("no"), ValueError)]
 )
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_too_many_that_may_pass_are_no_mistake(
+def test_too_many_retryable_faults_are_an_os_error(
     error: Exception, kind: type[Exception], share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system that is away leaves nothing to read for a while."""
+    """Every sample is unreadable while a file system is not available."""
     write(tmp_path, [3], {})
     config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=share, num_workers=0)
     loader = Loader(config, 0, 0, 1, BatchConfig(2))
@@ -106,7 +106,7 @@ def test_too_many_that_may_pass_are_no_mistake(
     assert ended.type is kind
 
 
-def test_a_shard_that_is_gone_is_a_cause_too(tmp_path: Path) -> None:
+def test_missing_shard_is_a_fault_of_its_samples(tmp_path: Path) -> None:
     write(tmp_path, [3, 30], {})
     config = DataConfig(str(tmp_path), 1, 8, 8, max_quarantined=0.1, num_workers=0)
     loader = Loader(config, 0, 0, 1, BatchConfig(11))

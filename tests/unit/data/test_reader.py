@@ -104,7 +104,7 @@ def test_frames_that_are_smaller_than_the_index_says_are_not_enlarged(tmp_path: 
         DataConfig(str(tmp_path), 2, 16, 16, num_workers=0, max_quarantined=0.5), 0, 0, 1, BatchConfig(2)
     )
     assert ids(loader) == {"large"}
-    assert loader.pop_faults()[0].cause == "its frames have 8 x 8 pixels, and do not fill 16 x 16"
+    assert loader.pop_faults()[0].cause == "its frames have 8 x 8 pixels, and do not cover 16 x 16"
 
 
 @pytest.mark.parametrize(

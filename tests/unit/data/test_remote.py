@@ -1,4 +1,4 @@
-"""Data sets that are elsewhere: fetched once to a local cache, by webdataset's openers and by fsspec's."""
+"""Remote data sets: fetched once to a local cache, by openers of webdataset and fsspec."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def shards(tmp_path: Path) -> Path:
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
-        """Tests say nothing."""
+        """Discard the log."""
 
 
 @pytest.mark.parametrize("kind", ["pipe", "template", "file", "memory", "http"])
-def test_a_url_gives_what_the_folder_gives(shards: Path, tmp_path: Path, kind: str) -> None:
+def test_url_gives_same_batches_as_folder(shards: Path, tmp_path: Path, kind: str) -> None:
     urls = {
         "pipe": f"pipe:cat {shards}",
         "template": f"pipe:cat {shards}/{{}} | cat",
@@ -73,7 +73,7 @@ def test_shards_are_fetched_once(shards: Path, tmp_path: Path) -> None:
     assert names.count("shard-00000.tar") == names.count("shard-00001.tar") == 1
 
 
-def test_a_shard_of_an_earlier_data_set_is_fetched_again(shards: Path, tmp_path: Path) -> None:
+def test_shard_of_earlier_data_set_is_fetched_again(shards: Path, tmp_path: Path) -> None:
     url, cache = f"pipe:cat {shards}/{{}}", tmp_path / "cache"
     ids(url, cache)
     (shards / "index.jsonl").unlink()
@@ -81,8 +81,8 @@ def test_a_shard_of_an_earlier_data_set_is_fetched_again(shards: Path, tmp_path:
     assert ids(url, cache) == ids(str(shards), None)
 
 
-def test_what_goes_wrong_is_told(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^s3://a/b is fetched from elsewhere: data\.cache must name"):
+def test_fetch_errors_name_the_url(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^s3://a/b is remote: data\.cache must name"):
         ids("s3://a/b", None)
     with pytest.raises(OSError, match=r"^pipe:cat nowhere/index\.jsonl cannot be fetched: "):
         ids("pipe:cat nowhere", tmp_path / "cache")
@@ -100,7 +100,7 @@ def served(shards: Path) -> Iterator[str]:
 
 
 def rename(shards: Path, name: str, make: bool = True) -> None:
-    """Give the first shard another name in the index, and on disk where there can be such a file."""
+    """Rename the first shard in the index, and on disk if `make` is True."""
     index = shards / "index.jsonl"
     header, lines = index.read_text().split("\n", 1)
     fields = json.loads(header)
@@ -156,7 +156,7 @@ OUTSIDE = (
 
 
 @pytest.mark.parametrize("url", ["pipe:cat a/{}", "pipe:cat a", "http://a", "gs://a", "hf://a", "s3://a"])
-def test_names_that_mean_more_than_a_file_are_not_fetched(url: str, tmp_path: Path) -> None:
+def test_unsafe_names_are_not_fetched(url: str, tmp_path: Path) -> None:
     folder = open_folder(url, str(tmp_path), 0.0, open_url)
     for name in (*UNSAFE, *(["a b.tar"] if url.startswith("pipe:") else [])):
         with pytest.raises(ValueError, match=r"^shard name .* is not fetched from") as caught:
@@ -166,7 +166,7 @@ def test_names_that_mean_more_than_a_file_are_not_fetched(url: str, tmp_path: Pa
 
 @pytest.mark.parametrize("template", ["pipe:cat {folder}/{{}}", "pipe:sh -c 'cat {folder}/{{}}'"])
 @pytest.mark.parametrize("name", [UNSAFE[0], UNSAFE[1], UNSAFE[4], UNSAFE[5]])
-def test_a_name_in_a_fetched_index_runs_no_command(
+def test_name_in_fetched_index_runs_no_command(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, template: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -180,20 +180,21 @@ def test_a_name_in_a_fetched_index_runs_no_command(
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_name_that_leads_out_of_the_folder_is_refused(shards: Path, tmp_path: Path, name: object) -> None:
+def test_name_outside_the_folder_is_refused(shards: Path, tmp_path: Path, name: object) -> None:
     rename(shards, name, make=False)  # type: ignore[arg-type]
     for path in (str(shards), f"file://{shards}"):
         with pytest.raises(ValueError, match="has a header that is damaged: shard name"):
             ids(path, tmp_path / "cache")
 
 
-def test_a_command_gets_its_names_quoted(tmp_path: Path) -> None:
+def test_names_are_quoted_for_commands(tmp_path: Path) -> None:
     folder = open_folder("pipe:ssh host cat /shards/{}", str(tmp_path), 0.0, open_url)
-    assert folder.name("a'; touch PWNED; '") == """pipe:ssh host cat /shards/'a'"'"'; touch PWNED; '"'"''"""
-    assert folder.name("sub/shard-00000.tar") == "pipe:ssh host cat /shards/sub/shard-00000.tar"
+    location = folder.location("a'; touch PWNED; '")
+    assert location == """pipe:ssh host cat /shards/'a'"'"'; touch PWNED; '"'"''"""
+    assert folder.location("sub/shard-00000.tar") == "pipe:ssh host cat /shards/sub/shard-00000.tar"
 
 
-def test_names_of_people_are_read_where_they_are_safe(shards: Path, tmp_path: Path, served: str) -> None:
+def test_names_with_letters_of_any_language_are_read(shards: Path, tmp_path: Path, served: str) -> None:
     rename(shards, "sub folder/Ümläute, 1+1=2 (b)&c;d'.tar")
     there = ids(str(shards), None)
     rename(shards, "sub folder/Ümläute, 1+1=2.tar", make=False)
@@ -212,14 +213,12 @@ def test_names_of_people_are_read_where_they_are_safe(shards: Path, tmp_path: Pa
     assert ids(f"pipe:cat {shards}/{{}}", tmp_path / "pipe") == there
 
 
-def test_a_cache_that_is_too_small_for_what_is_read_at_a_time_is_refused(
-    shards: Path, tmp_path: Path
-) -> None:
-    told = (
+def test_cache_smaller_than_a_window_is_refused(shards: Path, tmp_path: Path) -> None:
+    message = (
         r"^data\.cache_gb is 1e-05, and the 8 shards of each data set that are read from at a time have "
         r"[\d.e-]+ GB: make it at least [\d.e-]+, or 0 to keep all shards$"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         ids(f"pipe:cat {shards}", tmp_path / "cache", cache_gb=1e-5)
     with pytest.raises(ValueError, match=r"^data\.cache_gb is 1e-12, and"):
         ids(f"pipe:cat {shards}", tmp_path / "cache", cache_gb=1e-12)
@@ -228,7 +227,7 @@ def test_a_cache_that_is_too_small_for_what_is_read_at_a_time_is_refused(
         ids(f"pipe:cat {shards}", tmp_path / "file")
 
 
-def test_a_small_cache_fetches_the_index_once(tmp_path: Path) -> None:
+def test_small_cache_fetches_the_index_once(tmp_path: Path) -> None:
     shards, log = tmp_path / "shards", tmp_path / "log"
     write(shards, [2] * 12, {})
     size = (shards / "shard-00000.tar").stat().st_size
@@ -241,13 +240,13 @@ def test_a_small_cache_fetches_the_index_once(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in (tmp_path / "c").rglob("shard-*")) <= 8.5 * size
 
 
-def test_an_index_whose_fetch_hangs_ends_the_run(tmp_path: Path) -> None:
-    told = r"^reading pipe:sleep 5 #/index\.jsonl has hung for data\.read_timeout_seconds=0\.2$"
-    with pytest.raises(OSError, match=told):
+def test_hanging_fetch_of_the_index_ends_the_run(tmp_path: Path) -> None:
+    message = r"^reading pipe:sleep 5 #/index\.jsonl has hung for data\.read_timeout_seconds=0\.2$"
+    with pytest.raises(OSError, match=message):
         ids("pipe:sleep 5 #", tmp_path, read_timeout_seconds=0.2)
 
 
-def test_an_index_that_another_run_fetches_later_does_not_disturb(shards: Path, tmp_path: Path) -> None:
+def test_index_fetched_by_another_run_does_not_replace_ours(shards: Path, tmp_path: Path) -> None:
     url = f"pipe:cat {shards}/{{}}"
     config = DataConfig(url, 1, 8, 8, num_workers=0, cache=str(tmp_path / "cache"))
     loader = Loader(config, 0, 0, 1, BatchConfig(4))
@@ -260,9 +259,9 @@ def test_an_index_that_another_run_fetches_later_does_not_disturb(shards: Path, 
     assert not loader.pop_faults()
 
 
-def test_whatever_a_storage_client_raises_is_told(tmp_path: Path) -> None:
+def test_errors_of_storage_clients_name_the_url(tmp_path: Path) -> None:
     class ClientError(Exception):
-        """As botocore's: no OSError."""
+        """Error that is not an OSError, like those of botocore."""
 
     def fails(url: str) -> None:
         raise ClientError("Access Denied")
@@ -271,11 +270,11 @@ def test_whatever_a_storage_client_raises_is_told(tmp_path: Path) -> None:
     with pytest.raises(
         OSError, match=r"^s3://a/b/index\.jsonl cannot be fetched: ClientError: Access Denied$"
     ):
-        folder.index()
+        folder.index_path()
 
 
 class Redirect(Quiet):
-    """Answers every request with a redirection to a file of the client's machine."""
+    """Server that redirects every request to a file of the client's machine."""
 
     target = ""
 
@@ -285,7 +284,7 @@ class Redirect(Quiet):
         self.end_headers()
 
 
-def test_a_server_cannot_redirect_to_local_files(shards: Path, tmp_path: Path) -> None:
+def test_server_cannot_redirect_to_local_files(shards: Path, tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("_", (Redirect,), {"target": str(shards)}))
     threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True).start()
     try:

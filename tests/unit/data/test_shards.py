@@ -1,4 +1,4 @@
-"""Shards and their index: what is found, and how damage is named."""
+"""Shards and their index: contents, and errors that name the damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from svd_ds.data.shards import Index
 from tests.videos import write_shards
 
 
-def test_index_finds_every_member(tmp_path: Path) -> None:
+def test_index_reads_every_member(tmp_path: Path) -> None:
     write_shards(tmp_path, [3, 1, 2])
     index = Index.load(tmp_path)
     assert index.shard_sizes == (3, 1, 2)
@@ -27,7 +27,7 @@ def test_index_finds_every_member(tmp_path: Path) -> None:
         assert json.loads(index.read(sample, "json"))["num_frames"] == sample.num_frames == 6
 
 
-def test_keep(tmp_path: Path) -> None:
+def test_keep_selects_samples(tmp_path: Path) -> None:
     index = Index.load(write_shards(tmp_path, [3, 1, 2]))
     kept = index.keep(lambda sample: sample.id not in ("s0001", "s0003"))
     assert [sample.id for sample in kept.samples()] == ["s0000", "s0002", "s0004", "s0005"]
@@ -37,11 +37,11 @@ def test_keep(tmp_path: Path) -> None:
     assert len(fingerprints | {index.fingerprint}) == 7
 
 
-def test_motion_map_is_kept(tmp_path: Path) -> None:
+def test_motion_map_is_read_back(tmp_path: Path) -> None:
     assert Index.load(write_shards(tmp_path, [4])).motion_map == MotionMap.calibrate([0.01, 0.02, 0.03, 0.04])
 
 
-def test_missing_things_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no data folder .*nowhere"):
         Index.load(tmp_path / "nowhere")
     write_shards(tmp_path, [1, 1])
@@ -77,7 +77,7 @@ def test_shard_that_shrinks_later_is_named(tmp_path: Path) -> None:
         (b'{"format": "svd_ds shards", "version": 9}\n', "version 9; this program reads 1"),
     ],
 )
-def test_foreign_index_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_index_of_another_format_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "index.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         Index.load(tmp_path)
@@ -90,11 +90,11 @@ def test_index_cut_short_is_refused(tmp_path: Path) -> None:
         Index.load(tmp_path)
 
 
-def test_an_index_that_is_replaced_meanwhile_is_named(tmp_path: Path) -> None:
+def test_index_replaced_during_the_run_is_named(tmp_path: Path) -> None:
     index = Index.load(write_shards(tmp_path, [2, 2]))
     path = tmp_path / "index.jsonl"
     path.write_text(path.read_text().replace('"s0002"', '"another"'))
-    with pytest.raises(ValueError, match=r"index\.jsonl was changed after it was read: start again"):
+    with pytest.raises(ValueError, match=r"index\.jsonl was changed after it was read: restart the run"):
         index.sample(3)
     with pytest.raises(ValueError, match=r"index\.jsonl was changed"):
         list(index.samples())

@@ -1,4 +1,4 @@
-"""Captions and annotations of samples, in all the shapes that people store them in."""
+"""Captions and annotations of samples, in common layouts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from svd_ds.data.sidecar import (
         ({}, {}),
     ],
 )
-def test_captions_are_found_in_json_of_any_shape(about: Any, captions: dict[str, str]) -> None:
+def test_captions_are_found_in_json_of_any_layout(about: Any, captions: dict[str, str]) -> None:
     assert parse_captions(about) == captions
 
 
@@ -69,17 +69,17 @@ def test_texts_of_common_encodings_are_decoded(content: bytes, text: str) -> Non
 
 
 @pytest.mark.parametrize("content", [b"\x81\xff", b"a\0b", b"\xff\xfea"])
-def test_bytes_that_are_no_text_are_refused(content: bytes) -> None:
+def test_bytes_that_are_not_text_are_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="its text is neither UTF-8"):
         decode_text(content)
 
 
-def test_texts_can_be_encoded() -> None:
+def test_texts_can_be_encoded_as_utf8() -> None:
     assert clean_text("a\ud83db\udce9") == "a\ufffdb\ufffd"
     assert clean_text("\ud83d\ude00 😀") == "😀 😀", "the halves of one character are joined"
 
 
-def test_json_of_any_encoding_is_parsed_and_damage_is_a_sentence() -> None:
+def test_json_of_any_encoding_is_parsed_and_damage_is_a_value_error() -> None:
     for encoding in ("utf-8", "utf-8-sig", "cp1252", "utf-16"):
         assert parse_json('{"caption": "café"}'.encode(encoding)) == {"caption": "café"}
     for content in (b"", b"{", b"[" * 100_000, b"\x81"):
@@ -103,5 +103,5 @@ def test_only_finite_numbers_are_annotations(annotations: Any, kept: dict[str, f
     assert parse_annotations(about) == (kept, dropped)
 
 
-def test_annotations_of_no_object_are_none() -> None:
+def test_annotations_that_are_not_an_object_are_ignored() -> None:
     assert parse_annotations([1]) == parse_annotations(None) == parse_annotations({}) == ({}, 0)

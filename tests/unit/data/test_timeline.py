@@ -1,4 +1,4 @@
-"""Frames are numbered by what a video shows, whatever its container says."""
+"""Frames are numbered as they are shown, independently of the container's header."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.videos import counting, encode, hide
 
 
 def levels(content: bytes, wanted: Sequence[int]) -> list[int]:
-    """The numbers that decoded frames of `counting` show."""
+    """Decode frames of `counting` and return their numbers."""
     return [round((float(to_rgb(frame).float().mean()) - 8) / 4) for frame in decode(content, wanted)]
 
 
 def timed(times: Sequence[int], suffix: str = "mp4", codec: str = "libx264", frames: int = 2) -> bytes:
-    """A video of `counting` whose frames are shown at these milliseconds; `frames`: B-frames in a row."""
+    """Encode `counting` with these times in milliseconds; `frames` is the number of consecutive B-frames."""
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format=suffix) as container:
         stream = container.add_stream(codec, rate=25)
@@ -42,7 +42,7 @@ def timed(times: Sequence[int], suffix: str = "mp4", codec: str = "libx264", fra
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])
 @pytest.mark.parametrize(("first", "num_frames"), [(0, 40), (11, 29), (0, 23), (5, 20), (16, 24)])
-def test_frames_that_an_edit_list_hides_have_no_number(suffix: str, first: int, num_frames: int) -> None:
+def test_frames_hidden_by_an_edit_list_have_no_number(suffix: str, first: int, num_frames: int) -> None:
     content = hide(encode(counting(40), suffix=suffix), first, num_frames)
     assert measure_media(content, False)[:2] == (num_frames, 24.0)
     shown = list(range(first, first + num_frames))
@@ -54,7 +54,7 @@ def test_frames_that_an_edit_list_hides_have_no_number(suffix: str, first: int, 
     ("codec", "pixels", "b_frames"),
     [("libx264", "yuv420p", 0), ("libx264", "yuv420p", 2), ("mpeg4", "yuv420p", 2), ("mjpeg", "yuvj420p", 0)],
 )
-def test_every_frame_of_an_avi_has_its_number(codec: str, pixels: str, b_frames: int) -> None:
+def test_every_frame_of_an_avi_is_numbered(codec: str, pixels: str, b_frames: int) -> None:
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="avi") as container:
         stream = container.add_stream(codec, rate=25)
@@ -84,7 +84,7 @@ EVEN = [40 * number for number in range(40)]
     ],
     ids=["even", "late start", "jitter", "a hole", "rounded times"],
 )
-def test_frames_of_a_rough_clock_are_numbered_one_by_one(suffix: str, times: list[int]) -> None:
+def test_frames_with_jittered_times_are_numbered_one_by_one(suffix: str, times: list[int]) -> None:
     content = timed(times, suffix)
     num_frames, fps, *_ = measure_media(content, False)
     assert num_frames == 40 and fps == pytest.approx(39_000 / (times[-1] - times[0]), rel=0.03)
@@ -95,7 +95,7 @@ def test_frames_of_a_rough_clock_are_numbered_one_by_one(suffix: str, times: lis
 
 @pytest.mark.parametrize("suffix", ["mp4", "matroska"])
 @pytest.mark.parametrize("held", [10, 39], ids=["middle", "last"])
-def test_a_held_frame_is_shown_as_long_as_players_show_it(suffix: str, held: int) -> None:
+def test_held_frame_repeats_its_number(suffix: str, held: int) -> None:
     times = [time + (400 if number > held else 0) for number, time in enumerate(EVEN)]
     content = timed(times, suffix)
     num_frames, fps, *_ = measure_media(content, False)
@@ -105,7 +105,7 @@ def test_a_held_frame_is_shown_as_long_as_players_show_it(suffix: str, held: int
     assert levels(content, range(num_frames)) == shown
 
 
-def test_the_last_frame_of_an_end_card_is_no_truncation() -> None:
+def test_long_last_frame_is_not_truncation() -> None:
     content = encode(counting(40))
     with av.open(io.BytesIO(content)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -122,7 +122,7 @@ def test_the_last_frame_of_an_end_card_is_no_truncation() -> None:
     assert levels(buffer.getvalue(), range(40)) == list(range(40))
 
 
-def test_fragments_are_numbered_like_a_whole_file() -> None:
+def test_fragmented_file_is_numbered_like_a_plain_one() -> None:
     content = encode(counting(40), muxing={"movflags": "frag_keyframe+empty_moov"})
     assert measure_media(content, False)[:2] == (40, 24.0)
     for start in range(40):
@@ -130,7 +130,7 @@ def test_fragments_are_numbered_like_a_whole_file() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "matroska"])
-def test_open_groups_of_pictures_are_entered_at_the_right_keyframe(suffix: str) -> None:
+def test_seek_in_open_gops_finds_the_frame(suffix: str) -> None:
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format=suffix) as container:
         stream = container.add_stream("libx264", rate=24)
@@ -156,7 +156,7 @@ def test_hidden_frames_of_vp8_have_no_number() -> None:
     assert levels(buffer.getvalue(), range(40)) == list(range(40))
 
 
-def test_a_file_that_its_own_index_leads_out_of_is_cut_short(tmp_path: Path) -> None:
+def test_file_shorter_than_its_own_index_is_refused(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4"), mode="w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=24)
         stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
@@ -169,19 +169,19 @@ def test_a_file_that_its_own_index_leads_out_of_is_cut_short(tmp_path: Path) -> 
         measure_media(content[:-100], False)
 
 
-def test_a_broken_clock_is_refused() -> None:
+def test_broken_times_are_refused() -> None:
     with pytest.raises(ValueError, match="its clock jumps by 99 s after frame 1"):
         fit_clock([0.0, 0.1, 99.1], [25.0])
 
 
-def test_a_change_of_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_change_of_frame_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [av.VideoFrame(64, 32, "rgb24"), av.VideoFrame(32, 64, "rgb24")]
     monkeypatch.setattr(external_shards, "decode", lambda *_: iter(frames))
     with pytest.raises(ValueError, match="its size changes from 64x32 to 32x64"):
         measure_media(encode(counting(8)), False)
 
 
-def test_a_timeline_has_the_frames_and_keyframes_of_a_video() -> None:
+def test_timeline_has_the_frames_and_keyframes_of_a_video() -> None:
     with open_video(encode(counting(16))) as (container, stream):
         timeline = read_timeline(container, stream)
     assert timeline is not None and len(timeline.times) == 16 and timeline.rate == 24

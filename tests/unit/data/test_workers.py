@@ -1,4 +1,4 @@
-"""Worker processes live exactly as long as the run."""
+"""Worker processes end exactly when the run ends."""
 
 from __future__ import annotations
 
@@ -67,19 +67,19 @@ def ended(pids: list[int], within: float) -> bool:
     return True
 
 
-def test_signals_to_the_job_step_leave_them_alive_and_the_exit_does_not(script: Path) -> None:
+def test_workers_survive_signals_and_end_with_the_run(script: Path) -> None:
     process = start(script, "exit")
     try:
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0, "the run ended by itself though an iterator was still alive"
+    assert process.returncode == 0, "the run exits although an iterator is not exhausted"
     pids, total = output.splitlines()
-    assert int(total) == 2 * sum(range(1000)) - 2, "nothing was lost to the signals"
+    assert int(total) == 2 * sum(range(1000)) - 2, "no item was lost to the signals"
     assert ended([int(pid) for pid in pids.split()], within=20)
 
 
-def test_they_end_when_the_run_is_killed(script: Path) -> None:
+def test_workers_end_when_the_run_is_killed(script: Path) -> None:
     process = start(script, "wait")
     assert process.stdout is not None
     pids = [int(pid) for pid in process.stdout.readline().split()]
@@ -119,7 +119,7 @@ OUT_OF_MEMORY = (
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_named_with_its_signal(tmp_path: Path) -> None:
+def test_error_of_a_killed_worker_names_its_signal(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(KILLED)
     process = start(path, str(int(signal.SIGKILL)))
@@ -131,7 +131,7 @@ def test_a_killed_worker_is_named_with_its_signal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "told"),
+    ("codes", "message"),
     [
         ([None, -9], OUT_OF_MEMORY),
         ([-11, 0], "was killed by signal 11 (Segmentation fault): the rank's log may say more"),
@@ -142,8 +142,8 @@ def test_a_killed_worker_is_named_with_its_signal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [RuntimeError("DataLoader worker exited"), EOFError(), ConnectionResetError()]
 )
-def test_what_a_dead_worker_makes_torch_raise_is_explained(
-    codes: list[int | None], told: str, error: Exception
+def test_torch_error_after_a_dead_worker_is_explained(
+    codes: list[int | None], message: str, error: Exception
 ) -> None:
     class Worker:
         def __init__(self, code: int | None) -> None:
@@ -156,7 +156,7 @@ def test_what_a_dead_worker_makes_torch_raise_is_explained(
         yield 1
         raise error
 
-    found = workers._until_one_dies(items(), list(map(Worker, codes)), "2 data workers of rank 3")
+    found = workers._check_workers(items(), list(map(Worker, codes)), "2 data workers of rank 3")
     assert next(found) == 1
-    with pytest.raises(OSError if told else type(error), match=re.escape(told or str(error)) or None):
+    with pytest.raises(OSError if message else type(error), match=re.escape(message or str(error)) or None):
         next(found)

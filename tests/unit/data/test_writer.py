@@ -1,4 +1,4 @@
-"""Writing shards: the same bytes, nothing partial, and taking over what an earlier writer left."""
+"""Writing of shards: reproducible bytes, no partial files, and resuming after an earlier writer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_long_ids_are_found_too(tmp_path: Path) -> None:
+def test_long_ids_are_read(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path)
     writer.add("x" * 300, "mp4", encode(frames), about(frames))
@@ -25,7 +25,7 @@ def test_long_ids_are_found_too(tmp_path: Path) -> None:
     assert json.loads(index.read(index.sample(0), "json"))["num_frames"] == 2
 
 
-def test_same_samples_same_bytes_and_nothing_partial(tmp_path: Path) -> None:
+def test_same_samples_give_same_bytes_and_no_partial_files(tmp_path: Path) -> None:
     one, other = (files(write_shards(tmp_path / name, [2, 3])) for name in ("one", "other"))
     assert one == other
     assert list(one) == ["index.jsonl", "shard-00000.tar", "shard-00001.tar"]
@@ -39,7 +39,7 @@ def test_without_close_there_is_no_index(tmp_path: Path) -> None:
         Index.load(tmp_path)
 
 
-def test_writer_refuses(tmp_path: Path) -> None:
+def test_writer_refuses_invalid_arguments(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path)
     writer.add("a", "mp4", b"", about(frames))
@@ -47,11 +47,11 @@ def test_writer_refuses(tmp_path: Path) -> None:
         writer.add("a", "mp4", b"", about(frames))
     with pytest.raises(ValueError, match=r"'a\.b' may hold only"):
         writer.add("a.b", "mp4", b"", about(frames))
-    with pytest.raises(ValueError, match="at least 1 sample, not 0"):
+    with pytest.raises(ValueError, match="samples_per_shard is 0: it must be at least 1"):
         ShardWriter(tmp_path, samples_per_shard=0)
 
 
-def test_overwrite(tmp_path: Path) -> None:
+def test_overwrite_removes_the_shards(tmp_path: Path) -> None:
     write_shards(tmp_path, [1, 1, 1])
     with pytest.raises(ValueError, match="already holds shards"):
         ShardWriter(tmp_path)
@@ -59,7 +59,7 @@ def test_overwrite(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_more_members(tmp_path: Path) -> None:
+def test_further_members_are_written(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path)
     writer.add("a", "mp4", b"pixels", about(frames), more={"latents.safetensors": b"latents"})
@@ -73,7 +73,7 @@ def test_more_members(tmp_path: Path) -> None:
     assert index.read(index.sample(0), "latents.safetensors") == b"latents"
 
 
-def test_a_writer_takes_over_whole_shards_of_another(tmp_path: Path) -> None:
+def test_resumed_writer_adopts_complete_shards(tmp_path: Path) -> None:
     whole = files(write_shards(tmp_path / "whole", [3, 2, 1]))
     cut_off = write_shards(tmp_path / "cut_off", [3, 2, 1])
     (cut_off / "index.jsonl").unlink()
@@ -101,7 +101,7 @@ def test_a_writer_takes_over_whole_shards_of_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None:
+def test_non_finite_annotation_is_not_written(tmp_path: Path, value: float) -> None:
     writer = ShardWriter(tmp_path)
     frames = moving_square(2, 32, 48)
     with pytest.raises(ValueError, match="sample s0 cannot be written"):

@@ -1,4 +1,4 @@
-"""Media that would make libav open other files or the network, or take more memory than a frame may."""
+"""Media that would make libav open other files or the network, or allocate too much memory, are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAYLISTS = {
 
 
 @pytest.fixture
-def beside_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder_with_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "secret.mp4").write_bytes(encode(moving_square(4)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -41,18 +41,19 @@ def beside_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", PLAYLISTS)
 @pytest.mark.parametrize("read", [lambda path: list(decode(path.read_bytes(), [0])), probe_video])
-def test_a_file_that_names_others_opens_none_of_them(
-    beside_a_secret: Path, kind: str, read: Callable[[Path], object]
+def test_file_that_names_others_opens_none_of_them(
+    folder_with_a_secret: Path, kind: str, read: Callable[[Path], object]
 ) -> None:
-    path = beside_a_secret / "clip.mp4"
+    path = folder_with_a_secret / "clip.mp4"
     path.write_text(PLAYLISTS[kind])
     with pytest.raises(ValueError, match="cannot be decoded"):
         read(path)
 
 
-def test_a_name_is_no_order_to_libav(beside_a_secret: Path) -> None:
-    """A folder `.` makes a path of a name alone, and libav takes what is before a colon for a protocol."""
-    (beside_a_secret / "concat:secret.mp4|secret.mp4").write_bytes(encode(moving_square(7, 16, 16)))
+def test_name_is_not_a_protocol_for_libav(folder_with_a_secret: Path) -> None:
+    """In the folder `.` a path is a name alone, of which libav takes the part before a colon for a
+    protocol."""
+    (folder_with_a_secret / "concat:secret.mp4|secret.mp4").write_bytes(encode(moving_square(7, 16, 16)))
     with open_container(Path("concat:secret.mp4|secret.mp4")) as container:
         assert container.streams.video[0].width == 16
 
@@ -64,9 +65,7 @@ def still(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_with_too_many_pixels_is_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content = still(kind)
     assert read_still(content, max_pixels=72).shape == (9, 8, 3)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
@@ -76,14 +75,14 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
 
 @pytest.mark.parametrize("side", [9_500, 16_000, 50_000])
 def test_curation_refuses_pictures_above_the_limit(tmp_path: Path, side: int) -> None:
-    """Pillow itself refuses them from twice the limit on."""
+    """Pillow itself refuses images above twice the limit."""
     (tmp_path / "bomb.png").write_bytes(png_bomb(side, side))
     with pytest.raises(ValueError, match=rf"{side} x {side} pixels, .* {MAX_PIXELS}|exceeds limit"):
         probe_image(tmp_path / "bomb.png")
 
 
 def motion_jpeg_bomb(side: int) -> bytes:
-    """An AVI of 16 x 16 pixels by its header, whose JPEGs claim more."""
+    """Make an AVI of 16 x 16 pixels by its header, whose JPEGs claim more."""
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="avi") as container:
         stream = container.add_stream("mjpeg", rate=25)
@@ -115,7 +114,7 @@ def test_curation_refuses_videos_above_the_limit(tmp_path: Path) -> None:
 
 
 def test_decoders_refuse_frames_above_the_limit() -> None:
-    """Whatever the header says of them."""
+    """The size in the header is not trusted."""
     content = encode(np.zeros((2, 1040, 1040, 3), np.uint8))
     for max_pixels, is_refused in ((1040 * 1040, False), (16 * 16, True)):
         with open_container(content, max_pixels, {"skip_frame": "all"}) as container:
@@ -126,13 +125,13 @@ def test_decoders_refuse_frames_above_the_limit() -> None:
                 assert len(list(container.decode(video=0))) == 2
 
 
-def test_formats_that_start_a_program_are_no_pictures() -> None:
-    """Pillow hands EPS to Ghostscript."""
+def test_formats_that_start_a_program_are_refused() -> None:
+    """Pillow passes EPS to Ghostscript."""
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     with pytest.raises(ValueError, match=r"cannot be read as an image \(it is none of JPEG, "):
         read_still(eps)
 
 
-def test_a_photo_in_heic_is_called_so() -> None:
+def test_heic_is_named_in_the_error() -> None:
     with pytest.raises(ValueError, match="it is HEIC; convert it to JPEG or PNG"):
         read_still(b"\0\0\0\x18ftypheic" + bytes(40))

@@ -1,4 +1,4 @@
-"""Video frames are shown as players show them: turned, mirrored, without combs."""
+"""Video frames are converted as players show them: rotated, mirrored, deinterlaced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MATRICES = {
 
 
 def corners() -> np.ndarray:
-    """uint8 (4, 48, 64, 3): red above left, green above right, blue below left, yellow below right."""
+    """Frames, uint8, (4, 48, 64, 3): red top left, green top right, blue bottom left, yellow bottom right."""
     frame = np.zeros((48, 64, 3), dtype=np.uint8)
     frame[:24, :32], frame[:24, 32:] = (220, 40, 40), (40, 200, 40)
     frame[24:, :32], frame[24:, 32:] = (40, 40, 220), (220, 220, 40)
@@ -36,7 +36,7 @@ def corners() -> np.ndarray:
 
 
 def with_matrix(content: bytes, a: int, b: int, c: int, d: int) -> bytes:
-    """An mp4 or mov with this linear part of the display matrix in its track header."""
+    """Set the linear part of the display matrix in the track header of an mp4 or mov."""
     patched = bytearray(content)
     place = content.index(b"tkhd") + 4 + 40
     patched[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
@@ -44,7 +44,8 @@ def with_matrix(content: bytes, a: int, b: int, c: int, d: int) -> bytes:
 
 
 def as_shown(frame_HWC: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
-    """By the definition: the pixel at (x, y) from the middle is shown at (a x + c y, b x + d y)."""
+    """Apply a display matrix by its definition: the pixel (x, y) from the centre is shown at (a x + c y, b x
+    + d y)."""
     height, width = frame_HWC.shape[:2]
     shown_size = (height, width) if a else (width, height)
     shown = np.zeros((*shown_size, 3), dtype=np.uint8)
@@ -89,15 +90,15 @@ def test_curation_writes_clips_as_shown(name: str, tmp_path: Path) -> None:
     assert_corners(to_rgb(frame).numpy(), as_shown(corners()[0], *matrix))
 
 
-def test_a_slanted_display_matrix_is_refused() -> None:
+def test_slanted_display_matrix_is_refused() -> None:
     content = with_matrix(encode(corners()), 46341, 46341, -46341, 46341)
     (frame,) = decode(content, [0])
-    with pytest.raises(ValueError, match=r"\(46341, 46341, -46341, 46341\) turns it by no multiple of 90"):
+    with pytest.raises(ValueError, match=r"\(46341, 46341, -46341, 46341\) does not rotate it by a multiple"):
         to_rgb(frame)
 
 
 def moving_bars(num_fields: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """uint8 (T, H, W, 3): soft vertical bars that move 4 pixels a field."""
+    """Frames, uint8, (T, H, W, 3), of soft vertical bars that move 4 pixels a field."""
     columns = np.arange(width)
     levels = [128 + 100 * np.sin(2 * np.pi * (columns - 4 * number) / 32) for number in range(num_fields)]
     return np.broadcast_to(np.array(levels)[:, None, :, None], (num_fields, height, width, 3)).astype(
@@ -106,7 +107,7 @@ def moving_bars(num_fields: int, height: int = 64, width: int = 96) -> np.ndarra
 
 
 def interlaced(codec: str, suffix: str, num_frames: int = 12) -> bytes:
-    """A video whose frames weave two fields that are half a frame apart."""
+    """Encode an interlaced video: the two fields of a frame are half a frame apart in time."""
     fields = moving_bars(2 * num_frames)
     options = {
         "libx264": {"x264-params": "tff=1", "crf": "12", "g": "6", "bf": "2"},
@@ -130,7 +131,7 @@ def interlaced(codec: str, suffix: str, num_frames: int = 12) -> bytes:
 
 
 def comb(frame_HWC: np.ndarray) -> float:
-    """About 0 in a picture of vertical bars; the difference of neighbouring rows where fields are woven."""
+    """Mean difference of neighbouring rows: about 0 for vertical bars, large if fields are interlaced."""
     return float(np.abs(np.diff(frame_HWC[8:-8].astype(int), axis=0)).mean())
 
 
@@ -166,7 +167,7 @@ def test_interlaced_video_is_neither_copied_nor_combed_by_curation(
         assert is_plain(frame) and comb(to_rgb(frame).numpy()) < 3
 
 
-def test_deinterlacing_keeps_number_and_times_of_frames_and_passes_progressive_ones() -> None:
+def test_deinterlacing_keeps_frame_count_and_times_and_progressive_frames() -> None:
     with av.open(io.BytesIO(interlaced("libx264", "mp4"))) as container:
         woven = list(container.decode(video=0))
     with av.open(io.BytesIO(encode(corners()))) as container:
@@ -197,7 +198,7 @@ def test_grey_of_limited_range_is_expanded(limited: bool) -> None:
 
 
 @pytest.mark.parametrize(("matrix", "name"), [(10, "constant luminance"), (14, "ICtCp")])
-def test_colours_that_swscale_mistakes_are_refused(matrix: int, name: str) -> None:
+def test_colours_that_swscale_misreads_are_refused(matrix: int, name: str) -> None:
     frame = av.VideoFrame(16, 16, "yuv420p")
     frame.colorspace = matrix
     with pytest.raises(ValueError, match=name):

@@ -1,4 +1,4 @@
-"""HDR becomes SDR by the standards' own numbers, and looks like the SDR of the same scene."""
+"""HDR is converted to SDR by the numbers of the standards, and matches the SDR of the same scene."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COLOURS = [(200, 30, 30), (30, 180, 40), (40, 60, 200), (220, 200, 40), (128, 12
 
 
 def pq_code(light: np.ndarray) -> np.ndarray:
-    """cd/m2 -> PQ (SMPTE ST 2084, equation 5.2)."""
+    """Encode light in cd/m2 as PQ (SMPTE ST 2084, equation 5.2)."""
     power = (light / 10000) ** 0.1593017578125
     return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
 
 
 def hlg_code(light: np.ndarray) -> np.ndarray:
-    """cd/m2 on a display of 1000 -> HLG (ITU-R BT.2100-2, table 5, from its end to its beginning)."""
+    """Encode light on a display of 1000 cd/m2 as HLG (inverse of ITU-R BT.2100-2, table 5)."""
     luminance = light @ np.array([0.2627, 0.6780, 0.0593])
     scene = light / 1000 * np.maximum(luminance / 1000, 1e-9)[..., None] ** (1 / 1.2 - 1)
     upper = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
@@ -39,12 +39,12 @@ CODES = {PQ: pq_code, HLG: hlg_code}
 
 
 def scene() -> np.ndarray:
-    """uint8 (32, 96, 3): a column of each colour."""
+    """Frame with a column of each colour, uint8, (32, 96, 3)."""
     return np.repeat(np.repeat(np.array([COLOURS], dtype=np.uint8), 32, 0), 16, 1)
 
 
 def in_hdr(pixels: np.ndarray, transfer: int) -> np.ndarray:
-    """The same colours with SDR's white at 203 cd/m2, in BT.2020: float RGB in [0, 1]."""
+    """Frame with the same colours in BT.2020, SDR white at 203 cd/m2: float RGB in [0, 1]."""
     to_2020 = np.linalg.inv(np.array(TO_709[ColorPrimaries.BT2020]))
     return CODES[transfer](203 * np.clip((pixels / 255) ** 2.4 @ to_2020.T, 0, None))
 
@@ -70,8 +70,8 @@ def encode_hdr(transfer: int, codec: str, suffix: str, pixel_format: str) -> byt
 
 
 @pytest.mark.parametrize("transfer", [PQ, HLG])
-def test_black_grey_white_and_highlights(transfer: int) -> None:
-    """Below the knee of 89 cd/m2 light is kept; above it, 1000 cd/m2 become white."""
+def test_tone_curve_at_black_grey_white_and_highlights(transfer: int) -> None:
+    """Light below the knee of 89 cd/m2 is not changed, and 1000 cd/m2 is mapped to white."""
     light = np.array([[[level] * 3 for level in (0.0, 10.0, 50.0, 203.0, 500.0, 1000.0)]])
     found = to_sdr(torch.from_numpy(CODES[transfer](light)).float(), transfer, 2)[0, :, 1]
     assert found[:3].tolist() == pytest.approx(
@@ -81,7 +81,7 @@ def test_black_grey_white_and_highlights(transfer: int) -> None:
 
 
 @pytest.mark.parametrize("transfer", [PQ, HLG])
-def test_colours_are_those_of_the_sdr_scene(transfer: int) -> None:
+def test_hdr_colours_match_the_sdr_scene(transfer: int) -> None:
     found = to_sdr(torch.from_numpy(in_hdr(scene(), transfer)).float(), transfer, 9).numpy() * 255
     assert np.abs(found - scene()).max() < 30, "only highlights are compressed"
     dark = scene() // 2

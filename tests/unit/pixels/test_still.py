@@ -19,7 +19,7 @@ from svd_ds.video import read_image
 
 
 def picture(height: int = 24, width: int = 40) -> np.ndarray:
-    """uint8 RGB with four corners of different colours."""
+    """Image with four corners of different colours, uint8 RGB."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[: height // 2, : width // 2] = (220, 40, 40)
     pixels[: height // 2, width // 2 :] = (40, 220, 40)
@@ -35,7 +35,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def stored_as(upright: Image.Image, orientation: int) -> Image.Image:
-    """The pixels that a camera stores so that they are shown upright."""
+    """Pixels as a camera stores them with this orientation."""
     inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     transposition = inverse.get(orientation, TRANSPOSITIONS.get(orientation))
     return upright.transpose(transposition) if transposition is not None else upright
@@ -68,7 +68,7 @@ def test_orientation_is_applied_by_every_reader(
 
 
 def with_hidden_colours() -> Image.Image:
-    """RGBA: the left half is noise that is transparent, the right half opaque."""
+    """RGBA image whose left half is transparent noise, and whose right half is opaque."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 4)).astype(np.uint8)
     pixels[:, :16, 3], pixels[:, 16:, 3] = 0, 255
     return Image.fromarray(pixels)
@@ -95,14 +95,14 @@ def test_half_transparent_pixels_are_blended() -> None:
     assert largest_error(read_still(saved(image)), np.full((8, 8, 3), (227, 127, 177), np.uint8)) <= 1
 
 
-def test_a_transparent_colour_is_shown_on_white() -> None:
+def test_transparent_colour_is_shown_on_white() -> None:
     image = Image.fromarray(picture())
     shown = read_still(saved(image, transparency=(220, 40, 40)))
     assert (shown[:12, :20] == 255).all() and (shown[12:, 20:] == (220, 220, 40)).all()
 
 
 def png16(samples: np.ndarray) -> bytes:
-    """A PNG of 16 bits a channel, grey (H, W) or RGB (H, W, 3), which Pillow cannot write in colour."""
+    """Encode a 16-bit PNG, grey (H, W) or RGB (H, W, 3), which Pillow cannot write in colour."""
 
     height, width = samples.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 16, 0 if samples.ndim == 2 else 2, 0, 0, 0)
@@ -124,7 +124,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(channels: tuple[int, ...]) -> N
     assert largest_error(shown, wanted) <= 1
 
 
-def test_a_16_bit_tiff_and_pgm_are_scaled(tmp_path: Path) -> None:
+def test_16_bit_tiff_and_pgm_are_scaled(tmp_path: Path) -> None:
     ramp = np.broadcast_to(np.linspace(0, 65535, 32).astype(np.uint16), (4, 32))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "a.tiff")
     (tmp_path / "a.pgm").write_bytes(b"P5 32 4 65535\n" + ramp.astype(">u2").tobytes())
@@ -133,7 +133,7 @@ def test_a_16_bit_tiff_and_pgm_are_scaled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("photometric", [0, 1], ids=["white is 0", "black is 0"])
-def test_a_16_bit_tiff_says_which_end_is_white(photometric: int) -> None:
+def test_photometric_tag_of_a_16_bit_tiff_is_applied(photometric: int) -> None:
     ramp = np.broadcast_to(np.linspace(0, 65535, 32).astype(np.uint16), (4, 32))
     content = bytearray(saved(Image.fromarray(np.ascontiguousarray(ramp)), "TIFF"))
     place = content.index(struct.pack("<HHI", 262, 3, 1)) + 8
@@ -152,12 +152,12 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def with_chunk(content: bytes, kind: bytes, data: bytes) -> bytes:
-    """A PNG with a chunk before its pixels."""
+    """Insert a chunk before the pixels of a PNG."""
     place = content.index(b"IDAT") - 4
     return content[:place] + chunk(kind, data) + content[place:]
 
 
-def test_a_transparent_colour_of_16_bits_is_shown_on_white() -> None:
+def test_transparent_colour_of_16_bits_is_shown_on_white() -> None:
     samples = np.full((4, 8, 3), 40_000, np.uint16)
     samples[:, :4] = (300, 20_000, 60_000)
     content = with_chunk(png16(samples), b"tRNS", struct.pack(">HHH", 300, 20_000, 60_000))
@@ -166,8 +166,8 @@ def test_a_transparent_colour_of_16_bits_is_shown_on_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_the_gamma_of_a_png_is_applied(mode: str) -> None:
-    """Browsers show a linear picture (gAMA 1.0) by the curve of a display."""
+def test_gamma_of_a_png_is_applied(mode: str) -> None:
+    """Browsers convert a linear image (gAMA 1.0) to the gamma of a display."""
     image = Image.fromarray(picture()).convert(mode)
     plain = saved(image)
     stored = read_still(plain)
@@ -188,7 +188,7 @@ def lab() -> Image.Image:
 
 
 def premultiplied() -> bytes:
-    """A TIFF of half-transparent pixels, its colours multiplied by their alpha."""
+    """Encode a TIFF of half-transparent pixels with premultiplied alpha."""
     pixels = np.dstack([picture().astype(int) * 128 // 255, np.full((24, 40), 128)]).astype(np.uint8)
     content = bytearray(saved(Image.fromarray(pixels), "TIFF"))
     place = content.index(struct.pack("<HHI", 338, 3, 1)) + 8
@@ -227,7 +227,7 @@ FURTHER = {
 
 
 @pytest.mark.parametrize("kind", FURTHER)
-def test_further_kinds_of_pictures(kind: str) -> None:
+def test_further_formats_and_modes_are_read(kind: str) -> None:
     content, wanted, tolerance = FURTHER[kind]
     assert largest_error(read_still(content), wanted) <= tolerance
 
@@ -248,7 +248,7 @@ def test_cmyk_and_grey_become_rgb() -> None:
     )
 
 
-def test_an_embedded_profile_is_converted_to_srgb() -> None:
+def test_embedded_profile_is_converted_to_srgb() -> None:
     image = Image.fromarray(picture())
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     # Another RGB space: sRGB whose red and green primaries have changed places.
@@ -259,7 +259,7 @@ def test_an_embedded_profile_is_converted_to_srgb() -> None:
     assert largest_error(read_still(saved(image, icc_profile=b"no profile")), picture()) == 0
 
 
-def test_a_grey_profile_is_applied_beside_transparency() -> None:
+def test_grey_profile_is_applied_with_transparency() -> None:
     grey = picture()[..., 0]
     # The RGB profile of sRGB as one of a grey space with a linear curve.
     curve = b"curv" + bytes(8)
@@ -300,7 +300,7 @@ def damaged_png() -> bytes:
     ],
     ids=["empty", "text", "html", "bad chunk", "cut short", "zeros"],
 )
-def test_damage_is_one_kind_of_error(content: bytes, tmp_path: Path) -> None:
+def test_damaged_image_is_a_value_error(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read as an image"):
         read_still(content)
     (tmp_path / "odd.png").write_bytes(content)
@@ -308,13 +308,13 @@ def test_damage_is_one_kind_of_error(content: bytes, tmp_path: Path) -> None:
         read_image(tmp_path / "odd.png", 8, 8)
 
 
-def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"cannot be read as an image .*decompression bomb"):
         read_still(saved(Image.fromarray(picture())))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_a_damaged_exif_block_does_not_cost_the_picture() -> None:
+def test_image_with_damaged_exif_block_is_read() -> None:
     content = saved(Image.fromarray(picture()), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert largest_error(read_still(content), picture()) == 0

@@ -258,5 +258,5 @@ def test_the_summary_counts_what_the_user_should_know(
     assert "2 of 4 samples have no caption" in said
     assert "1 of 4 samples have a caption that is not UTF-8" in said
     assert "1 of 4 samples have several videos or images" in said
-    assert "3 annotations are no finite numbers" in said
+    assert "3 annotations are not finite numbers" in said
     assert "NaN" not in (tmp_path / "index.jsonl").read_text()
