@@ -65,8 +65,28 @@ def launch(command: list[str], num_ranks: int) -> int:
 
 def start(command: list[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
     """Start one rank. Rank 0 writes to the terminal; of the others only errors are seen."""
+    launcher = os.getpid()
+
+    def die_with_launcher() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:
+            os._exit(1)
+
+    return subprocess.Popen(
+        command,
+        env=rank_environment(rank, num_ranks, port),
+        stdin=subprocess.DEVNULL,
+        stdout=None if rank == 0 else subprocess.DEVNULL,
+        # A group of its own: Ctrl-C reaches it through us alone, and it can be killed with all its workers.
+        process_group=0,
+        preexec_fn=die_with_launcher,
+    )
+
+
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Environment variables of a rank; the launcher's TCPStore listens on `port`."""
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-    environment = {
+    return {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
         "RANK": str(rank),
@@ -78,22 +98,6 @@ def start(command: list[str], rank: int, num_ranks: int, port: int) -> subproces
         # torchrun's word for: the store is there already, rank 0 need not open one.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    launcher = os.getpid()
-
-    def die_with_launcher() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:
-            os._exit(1)
-
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=None if rank == 0 else subprocess.DEVNULL,
-        # A group of its own: Ctrl-C reaches it through us alone, and it can be killed with all its workers.
-        process_group=0,
-        preexec_fn=die_with_launcher,
-    )
 
 
 def wait(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -1,47 +1,36 @@
-"""Real ranks: programs started by tools/launch.py, as the trainer is."""
+"""Real ranks of a program on this machine, and a data set for them."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from svd_ds.data.writer import ShardWriter
+from tests.forked import ForkedRanks
 from tests.videos import about, encode, moving_square
 
-ROOT = Path(__file__).parents[2]
 NUM_CLIPS = 13
 """In the shards: neither the ranks of a test nor its batch divide them."""
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> RunRanks:
-    """run_ranks(script, *arguments, num_ranks=2, **environment) runs a Python file on ranks to its end."""
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
+    """run_ranks(script, *arguments, num_ranks=2, **environment) runs a Python file on ranks to its end; the
+    trainer where `script` is None."""
 
     def run(
-        script: Path, *arguments: object, num_ranks: int = 2, timeout: float = 240, **environment: str
+        script: Path | None,
+        *arguments: object,
+        num_ranks: int = 2,
+        timeout: float = 240,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        launcher = [
-            sys.executable,
-            str(ROOT / "tools" / "launch.py"),
-            "-n",
-            str(num_ranks),
-            "--script",
-            str(script),
-        ]
-        return subprocess.run(
-            [*launcher, "--", *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        folder = tmp_path_factory.mktemp("ranks")
+        return ForkedRanks(script, arguments, folder, num_ranks, **environment).wait(timeout)
 
     return run
 
