@@ -69,6 +69,7 @@ def acquire(folder: Path, step: int, origin: str = "", restart_id: tuple[int, in
         ValueError: another restart acquires the folder at the same moment.
     """
     token, path = secrets.token_hex(4), restarts_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f"{RESTARTS}.*.new"):
         abandoned.unlink(missing_ok=True)
     job, restart = restart_id
