@@ -15,7 +15,8 @@ import torch
 from svd_ds.config import RunConfig
 from svd_ds.model.frozen import fingerprint
 from svd_ds.sample import frozen_folder
-from svd_ds.weights.shards import TensorRef, WeightedSum
+from svd_ds.tensor_files import TensorRef
+from svd_ds.weights.shards import WeightedSum
 from svd_ds.weights.source import WeightSource, open_weights
 
 NOTHING = "none"

@@ -94,7 +94,7 @@ def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
 def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     """The autoencoder's decoder, as VideoLDM trained its own (arXiv 2304.08818 section 3.1.1)."""
     loss, notes, weights = config.loss, [], None
-    shape = DecoderConfig.of(inputs.autoencoder.network)
+    shape = DecoderConfig.from_autoencoder(inputs.autoencoder.network)
     if inputs.resume is None:
         # A second copy: the encoder's is in the compute precision.
         whole = Autoencoder.load(frozen_folder(config.frozen.path)).network

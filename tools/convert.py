@@ -19,15 +19,15 @@ from torch import Tensor
 
 from svd_ds.cli import print_line, run_cli
 from svd_ds.model.conditioner import RELEASED_SCALARS
-from svd_ds.model.decoder import load_decoder, save_pipeline_parts
-from svd_ds.model.lora import save_lora
 from svd_ds.model.unet import UNetConfig
 from svd_ds.sample import frozen_folder, run_settings
 from svd_ds.small_files import read_json
+from svd_ds.weights.decoder import load_decoder, save_pipeline_parts
 from svd_ds.weights.io import load_unet, read_weights, write_weights
-from svd_ds.weights.lora_files import merged, read_lora
-from svd_ds.weights.manifest import COMPLETE, damage_of, read_manifest
-from svd_ds.weights.shards import KEPT_AVERAGES, SET_ASIDE, network_of
+from svd_ds.weights.lora import save_lora
+from svd_ds.weights.lora_files import add_updates, read_lora
+from svd_ds.weights.manifest import COMPLETE, find_damage, read_manifest
+from svd_ds.weights.shards import DAMAGED_SUFFIX, KEPT_AVERAGES, checkpoint_network
 from svd_ds.weights.source import network_parameters
 
 EXAMPLE = """examples:
@@ -82,7 +82,7 @@ def verify(source: Path) -> None:
         raise ValueError(f"{source} has no checkpoint")
     damaged = []
     for folder in track(found, "verify", console=Console(stderr=True)):
-        if SET_ASIDE in folder.name:
+        if DAMAGED_SUFFIX in folder.name:
             print_line(f"{folder}  set aside as damaged, and not used")
         elif damage := damage_in(folder):
             damaged.append(folder)
@@ -97,8 +97,8 @@ def verify(source: Path) -> None:
 def checkpoints_of(source: Path) -> list[Path]:
     """Every checkpoint of a run in order, and what it kept for its averages; or the checkpoint itself."""
     if not (source / "checkpoints").is_dir():
-        return [source] if (source / COMPLETE).exists() or network_of(source) else []
-    pattern = re.compile(rf"step-\d+({re.escape(SET_ASIDE)}.*)?")
+        return [source] if (source / COMPLETE).exists() or checkpoint_network(source) else []
+    pattern = re.compile(rf"step-\d+({re.escape(DAMAGED_SUFFIX)}.*)?")
     return [
         path
         for room in ("checkpoints", KEPT_AVERAGES)
@@ -117,12 +117,12 @@ def damage_in(checkpoint: Path) -> str | None:
     if checkpoint.parent.name == KEPT_AVERAGES:
         # The rest was removed, and the manifest is still that of the whole checkpoint.
         names = [name for name in manifest.files if name == "state.json" or name.startswith("ema-power-")]
-    return damage_of(checkpoint, manifest, names)
+    return find_damage(checkpoint, manifest, names)
 
 
 def convert(arguments: argparse.Namespace, draft: Path) -> str:
     """Write the layout asked for to `draft`; what is to be said of it."""
-    if network_of(arguments.source) == "decoder":
+    if checkpoint_network(arguments.source) == "decoder":
         parts = arguments.frozen or frozen_of(run_settings(arguments.source))
         if parts is None or arguments.layout != "diffusers":
             raise ValueError(f"{arguments.source} holds a decoder: it takes --layout diffusers and --frozen")
@@ -167,7 +167,7 @@ def with_lora(path: Path, scale: float, config: UNetConfig, tensors: Weights) ->
     """The tensors with the updates of a LoRA file added."""
     shapes = {name: parameter.shape for name, parameter in network_parameters(config).items()}
     updates = read_lora(path, config, shapes)
-    return ((name, merged(name, tensor, updates, scale)) for name, tensor in tensors)
+    return ((name, add_updates(name, tensor, updates, scale)) for name, tensor in tensors)
 
 
 def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Path | None:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svd_ds.weights.public_files import check_files
+from svd_ds.tensor_files import check_model_folder
 
 
 def load(kind: str, reader: str, folder: str, device: str) -> tuple[Any, Any]:
@@ -26,7 +26,7 @@ def load(kind: str, reader: str, folder: str, device: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: it has no config.json")
-    check_files(Path(folder))
+    check_model_folder(Path(folder))
     network = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True)
     processor = getattr(transformers, reader).from_pretrained(folder, local_files_only=True)
     return network.to(device).eval(), processor

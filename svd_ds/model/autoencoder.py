@@ -1,8 +1,8 @@
-"""The frozen autoencoder: frames <-> latents, a few frames at a time.
+"""The frozen autoencoder: frames to latents and back, a few frames at a time.
 
 It is diffusers' AutoencoderKLTemporalDecoder: the image encoder of Stable Diffusion 2.1 (f8, 4 channels) and
-a decoder that also mixes over time (sgm temporal_ae.py). Or it is Stable Diffusion's own, AutoencoderKL,
-whose decoder takes one frame at a time.
+a decoder with temporal layers (sgm temporal_ae.py; VideoLDM, arXiv 2304.08818 section 3.1.1). Or it is Stable
+Diffusion's own AutoencoderKL, whose decoder takes one frame at a time.
 
     frames --encode--> moments --posterior--> latents --x scaling_factor--> diffusion --decode--> frames
 
@@ -23,19 +23,28 @@ from svd_ds.model.frozen import class_name, load_frozen
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 
-KINDS = ("AutoencoderKLTemporalDecoder", "AutoencoderKL")
+TEMPORAL_CLASS, IMAGE_CLASS = "AutoencoderKLTemporalDecoder", "AutoencoderKL"
 
 
 class Autoencoder:
-    """Frozen: no method keeps a graph. Results are float32, whatever the network computes in."""
+    """A frozen autoencoder: no method keeps a graph, and results are float32 in any compute dtype."""
 
     def __init__(self, network: AutoencoderKLTemporalDecoder | AutoencoderKL, chunk: int = 14) -> None:
-        """`chunk`: frames encoded, or decoded together, at a time. The public SVD decodes 14 together."""
+        """Wrap diffusers' network.
+
+        Args:
+            network: the autoencoder.
+            chunk: number of frames that are encoded, or decoded together, at a time. The public SVD decodes
+                14 together.
+
+        Raises:
+            ValueError: `chunk` is below 1.
+        """
         if chunk < 1:
-            raise ValueError(f"the autoencoder's chunk is {chunk}, but must be at least 1 frame")
+            raise ValueError(f"the autoencoder's chunk is {chunk}: it must be at least 1 frame")
         self.network: Any = network  # diffusers hides its attributes from type checkers
         self.chunk = chunk
-        self.mixes_time = type(network).__name__ == KINDS[0]
+        self.is_temporal = type(network).__name__ == TEMPORAL_CLASS
 
     @staticmethod
     def load(
@@ -44,16 +53,27 @@ class Autoencoder:
         dtype: torch.dtype = torch.float32,
         chunk: int = 14,
     ) -> Autoencoder:
-        """Read `vae/` of a pipeline folder, or of a hub id like "organisation/name", video or image.
+        """Load the vae/ of a pipeline, of a video or an image model.
 
-        The public weights overflow in float16 and say so (`force_upcast`): those are kept in float32.
-        Raises FileNotFoundError where the folder lacks the part or its weights, ValueError for another class.
+        The public weights overflow in float16, as their config states (`force_upcast`): they stay in float32.
+
+        Args:
+            path: a pipeline folder, or a hub id like "organisation/name".
+            device: device of the weights.
+            dtype: dtype of the weights.
+            chunk: see the constructor.
+
+        Raises:
+            FileNotFoundError: the folder lacks vae/ or its weights.
+            ValueError: the autoencoder is of another class.
         """
         import diffusers  # takes seconds: not before it is needed
 
         name = class_name(path, "vae")
-        if name not in KINDS:
-            raise ValueError(f"the vae/ of {path} is {name}, and must be {' or '.join(KINDS)}")
+        if name not in (TEMPORAL_CLASS, IMAGE_CLASS):
+            raise ValueError(
+                f"the vae/ of {path} is {name}: it must be one of {TEMPORAL_CLASS}, {IMAGE_CLASS}"
+            )
         network = load_frozen(getattr(diffusers, name), path, "vae", device, dtype)
         if dtype == torch.float16 and network.config.force_upcast:
             network = load_frozen(getattr(diffusers, name), path, "vae", device, torch.float32)
@@ -61,7 +81,7 @@ class Autoencoder:
 
     @property
     def scaling_factor(self) -> float:
-        """What latents are multiplied by before diffusion: 1 / their standard deviation."""
+        """Factor of latents before diffusion, 1 / their standard deviation."""
         return float(self.network.config.scaling_factor)
 
     @property
@@ -70,14 +90,14 @@ class Autoencoder:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a latent pixel, along each side."""
+        """Side of a latent pixel in pixels."""
         return int(2 ** (len(self.network.config.block_out_channels) - 1))
 
     def fingerprint(self) -> str:
-        """12 hexadecimal digits that name what makes the moments: the encoder.
+        """Hash the encoder, on which alone moments depend, to 12 hexadecimal digits.
 
-        A hash of its parameters' names, shapes and values, the values in bfloat16: the same whether they were
-        loaded in float32 or bfloat16. Moments depend on neither the decoder nor the scaling factor.
+        Names, shapes and values of the parameters count, the values in bfloat16: the result is the same if
+        the weights were loaded in float32 or bfloat16.
         """
         digest = hashlib.sha256()
         for part in ("encoder", "quant_conv"):
@@ -87,7 +107,11 @@ class Autoencoder:
         return digest.hexdigest()[:12]
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError where a side, in pixels, is no multiple of the downsampling."""
+        """Check the size of frames, in pixels.
+
+        Raises:
+            ValueError: a side is not a multiple of the downsampling.
+        """
         if height % self.downsampling or width % self.downsampling:
             raise ValueError(
                 f"frames are {height}x{width}, but the autoencoder needs sides that are multiples of "
@@ -95,45 +119,64 @@ class Autoencoder:
             )
 
     @torch.no_grad()
-    def encode(self, frames_NCHW: Tensor) -> Tensor:
-        """Frames in [-1, 1], (N, 3, H, W) -> moments, (N, 2C, h, w): means, then log-variances, NOT scaled.
+    def encode(self, frames: Tensor) -> Tensor:
+        """Encode frames to the moments of the posterior.
 
-        Raises ValueError where a side is no multiple of the downsampling.
+        Args:
+            frames: in [-1, 1], (N, 3, H, W).
+
+        Returns:
+            Means, then log-variances, NOT scaled: (N, 2C, h, w), float32.
+
+        Raises:
+            ValueError: a side is not a multiple of the downsampling.
         """
-        self.check_size(*frames_NCHW.shape[-2:])
+        self.check_size(*frames.shape[-2:])
         weight = self.network.quant_conv.weight
         moments = [
-            self.network.quant_conv(self.network.encoder(few.to(weight.device, weight.dtype))).float()
-            for few in frames_NCHW.split(self.chunk)
+            self.network.quant_conv(self.network.encoder(chunk.to(weight.device, weight.dtype))).float()
+            for chunk in frames.split(self.chunk)
         ]
         return torch.cat(moments)
 
-    def encode_clips(self, frames_BTCHW: Tensor) -> Tensor:
-        """The same of clips: (B, T, 3, H, W) -> moments, (B, T, 2C, h, w)."""
-        return self.encode(frames_BTCHW.flatten(0, 1)).unflatten(0, frames_BTCHW.shape[:2])
+    def encode_clips(self, frames: Tensor) -> Tensor:
+        """Encode clips: (B, T, 3, H, W) to moments, (B, T, 2C, h, w); see `encode`."""
+        return self.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     @torch.no_grad()
-    def decode(self, latents_BTCHW: Tensor) -> Tensor:
-        """Latents as the UNet sees them (scaled), (B, T, C, h, w) -> frames in [-1, 1], (B, T, 3, H, W).
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode clips.
 
-        A video decoder mixes over the frames it is given together: `chunk` frames of one clip, never of two.
+        A temporal decoder mixes the frames that it gets together: `chunk` frames of one clip, never of two.
+
+        Args:
+            latents: scaled, as the UNet has them, (B, T, C, h, w).
+
+        Returns:
+            Frames in [-1, 1], (B, T, 3, H, W), float32.
         """
         weight = self.network.quant_conv.weight
         clips = []
-        for latents_TCHW in latents_BTCHW / self.scaling_factor:
+        for latents_TChw in latents / self.scaling_factor:
             frames = []
-            for few in latents_TCHW.split(self.chunk):
-                together = {"num_frames": len(few)} if self.mixes_time else {}
-                frames.append(self.network.decode(few.to(weight), **together).sample.float())
+            for chunk in latents_TChw.split(self.chunk):
+                options = {"num_frames": len(chunk)} if self.is_temporal else {}
+                frames.append(self.network.decode(chunk.to(weight), **options).sample.float())
             clips.append(torch.cat(frames))
         return torch.stack(clips).clamp(-1, 1)
 
 
 def posterior(moments: Tensor, noise: Tensor | None = None) -> Tensor:
-    """A draw from the encoder's Gaussian, or its mean where `noise` is None.
+    """Sample the encoder's Gaussian, or return its mean.
 
-    moments (..., 2C, h, w), noise standard normal (..., C, h, w) -> unscaled latents (..., C, h, w).
-    Log-variances are clamped to [-30, 20], as the public code does (sgm distributions.py).
+    Log-variances are clamped to [-30, 20], as in the public code (sgm distributions.py).
+
+    Args:
+        moments: means, then log-variances, (..., 2C, h, w).
+        noise: standard normal, (..., C, h, w); None for the mean.
+
+    Returns:
+        Unscaled latents, (..., C, h, w).
     """
     mean, log_variance = moments.chunk(2, dim=-3)
     if noise is None:

@@ -1,8 +1,9 @@
-"""The autoencoder's decoder with its layers of time, as a network that learns.
+"""The trainable decoder of the autoencoder, with temporal layers.
 
-It is diffusers' TemporalDecoder (sgm temporal_ae.py): after each residual block of Stable Diffusion 2.1's
-decoder one that mixes over time, blended in by a learned share that starts at 0.5, and a convolution along
-time at the very end. An image decoder becomes one with `build_decoder`.
+It is diffusers' TemporalDecoder (sgm temporal_ae.py): each residual block of Stable Diffusion 2.1's decoder
+is followed by one that mixes frames, blended in by a learned share that starts at 0.5, and the output passes
+a convolution over time (training: VideoLDM, arXiv 2304.08818 section 3.1.1). `build_decoder` also makes one
+of an image decoder. weights/decoder.py loads and saves decoders.
 
 Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels (H/8 x W/8).
 """
@@ -10,34 +11,23 @@ Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent p
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import TemporalDecoder
 from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock, TemporalResnetBlock
 from torch import Tensor, nn
 
-from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.weights.shards import join_shards, network_of, open_checkpoint
-
-IMAGE_BLOCKS = 2
-"""Residual blocks a level, and in the middle, of an image decoder that can be taken up."""
-
-FIELDS = (
-    "in_channels", "out_channels", "down_block_types", "block_out_channels", "layers_per_block",
-    "latent_channels", "sample_size", "scaling_factor", "force_upcast",
-)  # fmt: skip
-"""The config of diffusers' AutoencoderKLTemporalDecoder: an image autoencoder's has these and more."""
+NUM_IMAGE_LAYERS = 2
+"""Residual blocks of a level, and of the middle, in an image decoder that can get temporal layers."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of the network; the defaults are the released one."""
+    """Shape of the decoder; the defaults are those of the released one."""
 
     latent_channels: int = 4
     out_channels: int = 3
@@ -49,8 +39,8 @@ class DecoderConfig:
         object.__setattr__(self, "widths", tuple(self.widths))
 
     @staticmethod
-    def of(autoencoder: Any) -> DecoderConfig:
-        """The decoder that fits diffusers' `autoencoder`."""
+    def from_autoencoder(autoencoder: Any) -> DecoderConfig:
+        """Return the config of the decoder that fits diffusers' `autoencoder`."""
         fields = autoencoder.config
         return DecoderConfig(
             fields.latent_channels, fields.out_channels, fields.block_out_channels, fields.layers_per_block
@@ -58,7 +48,7 @@ class DecoderConfig:
 
 
 class Decoder(TemporalDecoder):
-    """Latents -> frames. Parameters have diffusers' names, and tags as the UNet's have."""
+    """Decoder of latents to frames; parameters have diffusers' names, and the tags of `parameter_tags`."""
 
     tag = "spatial"
 
@@ -66,30 +56,37 @@ class Decoder(TemporalDecoder):
         widths: Any = config.widths  # diffusers declares a tuple of one
         super().__init__(config.latent_channels, config.out_channels, widths, config.num_layers)
         self.config = config
-        for module in self._temporal():
+        for module in self._temporal_modules():
             module.tag = "temporal"  # type: ignore[assignment]
 
-    def forward(self, latents_BTChw: Tensor) -> Tensor:  # type: ignore[override]
-        """Latents, not scaled, (B, T, C, h, w) -> frames, about [-1, 1], (B, T, 3, H, W), in the dtype of
-        the weights."""
-        latents_BTChw = latents_BTChw.to(self.conv_in.weight.dtype)
+    def forward(self, latents: Tensor) -> Tensor:  # type: ignore[override]
+        """Decode clips.
+
+        Args:
+            latents: unscaled, (B, T, C, h, w).
+
+        Returns:
+            Frames, about [-1, 1], (B, T, 3, H, W), in the dtype of the weights.
+        """
+        latents_BTChw = latents.to(self.conv_in.weight.dtype)
         num_clips, num_frames = latents_BTChw.shape[:2]
-        none_is_still = latents_BTChw.new_zeros(num_clips, num_frames)
-        frames_NCHW = super().forward(latents_BTChw.flatten(0, 1), none_is_still, num_frames)
+        image_only_BT = latents_BTChw.new_zeros(num_clips, num_frames)
+        frames_NCHW = super().forward(latents_BTChw.flatten(0, 1), image_only_BT, num_frames)
         return frames_NCHW.unflatten(0, (num_clips, num_frames))
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Every residual block with its layers of time, by name: the units to recompute, and to gather."""
+        """Return name -> residual block with its temporal layers, the units of recomputation and ZeRO-3."""
         return {name: part for name, part in self.named_modules() if isinstance(part, SpatioTemporalResBlock)}
 
     @torch.no_grad()
     def init_temporal_identity(self) -> None:
-        """Make the layers of time leave every frame as it is: what an image decoder's frames begin with.
+        """Set the temporal layers to the identity, so that an image decoder's frames stay the same.
 
-        New ones do not: the blend takes half of what a block adds to its frames, and the last convolution has
-        no blend at all. Zeros in the last layer of each block (as in sgm) and an identity at the end do.
+        diffusers' initial values are not neutral: the blend takes half of what a block adds to its frames,
+        and the last convolution has no blend. Zeros in the last layer of each block (as in sgm) and an
+        identity at the end are.
         """
-        for module in self._temporal():
+        for module in self._temporal_modules():
             if isinstance(module, TemporalResnetBlock):
                 last: Any = module.conv2  # its bias is optional, says its type
                 last.weight.zero_()
@@ -98,30 +95,35 @@ class Decoder(TemporalDecoder):
         nn.init.dirac_(end.weight)
         end.bias.zero_()
 
-    def _temporal(self) -> Iterator[nn.Module]:
+    def _temporal_modules(self) -> Iterator[nn.Module]:
         yield self.time_conv_out
         yield from (part for part in self.modules() if isinstance(part, (TemporalResnetBlock, AlphaBlender)))
 
 
 def build_decoder(autoencoder: Any, seed: int = 0) -> tuple[Decoder, list[str]]:
-    """The decoder of diffusers' `autoencoder`, float32 on the CPU, and the names of its new parameters.
+    """Build the decoder of diffusers' `autoencoder`, float32 on the CPU.
 
-    An image autoencoder (AutoencoderKL) has no layers of time: they are new, drawn from `seed`, and leave its
-    frames as they are. Its 1 x 1 convolution of the latents is folded into the next one, see `fold`.
+    An image autoencoder (AutoencoderKL) has no temporal layers: they are new, drawn from `seed`, and leave
+    its frames unchanged. Its 1 x 1 convolution of the latents is folded into the next one, see
+    `fold_pointwise_conv`.
 
-    Raises ValueError where an image decoder has other blocks than Stable Diffusion's.
+    Returns:
+        The decoder, and the names of its new parameters.
+
+    Raises:
+        ValueError: an image decoder has other blocks than Stable Diffusion's.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = Decoder(DecoderConfig.of(autoencoder))
+        decoder = Decoder(DecoderConfig.from_autoencoder(autoencoder))
     is_image = isinstance(autoencoder, AutoencoderKL)
     if not is_image:
         decoder.load_state_dict(autoencoder.decoder.state_dict())
         return decoder, []
-    if decoder.config.num_layers != IMAGE_BLOCKS:
+    if decoder.config.num_layers != NUM_IMAGE_LAYERS:
         raise ValueError(
-            f"an image autoencoder of {decoder.config.num_layers} layers a block takes no layers of time: it "
-            f"needs {IMAGE_BLOCKS}, as Stable Diffusion's"
+            f"an image autoencoder of {decoder.config.num_layers} layers a block takes no temporal layers: "
+            f"it needs {NUM_IMAGE_LAYERS}, as Stable Diffusion's"
         )
     decoder.init_temporal_identity()
     weights = {
@@ -129,17 +131,20 @@ def build_decoder(autoencoder: Any, seed: int = 0) -> tuple[Decoder, list[str]]:
         for name, value in autoencoder.decoder.state_dict().items()
     }
     if autoencoder.post_quant_conv is not None:
-        weights |= fold(autoencoder.post_quant_conv, autoencoder.decoder.conv_in)
-    lacking = decoder.load_state_dict(weights, strict=False)
-    assert not lacking.unexpected_keys, lacking.unexpected_keys
-    return decoder, lacking.missing_keys
+        weights |= fold_pointwise_conv(autoencoder.post_quant_conv, autoencoder.decoder.conv_in)
+    result = decoder.load_state_dict(weights, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+    return decoder, result.missing_keys
 
 
-def fold(first: nn.Conv2d, second: nn.Conv2d) -> dict[str, Tensor]:
-    """Weights of `conv_in` that do what a 1 x 1 convolution and then a padded 3 x 3 one do.
+def fold_pointwise_conv(first: nn.Conv2d, second: nn.Conv2d) -> dict[str, Tensor]:
+    """Fold a 1 x 1 convolution into the padded 3 x 3 convolution after it.
 
-    Exact, but for the outermost latent pixels where `first` has a bias: the zeros that `second` pads with do
-    not go through `first`, and in one convolution the bias cannot know it.
+    The result is exact, except at the outermost latent pixels if `first` has a bias: the zeros that `second`
+    pads with do not pass through `first`, which one convolution cannot express.
+
+    Returns:
+        Weight and bias of `conv_in`, float32.
     """
     kernel = first.weight[:, :, 0, 0].double()
     weight = second.weight.double()
@@ -147,44 +152,3 @@ def fold(first: nn.Conv2d, second: nn.Conv2d) -> dict[str, Tensor]:
     bias = second.bias.double() + weight.sum(dim=(2, 3)) @ first.bias.double()
     folded = torch.einsum("ojhw,ji->oihw", weight, kernel)
     return {"conv_in.weight": folded.float(), "conv_in.bias": bias.float()}
-
-
-def load_decoder(path: str | Path, which: str | None = None) -> Decoder:
-    """A float32 decoder on the CPU, from the run or checkpoint at `path`.
-
-    which: `raw`, or the name of an average; by default the first average.
-    Raises FileNotFoundError where there is nothing, ValueError where it is not a decoder's.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is nothing at {path}")
-    if network_of(path) is None:
-        raise ValueError(f"{path} is neither a run nor a checkpoint")
-    settings, slices = open_checkpoint(path, "decoder", which)
-    with torch.device("meta"):
-        decoder = Decoder(DecoderConfig(**settings["config.json"]))
-    shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
-    weights = {name: join_shards(pieces, shapes[name]) for name, pieces in slices.items()}
-    decoder.load_state_dict(weights, assign=True)
-    return decoder
-
-
-def save_pipeline_parts(frozen: str | Path, decoder: Decoder, folder: str | Path) -> None:
-    """Write the parts of the pipeline at `frozen` anew, with `decoder` in their vae/.
-
-    Of a hub id, vae/ alone. Raises ValueError where the decoder that is there has another shape.
-    """
-    autoencoder = Autoencoder.load(frozen)
-    theirs, ours = DecoderConfig.of(autoencoder.network), decoder.config
-    if theirs != ours:
-        raise ValueError(f"the decoder in {frozen} is {theirs}, and the one that was trained {ours}")
-    if Path(frozen).is_dir():
-        # The pipeline of an image autoencoder is of another class, which would ask for that again.
-        left = ["vae"] if autoencoder.mixes_time else ["vae", "model_index.json"]
-        shutil.copytree(frozen, folder, ignore=shutil.ignore_patterns(*left))
-    fields = autoencoder.network.config
-    whole: Any = AutoencoderKLTemporalDecoder(**{field: fields[field] for field in FIELDS})
-    whole.encoder.load_state_dict(autoencoder.network.encoder.state_dict())
-    whole.quant_conv.load_state_dict(autoencoder.network.quant_conv.state_dict())
-    whole.decoder.load_state_dict(decoder.state_dict())
-    whole.save_pretrained(str(Path(folder) / "vae"))

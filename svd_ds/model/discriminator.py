@@ -1,7 +1,8 @@
-"""Tells real clips from decoded ones, a patch at a time: 3-D convolutions over space and time.
+"""The discriminator of the decoder's adversarial loss: scores of patches in space and time.
 
-VideoLDM has such a one for its decoder (arXiv 2304.08818 section 3.1.1) and gives no sizes. The kernels and
-the first level without a norm are PatchGAN's (arXiv 1611.07004).
+VideoLDM trains its decoder with a patch-wise temporal discriminator of 3-D convolutions (arXiv 2304.08818
+section 3.1.1) and gives no sizes. The kernels, and the first level without a norm, are PatchGAN's
+(arXiv 1611.07004).
 
 Shape legend: B clips, T frames, C channels, H x W pixels.
 """
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NUM_LEVELS = 3
-"""Halvings of the picture: a score sees 38 x 38 pixels of nine frames."""
+"""Number of levels, each of which halves height and width: a score sees 38 x 38 pixels of nine frames."""
 
 
 class Discriminator(nn.Module):
-    """Scores depend on the clip alone, not on the batch around it: its norms are over the clip."""
+    """Patch discriminator; its norms are over one clip, so scores do not depend on the rest of the batch."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -29,18 +30,32 @@ class Discriminator(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in widths[2:])
         self.score = nn.Conv3d(widths[-1], 1, 3, padding=1)
 
-    def forward(self, frames_BTCHW: Tensor) -> Tensor:
-        """From frames in [-1, 1], (B, T, 3, H, W), with sides of at least 8, the scores of patches, high for
-        real ones: (B, patches)."""
-        h = frames_BTCHW.transpose(1, 2)
+    def forward(self, frames: Tensor) -> Tensor:
+        """Score clips.
+
+        Args:
+            frames: in [-1, 1], (B, T, 3, H, W), with sides of at least 8 pixels.
+
+        Returns:
+            Scores, high for real clips: (B, patches).
+        """
+        h_BCTHW = frames.transpose(1, 2)
         for level, convolution in enumerate(self.down):
-            h = convolution(h)
+            h_BCTHW = convolution(h_BCTHW)
             if level > 0:
-                h = self.norms[level - 1](h)
-            h = F.leaky_relu(h, 0.2)
-        return self.score(h).flatten(1)
+                h_BCTHW = self.norms[level - 1](h_BCTHW)
+            h_BCTHW = F.leaky_relu(h_BCTHW, 0.2)
+        return self.score(h_BCTHW).flatten(1)
 
 
-def hinge(real: Tensor, made: Tensor) -> Tensor:
-    """The discriminator's loss a clip, (B,), from its scores of real and of made clips (arXiv 1705.02894)."""
-    return 0.5 * (F.relu(1 - real).mean(dim=1) + F.relu(1 + made).mean(dim=1))
+def hinge_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """Compute the hinge loss of a discriminator (arXiv 1705.02894).
+
+    Args:
+        real: scores of real clips, (B, patches).
+        generated: scores of generated clips, (B, patches).
+
+    Returns:
+        The loss of each clip, (B,).
+    """
+    return 0.5 * (F.relu(1 - real).mean(dim=1) + F.relu(1 + generated).mean(dim=1))

@@ -1,6 +1,6 @@
-"""Frozen parts of a pipeline: one loader for a local folder and for a hub id.
+"""Loading of a pipeline's frozen parts, from a local folder or from a hub id.
 
-A pipeline keeps each part in a folder of its own: `vae/ image_encoder/ text_encoder/ tokenizer/`.
+A pipeline has a folder for each part: `vae/ image_encoder/ text_encoder/ tokenizer/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from svd_ds.small_files import read_json
-from svd_ds.weights.public_files import check_files
+from svd_ds.tensor_files import check_model_folder
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -23,11 +23,21 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def load_frozen(
     kind: Any, path: str | Path, part: str, device: torch.device | str, dtype: torch.dtype
 ) -> Any:
-    """Load the network `part` of the pipeline at `path`, in eval mode and without gradients.
+    """Load a network of a pipeline, in eval mode and without gradients.
 
-    `kind` is the diffusers or transformers class. Only safetensors are read. A folder that holds nothing but
-    a half-precision variant (`*.fp16.safetensors`) is read through it.
-    Raises FileNotFoundError where the folder lacks the part or its weights.
+    Only safetensors are read. If a folder has only a half-precision variant (`*.fp16.safetensors`), that is
+    read.
+
+    Args:
+        kind: the class of diffusers or transformers.
+        path: the pipeline, a folder or a hub id.
+        part: the folder in the pipeline.
+        device: device of the weights.
+        dtype: dtype of the weights.
+
+    Raises:
+        FileNotFoundError: the pipeline lacks the part or its weights.
+        ValueError: a file of the part is not safe to load, see `check_model_folder`.
     """
     folder = part_folder(path, part)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
@@ -35,7 +45,7 @@ def load_frozen(
         weights = [file.name for file in folder.glob("*.safetensors")]
         if not weights:
             raise FileNotFoundError(f"{folder} holds no *.safetensors weights")
-        check_files(folder)
+        check_model_folder(folder)
         if all(".fp16." in name for name in weights):
             options["variant"] = "fp16"
     network: nn.Module = from_pretrained(kind, path, part, **options)
@@ -43,10 +53,13 @@ def load_frozen(
 
 
 def fingerprint(path: str | Path, part: str) -> str | None:
-    """12 hexadecimal digits that name the weights of `part`, without loading them; None where it has none.
+    """Hash the weights of a part, without loading them, to 12 hexadecimal digits.
 
-    A hash of its tensors' names, shapes and first rows, in bfloat16: no two trainings share them. Of a hub
-    id, a hash of the id.
+    Names, shapes and first rows of the tensors count, in bfloat16: no two trainings share them. For a hub id,
+    the id is hashed.
+
+    Returns:
+        None if the pipeline has no such part.
     """
     try:
         folder = part_folder(path, part)
@@ -66,9 +79,11 @@ def fingerprint(path: str | Path, part: str) -> str | None:
 
 
 def class_name(path: str | Path, part: str) -> str:
-    """The diffusers class that a part's config.json names.
+    """Read the name of the diffusers class in a part's config.json.
 
-    Raises FileNotFoundError where there is none, ValueError where it names nothing.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no class name.
     """
     from diffusers import AutoencoderKL
 
@@ -87,8 +102,12 @@ def class_name(path: str | Path, part: str) -> str:
 
 
 def from_pretrained(kind: Any, path: str | Path, part: str, **options: Any) -> Any:
-    """`kind.from_pretrained` on one part of a local pipeline folder or of a hub repository."""
-    _quieten()
+    """Call `kind.from_pretrained` on a part of a local pipeline folder or of a hub repository.
+
+    Raises:
+        FileNotFoundError: the pipeline lacks the part.
+    """
+    _silence_libraries()
     folder = part_folder(path, part)
     if folder is not None:
         return kind.from_pretrained(str(folder), local_files_only=True, **options)
@@ -105,10 +124,11 @@ def _not_on_the_hub(path: str | Path, part: str, error: OSError) -> FileNotFound
 
 
 def part_folder(path: str | Path, part: str) -> Path | None:
-    """The local folder of a pipeline's part, or None where `path` is a hub id like "organisation/name".
+    """Return the local folder of a pipeline's part; None if `path` is a hub id like "organisation/name".
 
-    Raises FileNotFoundError where it is neither, or where the folder lacks `part/config.json`
-    (`tokenizer_config.json` for a tokenizer).
+    Raises:
+        FileNotFoundError: `path` is neither, or the folder lacks `part/config.json` (for a tokenizer,
+            `tokenizer_config.json`).
     """
     if not Path(path).is_dir():
         if HUB_ID.fullmatch(str(path)) and not Path(path).exists():
@@ -123,8 +143,8 @@ def part_folder(path: str | Path, part: str) -> Path | None:
     return folder
 
 
-def _quieten() -> None:
-    """Keep the libraries' progress bars and hints off the console, which is the caller's; errors stay."""
+def _silence_libraries() -> None:
+    """Turn off the libraries' progress bars and hints; errors stay."""
     import diffusers
     import transformers
 

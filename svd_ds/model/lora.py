@@ -1,57 +1,54 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685), put on a network's attention layers from outside.
+"""Low-rank adapters (LoRA, arXiv 2106.09685), attached to a network's attention layers from outside.
 
-An adapted layer gives W x + (alpha / rank) B A x. B starts at zero, so that nothing changes at first. Where
-one layer of ours stands for several public ones (queries, keys and values), each of them has an A and a B of
-its own. The A's lie joined in one matrix, so that the projection stays one product, and so does their own.
+An adapted layer computes W x + (alpha / rank) B A x. B starts at zero, so attaching an adapter changes no
+output. If one layer stands for several public ones (queries, keys and values), each of these has its own A
+and B. Their A matrices are joined into one, so that there is one product for all of them:
 
     a.weight (parts * rank, in)      b (parts, out / parts, rank)
 
-Files are as PEFT and diffusers have them: `unet.MODULE.lora_A.weight` and `lora_B.weight`, with diffusers'
-names of modules, and rank and alpha in the header.
+weights/lora.py saves and loads adapters.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svd_ds.fsync_io import replace_tensors
 from svd_ds.model.layers import CrossAttention
 from svd_ds.model.spatial import SpatialAttention
 from svd_ds.model.temporal import TemporalAttention
 from svd_ds.model.unet import UNet
 from svd_ds.settings import Settings, choice, number
-from svd_ds.weights.lora_files import HEADER, read_lora
-from svd_ds.weights.public_names import public_modules
 
 TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "temporal_attention": (TemporalAttention,),
     "spatial_attention": (SpatialAttention,),
     "attention": (TemporalAttention, SpatialAttention, CrossAttention),
 }
-PARTS = {"q": 1, "kv": 2, "qkv": 3, "out": 1}
-"""The linear layers of an attention, and how many public ones each stands for."""
+NUM_PARTS = {"q": 1, "kv": 2, "qkv": 3, "out": 1}
+"""Linear layers of an attention -> number of public layers that each stands for."""
 
 
 @dataclass(frozen=True)
 class LoraConfig(Settings, section="lora"):
+    """Adapters of a run."""
+
     rank: int = number(16, ge=0, le=65_536)
-    """Of each update; 0: no adapters. The paper's camera motions have 16 (arXiv 2311.15127 D.4.2)."""
+    """Rank of each update; 0: no adapters. The camera-motion adapters of the paper have rank 16
+    (arXiv 2311.15127 D.4.2)."""
     alpha: float = number(16.0, gt=0, le=1e6)
-    """Updates are multiplied by alpha / rank."""
+    """Scale: updates are multiplied by alpha / rank."""
     target: str = choice("temporal_attention", TARGETS)
-    """temporal_attention (along time, as in the paper) | spatial_attention (among a frame's pixels) |
-    attention (both, and to the context)."""
+    """Layers that get an adapter: temporal_attention (among the frames of a pixel, as in the paper) |
+    spatial_attention (among the pixels of a frame) | attention (both of these and cross-attention)."""
 
 
-class LowRank(nn.Module):
-    """The update of one linear layer."""
+class LowRankUpdate(nn.Module):
+    """The update of one linear layer, added to its output by a forward hook."""
 
     def __init__(self, layer: nn.Linear, parts: int, rank: int, alpha: float) -> None:
         super().__init__()
@@ -66,128 +63,88 @@ class LowRank(nn.Module):
         return self.alpha / self.rank * torch.einsum("...pr,por->...po", low, self.b).flatten(-2)
 
 
-def is_adapter(parameter: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
-    return ".lora." in parameter
-
-
 def _add_update(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     return output + layer.lora(inputs[0])
 
 
+def is_adapter(parameter: str) -> bool:
+    """Return True if a parameter of this name belongs to an adapter."""
+    return ".lora." in parameter
+
+
 def low_rank_update(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """What a layer's weight gains by its adapter, (out, in), float32."""
+    """Compute the update of a layer's weight, (alpha / rank) B A.
+
+    Args:
+        a: (parts * rank, in).
+        b: (parts, out / parts, rank).
+        alpha: the scale.
+
+    Returns:
+        (out, in), float32.
+    """
     parts, _, rank = b.shape
     return alpha / rank * (b.float() @ a.float().unflatten(0, (parts, rank))).flatten(0, 1)
 
 
 def add_lora(unet: UNet, config: LoraConfig) -> list[str]:
-    """Put new adapters on the target's layers, and return the names of their parameters.
+    """Attach new adapters to the layers of `config.target`.
 
-    The rest is frozen by whoever trains: by an optimiser that is given the adapters alone. Under ZeRO-3 this
-    belongs into the context in which the network is built. ValueError where the target has no layers.
+    The other parameters are not frozen here: the trainer gives its optimiser the adapters alone. Under ZeRO-3
+    this must be called in the context in which the network is built.
+
+    Returns:
+        The names of the adapters' parameters.
+
+    Raises:
+        ValueError: the network has no layers of this target, or has adapters already.
     """
     if config.rank:
-        layers = _linears(unet, TARGETS[config.target])
+        layers = linear_layers(unet, config.target)
         if not layers:
             raise ValueError(f"lora.target is {config.target}, of which the network has no layers")
-        _adapt(unet, layers, config.rank, config.alpha)
-    return _adapter_parameters(unet)
+        attach_adapters(unet, layers, config.rank, config.alpha)
+    return adapter_parameters(unet)
 
 
 def merge_lora(unet: UNet) -> None:
-    """Add every adapter's update to its layer's weight, and take the adapter off."""
-    for layer in _adapted(unet).values():
+    """Add the update of every adapter to the weight of its layer, and remove the adapters."""
+    for layer in adapted_layers(unet).values():
         update = low_rank_update(layer.lora.a.weight.detach(), layer.lora.b.detach(), layer.lora.alpha)
         layer.weight.data.copy_(layer.weight.data.float() + update)
         layer.lora.hook.remove()
         del layer.lora
 
 
-def lora_state(unet: UNet) -> dict[str, Tensor]:
-    """The adapters under their public names. ValueError where a network has no public layout."""
-    modules = public_modules(unet.config, "diffusers")
-    state: dict[str, Tensor] = {}
-    for path, layer in _adapted(unet).items():
-        parts_of_a = layer.lora.a.weight.detach().cpu().chunk(len(modules[path]))
-        for public, a, b in zip(modules[path], parts_of_a, layer.lora.b.detach().cpu(), strict=True):
-            state |= {f"unet.{public}.lora_A.weight": a.clone(), f"unet.{public}.lora_B.weight": b.clone()}
-    return state
-
-
-def save_lora(unet: UNet, path: str | Path) -> None:
-    """Write the adapters to one .safetensors file. ValueError where the network has none."""
-    adapters = [layer.lora for layer in _adapted(unet).values()]
-    if not adapters:
-        raise ValueError("the network has no adapters to write")
-    state = lora_state(unet)
-    settings = {
-        "unet.r": adapters[0].rank,
-        "unet.lora_alpha": adapters[0].alpha,
-        "unet.target_modules": sorted({_module_of(key).removeprefix("unet.") for key in state}),
-    }
-    replace_tensors(Path(path), state, {"format": "pt", HEADER: json.dumps(settings)})
-
-
-def load_lora(unet: UNet, path: str | Path) -> list[str]:
-    """Put the adapters of a file on a network without any, and return the names of their parameters.
-
-    See lora_files.py for the files. Where one adapts only some parts of a fused layer (to_q and to_v), the
-    others stay as they are.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file adapts a layer that is not there, in another shape, or not all at one rank.
-    """
-    path = Path(path)
-    updates = read_lora(path, unet.config, {name: value.shape for name, value in unet.named_parameters()})
-    found = [update for each in updates.values() for update in each]
-    ranks = sorted({len(update.a) for update in found})
-    if len(ranks) != 1:
-        raise ValueError(f"{path} has adapters of the ranks {ranks}, and must have one rank for all")
-    modules = {name.removesuffix(".weight"): each for name, each in updates.items()}
-    if others := modules.keys() - set(_linears(unet, TARGETS["attention"])):
-        name = modules[min(others)][0].name
-        raise ValueError(f"{path} holds {name}, which adapts no attention layer of this network")
-    alphas = {update.alpha for update in found}
-    alpha = alphas.pop() if len(alphas) == 1 else float(ranks[0])
-    _adapt(unet, modules, ranks[0], alpha)
-    for module, each in modules.items():
-        lora: Any = unet.get_submodule(f"{module}.lora")
-        for update in each:
-            lora.a.weight.data.chunk(update.num_parts)[update.part].copy_(update.a)
-            # Of layers whose alphas differ each is scaled by its own: an adapted network has one for all.
-            lora.b.data[update.part].copy_(update.b * (update.alpha / alpha))
-    return _adapter_parameters(unet)
-
-
-def _linears(unet: UNet, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """Paths of the linear layers in attentions of these kinds."""
+def linear_layers(unet: UNet, target: str) -> list[str]:
+    """List the paths of the linear layers in the attentions of a target."""
     return [
         f"{path}.{leaf}"
         for path, module in unet.named_modules()
-        if isinstance(module, kinds)
-        for leaf in PARTS
+        if isinstance(module, TARGETS[target])
+        for leaf in NUM_PARTS
         if hasattr(module, leaf)
     ]
 
 
-def _adapt(unet: UNet, paths: Iterable[str], rank: int, alpha: float) -> None:
-    if _adapted(unet):
+def attach_adapters(unet: UNet, paths: Iterable[str], rank: int, alpha: float) -> None:
+    """Attach a new adapter to each linear layer in `paths`.
+
+    Raises:
+        ValueError: the network has adapters already.
+    """
+    if adapted_layers(unet):
         raise ValueError("the network has adapters already: merge them first")
     for path in paths:
         layer: Any = unet.get_submodule(path)
-        layer.lora = LowRank(layer, PARTS[path.rpartition(".")[2]], rank, alpha)
+        layer.lora = LowRankUpdate(layer, NUM_PARTS[path.rpartition(".")[2]], rank, alpha)
 
 
-def _adapted(unet: UNet) -> dict[str, Any]:
-    """Path -> layer, of every layer that has an adapter."""
+def adapted_layers(unet: UNet) -> dict[str, Any]:
+    """Return path -> layer, of every layer that has an adapter."""
     return {path: module for path, module in unet.named_modules() if hasattr(module, "lora")}
 
 
-def _adapter_parameters(unet: UNet) -> list[str]:
+def adapter_parameters(unet: UNet) -> list[str]:
+    """List the names of the adapters' parameters."""
     return [name for name, _ in unet.named_parameters() if is_adapter(name)]
-
-
-def _module_of(key: str) -> str:
-    return key.rpartition(".lora_")[0]

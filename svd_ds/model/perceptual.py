@@ -1,10 +1,10 @@
-"""How different two pictures look: LPIPS (arXiv 1801.03924), on VGG16's features (arXiv 1409.1556).
+"""The perceptual distance LPIPS (arXiv 1801.03924), on features of VGG16 (arXiv 1409.1556).
 
-The weights are yours: a torchvision VGG16's state dict as safetensors (`features.0.weight`, ...; of its
-classifier nothing is read), and LPIPS' linear heads for it (`lin0.model.1.weight`, ...). Without heads every
-channel counts one, as in LPIPS' own baseline.
+No weights are shipped. They come from two safetensors files: the state dict of torchvision's VGG16
+(`features.0.weight`, ...; its classifier is not read), and the linear heads of LPIPS for it
+(`lin0.model.1.weight`, ...). Without heads every channel has the weight 1, as in LPIPS' own baseline.
 
-Shape legend: N pictures, C channels, H x W pixels.
+Shape legend: N images, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svd_ds.weights.shards import tensors_of
+from svd_ds.tensor_files import open_tensors
 
 WIDTHS = (64, 128, 256, 512, 512)
-"""Channels of VGG16's five groups of convolutions; pictures are halved between groups."""
+"""Channels of VGG16's five groups of convolutions; images are halved between groups."""
 DEPTHS = (2, 2, 3, 3, 3)
+"""Convolutions of each group."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""From [-1, 1] to what VGG16 was trained on: ImageNet's mean and deviation of each colour (LPIPS' own)."""
-TINY = 1e-10
+"""Mean and deviation of each colour in VGG16's training images, for values in [-1, 1] (from LPIPS)."""
+EPS = 1e-10
 
 
 class Perceptual(nn.Module):
-    """The LPIPS distance: differences of unit features after each group, weighted, averaged over pixels."""
+    """LPIPS: squared differences of normalized features after each group, weighted and averaged over pixels
+    (arXiv 1801.03924)."""
 
     shift: Tensor
     scale: Tensor
@@ -44,53 +46,69 @@ class Perceptual(nn.Module):
     def load(
         path: str | Path, heads: str | Path | None = None, widths: tuple[int, ...] = WIDTHS
     ) -> Perceptual:
-        """Frozen, float32, on the CPU.
+        """Load a frozen network, float32 on the CPU.
 
-        Raises FileNotFoundError where there is no such file, ValueError where it lacks a tensor or has it in
-        another shape, with both.
+        Args:
+            path: file of VGG16.
+            heads: file of the linear heads; None: every channel has the weight 1.
+            widths: channels of the groups of convolutions.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file lacks a tensor, or has it in another shape.
         """
         network = Perceptual(widths)
-        _fill(_public_names(network), Path(path))
+        _load_parameters(_public_names(network), Path(path))
         if heads is not None:
-            _fill({f"lin{i}.model.1.weight": head for i, head in enumerate(network.heads)}, Path(heads))
+            parameters = {f"lin{i}.model.1.weight": head for i, head in enumerate(network.heads)}
+            _load_parameters(parameters, Path(heads))
         return network.eval().requires_grad_(False)
 
-    def forward(self, ours_NCHW: Tensor, theirs_NCHW: Tensor) -> Tensor:
-        """Distances, (N,), of pictures in [-1, 1], (N, 3, H, W), whose sides are at least 16."""
-        ours, theirs = ((x - self.shift) / self.scale for x in (ours_NCHW, theirs_NCHW))
-        distance_N = ours.new_zeros(len(ours))
-        rest = iter(self.convolutions)
-        for i, (depth, head) in enumerate(zip(DEPTHS, self.heads, strict=True)):
-            if i > 0:
-                ours, theirs = F.max_pool2d(ours, 2), F.max_pool2d(theirs, 2)
-            for convolution in islice(rest, depth):
-                ours, theirs = F.relu(convolution(ours)), F.relu(convolution(theirs))
-            difference = (_unit(ours) - _unit(theirs)).square()
-            distance_N = distance_N + F.conv2d(difference, head).mean(dim=(1, 2, 3))
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Compute the distances of pairs of images.
+
+        Args:
+            images: in [-1, 1], (N, 3, H, W), with sides of at least 16 pixels.
+            references: likewise.
+
+        Returns:
+            Distances, (N,).
+        """
+        a_NCHW, b_NCHW = ((x - self.shift) / self.scale for x in (images, references))
+        distance_N = a_NCHW.new_zeros(len(a_NCHW))
+        convolutions = iter(self.convolutions)
+        for group, (depth, head) in enumerate(zip(DEPTHS, self.heads, strict=True)):
+            if group > 0:
+                a_NCHW, b_NCHW = F.max_pool2d(a_NCHW, 2), F.max_pool2d(b_NCHW, 2)
+            for convolution in islice(convolutions, depth):
+                a_NCHW, b_NCHW = F.relu(convolution(a_NCHW)), F.relu(convolution(b_NCHW))
+            difference_NCHW = (_normalize(a_NCHW) - _normalize(b_NCHW)).square()
+            distance_N = distance_N + F.conv2d(difference_NCHW, head).mean(dim=(1, 2, 3))
         return distance_N
 
 
-def _unit(features_NCHW: Tensor) -> Tensor:
-    # The square root has no gradient at 0, where ReLU leaves whole pixels.
-    norm = (features_NCHW.square().sum(dim=1, keepdim=True) + TINY**2).sqrt()
-    return features_NCHW / (norm + TINY)
+def _normalize(features_NCHW: Tensor) -> Tensor:
+    # The square root has no gradient at 0, and ReLU makes all channels of some pixels 0.
+    norm = (features_NCHW.square().sum(dim=1, keepdim=True) + EPS**2).sqrt()
+    return features_NCHW / (norm + EPS)
 
 
 def _public_names(network: Perceptual) -> dict[str, Tensor]:
-    """torchvision's name -> our parameter: it counts convolutions, ReLUs and poolings in one row."""
-    places = [2 * i + group for i, group in enumerate(g for g, d in enumerate(DEPTHS) for _ in range(d))]
+    """Return torchvision's name -> our parameter; torchvision also counts the ReLUs and poolings."""
+    groups = (group for group, depth in enumerate(DEPTHS) for _ in range(depth))
+    indices = [2 * i + group for i, group in enumerate(groups)]
     return {
-        f"features.{place}.{name}": value
-        for place, convolution in zip(places, network.convolutions, strict=True)
+        f"features.{index}.{name}": value
+        for index, convolution in zip(indices, network.convolutions, strict=True)
         for name, value in convolution.named_parameters()
     }
 
 
 @torch.no_grad()
-def _fill(parameters: dict[str, Tensor], path: Path) -> None:
+def _load_parameters(parameters: dict[str, Tensor], path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of perceptual weights {path}")
-    tensors = tensors_of(path)
+    tensors = open_tensors(path)
     for name, parameter in parameters.items():
         if name not in tensors:
             raise ValueError(f"{path} lacks {name}, of shape {tuple(parameter.shape)}")

@@ -58,7 +58,7 @@ from svd_ds.training.retention import (
 from svd_ds.training.verify import newest_intact_checkpoint
 from svd_ds.weights.manifest import Manifest
 from svd_ds.weights.restarts import complete_checkpoints
-from svd_ds.weights.shards import network_of
+from svd_ds.weights.shards import checkpoint_network
 
 
 class NonFiniteError(SharedError):
@@ -98,7 +98,7 @@ class Checkpoints:
 
     def check_network(self, path: Path) -> None:
         """Raises ValueError where a checkpoint holds another network than the run trains."""
-        held = network_of(path)
+        held = checkpoint_network(path)
         if held != self.network:
             raise ValueError(f"{path} is a checkpoint of a {held}, and this run trains a {self.network}")
 

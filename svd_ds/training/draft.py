@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from svd_ds.fsync_io import write_tensors, write_text
-from svd_ds.weights.manifest import FileDigest, digest_of
-from svd_ds.weights.shards import is_finite
+from svd_ds.tensor_files import is_finite
+from svd_ds.weights.manifest import FileDigest, compute_digest
 
 DONE, UNDER_WAY, NOT_FINITE, FAILED = range(4)
 """Stages of one rank's work for a save."""
@@ -86,7 +86,7 @@ def write_draft(
             write_tensors(draft / path, values)
         for path, text in texts.items():
             write_text(draft / path, text)
-        return {path: digest_of(draft / path) for path in (*tensors, *texts)}
+        return {path: compute_digest(draft / path) for path in (*tensors, *texts)}
     except OSError as error:
         raise OSError(f"the checkpoint {draft} cannot be written: {error}") from error
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from svd_ds.fsync_io import fsync_path, replace_file, set_aside, write_text
 from svd_ds.settings import Settings, number
-from svd_ds.weights.manifest import COMPLETE, Manifest, damage_of
+from svd_ds.weights.manifest import COMPLETE, Manifest, find_damage
 from svd_ds.weights.restarts import (
     RESTARTS,
     Restart,
@@ -139,7 +139,7 @@ def commit(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int)
     """
     folder, token = draft.parent, manifest.token
     check_not_fenced(folder, token)
-    if damage := damage_of(draft, manifest, checksums=False):
+    if damage := find_damage(draft, manifest, checksums=False):
         raise ValueError(
             f"the checkpoint {draft} lacks what a rank has written: {damage}; all "
             f"{manifest.world_size} ranks must see one run folder"

@@ -19,9 +19,9 @@ from svd_ds.parallel.collectives import (
     raise_on_all_ranks,
 )
 from svd_ds.parallel.env import Env
-from svd_ds.weights.manifest import Manifest, damage_of, read_manifest
+from svd_ds.weights.manifest import Manifest, find_damage, read_manifest
 from svd_ds.weights.restarts import numbered_checkpoints, read_manifest_or_none
-from svd_ds.weights.shards import SET_ASIDE
+from svd_ds.weights.shards import DAMAGED_SUFFIX
 
 
 def find_damage_on_all_ranks(path: Path, env: Env, checksums: bool) -> str | None:
@@ -105,7 +105,7 @@ def _look_at_sizes(path: Path) -> tuple[Manifest | None, str | None]:
         manifest = read_manifest(path)
     except (ValueError, OSError) as error:
         return None, str(error)
-    return manifest, damage_of(path, manifest, checksums=False)
+    return manifest, find_damage(path, manifest, checksums=False)
 
 
 def _damage_of_share(path: Path, manifest: Manifest, names: list[str], env: Env) -> str | None:
@@ -115,21 +115,21 @@ def _damage_of_share(path: Path, manifest: Manifest, names: list[str], env: Env)
         raise ValueError(
             f"rank {env.rank} does not see {path}, as rank 0 does: all ranks must share the run folder"
         )
-    return damage_of(path, manifest, share)
+    return find_damage(path, manifest, share)
 
 
 def _set_aside(chosen: Path, passed: dict[Path, str]) -> None:
     """Rename the checkpoints that were passed over, so that they are neither used, pruned nor replaced."""
     for path in passed:
-        names = (path.with_name(path.name + SET_ASIDE + (f"-{i}" if i > 1 else "")) for i in count(1))
+        names = (path.with_name(path.name + DAMAGED_SUFFIX + (f"-{i}" if i > 1 else "")) for i in count(1))
         try:
             os.replace(path, next(name for name in names if not name.exists()))
         except FileNotFoundError:
             continue  # pruned meanwhile, by another start of this run
     fsync_path(chosen.parent)
     print(
-        f"warning: the run resumes from {chosen}; these checkpoints are kept as *{SET_ASIDE} and not used: "
-        f"{_list(passed)}",
+        f"warning: the run resumes from {chosen}; these checkpoints are kept as *{DAMAGED_SUFFIX} and not "
+        f"used: {_list(passed)}",
         flush=True,
     )
 

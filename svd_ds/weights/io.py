@@ -1,13 +1,13 @@
-"""Weights on disk: the two public layouts, and the shards that a run saves.
+"""Load and save the UNet's weights: the two public layouts, and the shards that a run saves.
 
-Wherever weights are read, `path` is one of
+To read, `path` is one of
 
 - a diffusers pipeline folder or its unet folder: SVD, or the image UNet of Stable Diffusion 2;
 - an original single .safetensors file (`model.diffusion_model.*`), likewise video or image;
 - a run folder, which means its newest complete checkpoint, or a checkpoint folder: `unet/config.json` and
   `unet/rank-00000-of-00002.safetensors ...`, which hold the ranks' flat slices of every parameter under our
-  names; joined in order, cut to the parameter's size and reshaped, they are the parameter. Averages lie
-  beside `unet` as `ema-NAME`, without the parameters that are frozen.
+  names; joined in order, cut to the parameter's size and reshaped, they are the parameter. Averages are next
+  to `unet` as `ema-NAME`, without the frozen parameters.
 
 Tensors are read one at a time. Nothing is unpickled.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from svd_ds.fsync_io import replace_tensors, replace_text
 from svd_ds.model.lora import add_lora
 from svd_ds.model.unet import UNet, UNetConfig
-from svd_ds.weights.lora_files import merged, read_lora
+from svd_ds.weights.lora_files import add_updates, read_lora
 from svd_ds.weights.public_configs import config_to_diffusers
 from svd_ds.weights.public_names import public_modules, public_names, to_public
 from svd_ds.weights.source import CONFIG_KEY, open_weights
@@ -38,11 +38,19 @@ logger = logging.getLogger(__name__)
 def load_unet(
     path: str | Path, which: str | None = None, config: UNetConfig | None = None, merge: bool = True
 ) -> UNet:
-    """A float32 UNet on the CPU with the weights at `path`; arguments and errors as of `read_weights`.
+    """Load a UNet, float32 on the CPU.
 
-    A run that trained low-rank adapters gives the network with their updates merged into its weights, or
-    with `merge=False` the adapters on it. What `path` lacks (the temporal layers of an image UNet) has
-    initial values, and a warning says so.
+    Parameters that `path` lacks (the temporal layers of an image UNet) get initial values, with a warning.
+
+    Args:
+        path: see the top of this module.
+        which: `raw`, or the name of an average of a run, see `read_weights`.
+        config: config of the network, see `read_weights`.
+        merge: merge the low-rank adapters of a run into the weights; False leaves them on the network.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: it is not a UNet, or does not fit `config`.
     """
     source = open_weights(Path(path), which)
     config = config or source.config
@@ -59,12 +67,19 @@ def load_unet(
         for name, tensor in source.tensors(config, merge):
             parameters[name].copy_(tensor)
     if new:
-        logger.warning("%d tensors are not in %s and start afresh: %s and so on", len(new), path, new[0])
+        logger.warning(
+            "%d tensors are not in %s and get initial values: %s and so on", len(new), path, new[0]
+        )
     return unet
 
 
 def merge_lora_file(unet: UNet, path: str | Path, scale: float = 1.0) -> None:
-    """Add the updates of a LoRA file, multiplied by `scale`, to a network's weights; see lora_files.py.
+    """Add the updates of a LoRA file to a network's weights.
+
+    Args:
+        unet: the network, changed in place.
+        path: the file, in one of the formats of lora_files.py.
+        scale: multiplier of the updates.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -74,23 +89,27 @@ def merge_lora_file(unet: UNet, path: str | Path, scale: float = 1.0) -> None:
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     updates = read_lora(Path(path), unet.config, shapes)
     for name in updates:
-        parameters[name].data.copy_(merged(name, parameters[name].data, updates, scale))
+        parameters[name].data.copy_(add_updates(name, parameters[name].data, updates, scale))
 
 
 def read_weights(
     path: str | Path, config: UNetConfig | None = None, which: str | None = None
 ) -> tuple[UNetConfig, Iterator[tuple[str, Tensor]]]:
-    """The config, and the parameters one by one under our names, in our shapes and in the dtype on disk.
+    """Read weights one tensor at a time.
 
     Args:
-        config: the network they are for, by default the one that `path` describes. It may go beyond it:
-            temporal layers, scalars or a mask embedding where `path` has none, which are then not among the
-            tensors, and more input channels or scalars, whose weights are then zeros.
-        which: of a run, `raw` or the name of an average; by default its first average, or raw if it has none.
+        path: see the top of this module.
+        config: config of the network that takes the weights; default: the one that `path` describes. It may
+            have more: temporal layers, scalars or a mask embedding that `path` lacks, which are then not
+            among the tensors, and more input channels or scalars, whose weights are then zeros.
+        which: for a run, `raw` or the name of an average; default: its first average, or raw if it has none.
+
+    Returns:
+        The config, and (name, tensor) pairs: our names and shapes, the dtype on disk.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: it is not a UNet, or not one that fits `config`.
+        ValueError: it is not a UNet, or does not fit `config`.
     """
     source = open_weights(Path(path), which)
     config = config or source.config
@@ -99,20 +118,23 @@ def read_weights(
 
 
 def save_unet(unet: UNet, path: str | Path, layout: str = "diffusers") -> None:
-    """Write the weights in a public layout; see `write_weights`."""
+    """Write a network's weights in a public layout; arguments and errors are those of `write_weights`."""
     write_weights(unet.config, unet.named_parameters(), path, layout)
 
 
 def write_weights(
     config: UNetConfig, tensors: Iterable[tuple[str, Tensor]], path: str | Path, layout: str = "diffusers"
 ) -> None:
-    """Write parameters, given under our names, in a public layout.
+    """Write parameters in a public layout.
 
     Args:
-        path: a unet folder to be, for `diffusers`; a file to be, NAME.safetensors, for `original`.
+        config: config of the network.
+        tensors: (name, tensor) pairs under our names.
+        path: the unet folder to write in the layout `diffusers`, or the file NAME.safetensors in `original`.
+        layout: one of public_names.LAYOUTS.
 
     Raises:
-        OSError: the weights cannot be written; no file under their final name is then left.
+        OSError: the weights cannot be written; no partial file is left.
         ValueError: there is no such layout, or it cannot express this network.
     """
     path = Path(path)
@@ -135,7 +157,7 @@ def write_weights(
         names = public_names(name, modules)
         parts = tensor.detach().cpu().chunk(len(names))
         for public_name, part in zip(names, parts, strict=True):
-            # Parts of one tensor are cloned, for safetensors refuses shared memory.
+            # safetensors refuses shared memory, so parts of one tensor are cloned.
             part = part.clone() if len(parts) > 1 else part
             public[public_name] = to_public(name, part).contiguous()
     replace_tensors(path, public, metadata)

@@ -1,11 +1,11 @@
-"""The manifest of a checkpoint, its file COMPLETE: the size and the checksum of every other file.
+"""The manifest of a checkpoint, its file COMPLETE: size and checksum of every other file.
 
     {"format": 1, "token": "5f0c...", "world_size": 2, "proven": true,
      "files": {"unet/rank-00000-of-00002.safetensors": {"size": 1234, "xxh3_128": "99aa..."}, ...},
      "xxh3_128": "0d3e..."}
 
-The last entry is the checksum of the others, so a manifest proves itself too. A checkpoint counts only where
-its manifest can be read, and is whole where every file has the size and the checksum that the manifest says.
+The last entry is the checksum of the others, so damage of the manifest itself is detected. A checkpoint is
+complete if its manifest can be read, and intact if every file has the size and the checksum of the manifest.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ import xxhash
 from svd_ds.small_files import read_json
 
 COMPLETE = "COMPLETE"
-"""File name of the manifest, which a checkpoint gets last."""
+"""File name of the manifest, which is written last."""
 FORMAT = 1
 OLD_CONTENT = re.compile(rb"[0-9a-f]{8}\n?")
-"""What COMPLETE had before it was a manifest: the token alone."""
+"""Content of COMPLETE before it was a manifest: the token alone."""
 CHUNK = 2**22
 """Bytes that are read and hashed at once; in between, other threads may run."""
 NUM_THREADS = 4
-"""Files of a folder that are hashed at the same time."""
+"""Number of files that are hashed at the same time."""
 
 
 class _OtherFormat(ValueError):
-    """The manifest is whole, and of a format that this version does not know."""
+    """The manifest is intact, and has a format that this version does not know."""
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What identifies the content of a file."""
+    """Size and checksum of the content of a file."""
 
     size: int
-    """In bytes."""
+    """Bytes."""
     xxh3_128: str
-    """128-bit xxHash of the content, in hexadecimal: it detects damage, and is no signature."""
+    """128-bit xxHash of the content, in hexadecimal; it detects damage and is not a signature."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Manifest:
     """The content of COMPLETE."""
 
     token: str
-    """Of the start of the run that saved the checkpoint (lives.py)."""
+    """Token of the restart that saved the checkpoint (restarts.py)."""
     world_size: int
     """Number of ranks that saved it."""
     proven: bool
-    """Whether a training step from these weights was taken before it was published."""
+    """True if a training step from these weights was taken before the checkpoint was committed."""
     files: Mapping[str, FileDigest]
     """Digest of each file, by its path inside the checkpoint."""
 
@@ -98,7 +98,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{path} is damaged: it is no manifest of a checkpoint ({error})") from None
 
 
-def digest_of(path: Path) -> FileDigest:
+def compute_digest(path: Path) -> FileDigest:
     """Read a file to its end and compute its digest.
 
     Raises:
@@ -112,7 +112,7 @@ def digest_of(path: Path) -> FileDigest:
     return FileDigest(size, hasher.hexdigest())
 
 
-def damage_of(
+def find_damage(
     checkpoint: Path,
     manifest: Manifest,
     names: Iterable[str] | None = None,
@@ -123,39 +123,44 @@ def damage_of(
     """Compare files of a checkpoint with its manifest.
 
     Args:
-        names: of the files to look at, as the manifest has them; None means all of them.
+        checkpoint: the folder.
+        manifest: its manifest.
+        names: names of the files to compare, as the manifest has them; None means all of them.
         checksums: also read the files; otherwise only their sizes are compared.
-        progress: called with the size of each file that has been looked at.
+        progress: called with the size of each file that has been compared.
 
     Returns:
-        The first file that differs and how, in words; None where all are as they were written.
+        The name of the first file that differs, and how it differs; None if all are as they were written.
     """
     wanted = list(manifest.files if names is None else names)
 
-    def look(name: str) -> str | None:
+    def compare(name: str) -> str | None:
         found = _difference(checkpoint / name, manifest.files.get(name), checksums)
         progress(manifest.files[name].size if name in manifest.files else 0)
         return f"{name} {found}" if found else None
 
     with ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="verify") as threads:
-        return next((found for found in threads.map(look, wanted) if found), None)
+        return next((found for found in threads.map(compare, wanted) if found), None)
 
 
 def check_checkpoint(checkpoint: Path, names: Iterable[str] | None = None) -> None:
-    """Verify files of a checkpoint before anything of them is used; arguments as `damage_of` has them.
+    """Verify files of a checkpoint before they are used; the arguments are those of `find_damage`.
 
     Raises:
         ValueError: a file is missing or damaged; the message names it.
     """
-    if damage := damage_of(checkpoint, read_manifest(checkpoint), names):
+    if damage := find_damage(checkpoint, read_manifest(checkpoint), names):
         raise ValueError(f"the checkpoint {checkpoint} is damaged: {damage}")
 
 
-def folders_of(checkpoint: Path) -> dict[str, list[str]]:
-    """Folder of a checkpoint -> names of the files in it that its manifest lists; "" for its own files.
+def files_by_folder(checkpoint: Path) -> dict[str, list[str]]:
+    """Group the files that a checkpoint's manifest lists by their folder.
+
+    Returns:
+        Folder -> names of its files; the files outside of any folder are at "".
 
     Raises:
-        ValueError: as `read_manifest`.
+        ValueError: the manifest is missing or damaged, see `read_manifest`.
     """
     folders: dict[str, list[str]] = {}
     for name in read_manifest(checkpoint).files:
@@ -170,7 +175,7 @@ def _difference(path: Path, expected: FileDigest | None, checksums: bool) -> str
         size = path.stat().st_size
         if size != expected.size:
             return f"has {size} bytes, and {expected.size} were written"
-        if checksums and digest_of(path) != expected:
+        if checksums and compute_digest(path) != expected:
             return "has another checksum than what was written"
     except FileNotFoundError:
         return "is missing"

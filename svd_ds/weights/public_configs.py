@@ -1,4 +1,4 @@
-"""UNetConfig and what the public layouts say of a network: diffusers' config.json, sgm's tensor shapes."""
+"""UNetConfig from and to the public layouts: diffusers' config.json, and the tensor shapes of sgm's file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VIDEO_CLASS, IMAGE_CLASS = "UNetSpatioTemporalConditionModel", "UNet2DConditionM
 
 
 def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
-    """The config.json of diffusers' UNetSpatioTemporalConditionModel for this network.
+    """Return the config.json of diffusers' UNetSpatioTemporalConditionModel for a network.
 
     Raises:
         ValueError: diffusers has no such network.
@@ -25,11 +25,11 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
         )
     if config.temporal == "none":
         raise ValueError(
-            f"diffusers' {VIDEO_CLASS} has layers of time, and this network none: save it in the original "
+            f"diffusers' {VIDEO_CLASS} has temporal layers, and this network none: save it in the original "
             "layout"
         )
     kinds = ["CrossAttn" if attends else "" for attends in config.attention_levels]
-    # Not diffusers' own: its class knows no masked network, and every other is written as it writes them.
+    # `masked` is a field of ours, written only if it is true: diffusers has no masked network.
     masked = {"masked": True} if config.masked else {}
     return {
         "_class_name": VIDEO_CLASS,
@@ -50,10 +50,10 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 
 def config_from_diffusers(fields: dict[str, Any]) -> UNetConfig:
-    """The network that a diffusers config.json describes, with temporal layers added to an image UNet.
+    """Return the UNetConfig of a diffusers config.json; an image UNet gets temporal layers.
 
     Raises:
-        ValueError: it is another kind of network, or one that no UNetConfig describes.
+        ValueError: the network is of another class, or no UNetConfig describes it.
     """
     kind = fields.get("_class_name")
     if kind not in (VIDEO_CLASS, IMAGE_CLASS):
@@ -76,10 +76,10 @@ def config_from_diffusers(fields: dict[str, Any]) -> UNetConfig:
         masked=fields.get("masked", False),
         out_channels=fields["out_channels"],
         widths=tuple(widths),
-        num_layers=_one(fields, "layers_per_block"),
+        num_layers=_single_value(fields, "layers_per_block"),
         attention_levels=tuple("CrossAttn" in block for block in fields["down_block_types"]),
-        transformer_depth=_one(fields, "transformer_layers_per_block", default=1),
-        context_width=_one(fields, "cross_attention_dim"),
+        transformer_depth=_single_value(fields, "transformer_layers_per_block", default=1),
+        context_width=_single_value(fields, "cross_attention_dim"),
         head_width=head_widths.pop(),
         num_scalars=fields["projection_class_embeddings_input_dim"] // scalar_width if video else 0,
         scalar_width=scalar_width,
@@ -87,7 +87,8 @@ def config_from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     )
 
 
-def _one(fields: dict[str, Any], key: str, default: int = 0) -> int:
+def _single_value(fields: dict[str, Any], key: str, default: int = 0) -> int:
+    """Return a field that diffusers may list level by level, which must be equal at all of them."""
     value = fields.get(key, default)
     values = value if isinstance(value, list) else [value]
     if len(set(values)) > 1:
@@ -96,10 +97,12 @@ def _one(fields: dict[str, Any], key: str, default: int = 0) -> int:
 
 
 def config_from_original(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
-    """The network whose tensors, under sgm's names, have these shapes; heads and scalars as wide as public.
+    """Return the UNetConfig of tensor shapes under sgm's names.
+
+    Shapes do not tell the widths of heads and of scalar embeddings: these are the public models'.
 
     Raises:
-        ValueError: they are not a UNet of this family.
+        ValueError: the tensors are not those of a UNet of this family.
     """
 
     def shape(name: str) -> Sequence[int]:

@@ -1,8 +1,8 @@
 """Our parameter names and the two public layouts: sgm's single file ("original") and a diffusers folder.
 
-The tables below are the whole correspondence, read in both directions. A row is a module of ours and its
-public counterpart in each layout; parameter names (`weight`, `bias`, `mix_factor`) are the same everywhere.
-Where a public entry is a tuple, our parameter is those public tensors joined along dimension 0.
+The tables below are the complete mapping, used in both directions. A row is a module of ours and its public
+counterpart in each layout; parameter names (`weight`, `bias`, `mix_factor`) are the same everywhere. If a
+public entry is a tuple, our parameter is these public tensors joined along dimension 0.
 """
 
 from __future__ import annotations
@@ -73,15 +73,20 @@ TRANSFORMER_BLOCK: tuple[tuple[str, str | tuple[str, ...]], ...] = (
 
 
 def public_names(parameter: str, modules: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The public tensors that make up our `parameter`, joined along dimension 0, given `public_modules`."""
+    """Return the public tensors that, joined along dimension 0, are our parameter.
+
+    Args:
+        parameter: our name.
+        modules: the result of `public_modules`.
+    """
     module, leaf = parameter.rsplit(".", 1)
     return tuple(f"{public}.{leaf}" for public in modules[module])
 
 
 def to_public(parameter: str, tensor: Tensor) -> Tensor:
-    """Our `parameter`, or a part of it, as the public layouts have it: a view.
+    """Return our parameter, or a part of it, in the order of the public layouts: a view.
 
-    Public convolutions have (out, in, *kernel), with the kernel 3 x 1 x 1 along time and 1 x 1 in shortcuts.
+    Public convolutions are (out, in, *kernel), with the kernel 3 x 1 x 1 over time and 1 x 1 in shortcuts.
     """
     if ".temporal.conv" in parameter and tensor.dim() == 4:
         return tensor.permute(0, 3, 1, 2)[..., None]
@@ -93,7 +98,7 @@ def to_public(parameter: str, tensor: Tensor) -> Tensor:
 
 
 def from_public(parameter: str, tensor: Tensor) -> Tensor:
-    """The inverse of `to_public`."""
+    """Return a public tensor in our order: the inverse of `to_public`."""
     if tensor.dim() == 5:
         return tensor[..., 0].permute(0, 2, 3, 1)
     if parameter.endswith(".shortcut.weight"):
@@ -104,7 +109,7 @@ def from_public(parameter: str, tensor: Tensor) -> Tensor:
 
 
 def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]]:
-    """Our module -> its public modules, for a network of this config.
+    """Return our module -> its public modules, for a network of a config.
 
     Raises:
         ValueError: `layout` is not one of LAYOUTS, or the network has temporal layers other than SVD's.
@@ -119,18 +124,20 @@ def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]
     column = 1 + LAYOUTS.index(layout)
     prefix = ORIGINAL_PREFIX if layout == "original" else ""
     modules = {}
-    for place, rows in [(("", "", ""), ENDS), *_places(config)]:
+    for paths, rows in [(("", "", ""), ENDS), *_blocks(config)]:
         for row in rows:
-            modules[place[0] + row[0]] = tuple(prefix + place[column] + name for name in _joined(row[column]))
+            modules[paths[0] + row[0]] = tuple(
+                prefix + paths[column] + name for name in _as_tuple(row[column])
+            )
     return modules
 
 
-def _joined(names: str | tuple[str, ...]) -> tuple[str, ...]:
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _places(config: UNetConfig) -> Iterator[tuple[tuple[str, str, str], tuple[Row, ...]]]:
-    """Every block of the network: its path in the three layouts, and the table of what is inside."""
+def _blocks(config: UNetConfig) -> Iterator[tuple[tuple[str, str, str], tuple[Row, ...]]]:
+    """Yield, for every block of the network, its path in the three layouts and the table of its modules."""
     transformer = _transformer_rows(config.transformer_depth)
     levels = len(config.widths)
     step = 0
@@ -165,7 +172,7 @@ def _transformer_rows(depth: int) -> tuple[Row, ...]:
     for index in range(depth):
         for ours, theirs, original in TRANSFORMER_STACKS:
             for module, public in TRANSFORMER_BLOCK:
-                in_diffusers = tuple(f"{theirs}.{index}.{name}" for name in _joined(public))
-                in_original = tuple(f"{original}.{index}.{name}" for name in _joined(public))
+                in_diffusers = tuple(f"{theirs}.{index}.{name}" for name in _as_tuple(public))
+                in_original = tuple(f"{original}.{index}.{name}" for name in _as_tuple(public))
                 rows.append((f"{ours}.{index}.{module}", in_diffusers, in_original))
     return tuple(rows)

@@ -18,9 +18,9 @@ from diffusers import AutoencoderKLTemporalDecoder
 from svd_ds.data.writer import ShardWriter
 from svd_ds.jobs.signals import SIGNALS
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.decoder import load_decoder
 from svd_ds.sample import TINY
 from svd_ds.train import main as train_door
+from svd_ds.weights.decoder import load_decoder
 from svd_ds.weights.io import load_unet
 from tests.runs import metrics
 from tests.videos import about, encode, moving_square

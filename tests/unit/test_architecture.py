@@ -27,6 +27,7 @@ LAYERS = {
     "run_folder": 0,
     "settings": 0,
     "small_files": 0,
+    "tensor_files": 0,
     "video": 0,
     "commands": 1,
     "data": 1,
@@ -61,6 +62,7 @@ SAME_LAYER = {
     "run_folder": {"credentials", "fsync_io", "json_lines", "small_files"},
     "settings": {"credentials"},
     "training": {"jobs", "training.objectives"},
+    "tensor_files": {"small_files"},
     "video": {"pixels"},
     "weights": {"model"},
 }

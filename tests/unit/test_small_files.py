@@ -14,7 +14,7 @@ from svd_ds.json_lines import read_json_lines
 from svd_ds.pixels.container import open_container
 from svd_ds.pixels.still import read_still
 from svd_ds.small_files import MAX_JSON, read_json, read_regular, read_yaml
-from svd_ds.weights.shards import tensors_of
+from svd_ds.tensor_files import open_tensors
 
 
 def opened(path: Path) -> None:
@@ -33,7 +33,7 @@ def endless(path: Path) -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("make", [pipe, endless])
 @pytest.mark.parametrize(
-    "read", [read_regular, read_json, read_yaml, read_json_lines, tensors_of, read_still, opened]
+    "read", [read_regular, read_json, read_yaml, read_json_lines, open_tensors, read_still, opened]
 )
 def test_pipes_and_devices_are_refused_at_once(
     tmp_path: Path, make: Callable[[Path], None], read: Callable[[Path], object]

@@ -1,4 +1,5 @@
-"""How tools/bench/train_step.py measures: our network and diffusers' side by side, in one process, on the same weights.
+"""How tools/bench/train_step.py measures: our network and diffusers' side by side, in one process, on the
+same weights.
 
 Time is taken in pairs, ours then theirs, so that a machine that slows down slows both. Floating-point
 operations are counted by torch on the meta device, where nothing is computed.

@@ -20,7 +20,7 @@ from torch import Tensor
 from svd_ds.cli import run_cli
 from svd_ds.fsync_io import fsync_path
 from svd_ds.training import draft as drafts
-from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, damage_of, digest_of, read_manifest
+from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, compute_digest, find_damage, read_manifest
 from svd_ds.weights.shards import WeightShards, rank_file_name
 
 EXAMPLE = """example:
@@ -88,7 +88,7 @@ def time_save(folder: Path, tensors: drafts.Files) -> tuple[Times, Times]:
     def timed(path: Path) -> FileDigest:
         nonlocal digesting
         started = Times.now()
-        digest = digest_of(path)
+        digest = compute_digest(path)
         digesting += Times.now() - started
         return digest
 
@@ -103,7 +103,7 @@ def time_save(folder: Path, tensors: drafts.Files) -> tuple[Times, Times]:
 def time_load(checkpoint: Path, names: Iterable[str], checked: bool) -> Times:
     drop_from_cache(checkpoint)
     started = Times.now()
-    if checked and (damage := damage_of(checkpoint, read_manifest(checkpoint))):
+    if checked and (damage := find_damage(checkpoint, read_manifest(checkpoint))):
         raise ValueError(f"{checkpoint} is damaged: {damage}")
     for folder in FOLDERS:
         files = WeightShards(checkpoint / folder)
@@ -115,9 +115,9 @@ def time_load(checkpoint: Path, names: Iterable[str], checked: bool) -> Times:
 @contextmanager
 def patched_digest(digest: Callable[[Path], FileDigest]) -> Iterator[None]:
     """Inside, a save computes digests by `digest`."""
-    drafts.digest_of = digest  # type: ignore[assignment]
+    drafts.compute_digest = digest  # type: ignore[assignment]
     yield
-    drafts.digest_of = digest_of
+    drafts.compute_digest = compute_digest
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -146,10 +146,10 @@ def report_speeds(values: dict[str, Tensor], checkpoint: Path, size: int) -> Non
             4 * NUMEL * len(memory), lambda: [xxhash.xxh3_128(value).digest() for value in memory]
         ),
         "a file in the page cache, one thread": speed(
-            (checkpoint / name).stat().st_size, lambda: digest_of(checkpoint / name)
+            (checkpoint / name).stat().st_size, lambda: compute_digest(checkpoint / name)
         ),
         "the checkpoint in the page cache, as verified": speed(
-            size, lambda: damage_of(checkpoint, read_manifest(checkpoint))
+            size, lambda: find_damage(checkpoint, read_manifest(checkpoint))
         ),
     }
     for where, found in speeds.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from svd_ds.model.discriminator import Discriminator, hinge
+from svd_ds.model.discriminator import Discriminator, hinge_loss
 from svd_ds.parallel.collectives import all_reduce_sum
 
 BETAS = (0.5, 0.9)
@@ -40,7 +40,7 @@ class DiscriminatorTrainer:
 
     def accumulate_discriminator_grads(self, real_BTCHW: Tensor, made_BTCHW: Tensor) -> Tensor:
         """Add the gradients of a micro-batch; returns the discriminator's loss a clip, (B,)."""
-        loss_B = hinge(self.network(real_BTCHW), self.network(made_BTCHW.detach()))
+        loss_B = hinge_loss(self.network(real_BTCHW), self.network(made_BTCHW.detach()))
         loss_B.sum().backward()
         self.clips += len(loss_B)
         return loss_B.detach()

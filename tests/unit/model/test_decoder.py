@@ -1,4 +1,4 @@
-"""The decoder with layers of time: diffusers' own numbers, an image decoder's when it begins as one."""
+"""The temporal decoder equals diffusers', and at first an image decoder that it was made of."""
 
 from __future__ import annotations
 
@@ -7,31 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+from diffusers import AutoencoderKLTemporalDecoder
 from torch import nn
 
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.decoder import Decoder, DecoderConfig, build_decoder, fold, save_pipeline_parts
+from svd_ds.model.decoder import Decoder, DecoderConfig, build_decoder, fold_pointwise_conv
 from svd_ds.model.unet import parameter_tags
 from svd_ds.sample import TINY
-
-
-def image_autoencoder(num_layers: int = 2) -> Any:
-    """Stable Diffusion's kind, with something to see in every bias."""
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 64),
-        layers_per_block=num_layers,
-        sample_size=32,
-    )
-    for parameter in autoencoder.parameters():
-        nn.init.normal_(parameter, mean=0.5 if parameter.dim() == 1 else 0.0, std=0.05)
-    return autoencoder.eval()
+from tests.networks import image_autoencoder
 
 
 @torch.no_grad()
-def test_it_is_diffusers_decoder_for_every_clip() -> None:
+def test_decoder_equals_diffusers_for_every_clip() -> None:
     theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(TINY, subfolder="vae")
     ours, new = build_decoder(theirs)
     assert new == []
@@ -42,7 +29,7 @@ def test_it_is_diffusers_decoder_for_every_clip() -> None:
         assert torch.allclose(decoded, theirs.decode(clip, num_frames=3).sample, atol=1e-6)
 
 
-def test_what_video_adds_is_tagged_temporal() -> None:
+def test_layers_that_video_adds_are_tagged_temporal() -> None:
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig())
     tags = parameter_tags(decoder)
@@ -57,7 +44,7 @@ def test_what_video_adds_is_tagged_temporal() -> None:
 
 
 @torch.no_grad()
-def test_an_image_decoder_begins_with_its_own_frames() -> None:
+def test_decoder_of_an_image_autoencoder_starts_with_the_same_frames() -> None:
     image = image_autoencoder()
     nn.init.zeros_(image.post_quant_conv.bias)
     decoder, new = build_decoder(image)
@@ -67,7 +54,7 @@ def test_an_image_decoder_begins_with_its_own_frames() -> None:
     expected = image.decode(latents).sample
     assert torch.allclose(decoder(latents[None])[0], expected, atol=1e-4 * expected.abs().max())
 
-    # New layers of diffusers' alone would change them: its blend takes them at a half from the start.
+    # With diffusers' initial values the frames would change: the blend starts at a half.
     fresh = Decoder(decoder.config)
     state = {name: value for name, value in decoder.state_dict().items() if name not in new}
     fresh.load_state_dict(state, strict=False)
@@ -75,7 +62,7 @@ def test_an_image_decoder_begins_with_its_own_frames() -> None:
 
 
 @torch.no_grad()
-def test_the_new_layers_are_the_same_on_every_rank_and_learn() -> None:
+def test_new_layers_are_equal_on_every_rank_and_get_gradients() -> None:
     image = image_autoencoder()
     (one, new), (other, _) = build_decoder(image, seed=3), build_decoder(image, seed=3)
     assert all(a.equal(b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -88,12 +75,12 @@ def test_the_new_layers_are_the_same_on_every_rank_and_learn() -> None:
 
 
 @torch.no_grad()
-def test_a_fold_is_exact_but_for_the_bias_at_the_border() -> None:
+def test_folded_convolution_is_exact_except_for_the_bias_at_the_border() -> None:
     first, second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 16, 3, padding=1)
     x = torch.randn(2, 4, 6, 7)
 
     def folded() -> torch.Tensor:
-        weights = fold(first, second)
+        weights = fold_pointwise_conv(first, second)
         return nn.functional.conv2d(x, weights["conv_in.weight"], weights["conv_in.bias"], padding=1)
 
     difference = (folded() - second(first(x))).abs()
@@ -103,44 +90,16 @@ def test_a_fold_is_exact_but_for_the_bias_at_the_border() -> None:
     assert torch.allclose(folded(), second(first(x)), atol=1e-5), "without a bias it is exact everywhere"
 
 
-def test_an_image_decoder_of_another_depth_is_refused() -> None:
-    with pytest.raises(ValueError, match="of 1 layers a block takes no layers of time: it needs 2"):
+def test_image_decoder_of_another_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match="of 1 layers a block takes no temporal layers: it needs 2"):
         build_decoder(image_autoencoder(num_layers=1))
 
 
 @torch.no_grad()
-def test_an_image_autoencoder_is_read_and_decodes_frame_by_frame(tmp_path: Path) -> None:
+def test_image_autoencoder_decodes_frame_by_frame(tmp_path: Path) -> None:
     image = image_autoencoder()
     image.save_pretrained(tmp_path / "vae")
     ours = Autoencoder.load(tmp_path)
     latents = torch.randn(1, 2, 4, 4, 4)
     expected = image.decode(latents[0] / ours.scaling_factor).sample.clamp(-1, 1)
     assert torch.allclose(ours.decode(latents)[0], expected, atol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_written_autoencoder_is_one_of_diffusers(kind: str, tmp_path: Path) -> None:
-    frozen = TINY
-    if kind == "image":
-        frozen = tmp_path / "image"
-        image_autoencoder().save_pretrained(frozen / "vae")
-        (frozen / "model_index.json").write_text("{}")
-    source = Autoencoder.load(frozen).network
-    decoder, _ = build_decoder(source)
-    for parameter in decoder.parameters():
-        parameter += 0.01
-    out = tmp_path / "out"
-    save_pipeline_parts(frozen, decoder, out)
-    theirs: Any = AutoencoderKLTemporalDecoder.from_pretrained(out, subfolder="vae")
-    latents, frames = torch.randn(2, 4, 4, 4), torch.randn(1, 3, 32, 32)
-    assert torch.allclose(theirs.decode(latents, num_frames=2).sample, decoder(latents[None])[0], atol=1e-5)
-    expected = source.encode(frames).latent_dist.mean
-    assert torch.allclose(theirs.encode(frames).latent_dist.mean, expected, atol=1e-5)
-    assert Autoencoder.load(out).fingerprint() == Autoencoder(source).fingerprint()
-    assert (out / "model_index.json").exists() == (kind == "video")
-    assert (out / "image_encoder").is_dir() == (kind == "video")
-    with torch.device("meta"):
-        other = Decoder(DecoderConfig())
-    with pytest.raises(ValueError, match=r"widths=\(32, .*trained.*\(128, 256, 512, 512\)"):
-        save_pipeline_parts(frozen, other, out)

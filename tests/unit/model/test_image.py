@@ -38,5 +38,5 @@ def test_has_the_original_layout_alone(randomize: Callable[[nn.Module], UNet], t
     found = load_unet(tmp_path / "image.safetensors")
     assert found.config == IMAGE
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), unet.parameters(), strict=True))
-    with pytest.raises(ValueError, match="has layers of time, and this network none"):
+    with pytest.raises(ValueError, match="has temporal layers, and this network none"):
         save_unet(UNet(replace(IMAGE, num_scalars=1)), tmp_path / "unet")

@@ -15,10 +15,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from svd_ds.model.lora import LoraConfig, add_lora, lora_state, merge_lora
+from svd_ds.model.lora import LoraConfig, add_lora, merge_lora
 from svd_ds.model.unet import UNet, UNetConfig
 from svd_ds.sample import TINY
 from svd_ds.weights.io import load_unet, save_unet
+from svd_ds.weights.lora import lora_state
 from tests.networks import seal
 
 SMALL = UNetConfig(

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import svd_ds
 from svd_ds import fsync_io
-from svd_ds.model.lora import LoraConfig, add_lora, save_lora
+from svd_ds.model.lora import LoraConfig, add_lora
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
 from svd_ds.weights.io import load_unet, read_weights, save_unet, write_weights
+from svd_ds.weights.lora import save_lora
 from svd_ds.weights.public_names import public_modules, public_names, to_public
 from tests.networks import SMALL, assert_same, save_checkpoint
 

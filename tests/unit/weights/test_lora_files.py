@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svd_ds.model.lora import load_lora, merge_lora
+from svd_ds.model.lora import merge_lora
 from svd_ds.model.unet import UNet
 from svd_ds.weights.io import merge_lora_file
+from svd_ds.weights.lora import load_lora
 
 RANK = 4
 SCALE = 0.5

@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from svd_ds.weights import manifest
-from svd_ds.weights.manifest import COMPLETE, FileDigest, Manifest, check_checkpoint, damage_of, read_manifest
+from svd_ds.weights.manifest import (
+    COMPLETE,
+    FileDigest,
+    Manifest,
+    check_checkpoint,
+    find_damage,
+    read_manifest,
+)
 from svd_ds.weights.shards import WeightShards
 from tests.networks import seal
 
@@ -90,8 +97,8 @@ def test_file_that_became_a_folder_or_a_dead_link_is_damage(checkpoint: Path) ->
     state = checkpoint / "state.json"
     state.unlink()
     state.symlink_to(checkpoint / "nothing")
-    assert damage_of(checkpoint, read_manifest(checkpoint)) == "state.json is missing"
+    assert find_damage(checkpoint, read_manifest(checkpoint)) == "state.json is missing"
     state.unlink()
     state.mkdir()
-    found = damage_of(checkpoint, read_manifest(checkpoint))
+    found = find_damage(checkpoint, read_manifest(checkpoint))
     assert found is not None and found.startswith("state.json ")

@@ -19,9 +19,9 @@ from transformers import CLIPVisionModelWithProjection
 from svd_ds.curate.models import load
 from svd_ds.model.frozen import load_frozen
 from svd_ds.model.unet import UNet
+from svd_ds.tensor_files import index_files
 from svd_ds.weights.io import load_unet, merge_lora_file, save_unet
 from svd_ds.weights.lora_files import HEADER
-from svd_ds.weights.public_files import files_of_index
 from svd_ds.weights.source import CONFIG_KEY
 from tests.networks import SMALL
 
@@ -54,7 +54,7 @@ def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: str) -> None
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
     with pytest.raises(ValueError, match=r"index\.json lists .*, which is no file in"):
-        files_of_index(index)
+        index_files(index)
     # Parts that a library opens by itself are looked at before.
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json lists|is no regular file"):
