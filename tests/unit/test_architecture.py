@@ -127,14 +127,8 @@ def test_every_layer_is_of_a_part_that_exists() -> None:
     assert {part(dotted(path)) for path in MODULES if path != PACKAGE / "__init__.py"} == LAYERS.keys()
 
 
-MOVING = {f"svd_ds/model/{name}.py" for name in ("decoder", "frozen", "lora", "perceptual")}
-"""Modules that still import svd_ds.weights."""
-
-
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_imports_only_from_lower_layers(path: Path) -> None:
-    if relative(path) in MOVING:
-        pytest.xfail("its files of weights move to svd_ds/weights")
     here = part(dotted(path))
     if path == PACKAGE / "__init__.py":
         return  # It re-exports.

@@ -149,9 +149,7 @@ def test_a_hub_id_is_passed_on_and_its_failure_told_in_our_words(monkeypatch):
 def test_another_class_is_refused(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
-    with pytest.raises(
-        ValueError, match="is AutoencoderTiny: it must be one of AutoencoderKL"
-    ):
+    with pytest.raises(ValueError, match="is AutoencoderTiny: it must be one of AutoencoderKL"):
         Autoencoder.load(tmp_path)
     (tmp_path / "vae" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no _class_name"):
