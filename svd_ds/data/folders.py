@@ -120,6 +120,7 @@ class RemoteFolder(Folder):
         return self.url
 
     def location(self, file: str) -> str:
+        """Return the URL of a file, quoted for a command and percent-encoded for some schemes."""
         if self.url.startswith("pipe:"):
             file = shlex.quote(file)
         elif self.url.lower().startswith(PERCENT_DECODED):
@@ -127,6 +128,11 @@ class RemoteFolder(Folder):
         return self.url.replace("{}", file) if "{}" in self.url else f"{self.url}/{file}"
 
     def check_name(self, name: str) -> None:
+        """Check that the name of a shard is safe in a URL, a command line and a shell.
+
+        Raises:
+            ValueError: the name is not.
+        """
         # A command such as ssh passes the name on to another shell, without our quotes.
         if not FETCHED_NAME.fullmatch(name) or (self.url.startswith("pipe:") and " " in name):
             raise ValueError(

@@ -37,7 +37,7 @@ from svd_ds.data.quarantine import Fault, Quarantine
 from svd_ds.data.reader import Reader, UnreadableError
 from svd_ds.data.sample import Sample
 from svd_ds.data.schedule import MicroBatch, Schedule
-from svd_ds.data.sources import open_dataset
+from svd_ds.data.sources import DatasetSource, open_dataset
 
 
 class Loader:
@@ -75,16 +75,8 @@ class Loader:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         self.config, self.rank, self.world = config, rank, world
         self.split = batch.split(world, config.buckets)
-        self.sources = [
-            open_dataset(path, weight, config, open_folder(path, config.cache, config.cache_gb, open_url))
-            for path, weight in config.sets.items()
-        ]
-        check_cache_size([source.files for source in self.sources], SHARDS_PER_WINDOW, config.cache_gb)
+        self.sources = _open_sources(config)
         buckets = list(zip(*(source.buckets for source in self.sources), strict=True))
-        for shape, indices in zip(config.shapes, buckets, strict=True):
-            if not any(map(len, indices)):
-                raise ValueError(f"none of the {len(self)} samples in {config.set_names} fits bucket {shape}")
-
         self.micro_batch = self.split.micro[config.shapes.index(config.shape)]
         """Clips of a micro-batch of the main shape (`DataConfig.shape`)."""
         self.notes = [note for source in self.sources for note in source.notes]
@@ -211,6 +203,20 @@ class Loader:
             # A step has one shape, so the shape of an ordinal depends on the number of clips of a step.
             parts.append(global_batch)
         return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _open_sources(config: DataConfig) -> list[DatasetSource]:
+    """Open the data sets of a run; raises as `Loader`."""
+    sources = [
+        open_dataset(path, weight, config, open_folder(path, config.cache, config.cache_gb, open_url))
+        for path, weight in config.sets.items()
+    ]
+    check_cache_size([source.files for source in sources], SHARDS_PER_WINDOW, config.cache_gb)
+    for bucket, shape in enumerate(config.shapes):
+        if not any(len(source.buckets[bucket]) for source in sources):
+            num_samples = sum(map(len, sources))
+            raise ValueError(f"none of the {num_samples} samples in {config.set_names} fits bucket {shape}")
+    return sources
 
 
 @dataclass(frozen=True)

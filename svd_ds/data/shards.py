@@ -9,25 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 
 from svd_ds.data.folders import INDEX_NAME, Folder
+from svd_ds.data.members import ReadMember, member_reader
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault, Quarantine
-from svd_ds.data.sample import TAR_BLOCK, Sample, Shard, parse_header, parse_sample
-
-
-class ReadMember(Protocol):
-    """Reader of the members of a sample, or of parts of them: see `Index.open`."""
-
-    def __call__(self, member: str, begin: int = 0, number: int | None = None) -> bytes: ...
+from svd_ds.data.sample import Sample, Shard, parse_header, parse_sample
 
 
 @dataclass(frozen=True)
@@ -227,51 +221,21 @@ class Index:
         )
 
     def read(self, sample: Sample, member: str) -> bytes:
-        """Read a member of a sample; raises as the reader of `open`."""
+        """Read a member of a sample; raises as `open` and `ReadMember`."""
         with self.open(sample) as read:
             return read(member)
 
     @contextmanager
     def open(self, sample: Sample) -> Iterator[ReadMember]:
-        """Open the shard of a sample; yields a reader of its members: (member, first byte, number of bytes).
-
-        The reader raises ValueError if the sample has no such member, the member has too few bytes, or the
-        index gives the offset of another sample's member.
+        """Open the shard of a sample; yields a reader of its members.
 
         Raises:
             OSError: the shard cannot be opened.
             ValueError: the shard is not the file that was indexed.
         """
         shard = self.shards[sample.shard]
-        path = self.folder.location(shard.name)
-        keys: dict[str, str] = {}
         with self.folder.open(shard) as file:
-
-            def read(member: str, begin: int = 0, number: int | None = None) -> bytes:
-                if member not in sample.members:
-                    raise ValueError(f"it has no .{member}")
-                offset, size = sample.members[member]
-                number = size - begin if number is None else number
-                if member not in keys:
-                    keys[member] = _key(_read(file, offset - TAR_BLOCK, TAR_BLOCK))
-                    _check_key(sample, member, keys)
-                content = _read(file, offset + begin, min(number, size - begin))
-                if len(content) != number:
-                    raise ValueError(
-                        f"{path} holds {len(content)} of the {number} bytes of {sample.id}.{member}"
-                    )
-                return content
-
-            yield read
-
-
-def _read(file: IO[bytes], begin: int, number: int) -> bytes:
-    """Read `number` bytes from `begin`, or fewer at the end of the file."""
-    file.seek(begin)
-    content = file.read(number)
-    while len(content) < number and (more := file.read(number - len(content))):
-        content += more
-    return content
+            yield member_reader(file, sample, self.folder.location(shard.name))
 
 
 def _json(line: bytes) -> object:
@@ -286,29 +250,3 @@ def _json(line: bytes) -> object:
         raise ValueError("it is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"it is no JSON ({error})") from error
-
-
-def _key(header: bytes) -> str:
-    """Return the key of a tar member from its header block: its file name up to the first dot.
-
-    The key is empty if the header block does not have the name itself: a long name, or in a pax tar one that
-    is not ASCII.
-    """
-    name = header[:100].rstrip(b"\0")
-    if len(header) < TAR_BLOCK or len(name) == 100 or b"\0" in name or not name.isascii() or b"?" in name:
-        return ""
-    return name.decode("ascii").rpartition("/")[2].split(".", 1)[0]
-
-
-def _check_key(sample: Sample, member: str, keys: dict[str, str]) -> None:
-    """Check that the members of a sample belong to it.
-
-    The id of a sample is its key, or ends with it (external shards); letters that an id cannot have become
-    `_`.
-
-    Raises:
-        ValueError: the index gives the offset of another sample's member.
-    """
-    key = keys[member]
-    if key and (re.sub(r"[^\w-]+", "_", key) not in sample.id or len(set(keys.values()) - {""}) > 1):
-        raise ValueError(f"its .{member} is where the shard has that of sample {key}: the index is wrong")

@@ -67,10 +67,13 @@ def iterate_in_workers(
 
 
 def _check_workers(items: Iterator[Any], workers: list[Any], which: str) -> Iterator[Any]:
-    """Yield the items, and raise OSError if a worker died.
+    """Yield the items, and report the death of a worker.
 
     The errors of torch after the death of a worker (RuntimeError, EOFError, ConnectionError, ...) do not say
     that it died; its exit code does.
+
+    Raises:
+        OSError: a worker died; the message has its signal or exit code.
     """
     while True:
         try:

@@ -142,7 +142,11 @@ def _filtered(graph: Graph, originals: deque[VideoFrame], is_end: bool = False) 
 
 
 def _deinterlacer(frame: VideoFrame) -> Graph:
-    """Make a filter graph for frames of the size and format of `frame`."""
+    """Make a filter graph for frames of the size and format of `frame`.
+
+    Raises:
+        ValueError: the frame is too small for the filter.
+    """
     if frame.width < 4 or frame.height < 4:
         raise ValueError(
             f"it is interlaced, with {frame.height} x {frame.width} pixels too small to deinterlace"
@@ -174,7 +178,11 @@ def _flipped(pixels_HWC: Tensor, vertically: bool, horizontally: bool) -> Tensor
 
 
 def _colours(frame: VideoFrame) -> Tensor:
-    """Convert the colours of a frame; uint8 RGB, (H, W, 3), as stored."""
+    """Convert the colours of a frame; uint8 RGB, (H, W, 3), oriented as stored.
+
+    Raises:
+        ValueError: the colours cannot be converted.
+    """
     if frame.colorspace in UNREADABLE_MATRICES:
         raise ValueError(
             f"its colours are coded as {UNREADABLE_MATRICES[frame.colorspace]}, which is not read"

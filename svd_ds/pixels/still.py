@@ -115,7 +115,11 @@ def _mend_transparency(image: Image.Image) -> None:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Convert an image to a mode of 8 bits a channel; Pillow itself would clip 16-bit grey to white."""
+    """Convert an image to a mode of 8 bits a channel; Pillow itself would clip 16-bit grey to white.
+
+    Raises:
+        ValueError: the range of the pixel values is unknown.
+    """
     is_pgm = image.mode == "I" and image.format == "PPM"
     if not (image.mode.startswith("I;16") or is_pgm):
         if image.mode in ("I", "F"):

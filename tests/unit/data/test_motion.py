@@ -21,7 +21,7 @@ def test_map_is_monotone_and_bounded(scores: list[float], one: float, other: flo
 
 @given(SCORES, st.floats(0, 1))
 @settings(max_examples=100, deadline=None)
-def test_inverse(scores: list[float], place: float) -> None:
+def test_score_is_the_inverse_of_bucket(scores: list[float], place: float) -> None:
     motion_map = MotionMap.calibrate(scores)
     low, high = motion_map.buckets[0], motion_map.buckets[-1]
     bucket = low + place * (high - low)
@@ -36,6 +36,6 @@ def test_buckets_are_ranks() -> None:
     assert motion_map.bucket(float(np.median(scores))) == pytest.approx(127.5, abs=1)
 
 
-def test_equal_scores_and_none() -> None:
+def test_equal_scores_and_no_scores_give_a_map() -> None:
     assert MotionMap.calibrate([0.2] * 9).bucket(0.2) == 127.5
     assert MotionMap.calibrate([]).scores == (MIN_SCORE,)
