@@ -86,7 +86,7 @@ def test_bad_clip_is_skipped_and_named(run_ranks: RunRanks, shards: Path, tmp_pa
         named = rf"no finite loss has clip03 \(rank [01] on {re.escape(host())}\)"
         assert re.fullmatch(f"computed again it comes out the same; {named}", row["message"])
         assert "clip03" in row["clips"]
-        assert f"step {row['step']}  skipped: the loss is nan; {row['words']}" in ended.stdout
+        assert f"step {row['step']}  skipped: the loss is nan; {row['message']}" in ended.stdout
     last = metrics(run)[-1]
     assert (last["skipped"], last["hardware_faults"]) == (len(rows), 0)
 

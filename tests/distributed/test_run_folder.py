@@ -6,41 +6,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.conftest import RunRanks
 from tests.distributed.test_train import environment
 from tests.runs import metrics
 
 ROOT = Path(__file__).parents[2]
-RunRanks = Callable[..., subprocess.CompletedProcess[str]]
-OWN_FOLDER = """
-import os, sys
-from svd_ds import train
-sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
-train.main()
-"""
-"""A rank whose run folder is its own: RANK in an argument is its number."""
-
-PATIENT = """
-import os, time
-from pathlib import Path
-from svd_ds import train
-from svd_ds.training.objectives.diffusion import Diffusion
-loss, run, calls = Diffusion.loss, Path(os.environ["RUN"]), []
-
-def waits(self, net, batch):
-    calls.append(batch)
-    while len(calls) > 6 and (run / "logs/restarts.jsonl").read_text().count("\\n") < 2:
-        time.sleep(0.02)
-    return loss(self, net, batch)
-
-Diffusion.loss = waits
-train.main()
-"""
-"""A rank that takes 6 steps, and the next when another start has taken its run over."""
+OWN_FOLDERS = Path(__file__).with_name("ranks_with_own_folders.py")
+PATIENT = Path(__file__).with_name("patient_rank.py")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +29,7 @@ def settings(shards: Path) -> tuple[str, ...]:
 def test_ranks_with_a_folder_each_are_refused_before_they_train(
     settings: tuple[str, ...], run_ranks: RunRanks, tmp_path: Path
 ) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(OWN_FOLDER)
-    ended = run_ranks(script, *settings, f"run.dir={tmp_path}/disk-RANK/run", "run.steps=2")
+    ended = run_ranks(OWN_FOLDERS, *settings, f"run.dir={tmp_path}/disk-RANK/run", "run.steps=2")
     assert ended.returncode == 2, ended.stderr
     told = {line for line in ended.stderr.splitlines() if line}
     assert len(told) == 1, "all ranks say the same"
@@ -70,11 +44,9 @@ def test_ranks_with_a_folder_each_are_refused_before_they_train(
 def test_folder_named_after_the_time_is_one_for_all_ranks(
     settings: tuple[str, ...], run_ranks: RunRanks, tmp_path: Path
 ) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(OWN_FOLDER)
     # To the microsecond: two ranks never read their clocks so close to each other.
     folder = f"run.dir={tmp_path}/runs/${{now:%Y-%m-%d/%H-%M-%S.%f}}"
-    ended = run_ranks(script, *settings, folder, "run.steps=1", WANDB_MODE="disabled")
+    ended = run_ranks(OWN_FOLDERS, *settings, folder, "run.steps=1", WANDB_MODE="disabled")
     assert ended.returncode == 0, ended.stderr
     (run,) = tmp_path.glob("runs/*/*")
     assert len(list(run.glob("checkpoints/step-0000001/unet/rank-*-of-00002.safetensors"))) == 2
@@ -85,8 +57,7 @@ def test_folder_named_after_the_time_is_one_for_all_ranks(
 def test_second_start_in_one_folder_ends_the_first_and_loses_nothing(
     settings: tuple[str, ...], tmp_path: Path
 ) -> None:
-    run, script, steps = tmp_path / "run", tmp_path / "patient.py", 12
-    script.write_text(PATIENT)
+    run, steps = tmp_path / "run", 12
 
     def start(*words: str) -> subprocess.Popen[str]:
         often = ("evaluation.every=4", "sampling.every=4", "checkpoint.every=4", f"run.steps={steps}")
@@ -97,7 +68,7 @@ def test_second_start_in_one_folder_ends_the_first_and_loses_nothing(
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    first, deadline = start("--script", str(script), "--"), time.monotonic() + 100
+    first, deadline = start("--script", str(PATIENT), "--"), time.monotonic() + 100
     while len(metrics(run)) < 6:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -19,6 +20,8 @@ from PIL import Image
 from svd_ds.data.shards import Index
 from svd_ds.train import main as train_door
 from svd_ds.weights.io import load_unet
+from tests.distributed.conftest import RunRanks
+from tests.forked import ForkedRanks
 from tests.runs import metrics
 from tests.signals import handle_as_in_the_foreground
 
@@ -26,37 +29,48 @@ ROOT = Path(__file__).parents[2]
 STEPS = 8
 
 
-def command(shards: Path, run: Path, *overrides: str, ranks: int = 2) -> list[str]:
-    settings = (
-        "debug=tiny",
-        f"data.path={shards}",
-        f"run.dir={run}",
-        f"run.steps={STEPS}",
-        "checkpoint.every=2",
-        "evaluation.every=0",
-    )
-    return [sys.executable, str(ROOT / "tools/launch.py"), "-n", str(ranks), "--", *settings, *overrides]
+def settings(shards: Path, run: Path) -> tuple[str, ...]:
+    folders = (f"data.path={shards}", f"run.dir={run}")
+    return ("debug=tiny", *folders, f"run.steps={STEPS}", "checkpoint.every=2", "evaluation.every=0")
+
+
+def command(shards: Path, run: Path, *overrides: str) -> list[str]:
+    launcher = [sys.executable, str(ROOT / "tools/launch.py"), "-n", "2", "--"]
+    return [*launcher, *settings(shards, run), *overrides]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
 
-def train(shards: Path, run: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(shards, run, *overrides, ranks=ranks),
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+Train = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def killed_and_resumed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a run that was killed with SIGKILL in the middle and started again, and what it then
-    printed."""
+def train(run_ranks: RunRanks) -> Train:
+    """train(shards, run, *overrides) trains on two forked ranks to the end."""
+
+    def start(shards: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+        return run_ranks(None, *settings(shards, run), *overrides, WANDB_MODE="disabled")
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(
+    train: Train, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """Folder of a run that the launcher started, that was killed with SIGKILL and that was resumed; and what
+    the resumed run printed."""
     run = tmp_path_factory.mktemp("runs") / "killed"
     evaluated = "evaluation.every=3"
     first = subprocess.Popen(
-        command(shards, run, evaluated), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL
+        command(shards, run, evaluated),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 200
     while not (run / "checkpoints/step-0000004/COMPLETE").exists():
@@ -64,13 +78,14 @@ def killed_and_resumed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -
         assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    _, errors = first.communicate(timeout=60)
+    assert errors == "", "imports and a healthy run warn of nothing"
     second = train(shards, run, evaluated)
     assert second.returncode == 0, second.stderr
     return run, second.stdout
 
 
-def test_killed_run_goes_on_and_counts_every_step_once(killed_and_resumed: tuple[Path, str]) -> None:
+def test_killed_run_resumes_and_counts_every_step_once(killed_and_resumed: tuple[Path, str]) -> None:
     run, printed = killed_and_resumed
     assert "resuming at step " in printed
     assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
@@ -78,9 +93,9 @@ def test_killed_run_goes_on_and_counts_every_step_once(killed_and_resumed: tuple
 
 
 def test_killed_run_has_the_losses_of_one_that_was_not(
-    killed_and_resumed: tuple[Path, str], shards: Path, tmp_path: Path
+    killed_and_resumed: tuple[Path, str], train: Train, shards: Path, tmp_path: Path
 ) -> None:
-    """Nor does it matter that it was sampled and evaluated on the way."""
+    """Samples and evaluations on the way change nothing."""
     whole = train(shards, tmp_path / "whole", "sampling.every=1000000")
     assert whole.returncode == 0, whole.stderr
     for key in ("loss", "grad_norm", "lr"):
@@ -89,7 +104,7 @@ def test_killed_run_has_the_losses_of_one_that_was_not(
         ]
 
 
-def test_every_evaluation_is_told_once(killed_and_resumed: tuple[Path, str]) -> None:
+def test_every_evaluation_is_logged_once(killed_and_resumed: tuple[Path, str]) -> None:
     run, printed = killed_and_resumed
     rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6, STEPS]
@@ -101,7 +116,9 @@ def test_every_evaluation_is_told_once(killed_and_resumed: tuple[Path, str]) -> 
 
 
 @pytest.mark.slow
-def test_a_run_beyond_its_bounds_goes_back_once_and_ends_on_all_ranks(shards: Path, tmp_path: Path) -> None:
+def test_run_rolls_back_once_and_then_ends_on_all_ranks_when_it_diverges(
+    train: Train, shards: Path, tmp_path: Path
+) -> None:
     """At such a rate no step after the second one is finite, whatever its clips. The second checkpoint, which
     no taken step follows, is not gone back to."""
     run = tmp_path / "run"
@@ -111,9 +128,12 @@ def test_a_run_beyond_its_bounds_goes_back_once_and_ends_on_all_ranks(shards: Pa
     assert (
         "step 4  rolled back to the checkpoint of step 1; the data continues with new clips" in ended.stdout
     )
-    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1, ended.stderr
-    assert "2 steps in a row were out of bounds, more than guard.max_skips=1, and the run has gone" in told[0]
+    reported = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(reported) == 1, ended.stderr
+    assert (
+        "2 steps in a row were out of bounds, more than guard.max_skips=1, and the run has gone"
+        in reported[0]
+    )
     assert "Traceback" not in ended.stderr
     skipped = [json.loads(line) for line in (run / "logs/skipped.jsonl").read_text().splitlines()]
     assert [row["step"] for row in skipped] == [3, 4, 3, 4]
@@ -163,7 +183,7 @@ def test_weights_and_averages_are_read_without_the_engine(killed_and_resumed: tu
 
 
 def started(shards: Path, run: Path) -> subprocess.Popen[str]:
-    """A run without end, whose first step is done."""
+    """Start a run without end, and return after its first step."""
     process = subprocess.Popen(
         command(shards, run, "run.steps=100000", "checkpoint.every=100000", "sampling.every=100000"),
         env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -174,20 +194,25 @@ def started(shards: Path, run: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_sigterm_leaves_a_checkpoint_and_resumes(shards: Path, tmp_path: Path) -> None:
+def test_sigterm_leaves_a_checkpoint_of_the_last_step(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
-    first = started(shards, run)
-    first.send_signal(signal.SIGTERM)
-    printed, _ = first.communicate(timeout=120)
-    assert first.returncode == 0
-    assert "stopped at step" in printed
+    endless = ("run.steps=100000", "checkpoint.every=100000", "sampling.every=100000")
+    arguments = (*settings(shards, run), *endless)
+    ranks = ForkedRanks(None, arguments, tmp_path / "output", WANDB_MODE="disabled")
+    while not metrics(run):
+        assert ranks.is_running(), ranks.wait()
+        time.sleep(0.05)
+    ranks.send_signal(signal.SIGTERM)
+    ended = ranks.wait()
+    assert ended.returncode == 0, ended.stderr
+    assert "stopped at step" in ended.stdout
     last = metrics(run)[-1]["step"]
     assert (run / f"checkpoints/step-{last:07d}/COMPLETE").exists()
 
 
 @pytest.mark.slow
-def test_run_goes_on_without_its_console_and_ctrl_c_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
-    """As in `launch.py ... | head`: nobody reads what is printed after step 1."""
+def test_run_continues_without_its_console_and_saves_at_ctrl_c(shards: Path, tmp_path: Path) -> None:
+    """As in `launch.py ... | head`: the pipe of standard output is closed after step 1."""
     run = tmp_path / "unread"
     process = started(shards, run)
     assert process.stdout is not None
@@ -200,8 +225,8 @@ def test_run_goes_on_without_its_console_and_ctrl_c_leaves_a_checkpoint(shards: 
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert (process.returncode, told) == (130, "")
+    _, reported = process.communicate(timeout=120)
+    assert (process.returncode, reported) == (130, "")
     last = metrics(run)[-1]["step"]
     assert (run / f"checkpoints/step-{last:07d}/COMPLETE").exists()
     assert f"stopped at step {last} as asked" in (run / "logs/train.log").read_text()
@@ -210,7 +235,7 @@ def test_run_goes_on_without_its_console_and_ctrl_c_leaves_a_checkpoint(shards: 
 
 
 def sentence(ended: subprocess.CompletedProcess[str]) -> str:
-    """What a refused run said: one line, no traceback, a non-zero exit."""
+    """The one line of a run that was refused, without a traceback."""
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
     lines = ended.stderr.strip().splitlines()
@@ -218,18 +243,18 @@ def sentence(ended: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_a_truncated_shard_is_named_and_all_ranks_stop(shards: Path, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_named_and_all_ranks_stop(train: Train, shards: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     shard = broken / "shard-00001.tar"
     whole = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[: whole // 2])
-    said = sentence(train(broken, tmp_path / "run"))
-    assert all(part in said for part in ("shard-00001.tar", str(whole), str(whole // 2)))
+    line = sentence(train(broken, tmp_path / "run"))
+    assert all(part in line for part in ("shard-00001.tar", str(whole), str(whole // 2)))
 
 
-def test_a_clip_that_cannot_be_decoded_ends_every_rank(shards: Path, tmp_path: Path) -> None:
-    """One rank alone meets it, in the middle of the run; the other must not wait for ever."""
+def test_a_clip_that_cannot_be_decoded_ends_every_rank(train: Train, shards: Path, tmp_path: Path) -> None:
+    """One rank alone reads the clip, in the middle of the run; the other must not wait for ever."""
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     sample = next(sample for sample in Index.load(broken).samples() if sample.id == "clip07")
@@ -240,22 +265,24 @@ def test_a_clip_that_cannot_be_decoded_ends_every_rank(shards: Path, tmp_path: P
     never = ("run.steps=1000", "checkpoint.every=1000", "sampling.every=1000")
     ended = train(broken, tmp_path / "run", "data.max_quarantined=0", *never)
     assert ended.returncode == 2
-    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1, ended.stderr
-    assert "sample clip07 of" in told[0]
+    reported = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(reported) == 1, ended.stderr
+    assert "sample clip07 of" in reported[0]
     assert "Traceback" not in ended.stderr
 
 
-def test_a_batch_that_cannot_be_split_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_split_is_refused(train: Train, shards: Path, tmp_path: Path) -> None:
     assert "batch.size 3 cannot be split over 2 ranks; start 1 or 3" in sentence(
         train(shards, tmp_path, "batch.size=3")
     )
 
 
-def test_a_folder_of_another_config_is_refused(killed_and_resumed: tuple[Path, str], shards: Path) -> None:
-    said = sentence(train(shards, killed_and_resumed[0], "optim.lr=0.5"))
-    assert "belongs to another config" in said
-    assert "optim.lr is 0.001 there and 0.5 here" in said
+def test_a_folder_of_another_config_is_refused(
+    killed_and_resumed: tuple[Path, str], train: Train, shards: Path
+) -> None:
+    line = sentence(train(shards, killed_and_resumed[0], "optim.lr=0.5"))
+    assert "belongs to another config" in line
+    assert "optim.lr is 0.001 there and 0.5 here" in line
 
 
 @pytest.mark.parametrize(
@@ -282,11 +309,11 @@ def test_bad_input_is_one_sentence(
     """One rank started by hand, in this process."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(sys, "argv", ["train", *command(shards, tmp_path / "run")[5:], override])
+    monkeypatch.setattr(sys, "argv", ["train", *settings(shards, tmp_path / "run"), override])
     with pytest.raises(SystemExit) as ended:
         train_door()
     assert ended.value.code == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 1, told
-    assert told[0].startswith("error: ")
-    assert all(part in told[0] for part in parts), told[0]
+    reported = capsys.readouterr().err.strip().splitlines()
+    assert len(reported) == 1, reported
+    assert reported[0].startswith("error: ")
+    assert all(part in reported[0] for part in parts), reported[0]
