@@ -190,14 +190,14 @@ def _add_sidecar(
     jsons = [extension for extension in members if _suffix(extension) == "json"]
     for extension in sorted(jsons, key=lambda name: ("." in name, _suffix(name[:-5]) not in MEDIA, name)):
         try:
-            about = parse_json(read(members[extension]), extension)
+            metadata = parse_json(read(members[extension]), extension)
         except ValueError as error:
             damage = damage or error
             continue
-        found, dropped = parse_annotations(about)
+        found, dropped = parse_annotations(metadata)
         annotations = found | annotations
         notes[BAD_ANNOTATIONS] += dropped
-        if "json" not in used and any(parse_captions(about).values()):
+        if "json" not in used and any(parse_captions(metadata).values()):
             used["json"] = members[extension]
     texts = [extension for extension in members if _suffix(extension) in TEXTS]
     for extension in sorted(texts, key=lambda name: ("." in name, TEXTS.index(_suffix(name)), name)):

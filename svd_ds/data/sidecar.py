@@ -75,7 +75,7 @@ def parse_json(content: bytes, name: str = "json") -> Any:
         raise ValueError(f"its {name} cannot be read: {reason}") from error
 
 
-def parse_captions(about: Any) -> dict[str, str]:
+def parse_captions(metadata: Any) -> dict[str, str]:
     """Read the captions in a parsed JSON.
 
     The captions are the value of one of CAPTION_KEYS: a text, a list, or an object with names of captioners
@@ -86,15 +86,15 @@ def parse_captions(about: Any) -> dict[str, str]:
     Returns:
         Captioner -> caption.
     """
-    found = dict(_with_unique_names(_captions(about, DEFAULT_CAPTIONER, MAX_DEPTH)))
-    if not found and isinstance(about, dict) and isinstance(about.get("annotations"), list):
-        items = [item for item in about["annotations"] if isinstance(item, dict)]
+    found = dict(_with_unique_names(_captions(metadata, DEFAULT_CAPTIONER, MAX_DEPTH)))
+    if not found and isinstance(metadata, dict) and isinstance(metadata.get("annotations"), list):
+        items = [item for item in metadata["annotations"] if isinstance(item, dict)]
         found = dict(_with_unique_names(_captions(items, DEFAULT_CAPTIONER, MAX_DEPTH)))
     not_empty = {name: text for name, text in found.items() if text}
     return not_empty or found
 
 
-def parse_annotations(about: Any) -> tuple[dict[str, float], int]:
+def parse_annotations(metadata: Any) -> tuple[dict[str, float], int]:
     """Read the annotations in a parsed JSON.
 
     Null counts as absent, and "annotations" that are not an object (a list, as in COCO) as none.
@@ -102,7 +102,7 @@ def parse_annotations(about: Any) -> tuple[dict[str, float], int]:
     Returns:
         Name -> number, and the number of values that are not finite numbers.
     """
-    values = about.get("annotations") if isinstance(about, dict) else None
+    values = metadata.get("annotations") if isinstance(metadata, dict) else None
     if not isinstance(values, dict):
         return {}, 0
     given = {clean_text(str(name)): value for name, value in values.items() if value is not None}

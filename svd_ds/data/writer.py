@@ -64,7 +64,7 @@ class ShardWriter:
         sample_id: str,
         media: str,
         content: bytes,
-        about: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         more: Mapping[str, bytes] | None = None,
     ) -> None:
         """Append a sample.
@@ -73,12 +73,12 @@ class ShardWriter:
             sample_id: id of letters, digits, `_` and `-`, unique in the data set.
             media: extension of `content`, "mp4" or "jpg".
             content: bytes of the video or image.
-            about: content of the sample's JSON, with at least captions, num_frames, fps, height, width and
+            metadata: content of the sample's JSON, with at least captions, num_frames, fps, height, width and
                 motion (docs/data.md).
             more: extension -> content of further members.
 
         Raises:
-            ValueError: the id is invalid or repeats, or `about` cannot be written as JSON.
+            ValueError: the id is invalid or repeats, or `metadata` cannot be written as JSON.
         """
         if not re.fullmatch(r"[\w-]+", sample_id):
             raise ValueError(f"sample id {sample_id!r} may hold only letters, digits, _ and -")
@@ -86,7 +86,7 @@ class ShardWriter:
             raise ValueError(f"two samples have the id {sample_id}")
         self._ids.add(sample_id)
         try:
-            text = json.dumps(about, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+            text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
         except ValueError as error:
             raise ValueError(f"sample {sample_id} cannot be written: {error}") from error
         self._open.append((sample_id, {"json": text, media: content, **(more or {})}))

@@ -178,10 +178,10 @@ def test_console_of_any_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_traceback_at_the_end_of_a_command() -> None:
     script = f"""
-from svd_ds.cli import run_door
+from svd_ds.cli import run_cli
 def main():
     raise KeyError("{PLACES[0].format(SECRET)}")
-run_door(main)
+run_cli(main)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 1 and f"KeyError: 'https://{MASK}@host/shards'" in ended.stderr

@@ -244,7 +244,7 @@ def test_a_cached_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
     writer.close()
     loader = loader_of(tmp_path, latents=True)
     assert ids(loader) == {"s0", "s1", "s3"}
-    assert "frame 0 is of 64 x 64 pixels" in loader.pop_faults()[0].cause
+    assert "frame 0 has 64 x 64 pixels" in loader.pop_faults()[0].cause
 
 
 def test_latents_of_another_shape_do_not_end_the_run(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_nothing_but_junk_is_an_error(make_shards: Callable[..., Ended], tmp_pat
         (("nowhere", "out"), "there is no folder or manifest (.txt) nowhere"),
         (("only_out",), "give either FOLDER and OUT, or --quickstart and OUT"),
         (("a", "out", "--length", "2m"), "'2m' is neither a number of frames (48) nor of seconds (2s)"),
-        (("a", "out", "--hold-out", "1"), "--hold-out 1.0"),
+        (("a", "out", "--hold-out", "1"), "--hold-out is 1.0: it must be at least 0 and below 1"),
     ],
 )
 def test_mistakes_end_in_one_sentence(
