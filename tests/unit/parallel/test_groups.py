@@ -1,5 +1,8 @@
+"""Process groups of a run, on one rank."""
+
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -11,8 +14,12 @@ from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
 
 
-def test_all_ranks_are_data_parallel() -> None:
-    assert ParallelDims(world=6).data == 6
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    environment.init(Env.read({}))
+    yield
+    destroy_groups()
+    environment.shutdown()
 
 
 def test_no_ranks_are_refused() -> None:
@@ -20,7 +27,22 @@ def test_no_ranks_are_refused() -> None:
         ParallelDims(world=0)
 
 
-def test_every_group_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_rank")
+def test_all_ranks_are_data_parallel_and_each_is_a_model_of_its_own() -> None:
+    mpu = create_groups(ParallelDims(1))
+    assert (mpu.get_data_parallel_world_size(), mpu.get_model_parallel_world_size()) == (1, 1)
+    assert dist.get_process_group_ranks(mpu.get_data_parallel_group()) == [0]
+    assert dist.get_process_group_ranks(mpu.get_model_parallel_group()) == [0]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_plan_of_other_ranks_than_are_there_is_refused() -> None:
+    with pytest.raises(AssertionError, match="2 ranks planned, 1 present"):
+        create_groups(ParallelDims(2))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_timeout_of_every_group_is_rounded_up_to_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[timedelta] = []
     new_group = dist.new_group
 
@@ -29,10 +51,5 @@ def test_every_group_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch
         return new_group(*given, **named)
 
     monkeypatch.setattr(dist, "new_group", noted)
-    environment.init(Env.read({}))
-    try:
-        create_groups(ParallelDims(1), timedelta(minutes=99.5))
-        destroy_groups()
-    finally:
-        environment.shutdown()
+    create_groups(ParallelDims(1), timedelta(minutes=99.5))
     assert set(waits) == {timedelta(minutes=100)}

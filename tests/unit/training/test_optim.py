@@ -19,8 +19,9 @@ def test_groups_split_by_tag_and_decay() -> None:
 def test_every_group_has_its_multiple_of_the_peak_rate() -> None:
     config = OptimConfig(temporal_lr_scale=2.0, embedding_lr_scale=0.0)
     rates = group_lrs(config, 1e-3)
-    for group in parameter_groups(PARAMETERS, SHAPES, config):
-        assert rates[group.name] == (2e-3 if group.name == "temporal" else 1e-3)
+    groups = parameter_groups(PARAMETERS, SHAPES, config)
+    found = {group.name: rates[group.name] for group in groups}
+    assert found == {"spatial": 1e-3, "spatial-no-decay": 1e-3, "temporal": 2e-3}
 
 
 def test_rate_zero_freezes() -> None:
