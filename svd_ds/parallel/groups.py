@@ -23,11 +23,6 @@ class ParallelDims:
         if self.world < 1:
             raise ValueError(f"a run of {self.world} ranks is not possible: it needs at least 1")
 
-    @property
-    def data(self) -> int:
-        """Ranks that see different clips and hold one set of ZeRO shards together."""
-        return self.world
-
 
 class ModelParallelUnit:
     """What DeepSpeed asks of its `mpu`, answered by megatron-core's parallel_state.

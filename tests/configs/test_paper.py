@@ -197,7 +197,9 @@ def test_what_is_left_to_the_site_must_be_given(name: str, drop: str) -> None:
 
 
 def test_every_experiment_says_what_it_is() -> None:
-    for path in (CONF / "experiment").glob("*.yaml"):
+    paths = sorted((CONF / "experiment").glob("*.yaml"))
+    assert {path.stem for path in paths} > set(COUNTED)
+    for path in paths:
         lines = path.read_text().splitlines()
         header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
         assert "arXiv 23" in header and ("svd_ds.train" in header or "sbatch" in header), path.name

@@ -126,7 +126,9 @@ def test_usr1_queues_a_job_again_that_has_not_begun() -> None:
 
 
 def test_job_scripts_start_experiments_that_exist() -> None:
-    for script in (path.name for path in SCRIPTS if path.name.startswith("stage")):
+    scripts = [path.name for path in SCRIPTS if path.name.startswith("stage")]
+    assert scripts == ["stage1.sh", "stage2.sh", "stage3.sh"]
+    for script in scripts:
         name = trained(script).removeprefix("+experiment=")
         assert (CONF / "experiment" / f"{name}.yaml").exists(), f"{script}: {name}"
     assert trained("stage2.sh", "debug=tiny", "x=a b") == "+experiment=stage2 debug=tiny x=a b"

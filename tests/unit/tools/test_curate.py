@@ -276,6 +276,7 @@ def test_killed_and_started_again_it_goes_on(graded: Path, tmp_path: Path) -> No
     fragments = {path: path.read_bytes() for path in (tmp_path / "out").glob("stages/*/*.parquet")}
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert len(clips_of(tmp_path / "out")) == 6
+    assert fragments
     assert all(path.read_bytes() == content for path, content in fragments.items())
 
 

@@ -57,7 +57,9 @@ class TestRuns:
         save_checkpoint(tmp_path, unet, 2)
         nn.init.constant_(unet.conv_in.bias, 5.0)
         save_checkpoint(tmp_path, unet, 2, "power-0.050")
-        for file in (tmp_path / "ema-power-0.050").iterdir():
+        files = sorted((tmp_path / "ema-power-0.050").iterdir())
+        assert len(files) == 2
+        for file in files:
             save_file({"conv_in.bias": load_file(file)["conv_in.bias"]}, file)
         seal(tmp_path)
         assert_same(load_unet(tmp_path), unet)
