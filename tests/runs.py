@@ -1,4 +1,4 @@
-"""What tests read of a run's folder."""
+"""Readers of a run's folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that are complete; none before there is a file."""
+    """Complete rows of metrics.jsonl; none before the file exists."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""Signals as a process in the foreground has them, however the tests were started."""
+"""Signal handlers as a process in the foreground has them, however the tests were started."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from svd_ds.jobs.signals import SIGNALS
 
 
 def handle_as_in_the_foreground() -> None:
-    """Undo that nohup, or a shell that starts a command in the background, has some signals ignored: every
-    process of the tests would inherit it. Also for `preexec_fn`."""
+    """Handle signals again that nohup, or a shell that started the tests in the background, has set to be
+    ignored: every process of the tests would inherit that. Also for `preexec_fn`."""
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
