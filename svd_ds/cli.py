@@ -1,7 +1,8 @@
-"""How every command of the project ends: exit code 0, or one clear sentence and exit code 2."""
+"""Common parts of all commands: exit codes, errors in one sentence, the console, malloc settings."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import traceback
@@ -16,10 +17,13 @@ from rich.markup import escape
 
 from svd_ds.credentials import redact
 
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
+MAX_MMAP_THRESHOLD = 32 << 20
+"""Largest value that glibc accepts for M_MMAP_THRESHOLD, in bytes."""
 EXIT_PEER_FAILED = 1
-"""Code of a rank that ends because another did. The lowest: srun reports the highest of all ranks."""
+"""Exit code of a rank that ends because another did. The lowest: srun reports the highest of all ranks."""
 USER_ERRORS = (ValueError, OSError)
-"""What our own checks raise: a user's mistake, or the outside world's. Anything else is a bug of ours."""
+"""Errors of our checks: a user's mistake, or a failure of disk or network. Any other error is a bug."""
 USER_PATH_ERRORS = (
     FileNotFoundError,
     NotADirectoryError,
@@ -27,22 +31,22 @@ USER_PATH_ERRORS = (
     FileExistsError,
     PermissionError,
 )
-"""Of the errors of files, those of what was named."""
+"""Errors of files whose cause is the path that the user named."""
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same command may fare better later: a disk that is full or away, as against a wrong value
-    or name."""
+    """Return True if the same command may succeed later: after a full disk, but not after a wrong value or
+    path."""
     return isinstance(error, OSError) and not isinstance(error, USER_PATH_ERRORS)
 
 
 def same_kind(error: BaseException, sentence: str) -> ValueError | OSError:
-    """`sentence` in the place of `error`, by a kind that `is_retryable` judges the same."""
+    """Make an error with the message `sentence` that is retryable if `error` is."""
     return OSError(sentence) if is_retryable(error) else ValueError(sentence)
 
 
 def mask_tracebacks() -> None:
-    """Mask the credentials in the tracebacks with which Python ends this process."""
+    """Mask the credentials in the traceback of an uncaught exception."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         text = redact("".join(traceback.format_exception(kind, error, trace)))
@@ -53,76 +57,94 @@ def mask_tracebacks() -> None:
 
 
 def wants_traceback() -> bool:
+    """True with --debug or HYDRA_FULL_ERROR=1."""
     return "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 class LossyStream:
-    """stdout or stderr of a command, with credentials masked. The command must not end because nobody reads
-    it any more: a closed pipe (`| head`), a terminal that hung up, a log file on a full disk. After the first
-    write that fails, nothing is written."""
+    """stdout or stderr that masks credentials and ignores errors.
+
+    A command must not end because its output can no longer be written: to a closed pipe (`| head`), a closed
+    terminal, or a log file on a full disk. After the first write that fails, nothing is written.
+    """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
-        self._lost = False
+        self._is_lost = False
 
     def write(self, text: str) -> int:
-        if not self._lost:
+        """Write a text with its credentials masked."""
+        if not self._is_lost:
             try:
                 self._stream.write(redact(text))
             except OSError:
-                self._lose()
+                self._discard_output()
         return len(text)
 
     def flush(self) -> None:
-        if not self._lost:
+        """Flush the stream."""
+        if not self._is_lost:
             try:
                 self._stream.flush()
             except OSError:
-                self._lose()
+                self._discard_output()
 
-    def _lose(self) -> None:
-        self._lost = True
-        # Python flushes what is left in its buffer when it ends, and would end with another exit code.
+    def _discard_output(self) -> None:
+        self._is_lost = True
+        # Python flushes its buffer at exit, and an error then would change the exit code.
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def open_console(stderr: bool = False) -> Console:
-    """A console on stdout or stderr that drops what nobody reads, instead of raising."""
+    """Open a console on stdout or stderr that ignores errors of writing."""
     stream = LossyStream(sys.stderr if stderr else sys.stdout)
     return Console(file=cast(IO[str], stream), soft_wrap=True, highlight=False)
 
 
 def print_line(text: str) -> None:
-    """Print a line on stdout at once; raises nothing where nobody reads it."""
+    """Print a line on stdout and flush it; errors of writing are ignored."""
     open_console().print(printable(text), markup=False)
 
 
 def printable(text: str) -> str:
-    """Replace what a terminal would obey rather than show, except ends of lines: names of files come from
-    strangers."""
+    """Replace control characters other than newlines: untrusted file names must not act on the terminal."""
     hidden = ("Cc", "Cf", "Cs")
     return "".join(
         "\ufffd" if char != "\n" and unicodedata.category(char) in hidden else char for char in text
     )
 
 
-def print_error(error: BaseException | str, who: str = "") -> None:
-    """Print `error` as one sentence on stderr; `who` names the rank where there are several. Raises nothing
-    where nobody reads it."""
+def print_error(error: BaseException | str, prefix: str = "") -> None:
+    """Print `error` as one line on stderr; errors of writing are ignored.
+
+    Args:
+        prefix: text before the sentence, such as "rank 3: ".
+    """
     sentence = printable(" ".join(str(error).split())) or type(error).__name__
-    open_console(stderr=True).print(f"[bold red]error:[/] {escape(who + sentence)}")
+    open_console(stderr=True).print(f"[bold red]error:[/] {escape(prefix + sentence)}")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep freed memory for the next training step. Other C libraries are left alone.
+
+    By default glibc returns every large tensor to the system and faults it in again page by page, which takes
+    a large share of a step on a CPU.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command; end the process with 2 and one sentence on bad input, 130 when interrupted.
+    """Run a command; exit with code 2 and one sentence on a user error, with 130 when interrupted.
 
-    A traceback is shown for our own bugs, and for everything with `--debug` or HYDRA_FULL_ERROR=1.
+    A traceback is shown for bugs, and for every error with --debug or HYDRA_FULL_ERROR=1.
     """
     mask_tracebacks()
     try:

@@ -1,4 +1,4 @@
-"""The words of a command line: Hydra's own options, overrides, and the folders that configs come from."""
+"""Command line of the training: Hydra's own options, overrides, and the folders that configs come from."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ from svd_ds.package_files import package_folder
 
 CONF = package_folder("conf")
 VERSION_BASE = "1.3"
-"""Of Hydra: whose defaults it has."""
+"""Version of Hydra whose defaults are used."""
 PRIMARY = "train"
-"""The config that a run begins with, unless --config-name names another."""
+"""Name of the primary config, unless --config-name gives another."""
 MAIN_FILE = str(Path(__file__).with_name("train.py"))
-"""Hydra reads a relative --config-path from the folder of this file."""
+"""File from whose folder Hydra resolves a relative --config-path."""
 NO_RUN = ("help", "hydra_help", "cfg", "resolve", "package", "shell_completion", "info", "experimental_rerun")
-"""Hydra's options with which it does something else than to run one config as it is composed."""
+"""Options of Hydra that do something else than run one composed config."""
 OWN_FOLDER = (
     "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"
 )  # fmt: skip
-"""What conf/train.yaml says to Hydra, for another primary config: the run folder is ours to lay out, and
-Hydra would write the overrides there as they are, with the credentials in them."""
+"""Settings of Hydra in conf/train.yaml, for another primary config. Without them Hydra would write into the
+run folder, with the credentials of the overrides unmasked."""
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The arguments of `python -m svd_ds.train`, taken apart as Hydra does. Options may stand anywhere."""
+    """Arguments of `python -m svd_ds.train`, parsed as Hydra does; options may be anywhere among them."""
 
     options: Namespace
-    """Hydra's, by Hydra's names."""
+    """Options of Hydra, by its names."""
     option_words: tuple[str, ...]
-    """The same, one word each, and any option that Hydra does not know."""
+    """The same options, one word each, and those that Hydra does not know."""
     overrides: tuple[str, ...]
 
     @staticmethod
     def parse(words: Sequence[str]) -> CommandLine:
+        """Parse the arguments; overrides are not quoted yet (svd_ds.compose.parse_command_line)."""
         parser = get_args_parser()
         options, rest = parser.parse_known_args(list(words))
         option_words = []
@@ -58,7 +59,7 @@ class CommandLine:
             if action.dest != "overrides" and value:
                 name = action.option_strings[0]
                 option_words.append(name if value is True else f"{name}={value}")
-        # argparse gives the words behind the first option that follows an override back unread.
+        # argparse returns the words after the first option that follows an override unparsed.
         unknown = [word for word in rest if word.startswith("-")]
         overrides = [*options.overrides, *(word for word in rest if not word.startswith("-"))]
         if options.config_name or options.config_path:
@@ -77,23 +78,27 @@ class CommandLine:
         return [*self.option_words, *self.overrides]
 
     def check_is_one_run(self) -> None:
-        """Raises ValueError where the words ask for something else than one run."""
+        """Check that the arguments start exactly one run.
+
+        Raises:
+            ValueError: they start several runs, or none.
+        """
         if self.multirun:
             raise ValueError("-m starts several runs one after the other, and this command starts one")
         if asked := next((name for name in NO_RUN if getattr(self.options, name)), None):
             raise ValueError(f"--{asked.replace('_', '-')} starts no run, and this command starts one")
 
     def groups(self) -> list[str]:
-        """The config groups of every folder in the search path: conf/, --config-dir, hydra.searchpath."""
+        """Return the config groups in all folders of Hydra's search path, such as conf/ and --config-dir."""
         return self._options_of("", ObjectType.GROUP)
 
     def choices(self, group: str) -> list[str]:
-        """The configs of a group."""
+        """Return the configs of a group."""
         return sorted(self._options_of(group, ObjectType.CONFIG))
 
     @contextmanager
     def hydra(self) -> Iterator[None]:
-        """Inside, `hydra.compose` finds what Hydra's main would find."""
+        """A context in which `hydra.compose` uses the search path that hydra.main would use."""
         version.setbase(VERSION_BASE)
         before = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()
@@ -105,15 +110,15 @@ class CommandLine:
 
     def _options_of(self, group: str, kind: ObjectType) -> list[str]:
         loader: Any = ConfigLoaderImpl(config_search_path=self._search_path())
-        told = [word for word in self.overrides if word.lstrip("+").startswith("hydra.searchpath=")]
+        search = [word for word in self.overrides if word.lstrip("+").startswith("hydra.searchpath=")]
         with warnings.catch_warnings():
-            # Hydra itself warns, later, of a folder that is not there.
+            # Hydra itself warns later about a missing folder.
             warnings.simplefilter("ignore")
-            found: list[str] = loader.get_group_options(group, kind, self.config_name, told)
+            found: list[str] = loader.get_group_options(group, kind, self.config_name, search)
         return found
 
     def _search_path(self) -> ConfigSearchPath:
-        """As hydra.main makes it."""
+        """Build the search path as hydra.main does."""
         path = create_automatic_config_search_path(MAIN_FILE, None, self.options.config_path or str(CONF))
         if (folder := self.options.config_dir) is not None:
             folder = os.path.abspath(folder)

@@ -1,7 +1,7 @@
-"""From conf/ and a command line to a RunConfig: what Hydra is asked, and what it says in return.
+"""Composition of the config with Hydra: conf/ and a command line become a RunConfig.
 
-Hydra composes conf/train.yaml and its groups into a DictConfig; `to_config` turns that into a RunConfig,
-once. Beyond this file nobody sees a DictConfig.
+Hydra composes conf/train.yaml and its groups into a DictConfig, which `to_config` converts once into a
+RunConfig. No other module uses a DictConfig.
 """
 
 from __future__ import annotations
@@ -30,27 +30,30 @@ from svd_ds.fsync_io import replace_text
 from svd_ds.settings import TYPE_NAMES, Setting, all_settings, check_setting
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
-"""A key, choice or value that Hydra or OmegaConf does not take."""
+"""Errors of Hydra and OmegaConf for a key, choice or value; see `explain`."""
 
 REQUIRED_MARK = "? "
-"""How the value of a key begins that must be given on the command line; what it is follows. (OmegaConf's own
-sign, ???, gives way to a default.)"""
+"""Prefix of the value of a key that must be given on the command line; a description follows. (OmegaConf's
+own mark, ???, is overridden by a default.)"""
 
 ADDED = ("code", "contents")
-"""What config.yaml has beside the settings: it may be given as a config again."""
+"""Sections of config.yaml that are no settings; they are ignored where the file is used as a config."""
 
 
 def register() -> None:
-    """Tell Hydra the schema, so that an unknown key or a wrong type is refused."""
+    """Register the schema with Hydra, which then refuses unknown keys and wrong types."""
     ConfigStore.instance().store(name="schema", node=_schema())
 
 
 def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> RunConfig:
-    """The one conversion from Hydra's tree to values; runs every part's own checks.
+    """Convert Hydra's DictConfig to a RunConfig, which checks every value.
 
     Args:
-        now: what `${now:PATTERN}` shows, asked only where a value needs it. Hydra's own resolver asks each
-            rank's clock, and again in each restart of a job: they would have run folders of their own.
+        now: returns the time of `${now:PATTERN}`; called only if a value uses it. Hydra's own resolver reads
+            the clock of each rank in each restart of a job, which would give each a run folder of its own.
+
+    Raises:
+        ValueError: a key is unknown, or a value is wrong or missing.
     """
     OmegaConf.register_new_resolver("now", lambda pattern: now().strftime(pattern), replace=True)
     with read_write(node), open_dict(node):
@@ -58,7 +61,7 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
             node.pop(name, None)
     _check_keys(node, _known())
     if OmegaConf.get_type(node, "run") is dict:
-        # A primary config of the user's does not name the schema among its defaults.
+        # A primary config of the user does not name the schema in its defaults.
         node = cast(DictConfig, OmegaConf.merge(_schema(), node))
     _check_written(node)
     parts: Any = OmegaConf.to_object(node)
@@ -70,26 +73,34 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
 
 
 def compose(words: Sequence[str] = (), now: Callable[[], datetime] = datetime.now) -> RunConfig:
-    """The config that `python -m svd_ds.train WORDS` runs with; `now` as for `to_config`.
+    """Compose the config of `python -m svd_ds.train WORDS`.
+
+    Args:
+        words: arguments of the command line.
+        now: see `to_config`.
 
     Raises:
-        ValueError: the words are not those of one run, or a value is wrong.
+        ValueError: the words do not start exactly one run, or a value is wrong.
         HydraException, OmegaConfBaseException: see `explain`.
     """
-    line = readable([word for word in words if word != "--debug"])
+    line = parse_command_line([word for word in words if word != "--debug"])
     line.check_is_one_run()
     node = _compose_node(line)
-    # A run is named after the choices that Hydra made: ${hydra:runtime.choices...}.
+    # Names of runs use the choices that Hydra made: ${hydra:runtime.choices...}.
     HydraConfig.instance().set_config(node)
     with read_write(node), open_dict(node):
         del node["hydra"]
     return to_config(node, now)
 
 
-def readable(words: Sequence[str]) -> CommandLine:
-    """A command line as Hydra reads it. Raises ValueError for a key or value that cannot be meant."""
+def parse_command_line(words: Sequence[str]) -> CommandLine:
+    """Parse a command line, with its overrides quoted for Hydra.
+
+    Raises:
+        ValueError: a key or value cannot be read; the message says what to write.
+    """
     line = CommandLine.parse(words)
-    read = override_words.readable(
+    read = override_words.quote_for_hydra(
         [*line.option_words, *line.overrides], settings_by_key(), line.groups, line.multirun
     )
     return replace(line, overrides=tuple(debug_last(read[len(line.option_words) :])))
@@ -97,17 +108,17 @@ def readable(words: Sequence[str]) -> CommandLine:
 
 @cache
 def settings_by_key() -> dict[str, Setting]:
-    """Every setting of a run by its full key."""
+    """Return full key -> each setting of a run."""
     return {setting.key: setting for setting in all_settings(RunConfig)}
 
 
 def keys_without_folder(line: CommandLine) -> list[str]:
-    """The keys that differ among the runs of a multirun while run.dir does not.
+    """Return the keys that differ between the runs of a multirun while run.dir does not.
 
     Args:
-        line: as `readable` returns it.
+        line: from `parse_command_line`.
     """
-    swept = override_words.swept(line.overrides, line.choices)
+    swept = override_words.swept_values(line.overrides, line.choices)
     fixed = [word for word in line.overrides if _key(word) not in swept]
     first = {key: words[0] for key, words in swept.items() if words}
     return [
@@ -119,17 +130,17 @@ def keys_without_folder(line: CommandLine) -> list[str]:
 
 
 def folder_of_job(folder: str, keys: Collection[str]) -> str:
-    """run.dir of one run of a multirun: with the values that it has of `keys`. Called in Hydra's task."""
+    """Return run.dir of one run of a multirun, with its values of `keys`. Call it in Hydra's task."""
     words = [word for word in HydraConfig.get().overrides.task if _key(word) in keys]
     return f"{folder}-{override_words.folder_name(words)}" if words else folder
 
 
 def mask_multirun_file() -> None:
-    """Mask the credentials in the file in which Hydra keeps the overrides of a multirun. Called in Hydra's
+    """Mask the credentials in the file in which Hydra stores the overrides of a multirun. Call it in Hydra's
     task."""
     path = Path(HydraConfig.get().sweep.dir, "multirun.yaml")
     if HydraConfig.get().mode is RunMode.MULTIRUN and (text := path.read_text()) != (masked := redact(text)):
-        # Every rank does so, with the same text.
+        # Every rank writes the same text.
         with suppress(FileNotFoundError):
             replace_text(path, masked)
 
@@ -143,7 +154,7 @@ def _compose_node(line: CommandLine) -> DictConfig:
 def _run_dir(line: CommandLine, overrides: Sequence[str]) -> str:
     node = _compose_node(replace(line, overrides=tuple(overrides)))
     HydraConfig.instance().set_config(node)
-    # The time alone makes no difference between two runs.
+    # The time alone does not make two folders different.
     OmegaConf.register_new_resolver("now", lambda pattern: pattern, replace=True)
     return str(node.run.dir)
 
@@ -153,20 +164,20 @@ def _key(word: str) -> str:
 
 
 def debug_last(overrides: Sequence[str]) -> list[str]:
-    """Make `debug=tiny` the last of the appended groups, so that it lies over any experiment."""
+    """Move `debug=tiny` to the end of the overrides, so that it overrides any experiment."""
     is_debug = [override.lstrip("+").startswith("debug=") for override in overrides]
     debug = ["+" + override.lstrip("+") for override, flag in zip(overrides, is_debug, strict=True) if flag]
-    # Hydra takes a group once; as with any other key, the last word counts.
+    # Hydra accepts a group once; as with any other key, the last value counts.
     return [override for override, flag in zip(overrides, is_debug, strict=True) if not flag] + debug[-1:]
 
 
 def explain(error: BaseException) -> str:
-    """One sentence from Hydra's several lines: what it could not do, why, and what there is to choose."""
+    """Turn an error of Hydra into one sentence: what failed, why, and the available choices."""
     if sentence := _wrong_type(error):
         return sentence
-    told, _, choices = str(error).partition("Available options in ")
-    sentence = told.strip().splitlines()[0].rstrip(".")
-    if "--multirun" in told:
+    message, _, choices = str(error).partition("Available options in ")
+    sentence = message.strip().splitlines()[0].rstrip(".")
+    if "--multirun" in message:
         sentence += ": one run takes one value; python -m svd_ds.train -m ... runs all of them"
     if isinstance(error, OverrideParseException):
         sentence = f"{error.override} cannot be read: {sentence}"
@@ -174,14 +185,14 @@ def explain(error: BaseException) -> str:
         sentence += f": {str(error.__cause__).splitlines()[0]}"
     key = str(getattr(error, "full_key", None) or "")
     if key not in sentence:
-        # As of ${...} that names nothing.
+        # An interpolation ${...} names no key.
         sentence = f"{key} cannot be read: {sentence}"
     options = [line.strip() for line in choices.partition("Config search path")[0].splitlines()[1:]]
     return sentence + (f"; there are {', '.join(filter(None, options))}" if options else "")
 
 
 def _wrong_type(error: BaseException) -> str:
-    """The sentence for a value of another type than its setting's, "" for other errors."""
+    """Return a sentence for a value of a wrong type, "" for other errors."""
     cause = error if isinstance(error, ValidationError) else error.__cause__
     setting = settings_by_key().get(str(getattr(cause, "full_key", "")).partition("[")[0])
     if not isinstance(cause, ValidationError) or setting is None:
@@ -190,7 +201,7 @@ def _wrong_type(error: BaseException) -> str:
 
 
 def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
-    """Refuse what Hydra's +key=value added beyond the schema, and values that are left open."""
+    """Refuse keys that +key=value added outside the schema, and required values that are missing."""
     for key in node:
         if key not in schema:
             raise ValueError(
@@ -198,19 +209,19 @@ def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
             )
         child: Any = node._get_node(key)
         known = schema._get_node(key)
-        # A part without keys of its own, such as data.caption_weights, takes any.
+        # A section without keys of its own, such as data.caption_weights, accepts any.
         if isinstance(known, DictConfig) and len(known):
             if not isinstance(child, DictConfig):
                 keys = ", ".join(map(str, known))
-                raise ValueError(f"{path}{key!s} is {node[key]!r}, and must have the keys {keys}")
+                raise ValueError(f"{path}{key!s} is {node[key]!r}: it must have the keys {keys}")
             _check_keys(child, known, f"{path}{key!s}.")
         elif str(value := child._value()).startswith(REQUIRED_MARK):
             raise ValueError(f"{path}{key!s} must be given: {value.removeprefix(REQUIRED_MARK)}")
 
 
 def _check_written(node: DictConfig) -> None:
-    """Check the values that stand in the tree before those that are made of them: model.num_frames, which is
-    ${data.num_frames}, must not be blamed for what was written there."""
+    """Check values before interpolations of them: an error must name data.num_frames, which was written
+    wrongly, and not model.num_frames, which is ${data.num_frames}."""
     for key, setting in settings_by_key().items():
         section, _, name = key.rpartition(".")
         part: Any = node[section] if section else node
@@ -225,8 +236,8 @@ def _known() -> DictConfig:
 
 
 def _schema() -> DictConfig:
-    """RunConfig as a typed tree, spelt as users write it, that Hydra may write to: OmegaConf makes frozen
-    dataclasses read-only."""
+    """Return RunConfig as a typed DictConfig with the key names of users, and writable: OmegaConf makes
+    frozen dataclasses read-only."""
     parts = OmegaConf.structured(RunConfig)
     init = {FIELD_ALIASES.get(name, name): parts.init._get_node(name) for name in parts.init}
     node: Any = OmegaConf.create({**{name: parts._get_node(name) for name in parts}, "init": init})
@@ -236,7 +247,7 @@ def _schema() -> DictConfig:
         OmegaConf.set_readonly(branch, None)
         if isinstance(branch, DictConfig):
             if not len(branch):
-                # It has no keys of its own, such as data.buckets: it takes any.
+                # A section without keys of its own, such as data.buckets, accepts any.
                 OmegaConf.set_struct(branch, False)
             children = (branch._get_node(key) for key in branch)
             stack.extend(child for child in children if OmegaConf.is_config(child))

@@ -1,6 +1,7 @@
-"""Fingerprints of what a run reads at `frozen.path` and `init.from`: it resumes where these were moved, and
-not with others. What stands at `data.path`, `data.mixture` and `evaluation.path` has fingerprints in the
-cursor of each checkpoint and in the rows of evaluation.jsonl.
+"""Fingerprints of the weights at `frozen.path` and `init.from`.
+
+A run resumes after these were moved, but not with other weights. The data at `data.path`, `data.mixture` and
+`evaluation.path` have fingerprints in the cursor of each checkpoint and in the rows of evaluation.jsonl.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from svd_ds.weights.source import WeightSource, open_weights
 
 NOTHING = "none"
 ENCODERS = {"image": ("image_encoder",), "ends": ("image_encoder",), "text": ("text_encoder",)}
-"""Context -> the parts of a pipeline that make it."""
+"""Context -> parts of the pipeline that compute it."""
 SAMPLE = 64
-"""Numbers of a vector that count in its fingerprint; of a matrix its first row counts."""
+"""Elements of a vector that enter its fingerprint; of a matrix the first row does."""
 
 
 def contents_of(config: RunConfig, begun: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What config.yaml says of them, as its section `contents`.
+    """Compute the fingerprints, the section `contents` of config.yaml.
 
     Args:
-        begun: config.yaml of the run, where it has begun. Weights that a run has started from may be gone, or
-            trained further, when it resumes: at the place that is written there they are not read again.
+        begun: config.yaml of a run that resumes. Its initial weights may be gone by now, or trained further:
+            if `init.from` is unchanged, their fingerprint is taken from there.
     """
     path = frozen_folder(config.frozen.path)
     parts = ("vae", *ENCODERS.get(config.conditioning.context, ())) if config.task == "unet" else ("vae",)
@@ -49,13 +50,12 @@ def _initial(config: RunConfig, begun: Mapping[str, Any]) -> str:
     try:
         return source_fingerprint(open_weights(Path(config.init.source), config.init.which))
     except (OSError, ValueError):
-        # Where it is read, the error is told.
+        # The error is reported where the weights are loaded.
         return NOTHING
 
 
 def source_fingerprint(source: WeightSource) -> str:
-    """12 hexadecimal digits that name weights, without loading them: of each tensor its name, its shape and
-    its first numbers."""
+    """Hash name, shape and first elements of each tensor, without loading it, into 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(source.tensor_refs):
         for piece in source.tensor_refs[name]:
@@ -67,11 +67,11 @@ def source_fingerprint(source: WeightSource) -> str:
                 leaves = [piece]
             for leaf in leaves:
                 digest.update(f"{name} {leaf.name} {leaf.shape}\n".encode())
-                digest.update(_first_numbers(leaf))
+                digest.update(_first_elements(leaf))
     return digest.hexdigest()[:12]
 
 
-def _first_numbers(piece: TensorRef) -> bytes:
+def _first_elements(piece: TensorRef) -> bytes:
     if not piece.shape:
         numbers = piece.read().reshape(1)
     else:

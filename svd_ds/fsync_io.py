@@ -1,8 +1,8 @@
-"""Durable files: on disk, and not only in the page cache, before a caller goes on; and readable errors.
+"""Atomic and durable writes, with errors that name the file.
 
-Every small file of a run is written here; small_files.py and json_lines.py read. A file is replaced
-atomically: a reader sees the old content or the new one, and a power cut leaves one of the two. An error
-names the file. What is damaged all the same is not deleted: `set_aside` keeps a copy next to the file.
+Durable: a file is on disk, and not only in the page cache, before its writer returns. Atomic: a reader, also
+after a power cut, sees the old content or the new one. Every file of a run is written here; small_files.py
+and json_lines.py read them. A file that is damaged all the same is not deleted: `set_aside` keeps a copy.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What some FUSE and network file systems answer to an fsync that they do not offer."""
+"""Errors of FUSE and network file systems that do not support fsync."""
 NO_FOLDER_FSYNC = (*NO_FSYNC, errno.EBADF, errno.EISDIR, errno.EACCES)
-"""The same for a folder, which some cannot even open. PostgreSQL accepts them too (fd.c, fsync_fname_ext)."""
+"""The same for folders, which some cannot even open. PostgreSQL accepts them too (fd.c, fsync_fname_ext)."""
 
 
 @contextmanager
 def name_errors(path: Path) -> Iterator[None]:
-    """Inside, an OSError that names no file, such as that of a full disk, becomes one that names `path`."""
+    """Turn an OSError inside that names no file, such as that of a full disk, into one that names `path`."""
     try:
         yield
     except OSError as error:
@@ -41,7 +41,7 @@ def name_errors(path: Path) -> Iterator[None]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file and its folder, durably.
+    """Write a safetensors file durably, without atomicity; missing folders are made.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -55,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write or replace a safetensors file atomically and durably; on an error nothing of it is left.
+    """Write or replace a safetensors file atomically and durably; on an error the draft is removed.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -70,7 +70,7 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file durably, without atomicity: for files inside a folder that is renamed later.
+    """Write a file durably, without atomicity, such as one in a folder that is renamed later.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -82,7 +82,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write or replace a file atomically and durably."""
+    """Write or replace a file atomically and durably.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
     draft = path.with_name(path.name + ".new")
     write_text(draft, text)
     replace_file(draft, path)
@@ -107,18 +111,18 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def create_text(path: Path, text: str) -> None:
-    """Write a file durably unless there is one of its name: of several writers the first succeeds.
+    """Write a file durably unless it exists: of several writers the first succeeds.
 
-    On a file system without hard links a reader may see the file before it is whole.
+    On a file system without hard links a reader may see the file before it is complete.
 
     Raises:
-        FileExistsError: there is one.
+        FileExistsError: the file exists.
         OSError: the file cannot be written; the message names it.
     """
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write_text(draft, text)
-        # Unlike a rename, a link fails where there is a file.
+        # Unlike a rename, a link fails if the file exists.
         os.link(draft, path)
     except FileExistsError:
         raise
@@ -144,8 +148,14 @@ def _create_exclusively(path: Path, text: str) -> None:
 
 
 def replace_file(draft: Path, path: Path) -> None:
-    """Rename a finished draft to its final name, atomically and durably."""
-    fsync_path(draft)
+    """Rename a finished draft, a file or a folder, to its final name, atomically and durably.
+
+    Raises:
+        OSError: the message names the file.
+    """
+    for entry in (*draft.rglob("*"), draft):
+        if entry.exists():  # a link may lead nowhere
+            fsync_path(entry)
     os.replace(draft, path)
     fsync_path(path.parent)
 
@@ -171,8 +181,8 @@ def fsync_path(path: Path) -> None:
 
 
 class LineFile:
-    """A file that lines are appended to. Each line is one write of the system, so a killed process leaves
-    whole lines, and after an error, such as a full disk, nothing is left to be written by `close`."""
+    """File to which lines are appended. Each line is one system call: a killed process leaves complete lines,
+    and `close` has nothing left to write after an error such as a full disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -190,16 +200,21 @@ class LineFile:
                 left = left[self._file.write(left) :]
 
     def append_row(self, row: Mapping[str, Any]) -> None:
-        """Append a JSON object; raises as `append`."""
+        """Append a JSON object; raises what `append` raises."""
         self.append(json.dumps(row))
 
     def close(self) -> None:
+        """Close the file."""
         with name_errors(self.path):
             self._file.close()
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON object to a JSON lines file; raises as `LineFile.append`."""
+    """Append one JSON object to a JSON lines file.
+
+    Raises:
+        OSError: the message names the file.
+    """
     lines = LineFile(path)
     try:
         lines.append_row(row)
@@ -208,8 +223,16 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Copy a damaged file to NAME.damaged-1 (or -2, ...) next to it, for a person to look at; returns the
-    path of the copy. The damaged file stays: its owner replaces it."""
+    """Copy a damaged file to NAME.damaged-1 (or -2, ...) next to it, for a person to inspect.
+
+    The damaged file is left in place: its owner replaces it.
+
+    Returns:
+        Path of the copy.
+
+    Raises:
+        OSError: the copy cannot be written; the message names it.
+    """
     number = 1
     while (copy := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1

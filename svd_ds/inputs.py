@@ -1,4 +1,4 @@
-"""What a run reads before it computes: run folder, checkpoint, data, frozen parts. All of it checked here."""
+"""Inputs of a run, read and checked before it computes: run folder, checkpoint, data, frozen networks."""
 
 from __future__ import annotations
 
@@ -35,44 +35,46 @@ from svd_ds.weights.source import network_parameters, open_weights
 
 @dataclass(frozen=True)
 class Inputs:
-    """All of it is checked."""
+    """Inputs of a run, all of them checked."""
 
     folder: RunFolder
     contents: dict[str, Any]
-    """See svd_ds.contents."""
+    """Fingerprints of the weights that the run starts from (svd_ds.contents)."""
     checkpoints: Checkpoints
     resume: Path | None
+    """Checkpoint that the run resumes from."""
     progress: Progress
     loader: Loader
     preview_clips: Batch
     fixed_set: FixedSet | None
-    """What is evaluated by noise level; None where nothing is."""
+    """Clips of the evaluation by noise level; None without one."""
     autoencoder: Autoencoder
     conditioner: Conditioner | None
-    """None where the decoder learns: it is told nothing but the latents."""
+    """None with task=decoder: the decoder gets only latents."""
     precision: str
     weights: Iterator[tuple[str, Tensor]] | None
-    """To begin with, name by name; None draws them at random, or leaves them to the checkpoint."""
+    """Initial weights, by name; None: random ones, or those of the checkpoint."""
 
 
 def checkpoints_of(config: RunConfig, env: Env) -> Checkpoints:
+    """Return the checkpoints of the run."""
     return Checkpoints(RunFolder(Path(config.run.dir)).checkpoints, config.checkpoint, env, config.task)
 
 
 def find_resume(config: RunConfig, env: Env) -> Resume:
-    """Find the whole checkpoint that the run resumes from. All ranks call it.
+    """Find an intact checkpoint to resume from. All ranks call it.
 
-    Each verifies a share of the files. Rank 0 lists the checkpoints: while another start of the run writes,
-    two ranks might find two.
+    Each verifies a share of the files. Rank 0 lists the checkpoints: while another restart of the run still
+    writes, two ranks could find different ones.
 
     Raises:
-        SharedError: run.resume names none, or what there is is damaged.
+        SharedError: run.resume names no checkpoint, or all checkpoints are damaged.
     """
     checkpoints, verify = checkpoints_of(config, env), config.checkpoint.verify
     found = broadcast_from_rank0(lambda: find_checkpoint(checkpoints, config.run.resume))
     if config.run.resume == "auto" or (found.path is not None and found.is_own):
         path = newest_intact_checkpoint(checkpoints.folder, env, verify)
-        # Damaged ones are set aside by now: the choice is between those that are left.
+        # Damaged checkpoints have been set aside by now.
         found = broadcast_from_rank0(lambda: find_checkpoint(checkpoints, config.run.resume))
         if found.path == path:
             return found
@@ -82,15 +84,22 @@ def find_resume(config: RunConfig, env: Env) -> Resume:
 
 
 def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
-    """Open and check everything that a run reads to go on from `resume`. Raises ValueError or OSError with
-    one sentence."""
+    """Open and check everything that a run reads.
+
+    Args:
+        resume: checkpoint that the run resumes from; None begins at step 0.
+
+    Raises:
+        ValueError: a user's mistake, in one sentence.
+        OSError: a file cannot be read.
+    """
     config.batch.split(env.world, config.data.buckets)
     folder = RunFolder(Path(config.run.dir))
     begun = folder.initial_config()
     contents = contents_of(config, begun)
     folder.check_config_matches(config.as_dict() | {"contents": contents})
     if resume is None and begun is not None:
-        # Those that a start before has read, without a checkpoint behind it, are read anew.
+        # Without a checkpoint the weights are read again, whatever an earlier start has read.
         contents = contents_of(config, None)
     progress = Progress.read(resume / "state.json") if resume else None
 
@@ -106,9 +115,9 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     conditioner = None
     if config.task == "unet":
         seen = [preview_clips] if fixed_set is None else [preview_clips, fixed_set.clips]
-        states = [clips.context_BLD for clips in seen if clips.context_BLD is not None]
-        if loader.context is not None and len(states) == len(seen):
-            conditioner = Conditioner(config.conditioning, cached_width=states[0].shape[-1])
+        contexts = [clips.context_BLD for clips in seen if clips.context_BLD is not None]
+        if loader.context is not None and len(contexts) == len(seen):
+            conditioner = Conditioner(config.conditioning, cached_width=contexts[0].shape[-1])
         else:
             conditioner = Conditioner.load(config.conditioning, frozen, env.device, dtype)
     weights = None if resume else _initial_weights(config)
@@ -130,7 +139,11 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
 
 
 def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
-    """Those that the stage before hands over. ValueError in words where this one cannot go on from it."""
+    """Open the weights at init.from; None without any.
+
+    Raises:
+        ValueError: the network of this stage cannot start from them.
+    """
     if config.init.source is None:
         if config.task == "unet":
             check_trainable(config, dict.fromkeys(TAGS, "begin at random, for init.from is null"))
@@ -140,8 +153,8 @@ def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
     new = source.check(config.model)
     check_scalars(config, path, source.config.num_scalars)
     network = network_parameters(config.model, source.lora)
-    begins = f"begin at random, for {path} lacks {len(new)} tensors"
-    check_trainable(config, {network[name].tag: begins for name in new})
+    reason = f"begin at random, for {path} lacks {len(new)} tensors"
+    check_trainable(config, {network[name].tag: reason for name in new})
     if (theirs := source.config.in_channels) < (ours := config.model.in_channels):
         zero = f"ignore what is new, for {path} has {theirs} input channels and model.in_channels is {ours}"
         check_trainable(config, {"spatial": zero})
@@ -164,8 +177,10 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
 def _fixed_loader(
     data: DataConfig, like: Loader, seed: int, count: int, rank: int = 0, world: int = 1
 ) -> Loader:
-    """Its first batch is this rank's part of the first `count` clips of an order, as pixels, whole frames:
-    the same in every life of the run. CLIP states come with them where they come `like` that."""
+    """Return a loader whose first batch is this rank's share of the first `count` clips, as uncropped pixels.
+
+    The clips are the same in every restart of the run. Cached CLIP embeddings are read if `like` reads them.
+    """
     centred = replace(
         data, crop="center", flip=False, image_share=0.0, latents=False, buckets={}, num_workers=0
     )
@@ -178,7 +193,8 @@ def _preview_clips(config: RunConfig, like: Loader) -> Batch:
 
 
 def _fixed_set(config: RunConfig, env: Env, like: Loader, autoencoder: Autoencoder) -> FixedSet | None:
-    """Members of an ablation that differ in `data.where` or in their captioners have the same set too."""
+    """Read the clips of the evaluation, the same for all runs of an ablation, even if these differ in
+    data.where or data.caption_weights."""
     if config.evaluation.every == 0 or config.task != "unet":
         return None
     data = replace(config.data, where=(), caption_weights={})

@@ -1,4 +1,4 @@
-"""Files with a JSON object on each line, read and rewritten in whatever state a killed writer left them."""
+"""JSON lines files, read and rewritten even if a killed writer left them damaged."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from svd_ds.small_files import read_regular
 
 @dataclass(frozen=True)
 class JsonLines:
-    """The rows of a JSON lines file."""
+    """Rows of a JSON lines file."""
 
     rows: list[dict[str, Any]]
     damage: str | None
-    """One sentence about lines that cannot be read, None where the whole file is readable."""
+    """Sentence about lines that cannot be read; None where all can."""
 
 
 def read_json_lines(
@@ -29,8 +29,8 @@ def read_json_lines(
     A killed writer or a power cut may leave an unreadable tail: it is left out and reported in `damage`.
 
     Args:
-        valid: whether an object has what a row must have; one that has not counts as unreadable.
-        skip_bad: leave out unreadable lines that readable ones follow as well, and report them in `damage`.
+        valid: returns True for an object with the fields of a row; any other counts as unreadable.
+        skip_bad: also leave out unreadable lines that readable ones follow, and report them in `damage`.
 
     Raises:
         ValueError: a line that readable lines follow is unreadable, and `skip_bad` is not set; the message
@@ -67,11 +67,16 @@ def rewrite_json_lines(
     keep: Callable[[dict[str, Any]], bool],
     valid: Callable[[dict[str, Any]], bool] = lambda row: True,
 ) -> JsonLines:
-    """Replace a JSON lines file by the rows of it that `keep` accepts, atomically. Where some of its lines
-    cannot be read the file is set aside first, and `damage` names the copy.
+    """Reduce a JSON lines file to the rows that `keep` accepts, atomically.
+
+    If lines of it cannot be read, the file is set aside first, and `damage` names the copy.
 
     Args:
-        valid: as in `read_json_lines`.
+        keep: returns True for rows to keep.
+        valid: see `read_json_lines`.
+
+    Returns:
+        The rows that were kept.
 
     Raises:
         OSError: the file cannot be read or written; the message names it.

@@ -1,7 +1,8 @@
-"""What users write on a command line, KEY=VALUE, made readable for Hydra, or answered in one sentence.
+"""Overrides on a command line, KEY=VALUE: quoted for Hydra, or refused in one sentence.
 
 Hydra's grammar reads values as numbers, lists, dicts and texts of few characters. A path or name is taken as
-it is written instead: `data.path=~/clips, v1/epoch=3` needs no quotes beyond the shell's.
+it is written instead: `data.path=~/clips, v1/epoch=3` needs no quotes beyond the shell's. Keys of DeepSpeed
+and of other trainers are answered with ours.
 """
 
 from __future__ import annotations
@@ -20,30 +21,41 @@ from svd_ds.credentials import redact
 from svd_ds.settings import TYPE_NAMES, Setting, Text
 
 WORD = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
-SHARDED = "ZeRO stage 3 is the only one; its sizes are parallel.reduce_bucket and the other keys of parallel"
-OF_BATCH = "it follows from batch.size (clips a step, over all ranks) and batch.micro (clips a rank at once)"
+DEEPSPEED_FILE = "there is no DeepSpeed file, its settings are the keys of parallel, batch and optim"
+ZERO_STAGE = (
+    "the stage is always 3, because the float32 states of 1.5 billion parameters do not fit a GPU otherwise "
+    "(CONTRIBUTING.md); sizes are parallel.reduce_bucket and the other keys of parallel"
+)
+ACCUMULATION = (
+    "it follows from batch.size (clips per step over all ranks) and batch.micro (clips per rank at once)"
+)
+GLOBAL_BATCH = "use batch.size, clips per step over all ranks"
+MICRO_BATCH = "use batch.micro, clips per rank at once"
 OTHERS = {
-    "deepspeed": "there is no DeepSpeed file: its settings are the keys of parallel, batch and optim",
-    "deepspeed_config": "there is no DeepSpeed file: its settings are the keys of parallel, batch and optim",
-    "zero_optimization": SHARDED,
-    "zero_stage": SHARDED,
-    "stage": SHARDED,
-    "gradient_accumulation_steps": OF_BATCH,
-    "accumulate_grad_batches": OF_BATCH,
-    "train_batch_size": "use batch.size, clips a step over all ranks",
-    "global_batch_size": "use batch.size, clips a step over all ranks",
-    "batch_size": "use batch.size, clips a step over all ranks, or batch.micro, clips a rank at once",
-    "train_micro_batch_size_per_gpu": "use batch.micro, clips a rank at once",
-    "micro_batch_size": "use batch.micro, clips a rank at once",
-    "per_device_train_batch_size": "use batch.micro, clips a rank at once",
+    "deepspeed": DEEPSPEED_FILE,
+    "deepspeed_config": DEEPSPEED_FILE,
+    "zero_optimization": ZERO_STAGE,
+    "zero_stage": ZERO_STAGE,
+    "stage": ZERO_STAGE,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "accumulate_grad_batches": ACCUMULATION,
+    "train_batch_size": GLOBAL_BATCH,
+    "global_batch_size": GLOBAL_BATCH,
+    "batch_size": f"{GLOBAL_BATCH}, or batch.micro, clips per rank at once",
+    "train_micro_batch_size_per_gpu": MICRO_BATCH,
+    "micro_batch_size": MICRO_BATCH,
+    "per_device_train_batch_size": MICRO_BATCH,
     "gradient_clipping": "use optim.gradient_clip",
     "max_grad_norm": "use optim.gradient_clip",
-    "fp16": "use precision=bf16 or precision=fp32: there is no training in fp16, whose losses need scaling",
+    "fp16": "use precision=bf16 or precision=fp32, because fp16 needs loss scaling, which is not supported",
     "bf16": "use precision=bf16",
     "amp": "use precision=bf16",
     "mixed_precision": "use precision=bf16",
     "offload_optimizer": "use parallel.offload_optimizer=true",
-    "offload_param": "parameters stay on the GPUs; parallel.offload_optimizer=true moves the optimizer state",
+    "offload_param": (
+        "parameters stay on the GPUs, where ZeRO-3 shards them; parallel.offload_optimizer=true moves the "
+        "optimizer state to host memory"
+    ),
     "overlap_comm": "use parallel.overlap_comm",
     "reduce_bucket_size": "use parallel.reduce_bucket",
     "allgather_bucket_size": "use parallel.prefetch_bucket",
@@ -68,31 +80,31 @@ OTHERS = {
     "dataloader_num_workers": "use data.num_workers",
     "steps_per_print": "use logger.every",
 }
-"""Keys of DeepSpeed and of other trainers -> ours."""
+"""Key of DeepSpeed or of another trainer -> our key for it, or why there is none."""
 LIST_NAMES = {int: "whole numbers", float: "numbers", bool: "true and false"}
 RANK_OPTIONS = ("local_rank", "local-rank")
 
 
-def readable(
+def quote_for_hydra(
     words: Sequence[str],
     settings: Mapping[str, Setting],
     groups: Callable[[], Collection[str]],
     multirun: bool = False,
 ) -> list[str]:
-    """The words of a command line as Hydra reads them.
+    """Quote the words of a command line for Hydra.
 
     Args:
-        settings: every setting by its full key.
-        groups: gives the names of Hydra's config groups.
-        multirun: whether a comma parts the values of several runs.
+        settings: full key -> setting.
+        groups: returns the names of Hydra's config groups.
+        multirun: True if commas separate the values of several runs.
 
     Raises:
-        ValueError: a key that does not exist, or a value that cannot be read, with the remedy.
+        ValueError: a key does not exist, or a value cannot be read; the message says what to write.
     """
-    return [_readable(word, settings, groups, multirun) for word in words]
+    return [_quote_word(word, settings, groups, multirun) for word in words]
 
 
-def _readable(
+def _quote_word(
     word: str, settings: Mapping[str, Setting], groups: Callable[[], Collection[str]], multirun: bool
 ) -> str:
     if word.startswith("--"):
@@ -106,16 +118,16 @@ def _readable(
     if setting is None:
         _check_key(key, settings, groups)
     elif setting.is_text:
-        return f"{plus}{key}={_text(setting, value, multirun)}"
-    elif setting.is_list and setting.kind is str and (items := _list_of_texts(value)) is not None:
+        return f"{plus}{key}={_quote_text(setting, value, multirun)}"
+    elif setting.is_list and setting.kind is str and (items := _quote_list_of_texts(value)) is not None:
         return f"{plus}{key}=[{','.join(items)}]"
     if setting is not None and _parse(word) is None:
         raise ValueError(_unreadable(setting, value))
     return word
 
 
-def _text(setting: Setting, value: str, multirun: bool) -> str:
-    """The value of a text as Hydra reads it: what Hydra would take for something else is quoted."""
+def _quote_text(setting: Setting, value: str, multirun: bool) -> str:
+    """Quote the value of a text where Hydra would read something else."""
     override = _parse(f"{setting.key}={value}")
     if override is None:
         if value.startswith(("'", '"')):
@@ -126,7 +138,7 @@ def _text(setting: Setting, value: str, multirun: bool) -> str:
         return _quoted(value)
     read = override.value()
     if isinstance(read, ChoiceSweep) and read.simple_form:
-        # Another text with a comma is more likely a forgotten --multirun, which Hydra says.
+        # Another text with a comma is more likely a forgotten --multirun: Hydra's error says so.
         is_path = isinstance(setting.rule, Text) and setting.rule.is_path
         return value if multirun or not is_path else _quoted(value)
     # Hydra drops the blanks around a value.
@@ -134,8 +146,8 @@ def _text(setting: Setting, value: str, multirun: bool) -> str:
     return _quoted(value) if is_other else value
 
 
-def _list_of_texts(value: str) -> list[str] | None:
-    """Each text of [a,b], quoted; None where Hydra reads the list as it is."""
+def _quote_list_of_texts(value: str) -> list[str] | None:
+    """Quote each text of a list [a,b]; return None where Hydra reads the list as it is."""
     inner = value.strip()
     if _parse(f"key={value}") is not None or not (inner.startswith("[") and inner.endswith("]")):
         return None
@@ -156,15 +168,16 @@ def _parse(word: str) -> Override | None:
 
 
 def _unreadable(setting: Setting, value: str) -> str:
-    told = f"{setting.key} is {value}: it cannot be read as "
+    problem = f"{setting.key} is {value}: it cannot be read as "
     if setting.is_dict:
         return (
-            f"{told}{{NAME:NUMBER,...}}; on a command line a name has letters, digits, blanks and /-.+:@ "
+            f"{problem}{{NAME:NUMBER,...}}; on a command line a name has letters, digits, blanks and /-.+:@ "
             "alone: link a folder under such a name"
         )
     if setting.is_list and setting.kind is str:
-        return f"{told}a list; in a shell write " + shlex.quote(f'{setting.key}=["VALUE","VALUE"]')
-    return told + (f"a list of {LIST_NAMES[setting.kind]}" if setting.is_list else TYPE_NAMES[setting.kind])
+        return f"{problem}a list; in a shell write " + shlex.quote(f'{setting.key}=["VALUE","VALUE"]')
+    kind = f"a list of {LIST_NAMES[setting.kind]}" if setting.is_list else TYPE_NAMES[setting.kind]
+    return problem + kind
 
 
 def _check_option(word: str) -> None:
@@ -172,14 +185,18 @@ def _check_option(word: str) -> None:
     if name in RANK_OPTIONS:
         raise ValueError(
             f"there is no option {word}, which DeepSpeed's launcher adds: start the ranks with torchrun, "
-            "srun or tools/launch.py"
+            "srun or tools/launch.py, which set it as a variable"
         )
     if name in OTHERS:
         raise ValueError(f"there is no option --{name}: {OTHERS[name]}")
 
 
 def _check_key(key: str, settings: Mapping[str, Setting], groups: Callable[[], Collection[str]]) -> None:
-    """Raise ValueError for a key that no config has, saying which one is meant."""
+    """Refuse a key that no config has.
+
+    Raises:
+        ValueError: the message names the key that is probably meant.
+    """
     parts = key.split(".")
     parents = [".".join(parts[:count]) for count in range(1, len(parts))]
     if parts[0] == "hydra" or any(p in settings and settings[p].is_dict for p in parents) or key in groups():
@@ -200,12 +217,12 @@ def _check_key(key: str, settings: Mapping[str, Setting], groups: Callable[[], C
     raise ValueError(f"there is no key {key}; there are {', '.join(have)}")
 
 
-def swept(words: Sequence[str], choices: Callable[[str], list[str]]) -> dict[str, list[str]]:
-    """Key of each word that gives several values -> the words that give it one value each.
+def swept_values(words: Sequence[str], choices: Callable[[str], list[str]]) -> dict[str, list[str]]:
+    """Return key -> one override per value, for each key that a multirun sweeps.
 
     Args:
-        words: as `readable` returns them.
-        choices: the choices of a config group.
+        words: from `quote_for_hydra`.
+        choices: returns the configs of a group.
     """
     found = {}
     for word in words:
@@ -225,7 +242,7 @@ def swept(words: Sequence[str], choices: Callable[[str], list[str]]) -> dict[str
 
 
 def folder_name(words: Sequence[str]) -> str:
-    """Overrides as part of a folder's name: optim.lr=0.001 -> optim.lr_0.001."""
+    """Turn overrides into part of a folder's name: optim.lr=0.001 -> optim.lr_0.001."""
     return "-".join(map(_folder_part, words))
 
 
@@ -234,6 +251,6 @@ def _folder_part(word: str) -> str:
     value = value.strip("'\"")
     plain = re.sub(r"[^\w.+-]+", "_", value, flags=re.ASCII)[-40:]
     if plain != value:
-        # Two values must not have one name.
+        # Two values must not have the same name.
         plain += f"_{hashlib.sha256(value.encode()).hexdigest()[:6]}"
     return f"{key}_{plain}"

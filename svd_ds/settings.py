@@ -1,13 +1,13 @@
-"""The rule that every field of a settings dataclass declares, and the one check of all of them.
+"""Settings dataclasses: each field declares a rule, and one function checks all of them.
 
     @dataclass(frozen=True)
     class OptimConfig(Settings, section="optim"):
         lr: float = number(1e-4, gt=0, le=100)
         schedule: str = choice("constant", SCHEDULES)
 
-A field's rule holds for each element of a list or dict. It is checked wherever the dataclass is built: from
-the command line, from a file, or in Python. An error names the full config key, the value and what is
-allowed.
+The rule of a field applies to each element of a list or dict. It is checked whenever the dataclass is built:
+from the command line, from a file, or in Python. An error names the full config key, the value and the
+allowed values.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from svd_ds.credentials import MASK
 
 WHOLE = f"whole: its credentials were masked ({MASK}) where it was stored, give it on the command line"
 INT64_MAX = 2**63 - 1
-"""What tensors and files hold of a whole number: the upper bound where a field has none of its own."""
+"""Upper bound of whole numbers without one of their own: the range of tensors and files."""
 FLOAT32_MAX = 3.4e38
-"""What a tensor holds of a number: the bound, on both sides, where a field has none of its own."""
+"""Bound of the magnitude of numbers without one of their own: the range of a float32 tensor."""
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes; they are finite."""
+    """Range of finite numbers that a field accepts."""
 
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
     off: float | None = None
-    """A number outside the range that is allowed as well: it switches something off."""
+    """Allowed number outside the range, which switches the feature off."""
     hint: str = ""
     path_keys: bool = False
-    """The keys of the dict are paths or URLs."""
+    """True if the keys of the dict are paths or URLs."""
 
     def check(self, value: Any) -> str:
-        """What is wrong with a number, "" if nothing is."""
+        """Return what the number must be; "" if it is in the range."""
         if not math.isfinite(value):
             return "finite, " + self.describe()
         fits = (
@@ -66,7 +66,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """The words that a field takes."""
+    """Words that a field accepts."""
 
     options: tuple[str, ...]
 
@@ -80,11 +80,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is not empty; of a path, "~" is the user's home."""
+    """Text that is not empty. In a path "~" is the home of the user."""
 
     is_path: bool = False
 
     def check(self, value: Any) -> str:
+        """Return what the text must be; "" if it is valid."""
         if not value.strip():
             return "a path, and not empty" if self.is_path else "a text, and not empty"
         if not value.isprintable():
@@ -106,25 +107,31 @@ def number(
     hint: str = "",
     path_keys: bool = False,
 ) -> Any:
-    """A dataclass field for a number, or a tuple or dict of numbers, each in the range; see `Range`.
+    """Declare a dataclass field for a number, or for a tuple or dict of numbers, each in the range.
 
-    The default `dict` is an empty dict.
+    Args:
+        default: default value; `dict` is an empty dict.
+        ge, gt, le, lt, off, hint, path_keys: see `Range`.
     """
     return _field(default, Range(ge, gt, le, lt, off, hint, path_keys))
 
 
 def choice(default: Any, options: Collection[str]) -> Any:
-    """A dataclass field for one of some words, or a tuple of such."""
+    """Declare a dataclass field for one of the options, or for a tuple of them."""
     return _field(default, Choice(tuple(options)))
 
 
 def text(default: Any) -> Any:
-    """A dataclass field for a text, or a tuple of texts, none of them empty."""
+    """Declare a dataclass field for a text, or for a tuple of texts, none of them empty."""
     return _field(default, Text())
 
 
 def location(default: Any, key: str | None = None) -> Any:
-    """A dataclass field for a path or URL; `key`: what users write in place of the field's name."""
+    """Declare a dataclass field for a path or URL.
+
+    Args:
+        key: name of the config key where it differs from that of the field.
+    """
     return _field(default, Text(is_path=True), key)
 
 
@@ -143,12 +150,12 @@ class Setting:
     key: str
     """The full config key."""
     kind: type
-    """int, float, str or bool: of the value, or of each element."""
+    """Type of the value or of each element: int, float, str or bool."""
     is_optional: bool
     is_list: bool
     is_dict: bool
     rule: Rule | None
-    """None for true or false."""
+    """None for a bool."""
 
     @property
     def is_text(self) -> bool:
@@ -156,13 +163,13 @@ class Setting:
 
 
 class Settings:
-    """Base of a settings dataclass: checks every field's rule when one is built, and expands "~" in paths.
+    """Base class of settings dataclasses. It checks the rule of every field, and expands "~" in paths.
 
     A subclass with a `__post_init__` of its own, for checks across fields, calls this one first.
     """
 
     section: ClassVar[str] = ""
-    """Where the dataclass stands in the config: the first part of its keys."""
+    """Section of the config: the first part of the keys of this dataclass."""
 
     def __init_subclass__(cls, section: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -179,7 +186,7 @@ class Settings:
 
 @cache
 def settings_of(kind: Any) -> tuple[Setting, ...]:
-    """The fields of a settings dataclass that hold values, not further settings."""
+    """Return the fields of a settings dataclass that are values, not nested settings."""
     hints = get_type_hints(kind)
     prefix = f"{section}." if (section := getattr(kind, "section", "")) else ""
     found = []
@@ -199,7 +206,7 @@ def settings_of(kind: Any) -> tuple[Setting, ...]:
 
 
 def all_settings(kind: Any) -> Iterator[Setting]:
-    """Every setting of a tree of settings dataclasses."""
+    """Yield every setting of a tree of settings dataclasses."""
     yield from settings_of(kind)
     for entry in fields(kind):
         if entry.default_factory is not MISSING and is_dataclass(part := entry.default_factory()):
@@ -207,10 +214,10 @@ def all_settings(kind: Any) -> Iterator[Setting]:
 
 
 def check_setting(setting: Setting, value: Any) -> None:
-    """Check a value by its setting's type and rule.
+    """Check a value by the type and rule of its setting.
 
     Raises:
-        ValueError: the setting does not take the value; the sentence has the full key.
+        ValueError: the setting does not accept the value; the message names the full key.
     """
     if value is None and setting.is_optional:
         return
@@ -227,11 +234,11 @@ def check_setting(setting: Setting, value: Any) -> None:
 
 
 def _elements(setting: Setting, value: Any) -> Iterator[tuple[str, Any]]:
-    """Full key -> each number or text of a value."""
+    """Yield full key and value of each number or text in a value."""
     if setting.is_dict:
         yield from ((f"{setting.key}.{name}", element) for name, element in value.items())
     elif setting.is_list:
-        yield from ((f"{setting.key}[{place}]", element) for place, element in enumerate(value))
+        yield from ((f"{setting.key}[{index}]", element) for index, element in enumerate(value))
     else:
         yield setting.key, value
 

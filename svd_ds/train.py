@@ -18,8 +18,7 @@ from typing import Any
 import hydra
 
 from svd_ds import compose
-from svd_ds.allocator import keep_freed_memory
-from svd_ds.cli import USER_ERRORS, mask_tracebacks, print_error, wants_traceback
+from svd_ds.cli import USER_ERRORS, keep_freed_memory, mask_tracebacks, print_error, wants_traceback
 from svd_ds.command_line import CONF, PRIMARY, VERSION_BASE
 from svd_ds.credentials import redact
 from svd_ds.jobs.rank_session import RankSession
@@ -62,7 +61,7 @@ def main() -> None:
                 errors.append(error)
 
     try:
-        line = compose.readable([word for word in sys.argv[1:] if word != "--debug"])
+        line = compose.parse_command_line([word for word in sys.argv[1:] if word != "--debug"])
         sys.argv[1:] = line.words()
         if line.multirun:
             unnamed += compose.keys_without_folder(line)

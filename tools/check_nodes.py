@@ -1,4 +1,4 @@
-"""The pre-flight of a Slurm job whose tasks go on by themselves: leave out nodes that are broken."""
+"""Preflight check of a Slurm job whose tasks resume by themselves: exclude nodes that fail it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from svd_ds.jobs.slurm import Job
 EXAMPLE = """slurm/encode.sh and curate.sh call it with the allocation's own values (slurm/lib.sh):
   tools/check_nodes.py --job 42 --nodes node1,node2 --gpus 8
 
-It ends with 0 when every node is fit, with 1 behind queueing the job again without those that are not."""
+Exit code: 0 when every node is fit; 1 after it has requeued the job, excluding those that are not."""
 
 
 def main() -> None:
@@ -21,12 +21,12 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     Job.add_options(parser)
-    job = Job.of(parser.parse_args())
-    # The tasks share files alone: it does not matter whether nodes reach each other.
+    job = Job.from_options(parser.parse_args())
+    # The tasks share only files: the nodes need not reach each other.
     faults = failing_nodes(job, Path("runs", "jobs", job.id), together=False) if job.preflight else {}
     if not faults:
         return
-    # Checks that were ended with the job tell nothing of its nodes.
+    # Checks that ended with the job say nothing about its nodes.
     if job.is_running():
         exclude_nodes(job, faults)
     sys.exit(1)

@@ -5,7 +5,6 @@ With --verify, list the checkpoints of a run instead, and which of them are whol
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from svd_ds.cli import print_line, run_cli
+from svd_ds.fsync_io import replace_file
 from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.unet import UNetConfig
 from svd_ds.sample import frozen_folder, run_settings
@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         draft = Path(folder) / target.name
         note = convert(arguments, draft)
-        os.replace(draft, target)
+        replace_file(draft, target)
     print(f"wrote {target}{note}")
 
 

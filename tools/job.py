@@ -1,4 +1,4 @@
-"""One run as a Slurm job, on the batch host: start its ranks, and queue the job again where that helps."""
+"""One run as a Slurm job: start its ranks from the batch host, and requeue the job where that helps."""
 
 from __future__ import annotations
 
@@ -30,24 +30,26 @@ from svd_ds.run_folder import RunFolder
 EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slurm/lib.sh):
   tools/job.py --job 42 --nodes node1,node2 -- +experiment=stage2 debug=tiny
 
-It ends with 0 when the run is finished, with 2 on a user's mistake; otherwise the job is queued again, unless
-its last starts came no further (docs/slurm.md)."""
+Exit code: 0 when the run is finished, 2 on a user's mistake. Otherwise the job is requeued, unless its last
+restarts saved no new checkpoint (docs/slurm.md)."""
 INTERRUPT_CODE = 130
 CLOCKS = Path("runs/.jobs")
-"""Where the times of jobs are kept, from the folder that jobs are submitted in."""
+"""Folder of the start times of jobs, relative to the folder that jobs are submitted from."""
 
 
-class Request:
-    """The signal by which this life was asked to end, handed on to the ranks as USR1."""
+class StopSignal:
+    """Signal that asked this job to end; it is forwarded to the ranks as USR1."""
 
     def __init__(self) -> None:
         self.number = 0
+        """Number of the signal; 0 until one has come."""
         self.step: subprocess.Popen[bytes] | None = None
         for number in ENDING:
             signal.signal(number, self._receive)
         release_signals()
 
-    def hand_to(self, step: subprocess.Popen[bytes]) -> None:
+    def forward_to(self, step: subprocess.Popen[bytes]) -> None:
+        """Send USR1 to `step` once the signal comes, or now if it has."""
         self.step = step
         if self.number:
             # It came while srun was being started.
@@ -60,52 +62,53 @@ class Request:
 
 
 def main() -> None:
-    request = Request()
+    stop = StopSignal()
     options = parse_arguments()
-    job = Job.of(options)
+    job = Job.from_options(options)
     clock = JobClock(job.id, options.arguments)
     try:
         folder = run_folder(options.arguments, clock)
         if (damage := record_queued_restart(folder, int(job.id), job.max_restarts)) is not None:
             print_line(f"warning: {damage}")
     except ValueError:
-        settle(options.trial, clock)
+        mark_settled(options.trial, clock)
         raise
     code = 0
-    faults = failing_nodes(job, folder.path) if job.preflight and not request.number else {}
-    # Checks that were ended with the job tell nothing of its nodes.
-    if faults and not request.number and job.is_running():
+    faults = failing_nodes(job, folder.path) if job.preflight and not stop.number else {}
+    # Checks that ended with the job say nothing about its nodes.
+    if faults and not stop.number and job.is_running():
         exclude_nodes(job, faults)
         return
-    if not faults and not request.number:
-        step = job.step([sys.executable, "-m", "svd_ds.train", *options.arguments], **clock.variables)
-        request.hand_to(step)
+    if not faults and not stop.number:
+        step = job.start_step([sys.executable, "-m", "svd_ds.train", *options.arguments], **clock.variables)
+        stop.forward_to(step)
         code = step.wait()
     outcome = JobOutcome.read(folder)
-    settled = settled_code(outcome, code)
-    # Cancelled, out of time, or taken away: Slurm queues it again where it means to.
+    final_code = settled_code(outcome, code)
+    # Where the job was cancelled, preempted or is out of time, it is Slurm that requeues it, if at all.
     running = job.is_running()
-    stopped = settled == INTERRUPT_CODE or (settled is None and running and request.number == signal.SIGTERM)
+    terminated = final_code is None and running and stop.number == signal.SIGTERM
+    stopped = final_code == INTERRUPT_CODE or terminated
     if options.trial is not None and stopped:
-        settled = 0  # early, by W&B's word to rank 0 or to the agent, whichever was first
-    if settled is not None:
-        settle(options.trial, clock)
-        sys.exit(settled)
+        final_code = 0  # W&B stopped the trial early, through rank 0 or through the agent
+    if final_code is not None:
+        mark_settled(options.trial, clock)
+        sys.exit(final_code)
     if not running:
         sys.exit(code)
     bad = {node: why for node, why in outcome.nodes.items() if node in job.nodes} if outcome else {}
     if bad:
         exclude_nodes(job, bad)
         return
-    print_line(f"job {job.id} is queued again: {reason(outcome, request.number, code)}")
+    print_line(f"job {job.id} is queued again: {reason(outcome, stop.number, code)}")
     job.requeue()
 
 
 class JobClock:
-    """When the run was first started by this job: what `${now:...}` gives in every restart and on every rank.
+    """Time at which this job first started the run: the value of `${now:...}` on every rank of every restart.
 
-    A run folder named after the time is then one folder for all of them. The time is kept in a file, because
-    Slurm keeps none over a requeue, and only where a value of the config asks for it.
+    A run folder named after the time is then one folder for all restarts. The time is kept in a file, because
+    Slurm keeps none over a requeue, and only where a value of the config uses it.
     """
 
     def __init__(self, job: str, arguments: Sequence[str]) -> None:
@@ -113,32 +116,36 @@ class JobClock:
         digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
         self.path = CLOCKS / f"{job}-{digest}"
         self.variables: dict[str, str] = {}
-        """For the ranks."""
+        """Environment variables of the ranks."""
         self._restarted = restart_id()[1] > 0
 
     def read(self) -> datetime:
-        """The time, kept from the first start on."""
+        """Return the time, which the first start writes to the file."""
         if not self.variables:
-            # A cluster that is set up anew gives job numbers again.
+            # A cluster that was set up anew reuses job ids.
             if not (self._restarted and self.path.exists()):
                 replace_text(self.path, datetime.now().isoformat())
             self.variables = {STARTED: self.path.read_text()}
         return datetime.fromisoformat(self.variables[STARTED])
 
-    def forget(self) -> None:
-        """The job starts the run no more."""
+    def discard(self) -> None:
+        """Remove the file: the job does not restart the run any more."""
         self.path.unlink(missing_ok=True)
 
 
-def settle(trial: Path | None, clock: JobClock) -> None:
-    """The run needs no other start: a sweep's next trial may begin."""
-    clock.forget()
+def mark_settled(trial: Path | None, clock: JobClock) -> None:
+    """Note that the run needs no restart: the next trial of a sweep may begin."""
+    clock.discard()
     if trial is not None:
         trial.unlink(missing_ok=True)
 
 
 def run_folder(arguments: Sequence[str], clock: JobClock) -> RunFolder:
-    """Where a run with these arguments lives. Raises ValueError for a mistake in them: no rank starts."""
+    """Find the folder of a run with these arguments.
+
+    Raises:
+        ValueError: a mistake in the arguments; no rank has been started.
+    """
     try:
         settings = compose.compose(arguments, clock.read)
     except compose.COMPOSE_ERRORS as error:
@@ -147,9 +154,11 @@ def run_folder(arguments: Sequence[str], clock: JobClock) -> RunFolder:
 
 
 def settled_code(outcome: JobOutcome | None, code: int) -> int | None:
-    """The job's exit code where the run needs no other life; None where it does.
+    """Return the exit code of the job; None where the run needs a restart.
 
-    `code` is srun's: of a step that it ended itself it says 143, whatever the rank that failed first said.
+    Args:
+        code: exit code of srun. For a step that srun ended itself it is 143, whatever the first rank to fail
+            returned.
     """
     kind = outcome.kind if outcome is not None else None
     if kind == FINISHED and code == 0:
@@ -159,9 +168,10 @@ def settled_code(outcome: JobOutcome | None, code: int) -> int | None:
     return INTERRUPT_CODE if kind == INTERRUPTED else None
 
 
-def reason(outcome: JobOutcome | None, asked: int, code: int) -> str:
-    if asked:
-        return f"{signal.Signals(asked).name} asked it to end"
+def reason(outcome: JobOutcome | None, signal_number: int, code: int) -> str:
+    """Say why the job is requeued."""
+    if signal_number:
+        return f"{signal.Signals(signal_number).name} asked it to end"
     if outcome is not None:
         return ": ".join(filter(None, (f"rank {outcome.rank} {outcome.kind}", outcome.message)))
     return f"srun ended with {code}, and no rank said why"
@@ -173,8 +183,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     Job.add_options(parser)
-    add("--trial", type=Path, metavar="FILE", help="of a sweep: removed once the trial needs no other life")
-    add("arguments", nargs="*", metavar="-- ARGUMENT", help="of python -m svd_ds.train")
+    add("--trial", type=Path, metavar="FILE", help="trial of a sweep: removed once it needs no restart")
+    add("arguments", nargs="*", metavar="-- ARGUMENT", help="argument of python -m svd_ds.train")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Start several ranks of a program on this machine: the training, unless told otherwise."""
+"""Start several ranks of the training, or of another program, on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from svd_ds.cli import EXIT_PEER_FAILED, print_error, run_cli
 
 GRACE_S = 5.0
-"""Once a rank has failed, how long the others have to say what they saw."""
+"""Seconds that the other ranks get to report their own errors once a rank has failed."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 
@@ -31,26 +31,29 @@ def main() -> None:
     )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     parser.add_argument(
-        "-n", type=int, default=gpus or 2, help="ranks (default: one a GPU, or 2 without GPUs)"
+        "-n", type=int, default=gpus or 2, help="ranks (default: one per GPU, or 2 without GPUs)"
     )
     parser.add_argument(
         "--script", help="run this Python file on each rank instead of `python -m svd_ds.train`"
     )
-    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="given to each rank as it is")
+    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="passed to each rank unchanged")
     options = parser.parse_args()
     if options.n < 1:
-        raise ValueError(f"-n is {options.n}: a run has at least 1 rank")
+        raise ValueError(f"-n is {options.n}: it must be at least 1")
     program = [options.script] if options.script else ["-m", "svd_ds.train"]
     sys.exit(launch([sys.executable, *program, *options.arguments], options.n))
 
 
 def launch(command: list[str], num_ranks: int) -> int:
-    """Run `command` as `num_ranks` ranks and wait. Returns the exit code of the first rank that
-    failed by itself, or 0.
+    """Run `command` as `num_ranks` ranks and wait for them.
 
-    Signals go to every rank. When one fails the others are given a moment and then killed. None outlives us.
+    Signals are forwarded to every rank. When a rank fails, the others are killed after GRACE_S. No rank
+    outlives this process.
+
+    Returns:
+        Exit code of the first rank that failed by itself, or 0.
     """
-    # Held here, not by rank 0, it gets a port that nobody can take in between.
+    # With the store in this process, not in rank 0, no other program can take its port in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [start(command, rank, num_ranks, store.port) for rank in range(num_ranks)]
 
@@ -64,7 +67,7 @@ def launch(command: list[str], num_ranks: int) -> int:
 
 
 def start(command: list[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
-    """Start one rank. Rank 0 writes to the terminal; of the others only errors are seen."""
+    """Start one rank. Rank 0 writes to the terminal; of the other ranks only stderr is shown."""
     launcher = os.getpid()
 
     def die_with_launcher() -> None:
@@ -77,14 +80,14 @@ def start(command: list[str], rank: int, num_ranks: int, port: int) -> subproces
         env=rank_environment(rank, num_ranks, port),
         stdin=subprocess.DEVNULL,
         stdout=None if rank == 0 else subprocess.DEVNULL,
-        # A group of its own: Ctrl-C reaches it through us alone, and it can be killed with all its workers.
+        # A process group per rank: Ctrl-C reaches it only through us, and it is killed with its workers.
         process_group=0,
         preexec_fn=die_with_launcher,
     )
 
 
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """Environment variables of a rank; the launcher's TCPStore listens on `port`."""
+    """Return the environment variables of a rank; the TCPStore of the launcher listens on `port`."""
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -95,20 +98,20 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        # torchrun's word for: the store is there already, rank 0 need not open one.
+        # torchrun's variable for a store that exists already: rank 0 does not open one.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
 
 
 def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait until every rank has ended, and see to it that they do once one has failed."""
+    """Wait until every rank has ended; kill the others once one has failed. Return the exit code."""
     running, failures, deadline = list(ranks), [], float("inf")
     while running:
         for process in [process for process in running if process.poll() is not None]:
             running.remove(process)
             failures += [process.returncode] if process.returncode else []
             if process.returncode < 0:
-                # Of its own failures a rank tells by itself.
+                # A rank reports its other failures itself.
                 killer = signal.Signals(-process.returncode).name
                 print_error(f"rank {ranks.index(process)} was killed by {killer}")
         if failures and deadline == float("inf"):
@@ -119,9 +122,9 @@ def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
                 process.wait()
             break
         time.sleep(0.05)
-    # The rank that failed first may be slower to end than one that it left alone.
+    # The rank that failed first may be slower to end than one that lost its peer.
     failure = next((code for code in failures if code != EXIT_PEER_FAILED), failures[0] if failures else 0)
-    # As a shell does: 128 and the signal's number.
+    # The convention of shells: 128 plus the number of the signal.
     return failure if failure >= 0 else 128 - failure
 
 

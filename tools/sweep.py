@@ -1,4 +1,4 @@
-"""A W&B sweep in one Slurm job: wandb's agent on the batch host, each trial a run over all the nodes."""
+"""W&B sweep in one Slurm job: wandb's agent runs on the batch host, each trial on all nodes."""
 
 from __future__ import annotations
 
@@ -29,41 +29,42 @@ EXAMPLE = """slurm/sweep.sh calls it with the allocation's own values:
   wandb sweep sweeps/lr.yaml
   sbatch --nodes=2 slurm/sweep.sh ENTITY/PROJECT/SWEEP [key=value ...]
 
-Of the sweep's command only what follows `svd_ds.train` is taken: Slurm starts the ranks."""
+Only the arguments after `svd_ds.train` in the command of the sweep are used: Slurm starts the ranks."""
 TRAINER = "svd_ds.train"
 
 
 class JobAgent(Agent):
-    """wandb's own agent, with two differences: a trial is started through tools/job.py, which queues the job
-    again when the trial's ranks die, and a life of the job begins with the trial that the one before left.
+    """wandb's own agent, with two differences: tools/job.py starts each trial, and requeues the job when the
+    ranks of the trial die; and a restart of the job begins with the unfinished trial.
     """
 
     def __init__(self, sweep: str, job: Job, overrides: list[str]) -> None:
         self.job = job
         self.unfinished = Path("runs", "sweeps", sweep, f"unfinished-{job.id}.json")
-        """Holds the running trial. The trial removes it when it needs no other life."""
-        self.start = [sys.executable, "tools/job.py", *job.options(), "--trial", str(self.unfinished), "--"]
+        """File of the running trial, which removes it when it needs no restart."""
+        trial = ["--trial", str(self.unfinished), "--"]
+        self.start = [sys.executable, "tools/job.py", *job.to_options(), *trial]
         self.overrides = overrides
         self.trial: AgentProcess | None = None
-        """The newest."""
+        """Newest trial."""
         self.asked = False
-        """To end: the time is almost up, or the job is preempted."""
+        """True once the job was asked to end: its time is almost up, or it is preempted."""
         self.over = False
-        """Whether the sweep itself is: done, or cancelled."""
-        signal.signal(signal.SIGUSR1, self._ask)
-        # Slurm sends it to every process of a job that it ends, and the trial answers.
+        """True once the sweep itself is done or cancelled."""
+        signal.signal(signal.SIGUSR1, self._stop_trial)
+        # Slurm sends it to every process of a job that it ends; the trial handles it.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         release_signals()
         super().__init__(wandb.Api(), multiprocessing.Queue(), sweep_id=sweep)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _stop_trial(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if self.trial is not None and self.trial.poll() is None:
             process = self.trial._popen
             assert process is not None, "a trial is a command, not a function"
             process.send_signal(number)
         elif self.job.is_running():
-            # At once: the agent may be waiting for the server.
+            # Not later: the agent may be waiting for the server.
             self.job.requeue()
 
     def _run_loop(self, agent_id: str) -> None:
@@ -86,7 +87,7 @@ class JobAgent(Agent):
 
     def _command_run(self, command: dict[str, Any]) -> None:
         replace_text(self.unfinished, json.dumps(command))
-        # What comes now is for the trial, and waits until it can answer.
+        # Signals from now on are for the trial, and stay blocked until it can handle them.
         hold_signals()
         try:
             super()._command_run(command)
@@ -96,19 +97,19 @@ class JobAgent(Agent):
 
     def _heartbeat_commands(self, agent_id: str, run_status: dict[str, bool]) -> list[dict[str, Any]]:
         if not run_status and (self.asked or self.unfinished.exists()):
-            # The trial's life is over, and so is the job's: the next begins with it.
+            # The trial has ended unfinished, and so does the job: the restart begins with it.
             self._running = False
             return []
         return super()._heartbeat_commands(agent_id, run_status)
 
     def _command_exit(self, command: dict[str, Any]) -> None:
-        # There is nothing to go on with.
+        # No trial is left to resume.
         self.unfinished.unlink(missing_ok=True)
         self.over = True
         super()._command_exit(command)
 
     def end(self) -> None:
-        """End the job, or queue it again, now that the agent has ended. A trial may have done so for it."""
+        """End or requeue the job after the agent has ended, unless a trial has done so already."""
         if self.over or not self.job.is_running():
             return
         code = self.trial.poll() if self.trial is not None else None
@@ -130,9 +131,9 @@ def main() -> None:
     if len(parts) != 3:
         raise ValueError(f"{options.sweep} names no sweep: wandb sweep prints it as ENTITY/PROJECT/SWEEP")
     os.environ.update(zip(("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID"), parts, strict=True))
-    # A trial that is stopped early first ends its step; wandb would kill it after 30 s.
+    # A trial that is stopped early first completes its step; wandb would kill it after 30 s.
     os.environ.setdefault("WANDB_AGENT_KILL_DELAY", "600")
-    agent = JobAgent(parts[2], Job.of(options), options.overrides)
+    agent = JobAgent(parts[2], Job.from_options(options), options.overrides)
     agent.run()
     agent.end()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +15,7 @@ from svd_ds.curate.media import ClipEncoder, copy_frames, encode_still
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.stages import Place
 from svd_ds.curate.table import Known, Row
+from svd_ds.fsync_io import replace_bytes
 from svd_ds.pixels.still import read_still
 
 COLUMNS = {
@@ -116,10 +116,8 @@ def _write(
     name = f"{file.key}-{window.begin:06d}"
     media = f"{name}.{'jpg' if window.end - window.begin == 1 else 'mp4'}"
     place.here.mkdir(parents=True, exist_ok=True)
-    # A part may run twice at once: each writes under a name of its own, and both write the same.
-    partial = place.here / f"{media}.{uuid.uuid4().hex}.part"
-    partial.write_bytes(content)
-    partial.replace(place.here / media)
+    # A part may run twice at once: both write the same.
+    replace_bytes(place.here / media, content)
     return {
         "id": name,
         "start_frame": window.begin,

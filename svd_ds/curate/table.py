@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from svd_ds.fsync_io import replace_file
+
 Row = dict[str, Any]
 Known = Mapping[str, Sequence[Row]]
 """Rows of one raw file, by the stage that found them."""
@@ -58,4 +60,4 @@ def write_parquet(rows: Sequence[Row], columns: Mapping[str, pa.DataType], path:
     content = {name: [row.get(name) for row in rows] for name in columns}
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     pq.write_table(pa.table(content, schema=pa.schema(list(columns.items()))), partial)
-    partial.replace(path)
+    replace_file(partial, path)

@@ -1,9 +1,9 @@
-"""Is every node of a job fit to train on? Each tries its GPUs, its disks, and the way to the others.
+"""Preflight check of a job's nodes: their GPUs, their disks, and the network between them.
 
     srun --ntasks-per-node=1 python -m svd_ds.jobs.preflight alone RUN_FOLDER NOTES --gpus 8
 
-is what each node runs, and the same with `together`; `failing_nodes` starts it from the batch host and finds
-who is to blame. A node tells by a file of its name in the folder NOTES: that it is fit, or what is wrong.
+runs on each node, and the same with `together`; `failing_nodes` starts both from the batch host and finds the
+nodes to blame. Each node writes a file of its name into the folder NOTES: "fit", or what is wrong.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from svd_ds.parallel.env import Env
 
 FIT = "fit"
 LIMIT_S = 300.0
-"""For all nodes to answer, Python's start from a shared disk included."""
+"""Time limit for all nodes to answer; Python starts from a shared disk within it."""
 MEET_S = 90.0
-"""For the nodes to find each other."""
+"""Time limit for the nodes to find each other."""
 END_S = 10.0
-"""For steps to end that did not answer in time."""
+"""Time that steps get to end after LIMIT_S, before they are killed."""
 
 
 class Job(Protocol):
-    """svd_ds.jobs.slurm.Job, as far as it is needed here."""
+    """The part of svd_ds.jobs.slurm.Job that the checks need."""
 
     @property
     def id(self) -> str: ...
@@ -48,15 +48,22 @@ class Job(Protocol):
     @property
     def gpus(self) -> int: ...
 
-    def step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]: ...
+    def start_step(
+        self, command: Sequence[str], *options: str, **variables: str
+    ) -> subprocess.Popen[bytes]: ...
 
-    def requeue(self, without: Sequence[str] = ()) -> None: ...
+    def requeue(self, exclude: Sequence[str] = ()) -> None: ...
 
 
 def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, str]:
-    """The nodes of a job that should not be used, and why: all of them where none is to blame.
+    """Check the nodes of a job, each alone and then all together.
 
-    folder: of the run, where nodes tell what they find. together: whether they have to reach each other.
+    Args:
+        folder: run folder, in which each node writes its result.
+        together: also check that the nodes reach each other.
+
+    Returns:
+        Node -> why it should not be used; all nodes where no single one is to blame.
     """
     # A node that fails must not end the step for those that are slower to answer.
     notes = _try(job, "alone", [job.nodes], folder, "--kill-on-bad-exit=0")
@@ -72,20 +79,26 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
 
 
 def exclude_nodes(job: Job, faults: dict[str, str]) -> None:
-    """Queue the job again without these nodes; where all of several fail, it is hardly they."""
+    """Requeue the job, excluding nodes.
+
+    Where all of several nodes fail, the cause is elsewhere, and none is excluded.
+
+    Args:
+        faults: node -> why it should not be used.
+    """
     if len(faults) == len(job.nodes) > 1:
         node, fault = next(iter(faults.items()))
         print_line(f"job {job.id} is queued again: all its nodes fail, {node} {fault}")
         job.requeue()
         return
-    told = "; ".join(f"{node} {fault}" for node, fault in faults.items())
-    print_line(f"job {job.id} is queued again without {', '.join(faults)}: {told}")
-    job.requeue(without=list(faults))
+    reasons = "; ".join(f"{node} {fault}" for node, fault in faults.items())
+    print_line(f"job {job.id} is queued again without {', '.join(faults)}: {reasons}")
+    job.requeue(exclude=list(faults))
 
 
 def _out_of_reach(job: Job, folder: Path) -> dict[str, str]:
-    """Who is to blame where nodes are fit alone, and do not meet: one that meets neither of its neighbours in
-    a ring. Of two nodes the second: the first is the batch host, which Slurm reaches."""
+    """Find the nodes to blame where each is fit alone, and not all meet: those that meet neither of their
+    neighbours in a ring; of two nodes the second, for the first is the batch host, which Slurm reaches."""
     nodes = job.nodes
     if len(nodes) == 2:
         return {nodes[1]: f"does not reach {nodes[0]}"}
@@ -102,14 +115,14 @@ def _out_of_reach(job: Job, folder: Path) -> dict[str, str]:
 def _try(
     job: Job, check: str, groups: Sequence[Sequence[str]], folder: Path, *options: str
 ) -> dict[str, str]:
-    """Start a check on each group of nodes, all groups at the same time; what each node notes."""
+    """Run a check on each group of nodes, all groups at the same time; return the result of each node."""
     notes = folder / "logs" / "preflight"
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
     command = [sys.executable, "-m", "svd_ds.jobs.preflight", check, str(folder), str(notes)]
     command += ["--gpus", str(job.gpus)]
     steps = [
-        job.step(
+        job.start_step(
             command,
             f"--nodes={len(group)}",
             f"--ntasks={len(group)}",
@@ -132,7 +145,7 @@ def _try(
 
 
 def _wait(steps: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, by themselves or because their time is over."""
+    """Wait until all steps have ended, by themselves or at their time limit."""
     for limit_s, end in ((LIMIT_S, subprocess.Popen.terminate), (END_S, subprocess.Popen.kill)):
         deadline = time.monotonic() + limit_s
         for step in steps:
@@ -145,24 +158,36 @@ def _wait(steps: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def check_node(folder: Path, gpus: int) -> None:
-    """Try what this machine has. Raises OSError or RuntimeError, saying what does not work."""
+    """Check the GPUs of this machine, the run folder and the temporary folder.
+
+    Args:
+        gpus: number that the machine should have; without any, the CPU is checked.
+
+    Raises:
+        OSError: a GPU is missing, multiplies wrongly, or a folder cannot be written.
+        RuntimeError: a GPU raises an error.
+    """
     if gpus:
-        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if seen < gpus:
-            raise OSError(f"sees {seen} GPUs of its {gpus}")
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found < gpus:
+            raise OSError(f"sees {found} GPUs of its {gpus}")
     for device in [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]:
         square = torch.ones(1024, 1024, device=device)
         if not bool(((square @ square) == 1024).all()):
             raise OSError(f"multiplies wrongly on {device}")
-    for place in (folder, Path(tempfile.gettempdir())):
-        with name_errors(place), tempfile.NamedTemporaryFile(dir=place) as file:
+    for path in (folder, Path(tempfile.gettempdir())):
+        with name_errors(path), tempfile.NamedTemporaryFile(dir=path) as file:
             file.write(bytes(1 << 20))
             file.flush()
             fsync_path(Path(file.name))
 
 
 def check_interconnect(env: Env) -> None:
-    """Meet the other nodes of the step. Raises RuntimeError where that fails."""
+    """All-reduce over the nodes of the step.
+
+    Raises:
+        RuntimeError: they do not meet, or the sum is wrong.
+    """
     environment.init(env, timeout=timedelta(seconds=MEET_S))
     ones = torch.ones(1 << 20, device=env.device)
     dist.all_reduce(ones)
@@ -172,11 +197,15 @@ def check_interconnect(env: Env) -> None:
 
 
 def main() -> None:
+    """Run one check on this node and write its result.
+
+    Exit code: 0 if the node is fit, 1 if not.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("check", choices=("alone", "together"))
-    parser.add_argument("folder", type=Path, help="of the run")
-    parser.add_argument("notes", type=Path, help="where each node tells what it found")
-    parser.add_argument("--gpus", type=int, default=0, help="that this node should have")
+    parser.add_argument("folder", type=Path, help="run folder")
+    parser.add_argument("notes", type=Path, help="folder in which each node writes its result")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that each node should have")
     options = parser.parse_args()
     fault = None
     try:

@@ -1,7 +1,9 @@
-"""A graceful stop: signals ask for a checkpoint at the end of the step, and then for the exit.
+"""Graceful shutdown on signals.
 
-SIGTERM, SIGUSR1   by Slurm, by a launcher, by `kill`
-SIGHUP             the terminal was closed; ignored where it was ignored before, as by `nohup`
+Each asks for a checkpoint at the end of the step, and then for the exit:
+
+SIGTERM, SIGUSR1   sent by Slurm, by a launcher, or by `kill`
+SIGHUP             the terminal was closed; it stays ignored where it was ignored before, as by `nohup`
 SIGINT             Ctrl-C; a second one ends the run at once, without a checkpoint
 """
 
@@ -16,22 +18,25 @@ KEYBOARD = "Ctrl-C: a checkpoint is saved at the end of this step; another Ctrl-
 
 
 class StopRequest:
-    """Remembers that this rank was asked to stop; the ranks agree on it in the step's own reduction. A
-    context: after it Ctrl-C does what it did before."""
+    """Handler of the signals, which records that this rank was asked to stop. The ranks agree on it in the
+    reduction of the step. A context: after it Ctrl-C does what it did before.
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
-        """say: called in a signal handler with a sentence for the person who pressed Ctrl-C."""
+    Args:
+        notify: called in a signal handler with a sentence for the person who pressed Ctrl-C.
+    """
+
+    def __init__(self, notify: Callable[[str], None] = lambda text: None) -> None:
         self.asked = False
         self.interrupted = False
-        """Asked by a person, or by a sweep: another start is not wanted."""
+        """True if a person or a sweep asked to stop: the run must not be restarted."""
         self.by_keyboard = False
         self.failing_nodes: dict[str, str] = {}
-        """Why the ranks have agreed to stop without being asked: hosts that compute wrongly, and what."""
-        self._say = say
+        """Host -> what it computed wrongly, where the ranks have agreed to stop for that reason."""
+        self._notify = notify
         self._keyboard = signal.getsignal(signal.SIGINT)
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._remember)
+                signal.signal(number, self._handle)
 
     def __enter__(self) -> StopRequest:
         return self
@@ -40,13 +45,13 @@ class StopRequest:
         signal.signal(signal.SIGINT, self._keyboard)
 
     def interrupt(self) -> None:
-        """Ask to stop for good; from any thread."""
+        """Ask to stop for good. Any thread may call it."""
         self.asked = self.interrupted = True
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self.by_keyboard:
                 raise KeyboardInterrupt
             self.by_keyboard = self.interrupted = True
-            self._say(KEYBOARD)
+            self._notify(KEYBOARD)
         self.asked = True

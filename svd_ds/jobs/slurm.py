@@ -1,7 +1,7 @@
-"""What a job asks of Slurm from its batch host: steps, and to be started again. By scontrol and srun alone.
+"""Slurm job, controlled from its batch host with srun and scontrol: start steps, requeue.
 
-A job that still runs may ask for another life; one that was cancelled, or that Slurm itself takes away, is
-Slurm's to end. It is asked to end by signals, which must not be lost while a process is being started.
+A job that still runs may requeue itself; one that was cancelled or preempted is left to Slurm. Signals ask a
+job to end, and must not be lost while a process is being started.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out")
 AWAY_WAITS_S = (5.0, 30.0, 120.0)
 PR_SET_PDEATHSIG = 1
 ENDING = (signal.SIGUSR1, signal.SIGTERM)
-"""The signals by which a job is asked to end."""
+"""Signals that ask a job to end."""
 libc = ctypes.CDLL(None)
 
 
 def hold_signals() -> None:
-    """Let the ending signals wait, here and in processes that are started meanwhile, until each is ready to
-    answer them."""
+    """Block the signals in ENDING, here and in processes that are started meanwhile, until each can handle
+    them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
 
 def release_signals() -> None:
-    """Answer the ending signals, those first that have been waiting."""
+    """Unblock the signals in ENDING; pending ones are delivered at once."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
@@ -42,68 +42,81 @@ class Job:
     id: str
     nodes: tuple[str, ...]
     cpus: int
-    """Of a task."""
+    """CPUs per task."""
     gpus: int
-    """Of a node."""
+    """GPUs per node."""
     max_restarts: int
-    """At most, of a run from one of its steps."""
+    """Restarts of a run in a row that may begin after the same step."""
     preflight: bool
-    """Whether the nodes are tried before a start."""
+    """True if the nodes are checked before the ranks start."""
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """The options by which slurm/lib.sh tells of the allocation, and a site of its wishes."""
+        """Add the options that slurm/lib.sh passes: the allocation, and the settings of the site."""
         add = parser.add_argument
         add("--job", required=True, type=int, metavar="ID", help="the job's id")
-        add("--nodes", required=True, metavar="NAMES", help="its nodes, with commas between")
-        add("--cpus", type=int, default=1, metavar="N", help="of a task; default: %(default)s")
-        add("--gpus", type=int, default=0, metavar="N", help="of a node; default: %(default)s")
+        add("--nodes", required=True, metavar="NAMES", help="its nodes, separated by commas")
+        add("--cpus", type=int, default=1, metavar="N", help="CPUs per task; default: %(default)s")
+        add("--gpus", type=int, default=0, metavar="N", help="GPUs per node; default: %(default)s")
         add(
             "--max-restarts",
             type=int,
             default=3,
             metavar="N",
-            help="at most, from one step; default: %(default)s",
+            help="restarts in a row without a new checkpoint; default: %(default)s",
         )
-        add("--no-preflight", action="store_true", help="do not try the nodes before a start")
+        add("--no-preflight", action="store_true", help="do not check the nodes before the ranks start")
 
     @staticmethod
-    def of(options: Namespace) -> Job:
+    def from_options(options: Namespace) -> Job:
+        """Build the job from parsed `add_options`."""
         nodes = tuple(options.nodes.split(","))
         numbers = options.cpus, options.gpus, options.max_restarts
         return Job(str(options.job), nodes, *numbers, preflight=not options.no_preflight)
 
-    def options(self) -> list[str]:
-        """Words that `of` reads as this job."""
+    def to_options(self) -> list[str]:
+        """Return the command-line options that `from_options` turns into this job."""
         numbers = {"--cpus": self.cpus, "--gpus": self.gpus, "--max-restarts": self.max_restarts}
         words = [word for name, number in numbers.items() for word in (name, str(number))]
         switches = [] if self.preflight else ["--no-preflight"]
         return ["--job", self.id, "--nodes", ",".join(self.nodes), *words, *switches]
 
-    def step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:
-        """Start `command` as the tasks of a job step, with `variables` in their environment.
+    def start_step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:
+        """Start `command` as the tasks of a job step.
 
-        One failed task ends the step, so nobody waits in a collective for ever; the end of this process ends
-        it too.
+        One failed task ends the step, so that no other waits in a collective for ever; so does the end of
+        this process.
+
+        Args:
+            options: options of srun.
+            variables: environment variables of the tasks.
         """
         return subprocess.Popen(
             ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus}", *options, *command],
             env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
-            # Signals reach the tasks through us alone.
+            # Signals of the job's process group must reach the tasks only through this process.
             process_group=0,
             preexec_fn=_end_with_parent,
         )
 
     def is_running(self) -> bool:
+        """True while Slurm neither ends the job nor has requeued it."""
         shown = _scontrol("show", "job", "-o", self.id)
         state = re.search(r"JobState=(\w+)", shown)
         return state is not None and state[1] == "RUNNING"
 
-    def requeue(self, without: Sequence[str] = ()) -> None:
-        """End this life and queue the job again, not on the nodes `without`. Slurm then ends this process."""
-        if without:
-            excluded = ",".join([*self._excluded(), *without])
+    def requeue(self, exclude: Sequence[str] = ()) -> None:
+        """End the job and queue it again. Slurm then ends this process.
+
+        Args:
+            exclude: nodes that the job must not run on from now on.
+
+        Raises:
+            OSError: scontrol refuses.
+        """
+        if exclude:
+            excluded = ",".join([*self._excluded(), *exclude])
             # Only a pending job's nodes can be chosen, and a held one does not start in between.
             _scontrol("requeuehold", self.id)
             _scontrol("update", f"JobId={self.id}", f"ExcNodeList={excluded}")
@@ -119,22 +132,26 @@ class Job:
 
 
 def _scontrol(*arguments: str) -> str:
-    """Raises OSError with scontrol's own words; waits for a controller that is being restarted."""
+    """Run scontrol and return its output; wait for a controller that is being restarted.
+
+    Raises:
+        OSError: scontrol fails; the message has its own error.
+    """
     for wait_s in (*AWAY_WAITS_S, None):
         ended = subprocess.run(
-            ["scontrol", *arguments], capture_output=True, text=True, preexec_fn=_outlive_the_end
+            ["scontrol", *arguments], capture_output=True, text=True, preexec_fn=_ignore_sigterm
         )
         if ended.returncode == 0:
             return ended.stdout
-        told = ended.stderr.strip() or ended.stdout.strip()
-        if wait_s is None or not any(words in told for words in CONTROLLER_AWAY):
+        error = ended.stderr.strip() or ended.stdout.strip()
+        if wait_s is None or not any(message in error for message in CONTROLLER_AWAY):
             break
         time.sleep(wait_s)
-    raise OSError(f"scontrol {' '.join(arguments)}: {told}")
+    raise OSError(f"scontrol {' '.join(arguments)}: {error}")
 
 
-def _outlive_the_end() -> None:
-    # Slurm sends it to all processes of a job that is queued again, and there may be words left to say.
+def _ignore_sigterm() -> None:
+    # Slurm sends it to all processes of a requeued job, scontrol included, which may have output left.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

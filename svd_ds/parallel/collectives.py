@@ -1,4 +1,4 @@
-"""The few things that ranks tell each other outside the engine."""
+"""Collectives outside the engine: reductions, gathers, and errors that all ranks raise together."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ Result = TypeVar("Result")
 
 
 class SharedError(ValueError):
-    """A user's mistake that every rank knows of, so that one of them can tell it for all."""
+    """A user's mistake that every rank knows, so that one of them can report it for all."""
 
 
 class RetryableSharedError(SharedError, OSError):
-    """No mistake, but the outside world's fault: svd_ds.cli.is_retryable."""
+    """A shared error that a retry may not meet, such as a full disk (svd_ds.cli.is_retryable)."""
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether `error` only says that another rank has gone: that rank tells why."""
+    """True if `error` only says that another rank has ended; that rank reports why."""
     # gloo raises plain RuntimeErrors, which name its own source files; nccl raises DistErrors.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def all_reduce_mean(values: list[float]) -> list[float]:
-    """The mean of each number over all ranks. All ranks call it."""
+    """Return the mean of each number over all ranks. All ranks call it."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return (total / dist.get_world_size()).tolist()
 
 
 def all_reduce_max(value: int) -> int:
-    """The highest of the ranks' numbers. All ranks call it."""
+    """Return the highest value over all ranks. All ranks call it."""
     highest = torch.tensor(value)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return int(highest)
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
-    """Put the sum over all ranks in place of each tensor, in one message. All ranks call it."""
+    """Replace each tensor by its sum over all ranks, in one message. All ranks call it."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -51,23 +51,26 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
 
 
 def all_gather_cat(part: Tensor) -> Tensor:
-    """Every rank's tensor of one shape, joined along the first axis in order of rank. All ranks call it."""
+    """Concatenate the tensors of all ranks, all of one shape, along the first axis. All ranks call it."""
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, part.contiguous())
     return torch.cat(parts)
 
 
 def all_gather_objects(items: list[Result]) -> list[Result]:
-    """Every rank's items, in order of rank. All ranks call it."""
+    """Return the items of all ranks in rank order. All ranks call it."""
     lists: list[list[Result]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
 
 def broadcast_from_rank0(action: Callable[[], Result]) -> Result:
-    """What `action` gives on rank 0, for every rank: each of them might find something else.
+    """Run `action` on rank 0 and return its result on every rank, which might find a different one itself.
 
-    All ranks call it. Raises SharedError on all where the action raises ValueError or OSError.
+    All ranks call it.
+
+    Raises:
+        SharedError: on all ranks; the action raised ValueError or OSError.
     """
     found = [raise_on_all_ranks(action) if dist.get_rank() == 0 else raise_on_all_ranks(lambda: None)]
     dist.broadcast_object_list(found)
@@ -75,11 +78,14 @@ def broadcast_from_rank0(action: Callable[[], Result]) -> Result:
 
 
 def raise_on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Do what may fail on some ranks alone, such as reading files. All ranks call it; `action` must not wait
-    for one.
+    """Run on every rank an action that may fail on some, such as reading files. All ranks call it.
 
-    Raises SharedError on every rank, with the sentence of the first rank that failed, so that none waits for
-    it; RetryableSharedError where that rank's error may pass.
+    Args:
+        action: must not contain a collective.
+
+    Raises:
+        SharedError: on every rank, with the message of the first rank that failed, so that none waits for it.
+        RetryableSharedError: likewise, where the error of that rank is retryable.
     """
     failure, result = None, None
     try:
@@ -88,8 +94,8 @@ def raise_on_all_ranks(action: Callable[[], Result]) -> Result:
         failure = RetryableSharedError if is_retryable(error) else SharedError, str(error)
     failures: list[tuple[type[SharedError], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    for told in failures:
-        if told is not None:
-            kind, sentence = told
+    for first in failures:
+        if first is not None:
+            kind, sentence = first
             raise kind(sentence)
     return cast(Result, result)

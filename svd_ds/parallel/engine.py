@@ -1,17 +1,18 @@
-"""The training engine: DeepSpeed ZeRO-3 behind a small surface. The only import of deepspeed.
+"""Training engine: DeepSpeed ZeRO-3 with a small interface. The only import of deepspeed.
 
     with Engine.sharded_init(config, mpu):
-        module = Network()                      # every parameter is cut into shards as soon as it is made
+        module = Network()                      # every parameter is sharded as soon as it is made
     engine = Engine(module, groups, config, mpu)
-    engine.load_full(stream of (name, tensor))  # each rank keeps its slice
+    engine.load_full(stream of (name, tensor))  # each rank keeps its shard
     ...
     for micro_batch in step:
         engine.backward(loss(engine(x)))
     norm = engine.gradient_norm()
-    engine.step({"group": rate})                # or engine.forget()
+    engine.step({"group": rate})                # or engine.discard_gradients()
 
 A parameter's shard on rank r is elements [r * n, (r + 1) * n) of the flattened parameter, where n is
-ceil(numel / ranks): the shards joined in order and cut to numel are the parameter. What is left over is zero.
+ceil(numel / ranks). The shards, concatenated in rank order and cut to numel, are the parameter; their padding
+is zero.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from svd_ds.parallel.groups import ModelParallelUnit
 from svd_ds.parallel.zero_leaf_modules import ensure_input_gradient, largest_leaf_module
 
-# Said aloud, or DeepSpeed warns on every rank that it had to look for itself.
+# Without it DeepSpeed warns on every rank that it had to detect the accelerator.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
@@ -39,18 +40,19 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_module
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's names for the running means of a gradient and of its square."""
+"""AdamW's names of the running means of the gradient and of its square."""
 
 
 class Engine:
-    """A module whose weights, gradients and optimiser state are spread over the data-parallel ranks.
+    """Module whose weights, gradients and optimiser state are sharded over the data-parallel ranks.
 
-    module: built inside `sharded_init`.
-    groups: parameter groups as torch.optim takes them, each with `params`, `name` and `weight_decay`. A
-        parameter in no group is frozen.
-    config: from `deepspeed_config`; the one that `sharded_init` had.
-    leaves: modules whose parameters are gathered and released together. Their inputs and outputs are tensors,
-        and their outputs must not be changed in place.
+    Args:
+        module: built inside `sharded_init`.
+        groups: parameter groups as torch.optim takes them, each with `params`, `name` and `weight_decay`. A
+            parameter in no group is frozen.
+        config: from `deepspeed_config`; the same that `sharded_init` got.
+        leaves: modules whose parameters are gathered and released together. Their inputs and outputs are
+            tensors, and their outputs must not be changed in place.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Engine:
             set_z3_leaf_module(leaf, True)
             if any(parameter.requires_grad for parameter in leaf.parameters()):
                 leaf.register_forward_pre_hook(ensure_input_gradient)
-        # The rate is given anew at every step.
+        # `step` sets the learning rate of every group.
         self._fused = "offload_optimizer" not in config["zero_optimization"]
         if self._fused:
             self._adam = torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, fused=True)
@@ -100,14 +102,14 @@ class Engine:
         self._frozen: dict[str, Tensor] = {}
         self._moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
         self._find_optimizer_state()
-        self._clear_padding()
-        self._keep_frozen()
+        self._zero_padding()
+        self._store_frozen_shards()
 
     @staticmethod
     def sharded_init(config: Mapping[str, Any], mpu: ModelParallelUnit) -> AbstractContextManager[None]:
-        """A context in which modules are built in shards: no rank ever holds more than one whole submodule.
+        """Return a context in which modules are built sharded: no rank holds more than one full submodule.
 
-        Rank 0's initial values count. Floating-point buffers are made in the compute precision as well.
+        The initial values are those of rank 0. Floating-point buffers get the compute precision as well.
         """
         _start_communication()
         return deepspeed.zero.Init(
@@ -118,7 +120,7 @@ class Engine:
         """Run the module. All ranks call it together, under torch.no_grad too."""
         output = self._engine(*inputs, **named_inputs)
         if not torch.is_grad_enabled():
-            # The last blocks are kept for a backward pass, which does not come.
+            # The last blocks stay gathered for a backward pass, which does not follow.
             self._zero.empty_partition_cache()
         return output
 
@@ -136,23 +138,25 @@ class Engine:
         self._engine.backward(loss / self._due, scale_wrt_gas=False)
 
     def gradient_norm(self) -> float:
-        """Norm over all parameters and ranks of the mean of the gradients since the last step: inf where it
+        """Return the global norm of the mean gradient since the last step, which `step` clips; inf where it
         is not finite.
 
-        All ranks call it, after at least one `backward`. It is what `step` clips.
+        All ranks call it, after at least one `backward`.
         """
         if self._backwards != self._due:
-            # An offloaded optimiser is handed its gradients at the end of a step: this is not one.
+            # An offloaded optimiser gets its gradients only at the end of a step.
             self._zero.finalize_gradient_accumulation_boundary()
         norms = [float(norm) for norm in self._zero._get_norm_groups()]
-        # Each was divided by the micro-batches of a whole step; DeepSpeed says -1 for what is not finite.
+        # Each was divided by the micro-batches of a complete step; DeepSpeed returns -1 where not finite.
         scale = self._due / self._backwards
         return scale * math.hypot(*norms) if min(norms) >= 0 else math.inf
 
     def step(self, rates: Mapping[str, float]) -> None:
-        """Clip, take one AdamW step, forget the gradients. A gradient that is not finite changes nothing.
+        """Clip the gradient, take one AdamW step, and discard the gradients. A gradient that is not finite
+        changes nothing.
 
-        rates: learning rate of each group, by its name.
+        Args:
+            rates: name of each parameter group -> its learning rate.
         """
         seen, due = self._backwards, self._due
         assert seen == due, f"a step of {due} micro-batches ends after {seen}"
@@ -162,61 +166,66 @@ class Engine:
         self._backwards = 0
 
     def discard_gradients(self) -> None:
-        """Drop the gradients since the last step, as if they had never been computed."""
-        # What DeepSpeed itself does with a gradient that is not finite; its argument is only logged.
+        """Discard the gradients since the last step."""
+        # DeepSpeed calls it for a gradient that is not finite; the argument is only logged.
         self._zero._overflow_clean_up(prev_scale=1.0)
         self._backwards = 0
 
     def local_shards(self) -> dict[str, Tensor]:
-        """Name -> this rank's shard of the float32 master weights, flat, for every trained parameter.
+        """Return name -> this rank's flat shard of the float32 master weights, for every trained parameter.
 
-        Views: they follow the optimiser, and live where it lives (in host memory when it is offloaded).
-        To change weights use `load_full`: the compute copy would not follow.
+        They are views of the optimiser's buffers, in host memory where it is offloaded. To change weights use
+        `load_full`, which also updates the copy in the compute precision.
         """
         return dict(self._masters)
 
     def frozen_shards(self) -> dict[str, Tensor]:
-        """Name -> this rank's shard of every parameter that is not trained, flat, as it was loaded: float32.
+        """Return name -> this rank's flat float32 shard of every frozen parameter, as it was loaded.
 
-        They lie in host memory. To compute with them a rank has its shards in the compute precision.
+        They are in host memory, next to the shards in the compute precision.
         """
         return dict(self._frozen)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's exp_avg and exp_avg_sq, each as `local_shards` has the weights: views, for writing too."""
+        """Return AdamW's exp_avg and exp_avg_sq as name -> flat shard: views, which may be written to."""
         return {moment: dict(shards) for moment, shards in self._moments.items()}
 
     @property
     def updates(self) -> int:
-        """Steps that AdamW has taken, by which it corrects its moments for having begun at zero."""
+        """Number of steps that AdamW has taken, for its bias correction."""
         return int(next(iter(self._adam.state.values()))["step"])
 
     @updates.setter
     def updates(self, count: int) -> None:
         for state in self._adam.state.values():
-            # The fused AdamW counts in a tensor, on its device; DeepSpeed's, on the host, in a number.
+            # The fused AdamW counts in a tensor on its device, DeepSpeed's in a number on the host.
             state["step"] = torch.full_like(state["step"], count) if self._fused else count
 
     def gather(self, name: str, shard: Tensor) -> Tensor:
-        """The whole parameter `name`, put together from every rank's `shard`. All ranks call it."""
+        """Return the full parameter `name` from every rank's `shard`. All ranks call it."""
         shape = self.shapes[name]
-        whole = shard.new_empty(shard.numel() * dist.get_world_size(self.group))
-        dist.all_gather_into_tensor(whole, shard.contiguous(), group=self.group)
-        return whole[: shape.numel()].view(shape)
+        full = shard.new_empty(shard.numel() * dist.get_world_size(self.group))
+        dist.all_gather_into_tensor(full, shard.contiguous(), group=self.group)
+        return full[: shape.numel()].view(shape)
 
     def load_full(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Take weights from a stream of whole tensors, of which each rank keeps its slice.
+        """Load weights from a stream of full tensors, of which each rank keeps its shard.
 
-        All ranks call it with the same stream. Master weights become exactly what is given, in float32.
-        Returns the names that the stream did not hold. ValueError for a name or shape that the module lacks.
+        All ranks call it with the same stream. The float32 master weights equal the tensors exactly.
+
+        Returns:
+            Names of parameters that the stream lacks.
+
+        Raises:
+            ValueError: a name or shape that the module does not have.
         """
-        return self.load_shards((name, self._slice(name, tensor)) for name, tensor in tensors)
+        return self.load_shards((name, self._shard_of(name, tensor)) for name, tensor in tensors)
 
     @torch.no_grad()
     def load_shards(self, shards: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Likewise from a stream of this rank's own shards, flat, zero beyond the parameter's end."""
+        """Load weights from a stream of this rank's flat shards, padded with zeros; see `load_full`."""
         missing = dict.fromkeys(self.shapes)
-        with self._released():
+        with self._parameters_released():
             for name, shard in shards:
                 exact = self._masters if name in self._masters else self._frozen
                 exact[name].copy_(shard)
@@ -226,9 +235,10 @@ class Engine:
 
     @contextmanager
     def weights(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
-        """Compute with other weights for a while, for instance with averages, then with our own again.
+        """Replace weights inside the context, for instance by averages. No step may be taken inside.
 
-        shards: name -> this rank's flat shard, for any of the parameters. No step may be taken inside.
+        Args:
+            shards: name -> this rank's flat shard, for any of the parameters.
         """
         own = {name: self._parameters[name].ds_tensor.clone() for name in shards}
         self._set_compute_shards(shards)
@@ -238,10 +248,10 @@ class Engine:
             self._set_compute_shards(own)
 
     def _find_optimizer_state(self) -> None:
-        """This rank's part of each parameter within the optimiser's flat float32 buffers, by name."""
+        """Find this rank's shard of each parameter in the optimiser's flat float32 buffers."""
         buffers = self._zero.fp32_partitioned_groups_flat
         for buffer in buffers:
-            # What AdamW would make at its first step: a checkpoint can be read before that.
+            # AdamW makes its state at its first step; a checkpoint is loaded before that.
             moments = {moment: torch.zeros_like(buffer) for moment in MOMENTS}
             step = torch.zeros((), device=buffer.device) if self._fused else 0
             self._adam.state[buffer] = {"step": step, **moments}
@@ -252,14 +262,14 @@ class Engine:
                 for moment, shards in self._moments.items():
                     shards[name] = self._adam.state[buffers[index]][moment].narrow(0, start, numel)
 
-    def _keep_frozen(self) -> None:
-        """DeepSpeed keeps float32 of what is trained alone: the rest would be rounded for good."""
+    def _store_frozen_shards(self) -> None:
+        """Keep float32 shards of frozen parameters: DeepSpeed keeps those of trained ones only."""
         for name, parameter in self._parameters.items():
             if name not in self._masters:
                 self._frozen[name] = parameter.ds_tensor.detach().to("cpu", torch.float32)
 
     @torch.no_grad()
-    def _clear_padding(self) -> None:
+    def _zero_padding(self) -> None:
         # DeepSpeed leaves the end of the last rank's shard uninitialised.
         for name, parameter in self._parameters.items():
             kept = max(0, self.shapes[name].numel() - self._rank * parameter.ds_tensor.numel())
@@ -267,34 +277,34 @@ class Engine:
             if name in self._masters:
                 self._masters[name][kept:].zero_()
 
-    def _slice(self, name: str, tensor: Tensor) -> Tensor:
+    def _shard_of(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.shapes:
             raise ValueError(f"the weights hold {name}, which the network does not have")
         if tensor.shape != self.shapes[name]:
             theirs, ours = tuple(tensor.shape), tuple(self.shapes[name])
             raise ValueError(f"the weights' {name} has shape {theirs}, the network's {ours}")
         numel = self._parameters[name].ds_tensor.numel()
-        piece = tensor.reshape(-1)[self._rank * numel : (self._rank + 1) * numel]
-        return nn.functional.pad(piece, (0, numel - piece.numel()))
+        shard = tensor.reshape(-1)[self._rank * numel : (self._rank + 1) * numel]
+        return nn.functional.pad(shard, (0, numel - shard.numel()))
 
     @torch.no_grad()
     def _set_compute_shards(self, shards: Mapping[str, Tensor]) -> None:
-        with self._released():
+        with self._parameters_released():
             for name, shard in shards.items():
                 self._parameters[name].ds_tensor.copy_(shard)
 
     @contextmanager
-    def _released(self) -> Iterator[None]:
-        """Inside, no parameter is gathered; afterwards those that stay gathered are so again."""
+    def _parameters_released(self) -> Iterator[None]:
+        """A context in which no parameter is gathered; persistent ones are gathered again after it."""
         self._zero.checkpoint_event_prologue()
         yield
         self._zero.checkpoint_event_epilogue()
 
 
 def _start_communication() -> None:
-    """Put DeepSpeed's communication on top of torch.distributed."""
-    # On CPUs it would compile an all-reduce over shared memory, for 40 seconds, which only inference calls.
+    """Initialise DeepSpeed's communication on top of torch.distributed."""
+    # On CPUs DeepSpeed would compile, for 40 seconds, a shared-memory all-reduce that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Names that DeepSpeed uses and that newer versions of torch would like to see replaced, at every call.
+    # DeepSpeed calls functions whose names newer versions of torch deprecate.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     deepspeed.init_distributed()

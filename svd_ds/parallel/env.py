@@ -1,8 +1,8 @@
-"""Where a process stands among the ranks of a run, read once from its environment.
+"""Rank, number of ranks and device of this process, read once from the launcher's variables.
 
-Three ways to start a rank are understood, the first that fits wins:
+Three ways to start a rank are supported, in this order:
 - torchrun or tools/launch.py: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;
-- srun: a task of a Slurm job step. The shell of sbatch or salloc is one rank of its own, not a task;
+- srun: a task of a Slurm job step. The shell of sbatch or salloc is not a task, but a run of one rank;
 - by hand: one rank, no network.
 Nothing else in svd_ds reads these variables.
 """
@@ -20,64 +20,72 @@ import torch
 import torch.distributed as dist
 
 WAIT = timedelta(minutes=30)
-"""For another rank, where nothing else is asked for."""
+"""Default timeout of collectives and of the rendezvous."""
 STARTED = "SVD_DS_STARTED"
-"""Variable by which tools/job.py hands on when the job was first started, in ISO format."""
+"""Environment variable in which tools/job.py passes the time of the job's first start, in ISO format."""
 _stores: list[dist.Store] = []
 _runs = itertools.count()
-"""Runs that this process has joined, as with a multirun: every rank counts alike."""
+"""Counter of the runs that this process has joined, several with a multirun; equal on every rank."""
 
 
 @dataclass(frozen=True)
 class Env:
-    """One rank's place in the run."""
+    """One rank of a run."""
 
     rank: int
     world: int
-    """Ranks in the run."""
+    """Number of ranks in the run."""
     local_rank: int
-    """Position among this machine's ranks."""
+    """Index among the ranks on this machine."""
     local_world: int
-    """Ranks on this machine."""
+    """Number of ranks on this machine."""
     address: str
-    """Host of rank 0, where the ranks find each other."""
+    """Host of rank 0, for the rendezvous."""
     port: int
     device: torch.device
     backend: str
-    """torch.distributed's backend: tensors of the host always travel over gloo."""
+    """Backend of torch.distributed; tensors in host memory always use gloo."""
 
     @staticmethod
     def read(environ: Mapping[str, str] = os.environ) -> Env:
-        """Read the launcher's variables. ValueError where they are incomplete."""
-        place = _torchrun(environ) or _srun(environ) or _Place(0, 1, 0, 1, "127.0.0.1", 0)
-        if not 0 <= place.rank < place.world:
-            raise ValueError(f"rank {place.rank} is not among the {place.world} ranks of the run")
-        device = _device(place.local_rank, _num_gpus())
+        """Read the launcher's variables.
+
+        Raises:
+            ValueError: they are incomplete, or contradict each other.
+        """
+        found = _torchrun(environ) or _srun(environ) or _LauncherRank(0, 1, 0, 1, "127.0.0.1", 0)
+        if not 0 <= found.rank < found.world:
+            raise ValueError(f"rank {found.rank} is not among the {found.world} ranks of the run")
+        device = _device(found.local_rank, _num_gpus())
         return Env(
-            rank=place.rank,
-            world=place.world,
-            local_rank=place.local_rank,
-            local_world=place.local_world,
-            address=place.address,
-            port=place.port,
+            rank=found.rank,
+            world=found.world,
+            local_rank=found.local_rank,
+            local_world=found.local_world,
+            address=found.address,
+            port=found.port,
             device=device,
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         )
 
     def check_gpus(self) -> None:
-        """ValueError where this machine has too few for its ranks."""
+        """Check that each rank on this machine has a GPU of its own, or none has one.
+
+        Raises:
+            ValueError: there are fewer GPUs than ranks.
+        """
         if 1 < (gpus := _num_gpus()) < self.local_world:
             raise ValueError(f"{self.local_world} ranks on this machine need a GPU each, and it has {gpus}")
 
 
 def host(environ: Mapping[str, str] = os.environ) -> str:
-    """This machine's name, Slurm's own where it has one."""
+    """Return the name of this machine, in a Slurm job Slurm's name of the node."""
     return environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def restart_id(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Of a Slurm job, its number and how often it was queued again: a later start of a run has a higher one.
-    Other launchers have none, (0, 0)."""
+    """Return the id of the Slurm job and its restart count, (0, 0) without Slurm. Later restarts compare
+    higher."""
     return (
         _number(environ, "SLURM_JOB_ID", default=0),
         _number(environ, "SLURM_RESTART_COUNT", default=0),
@@ -85,16 +93,16 @@ def restart_id(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def start_time(env: Env, environ: Mapping[str, str] = os.environ) -> datetime:
-    """When the run was started, the same on all ranks: what a job hands on, else rank 0's clock.
+    """Return the start time of the run, the same on all ranks: from tools/job.py, else from rank 0's clock.
 
     All ranks call it equally often, before `init`.
     """
-    if handed_on := environ.get(STARTED):
-        return datetime.fromisoformat(handed_on)
+    if job_started := environ.get(STARTED):
+        return datetime.fromisoformat(job_started)
     now = datetime.now()
     if env.world == 1:
         return now
-    # Rank 0 may host the store: it stays open, so that no rank comes too late.
+    # Rank 0 may host the store: it is kept open for ranks that come later.
     _stores.append(_rendezvous(env, WAIT)[0])
     key = f"start-time-{len(_stores)}"
     if env.rank == 0:
@@ -103,8 +111,14 @@ def start_time(env: Env, environ: Mapping[str, str] = os.environ) -> datetime:
 
 
 def init(env: Env, timeout: timedelta = WAIT) -> None:
-    """Join the run: after this the ranks can talk. `timeout` bounds every wait for another rank. Raises as
-    `Env.check_gpus` does."""
+    """Initialise torch.distributed. All ranks call it.
+
+    Args:
+        timeout: limit of the rendezvous and of every collective.
+
+    Raises:
+        ValueError: see `Env.check_gpus`.
+    """
     env.check_gpus()
     # For DeepSpeed, which reads the environment itself: LOCAL_RANK is its device's index, and without
     # LOCAL_SIZE it starts a process to count the processor's NUMA nodes at every reduction of gradients.
@@ -123,7 +137,7 @@ def init(env: Env, timeout: timedelta = WAIT) -> None:
         store, rank, world = _rendezvous(env, timeout)
         dist.init_process_group(
             env.backend,
-            # A launcher's store outlives a run, and the next of these processes must not read its addresses.
+            # A launcher's store outlives a run: the next run must not read the addresses of this one.
             store=dist.PrefixStore(f"run-{next(_runs)}", store),
             rank=rank,
             world_size=world,
@@ -133,15 +147,15 @@ def init(env: Env, timeout: timedelta = WAIT) -> None:
 
 
 def _rendezvous(env: Env, timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """The store that all ranks share, this rank and their number."""
-    # torch reads them; torchrun has set them, srun has not.
+    """Return the store that all ranks share, this rank, and the number of ranks."""
+    # torch reads these variables; torchrun sets them, srun does not.
     os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world))
     os.environ.update(MASTER_ADDR=env.address, MASTER_PORT=str(env.port))
     return next(dist.rendezvous("env://", env.rank, env.world, timeout=timeout))
 
 
 def shutdown() -> None:
-    """Leave the run."""
+    """Shut torch.distributed down."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -153,7 +167,7 @@ def barrier() -> None:
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """Whether `device` has bfloat16 arithmetic in hardware; without it bfloat16 is emulated, and slow."""
+    """Return True if `device` has bfloat16 arithmetic in hardware; otherwise it is emulated, and slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -161,7 +175,7 @@ def supports_bf16(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _LauncherRank:
     rank: int
     world: int
     local_rank: int
@@ -170,11 +184,11 @@ class _Place:
     port: int
 
 
-def _torchrun(environ: Mapping[str, str]) -> _Place | None:
+def _torchrun(environ: Mapping[str, str]) -> _LauncherRank | None:
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return None
     world = _number(environ, "WORLD_SIZE")
-    return _Place(
+    return _LauncherRank(
         rank=_number(environ, "RANK"),
         world=world,
         local_rank=_number(environ, "LOCAL_RANK"),
@@ -184,7 +198,7 @@ def _torchrun(environ: Mapping[str, str]) -> _Place | None:
     )
 
 
-def _srun(environ: Mapping[str, str]) -> _Place | None:
+def _srun(environ: Mapping[str, str]) -> _LauncherRank | None:
     # sbatch sets SLURM_PROCID in its shell too, and salloc's shell is a step of one task: the step's own task
     # count tells what srun really started.
     if not all(name in environ for name in ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
@@ -194,7 +208,7 @@ def _srun(environ: Mapping[str, str]) -> _Place | None:
     # Every rank must find the same port, and two steps on one node another; below the ephemeral range.
     step = 7 * _number(environ, "SLURM_JOB_ID", default=0) + _number(environ, "SLURM_STEP_ID")
     port = 15000 + step % 15000
-    return _Place(
+    return _LauncherRank(
         rank=_number(environ, "SLURM_PROCID"),
         world=_number(environ, "SLURM_STEP_NUM_TASKS"),
         local_rank=_number(environ, "SLURM_LOCALID"),

@@ -1,4 +1,4 @@
-"""How the ranks divide the work, and the process groups that follow: megatron-core's."""
+"""Parallel dimensions, and their process groups, which megatron-core creates."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from svd_ds.parallel.env import WAIT
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The degrees of parallelism; their product is the number of ranks."""
+    """Degrees of parallelism; their product is the number of ranks."""
 
     world: int
+    """Number of ranks."""
 
     def __post_init__(self) -> None:
         if self.world < 1:
-            raise ValueError(f"a run of {self.world} ranks is not possible: it needs at least 1")
+            raise ValueError(f"the number of ranks is {self.world}: it must be at least 1")
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of its `mpu`, answered by megatron-core's parallel_state.
+    """DeepSpeed's `mpu` interface over the process groups of megatron-core.
 
-    parallel_state itself will not do: it has no get_model_parallel_world_size and no get_model_parallel_rank.
+    megatron-core's parallel_state itself cannot be passed: it has no get_model_parallel_world_size and no
+    get_model_parallel_rank.
     """
 
     def __init__(self, data: ProcessGroup, model: ProcessGroup) -> None:
@@ -54,11 +56,14 @@ class ModelParallelUnit:
 
 
 def create_groups(dims: ParallelDims, timeout: timedelta = WAIT) -> ModelParallelUnit:
-    """Create the process groups of `dims`. All ranks call it, once, after torch.distributed is up. `timeout`
-    bounds every wait for another rank, to the minute."""
+    """Create the process groups of `dims`. All ranks call it, once, after torch.distributed is initialised.
+
+    Args:
+        timeout: limit of every collective, rounded up to minutes.
+    """
     assert dims.world == dist.get_world_size(), f"{dims.world} ranks planned, {dist.get_world_size()} present"
     with warnings.catch_warnings():
-        # It tells us four times that Transformer Engine and Apex are absent: neither is used here.
+        # megatron-core warns four times that Transformer Engine and Apex are absent: neither is used here.
         warnings.simplefilter("ignore", UserWarning)
         from megatron.core import parallel_state
     parallel_state.initialize_model_parallel(
@@ -71,7 +76,7 @@ def create_groups(dims: ParallelDims, timeout: timedelta = WAIT) -> ModelParalle
 
 
 def destroy_groups() -> None:
-    """Forget the process groups, before torch.distributed ends."""
+    """Destroy the process groups. Call it before torch.distributed is shut down."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

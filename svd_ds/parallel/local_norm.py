@@ -1,4 +1,4 @@
-"""The norm of a rank's own gradient, which ZeRO-3 adds to the others' while it is still being computed."""
+"""Gradient norm of one rank, which ZeRO-3 does not keep: it reduces gradients while they are computed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class LocalNorm:
-    """Off until `start`: it then reads every gradient once more, on the device, and waits for nothing."""
+    """Hooks that accumulate the gradient norm on the device, without synchronisation; off until `start`."""
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -15,15 +15,17 @@ class LocalNorm:
         self._started = False
 
     def start(self) -> None:
-        """Keep the norm from the next backward on."""
+        """Register the hooks: the norm is kept from the next backward on."""
         if not self._started:
             self._started = True
             for parameter in self._parameters:
                 parameter.register_hook(self._add)
 
     def take(self) -> Tensor | None:
-        """Root of the sum of the squares of all gradients since the last call, by micro-batch; None where
-        nothing was kept."""
+        """Return the norm since the last call, None where nothing was kept.
+
+        It is the root of the sum of the squares of all gradients of all micro-batches: a float64 scalar.
+        """
         squares, self._squares = self._squares, []
         return torch.stack(squares).sum().sqrt() if squares else None
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing, put on named blocks from outside: the network knows nothing of it."""
+"""Activation checkpointing, applied to named blocks of a network from outside."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 POLICIES = ("none", "blocks", "attention", "full")
 KEPT = ("aten::_scaled_dot_product_", "flash_attn::_flash_attn_forward")
-"""How the names of fused attention kernels begin: torch's for each processor, and flash_attn's."""
+"""Prefixes of the names of fused attention kernels: torch's on every device, and flash_attn's."""
 
 
 def apply_recompute(module: nn.Module, names: Iterable[str], policy: str) -> None:
-    """Make the blocks of `module` called `names` forget their activations and compute them again in backward.
+    """Discard activations of blocks in forward, and compute them again in backward.
 
-    policy: none keeps every activation; blocks keeps only what goes into each block; attention keeps the
-    results of fused attention kernels as well: for one tensor more an attention, what costs most for the
-    bytes that it leaves behind is not done twice; full keeps only what goes into the modules that blocks
-    stand in: the least, but more is in memory at once while one of these is computed again.
-    Names of parameters do not change. Only `forward` is wrapped, not the call: the hooks by which ZeRO-3
-    gathers a block's parameters before its forward and its backward run once each, outside the recomputation
-    (with full, inside it, and once more).
+    Parameter names do not change. Only `forward` is wrapped, not the call: the hooks by which ZeRO-3 gathers
+    a block's parameters before its forward and its backward run once each, outside the recomputation (with
+    full, inside it, and once more).
+
+    Args:
+        names: blocks, by their names in `module`.
+        policy: none keeps every activation. blocks keeps the inputs of each block. attention also keeps the
+            outputs of fused attention kernels: one tensor per attention saves its recomputation, the most
+            expensive one per byte. full keeps only the inputs of the modules around the blocks: the least,
+            but recomputing one of them takes more memory at once.
+
+    Raises:
+        ValueError: unknown policy.
     """
     if policy not in POLICIES:
-        raise ValueError(f"recompute is {policy!r}: choose {' or '.join(POLICIES)}")
+        raise ValueError(f"recompute is {policy!r}: it must be one of {', '.join(POLICIES)}")
     if policy == "none":
         return
     recomputed = partial(checkpoint, use_reentrant=False)
@@ -39,7 +45,7 @@ def apply_recompute(module: nn.Module, names: Iterable[str], policy: str) -> Non
 
 
 def _around(module: nn.Module, name: str) -> str:
-    """The name of the nearest module around `name` that computes something: a list does not."""
+    """Return the name of the nearest module around `name` that is not a ModuleList."""
     around = name.rpartition(".")[0]
     while isinstance(module.get_submodule(around), nn.ModuleList):
         around = around.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""ZeRO-3 as a plain value, and the dictionary that DeepSpeed wants of it."""
+"""ZeRO-3 settings, and the DeepSpeed configuration made of them."""
 
 from __future__ import annotations
 
@@ -12,38 +12,42 @@ PRECISIONS = ("bf16", "fp32")
 
 @dataclass(frozen=True)
 class ZeroConfig(Settings, section="parallel"):
-    """Counts are in elements, not bytes."""
+    """Settings of ZeRO stage 3; counts are in elements, not bytes."""
 
     persistence_threshold: int = number(0, ge=0)
-    """Parameters up to this size stay gathered on every rank between steps. None need to: small ones travel
-    with their block, whereas each that stays costs a message of its own after every step."""
+    """Parameters up to this size stay gathered on every rank between steps. With 0 none do: small ones are
+    gathered with their block, whereas each that stays costs a message of its own after every step."""
     prefetch_bucket: int = number(50_000_000, ge=0)
-    """How far ahead of their use parameters are gathered."""
+    """Elements that are gathered ahead of their use."""
     max_live: int | None = number(None, ge=0)
-    """While this many are gathered, none are gathered ahead. None: twice the largest block, so that one
-    computes while the next arrives. Of SVD's 1,525 million parameters a rank then holds 201 million at once,
-    and of a network of any width a small part; DeepSpeed's own 1,000 million are most of SVD."""
+    """While this many elements are gathered, none are gathered ahead. None: twice the largest block, so that
+    one block computes while the next is gathered. A rank then holds 201 million of SVD's 1,525 million
+    parameters at once; DeepSpeed's default of 1,000 million is most of SVD."""
     max_reuse_distance: int = number(0, ge=0)
-    """A gathered parameter stays if it is used again within this many. With 0 a block is gathered for its
-    forward pass, and again for its backward pass."""
+    """A gathered parameter is kept if it is used again within this many elements. With 0 a block is gathered
+    for its forward pass, and again for its backward pass."""
     reduce_bucket: int = number(50_000_000, ge=1, le=4_000_000_000)
-    """Gradients are reduced when this many wait. The buffer is allocated in full at the start."""
+    """Gradients are reduced once this many elements are ready; the buffer is allocated at the start."""
     reduce_dtype: str = choice("fp32", PRECISIONS)
-    """Gradients are summed over the ranks in fp32 | bf16; bf16 halves the traffic and rounds each sum."""
+    """Data type in which gradients are summed over the ranks; bf16 halves the traffic and rounds each sum."""
     overlap_comm: bool = True
-    """Communicate while computing (GPUs only)."""
+    """Overlap communication with computation (GPUs only)."""
     offload_optimizer: bool = False
-    """Keep the master weights and Adam's moments in host memory and step there."""
+    """Keep the master weights and AdamW's moments in host memory, and update them there."""
 
 
 def deepspeed_config(zero: ZeroConfig, *, precision: str, gradient_clip: float) -> dict[str, Any]:
-    """DeepSpeed's configuration (deepspeed.ai/docs/config-json). Engine adds max_live where it is None.
+    """Build DeepSpeed's configuration (deepspeed.ai/docs/config-json). Engine adds max_live where it is None.
 
-    precision: bf16 (compute in bfloat16, master weights and moments in float32) or fp32.
-    gradient_clip: largest global gradient norm.
+    Args:
+        precision: bf16 (compute in bfloat16; master weights and moments in float32) or fp32.
+        gradient_clip: largest global gradient norm.
+
+    Raises:
+        ValueError: unknown precision.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}: choose bf16 or fp32")
+        raise ValueError(f"precision is {precision!r}: it must be one of {', '.join(PRECISIONS)}")
     sharding: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": zero.persistence_threshold,
@@ -52,7 +56,7 @@ def deepspeed_config(zero: ZeroConfig, *, precision: str, gradient_clip: float) 
         "reduce_bucket_size": zero.reduce_bucket,
         "overlap_comm": zero.overlap_comm,
         "contiguous_gradients": True,
-        # It would put its own version in place of torch.nn.functional.linear, for the whole process.
+        # DeepSpeed would replace torch.nn.functional.linear by its own version, for the whole process.
         "memory_efficient_linear": False,
     }
     if zero.max_live is not None:
@@ -60,7 +64,7 @@ def deepspeed_config(zero: ZeroConfig, *, precision: str, gradient_clip: float) 
     if zero.offload_optimizer:
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
-        # DeepSpeed asks for both. Engine.backward is told how many micro-batches each step has.
+        # DeepSpeed requires both numbers. Engine.backward gets the number of micro-batches of each step.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": gradient_clip,

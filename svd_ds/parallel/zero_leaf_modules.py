@@ -1,4 +1,4 @@
-"""Leaves: modules whose parameters ZeRO-3 gathers and releases together, what it needs to know of them."""
+"""ZeRO-3 leaf modules, whose parameters are gathered and released together."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 
 def largest_leaf_module(leaves: Iterable[nn.Module]) -> int:
-    """Elements of the largest one, cut into shards or whole; 0 where there is none."""
+    """Return the number of elements of the largest leaf module, sharded or not; 0 without leaf modules."""
     return max((sum(map(_numel, leaf.parameters())) for leaf in leaves), default=0)
 
 
 def _numel(parameter: Any) -> int:
-    # DeepSpeed's name for the size that a parameter had before it was cut up.
+    # DeepSpeed's name for the size of a parameter before it was sharded.
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def ensure_input_gradient(leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Give a leaf an input that wants a gradient, where everything before the leaf is frozen.
+    """Forward pre-hook: make an input of the leaf require a gradient where everything before it is frozen.
 
     DeepSpeed reduces a leaf's gradients and releases its parameters once the gradients of its inputs are
-    there: with none to wait for, it would do so before the leaf has run backward.
+    ready: without any, it would do so before the leaf has run backward.
     """
     if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return None

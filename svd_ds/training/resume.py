@@ -1,11 +1,11 @@
-"""Which checkpoint a start of a run resumes from.
+"""Choice of the checkpoint that a restart resumes from.
 
-    run.resume=auto    the run's newest checkpoint, if it has one
+    run.resume=auto    the newest checkpoint of the run, if it has one
     run.resume=never   none: a run folder that has checkpoints is refused
     run.resume=PATH    that checkpoint, of this run or of another
 
-A job that is queued again starts the run with the same arguments as before. So a named checkpoint counts only
-until the run has saved one that descends from it, and `never` refuses only what another job has saved.
+A requeued job restarts the run with the same arguments. Therefore a named checkpoint counts only until the
+run has saved one that descends from it, and `never` refuses only checkpoints of other jobs.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from svd_ds.weights.restarts import restart_of
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a start of a run begins."""
+    """Checkpoint that a restart begins from."""
 
     path: Path | None
-    """The checkpoint that it resumes from; None begins at step 0."""
+    """Folder of the checkpoint; None begins at step 0."""
     origin: str = ""
-    """The named checkpoint that the run descends from (svd_ds.weights.restarts.Restart)."""
+    """Named checkpoint that the run descends from (svd_ds.weights.restarts.Restart); empty without one."""
     is_own: bool = False
-    """Whether it is the newest of the run's own checkpoints, and not one that was chosen by name."""
+    """True if it is the newest of the run's own checkpoints, not one that was chosen by name."""
     note: str = ""
-    """What the user should know about the choice."""
+    """Sentence for the user about the choice; empty without one."""
 
 
 def find_checkpoint(checkpoints: Checkpoints, resume: str) -> Resume:
-    """Find what `run.resume` asks for.
+    """Find the checkpoint that `run.resume` selects.
 
-    One rank finds it for all: while another start of the run still writes, two might find two.
+    One rank calls it for all: while another restart of the run still writes, two ranks could find different
+    checkpoints.
 
     Raises:
         ValueError: the named checkpoint cannot be resumed, or `never` meets checkpoints.
@@ -64,9 +65,13 @@ def find_checkpoint(checkpoints: Checkpoints, resume: str) -> Resume:
 
 def _check_named(path: Path) -> None:
     if not (path / "state.json").exists():
-        raise ValueError(f"run.resume is {str(path)!r}: neither auto nor never, nor a checkpoint folder")
+        raise ValueError(
+            f"run.resume is {str(path)!r}: it must be auto, never, or the folder of a checkpoint"
+        )
     if not (path / COMPLETE).exists():
-        raise ValueError(f"run.resume is {str(path)!r}: no whole checkpoint, for it has no file {COMPLETE}")
+        raise ValueError(
+            f"run.resume is {str(path)!r}: this checkpoint is not complete, for it has no file {COMPLETE}"
+        )
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Whether all ranks see one run folder: each writes its own part of a checkpoint there."""
+"""Check that all ranks see one run folder, in which each writes its own part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from svd_ds.parallel.collectives import (
 from svd_ds.parallel.env import Env, host
 
 TOKEN = ".seen-by-all-ranks"
-"""First part of the names of the files that are compared."""
+"""Prefix of the names of the token files."""
 APPEARS_S = 10.0
-"""How long a network file system may take to show a new file to another machine."""
+"""Seconds that a network file system may take to show a new file on another machine."""
 ABANDONED_S = 600.0
-"""The age at which a token file is that of a start that was killed, and no other start waits for it."""
+"""Age in seconds after which a token file is left over from a killed process."""
 
 
 def check_shared_folder(folder: Path, env: Env) -> None:
-    """Make the run folder, and check that every rank's is the one that rank 0 writes to. All ranks call it.
+    """Make the run folder, and check that every rank sees the folder of rank 0. All ranks call it.
 
     Raises:
-        SharedError: on all ranks; a rank cannot make the folder or write to it, or it is another folder than
-            rank 0's. The message names run.dir, and the ranks, their hosts and their paths where they differ.
+        SharedError: on all ranks; a rank cannot make the folder or write to it, or sees another folder than
+            rank 0. The message names run.dir, and the ranks, their hosts and their paths where they differ.
     """
     path = folder.absolute()
     token = path / broadcast_from_rank0(lambda: f"{TOKEN}.{secrets.token_hex(4)}")
     raise_on_all_ranks(lambda: _make(path, token if env.rank == 0 else None))
-    first, *_ = places = all_gather_objects([(str(path), host())])
-    # Where the paths differ they may still lead to one folder: it is only not worth waiting for.
+    first, *_ = locations = all_gather_objects([(str(path), host())])
+    # Different paths may still lead to one folder, but are not worth a wait.
     seen = all_gather_objects([_appears(folder / token.name, APPEARS_S if str(path) == first[0] else 0.0)])
     if env.rank == 0:
         _remove(token)
@@ -44,8 +44,8 @@ def check_shared_folder(folder: Path, env: Env) -> None:
         return
     rank = seen.index(False)
     raise SharedError(
-        f"run.dir is {first[0]} on rank 0 (host {first[1]}) and {places[rank][0]} on rank {rank} (host "
-        f"{places[rank][1]}), which are two folders: name one by run.dir=... that all ranks share"
+        f"run.dir is {first[0]} on rank 0 (host {first[1]}) and {locations[rank][0]} on rank {rank} (host "
+        f"{locations[rank][1]}), which are two folders: name one by run.dir=... that all ranks share"
     )
 
 
@@ -64,9 +64,9 @@ def _make(folder: Path, token: Path | None) -> None:
 
 
 def _remove(token: Path) -> None:
-    """Remove the token file, and those that killed starts have left."""
+    """Remove the token file, and those that killed processes have left."""
     with suppress(OSError):
-        # By the clock of the file system, which may be another machine's.
+        # The clock of the file system may be that of another machine.
         now = token.stat().st_mtime
         for other in token.parent.glob(f"{TOKEN}.*"):
             if other == token or now - other.stat().st_mtime > ABANDONED_S:

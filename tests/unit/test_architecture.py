@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "svd_ds"
 
 LAYERS = {
-    "allocator": 0,
     "batch": 0,
     "cli": 0,
     "command_line": 0,

@@ -18,6 +18,29 @@ print_line("a line")
 print_error(ValueError("a sentence"))
 open(sys.argv[1], "w").write("reached")
 """
+FAULTS = """
+import ctypes, resource, sys
+from svd_ds.cli import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+libc.free.argtypes = (ctypes.c_void_p,)
+
+def step():
+    blocks = [libc.malloc(1 << 20) for _ in range(64)]
+    for block in blocks:
+        libc.memset(block, 1, 1 << 20)
+    for block in blocks:
+        libc.free(block)
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 def run(tmp_path: Path, stdout: int, stderr: int) -> int:
@@ -31,8 +54,8 @@ def run(tmp_path: Path, stdout: int, stderr: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["closed pipe", "full disk"])
-def test_console_that_nobody_reads_ends_no_command(tmp_path: Path, kind: str) -> None:
-    """As in `launch.py ... | head`, with a dead `tee`, or `> log` on a full disk."""
+def test_output_that_cannot_be_written_ends_no_command(tmp_path: Path, kind: str) -> None:
+    """Examples: `launch.py ... | head`, a `tee` that was killed, `> log` on a full disk."""
     if kind == "closed pipe":
         reader, writer = os.pipe()
         os.close(reader)
@@ -43,3 +66,12 @@ def test_console_that_nobody_reads_ends_no_command(tmp_path: Path, kind: str) ->
     finally:
         os.close(writer)
     assert (tmp_path / "end").read_text() == "reached"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    def pages(what: str) -> int:
+        command = [sys.executable, "-c", FAULTS, what]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert pages("keep") < 100 < 1000 < pages("leave")

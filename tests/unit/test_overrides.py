@@ -1,4 +1,4 @@
-"""Values on a command line: taken exactly as they are written, or refused in one sentence with their key."""
+"""Overrides on a command line: taken exactly as written, or refused in one sentence with their key."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from svd_ds.compose import (
     compose,
     explain,
     keys_without_folder,
-    readable,
+    parse_command_line,
     settings_by_key,
 )
 from svd_ds.config import RunConfig
-from svd_ds.overrides import OTHERS, folder_name, swept
-from svd_ds.overrides import readable as read_words
+from svd_ds.overrides import OTHERS, folder_name, quote_for_hydra, swept_values
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = [
@@ -70,9 +69,9 @@ def test_name_is_taken_as_it_is_written(value: str) -> None:
     assert outcome("name", value) == (value, "")
 
 
-def test_name_with_a_comma_is_more_likely_a_forgotten_m() -> None:
-    taken, told = outcome("name", "a,b")
-    assert taken is None and told.startswith(
+def test_name_with_a_comma_is_taken_for_a_forgotten_m() -> None:
+    taken, message = outcome("name", "a,b")
+    assert taken is None and message.startswith(
         "Ambiguous value for argument 'name=a,b': one run takes one value"
     )
 
@@ -87,10 +86,10 @@ def test_quotes_of_hydra_and_the_users_home(key: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("value", REFUSED, ids=repr)
 @pytest.mark.parametrize("key", ["data.path", "name"])
-def test_what_cannot_be_meant_is_refused_with_its_key(key: str, value: str) -> None:
-    taken, told = outcome(key, value)
-    assert taken is None and "\n" not in told
-    assert key in told, told
+def test_unreadable_value_is_refused_with_its_key(key: str, value: str) -> None:
+    taken, message = outcome(key, value)
+    assert taken is None and "\n" not in message
+    assert key in message, message
 
 
 @pytest.mark.parametrize("value", ["[1", "{a", "'1", "1 '", "1=2", "{a:1"])
@@ -102,7 +101,7 @@ def test_text_that_cannot_be_read_is_refused_by_every_other_setting(value: str) 
         with pytest.raises(
             ValueError, match=f"^{re.escape(f'{key} is {value}')}: it cannot be read as"
         ) as caught:
-            read_words([f"{key}={value}"], settings, list)
+            quote_for_hydra([f"{key}={value}"], settings, list)
         assert "\n" not in str(caught.value)
 
 
@@ -119,7 +118,7 @@ def test_lists_of_texts(word: str, values: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("foreign", OTHERS)
-def test_keys_of_other_trainers_are_answered_with_ours(foreign: str) -> None:
+def test_keys_of_other_trainers_are_answered_in_words(foreign: str) -> None:
     advice = OTHERS[foreign]
     for word in (
         f"{foreign}=1",
@@ -129,8 +128,38 @@ def test_keys_of_other_trainers_are_answered_with_ours(foreign: str) -> None:
         f"--{foreign}=1",
     ):
         with pytest.raises(ValueError, match=re.escape(advice)) as caught:
-            readable([word])
+            parse_command_line([word])
         assert foreign in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("parallel.stage=2", "the stage is always 3, because the float32 states of 1.5 billion parameters"),
+        ("parallel.zero_stage=2", "the stage is always 3, because the float32 states"),
+        ("zero_optimization.stage=1", "the stage is always 3, because the float32 states"),
+        ("+zero_optimization={stage:2}", "the stage is always 3, because the float32 states"),
+        ("parallel.offload_param=true", "parallel.offload_optimizer=true moves the optimizer state to"),
+        (
+            "zero_optimization.offload_param.device=cpu",
+            "parameters stay on the GPUs, where ZeRO-3 shards them",
+        ),
+        ("zero_optimization.offload_optimizer.device=cpu", "use parallel.offload_optimizer=true"),
+        ("train_batch_size=64", "use batch.size, clips per step over all ranks"),
+        ("train_micro_batch_size_per_gpu=2", "use batch.micro, clips per rank at once"),
+        ("gradient_accumulation_steps=4", "it follows from batch.size (clips per step over all ranks) and"),
+        ("fp16.enabled=true", "use precision=bf16 or precision=fp32, because fp16 needs loss scaling"),
+        ("bf16.enabled=true", "use precision=bf16"),
+        ("gradient_clipping=1.0", "use optim.gradient_clip"),
+        ("--deepspeed", "its settings are the keys of parallel, batch and optim"),
+        ("--deepspeed_config=ds.json", "its settings are the keys of parallel, batch and optim"),
+        ("--local_rank=0", "start the ranks with torchrun, srun or tools/launch.py"),
+    ],
+)
+def test_settings_of_deepspeed_are_answered_in_words(word: str, answer: str) -> None:
+    with pytest.raises(ValueError, match=r"^there is no (key|option) ") as caught:
+        parse_command_line(["+experiment=stage2", word])
+    assert answer in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_advice_names_keys_that_exist() -> None:
@@ -155,9 +184,9 @@ def test_advice_names_keys_that_exist() -> None:
         (["noise=glob(simple*)"], ["simple_interpolated", "simple_shifted"]),
     ],
 )
-def test_a_comma_parts_the_values_of_several_runs(words: list[str], values: list[str]) -> None:
-    line = readable(["-m", *words])
-    ((key, found),) = swept(line.overrides, line.choices).items()
+def test_commas_separate_the_values_of_several_runs(words: list[str], values: list[str]) -> None:
+    line = parse_command_line(["-m", *words])
+    ((key, found),) = swept_values(line.overrides, line.choices).items()
     assert key == words[0].lstrip("+").partition("=")[0]
     read = [OverridesParser.create().parse_override(word).value() for word in found]
     assert [str(value.text if hasattr(value, "text") else value) for value in read] == values
@@ -176,7 +205,7 @@ def test_a_comma_parts_the_values_of_several_runs(words: list[str], values: list
     ],
 )
 def test_runs_of_a_multirun_differ_in_their_folders(words: list[str], unnamed: list[str]) -> None:
-    assert keys_without_folder(readable(["-m", *words])) == unnamed
+    assert keys_without_folder(parse_command_line(["-m", *words])) == unnamed
 
 
 def test_no_two_values_give_one_folder() -> None:
@@ -189,7 +218,7 @@ def test_no_two_values_give_one_folder() -> None:
 # --- through the launchers
 
 
-def test_launcher_hands_words_on_as_they_are(tmp_path: Path) -> None:
+def test_launcher_passes_arguments_unchanged(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
     words = [f"data.path={value}" for value in EXACT] + ["--config-dir", "a b", "-m"]
@@ -203,17 +232,19 @@ def test_launcher_hands_words_on_as_they_are(tmp_path: Path) -> None:
         "--",
         *words,
     ]
-    told = subprocess.run(
+    ended = subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
     )
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout) == words
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == words
 
 
 @pytest.mark.parametrize(
     "value", ["a b", "a=b", "a,b", "100%j", "$HOME", "it's", "[a]", "ü 视频", "-x", "x/", "a\\b"]
 )
-def test_job_has_the_folder_of_its_ranks(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_and_ranks_find_the_same_run_folder(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = importlib.util.spec_from_file_location("job", ROOT / "tools" / "job.py")
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
@@ -227,7 +258,7 @@ def test_job_has_the_folder_of_its_ranks(value: str, tmp_path: Path, monkeypatch
     assert str(tool.run_folder(arguments, tool.JobClock("7", arguments)).path) == str(Path(value))
 
 
-def test_agent_of_a_sweep_hands_values_on_as_they_are() -> None:
+def test_agent_of_a_sweep_passes_values_unchanged() -> None:
     """tools/sweep.py starts its trials with these words, without a shell."""
     for value in (*EXACT, 1e-5, True, 3, [1, 2]):
         command = {"args": {"data.path": {"value": value}}}

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from svd_ds.compose import COMPOSE_ERRORS, _compose_node, explain, readable, settings_by_key, to_config
+from svd_ds.compose import (
+    COMPOSE_ERRORS,
+    _compose_node,
+    explain,
+    parse_command_line,
+    settings_by_key,
+    to_config,
+)
 from svd_ds.config import RunConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.diffusion.noise import NoiseConfig, build_noise, karras_sigmas
@@ -37,7 +44,7 @@ HOSTILE = (math.nan, math.inf, -math.inf, -1, 0, 1e-300, 1e308, -1e308, 2**31, 2
 
 @pytest.fixture(scope="module")
 def tree() -> DictConfig:
-    node = _compose_node(readable(["data.path=data/quickstart"]))
+    node = _compose_node(parse_command_line(["data.path=data/quickstart"]))
     OmegaConf.set_struct(node, False)
     del node["hydra"]
     return node

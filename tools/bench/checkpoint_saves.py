@@ -11,8 +11,7 @@ from pathlib import Path
 
 from contestant import synchronize
 
-from svd_ds.allocator import keep_freed_memory
-from svd_ds.cli import run_cli
+from svd_ds.cli import keep_freed_memory, run_cli
 from svd_ds.compose import compose
 from svd_ds.config import RunConfig
 from svd_ds.inputs import Inputs, read_inputs

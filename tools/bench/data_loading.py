@@ -15,8 +15,7 @@ from pathlib import Path
 import av
 import torch
 
-from svd_ds.allocator import keep_freed_memory
-from svd_ds.cli import run_cli
+from svd_ds.cli import keep_freed_memory, run_cli
 from svd_ds.data.batching import BatchConfig, BatchSplit
 from svd_ds.data.clips import ClipDraws, Timing
 from svd_ds.data.config import DataConfig

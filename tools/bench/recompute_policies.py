@@ -8,8 +8,7 @@ import torch
 from cases import add_case_options, read_cases
 from variants import compare
 
-from svd_ds.allocator import keep_freed_memory
-from svd_ds.cli import run_cli
+from svd_ds.cli import keep_freed_memory, run_cli
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.recompute import POLICIES, apply_recompute
 

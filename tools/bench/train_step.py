@@ -12,8 +12,7 @@ from cases import add_case_options, read_cases, read_numbers
 from rich.console import Console
 from rich.progress import Progress
 
-from svd_ds.allocator import keep_freed_memory
-from svd_ds.cli import run_cli
+from svd_ds.cli import keep_freed_memory, run_cli
 from svd_ds.model.unet import UNetConfig
 from svd_ds.parallel.recompute import POLICIES
 

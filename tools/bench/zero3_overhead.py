@@ -13,8 +13,7 @@ from contestant import synchronize
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from svd_ds.allocator import keep_freed_memory
-from svd_ds.cli import run_cli
+from svd_ds.cli import keep_freed_memory, run_cli
 from svd_ds.model.unet import UNet
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.engine import Engine

@@ -1,4 +1,4 @@
-"""Make svd_ds/assets/tiny_svd: a whole pipeline in the public SVD's layout, of under 4 MB."""
+"""Make svd_ds/assets/tiny_svd: a complete pipeline in the public SVD's layout, under 4 MB."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def main() -> None:
     words = untrained_parts.tokenizer()
     words.save_pretrained(out / "tokenizer")
     untrained_parts.text_encoder(words).half().save_pretrained(out / "text_encoder")
-    # The public folder's name of the class: transformers picks the one that the machine can run.
+    # The class name in the public folder: transformers picks the implementation that the machine can run.
     edit(out / "model_index.json", "CLIPImageProcessorPil", "CLIPImageProcessor")
-    # Unasked, diffusers loads its parts in float32, but transformers in what the config says.
+    # By default diffusers loads in float32, but transformers in the data type of the config.
     for part in ("image_encoder", "text_encoder"):
         edit(out / part / "config.json", '"float16"', '"float32"')
     (out / "README.md").write_text(readme(steps, score, means, deviations))
@@ -58,12 +58,14 @@ def main() -> None:
 
 
 def edit(file: Path, old: str, new: str) -> None:
+    """Replace a text in a file."""
     text = file.read_text()
     assert old in text, f"{file} lacks {old}"
     file.write_text(text.replace(old, new))
 
 
 def readme(steps: int, score: float, means: list[float], deviations: list[float]) -> str:
+    """Write the model card. `means` and `deviations` are those of the scaled latent channels."""
     size, clips = "x".join(map(str, SIZE)), " and ".join(f"`{name}`" for name in TRAINING)
     channels = ", ".join(f"{mean:+.2f}/{std:.2f}" for mean, std in zip(means, deviations, strict=True))
     return f"""# A tiny pipeline in the layout of the public Stable Video Diffusion
@@ -101,17 +103,15 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = Recipe()
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="training steps of the autoencoder")
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="end the training after so long at most"
-    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit of the training")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; results depend on it slightly")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.seconds <= 0:
         raise ValueError(
-            f"--steps is {arguments.steps} and --seconds {arguments.seconds}, but must be above 0"
+            f"--steps is {arguments.steps} and --seconds is {arguments.seconds}: both must be above 0"
         )
     return arguments
 

@@ -1,4 +1,4 @@
-"""What the paper's stages start from besides clips, small as debug=tiny: an image model, and orbits."""
+"""Inputs of the paper's stages other than clips, at the size of debug=tiny: an image model, and orbits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from svd_ds.data.writer import ShardWriter
 from svd_ds.video import write_mp4
 
 NUM_VIEWS, SIZE, FPS = 21, 64, 7
-"""Of an orbit: frames, and pixels a side."""
+"""Frames of an orbit, and height and width of a frame in pixels."""
 
 
 def image_unet() -> UNet2DConditionModel:
-    """Stable Diffusion 2.1's kind, of debug=tiny's widths. Random."""
+    """Build a UNet like Stable Diffusion 2.1's, with the widths of debug=tiny and random weights."""
     return UNet2DConditionModel(
         in_channels=4,
         out_channels=4,
@@ -32,15 +32,15 @@ def image_unet() -> UNet2DConditionModel:
 
 
 def write_image_model(folder: Path) -> None:
-    """The image model as a diffusers folder, the same each time."""
+    """Write the image model as a diffusers folder; it is the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         image_unet().save_pretrained(folder)
 
 
 def write_orbits(folder: Path, num_orbits: int = 4) -> None:
-    """Shards of orbits around chequered balls, seen from other elevations each, from -5 to 30 degrees, the
-    paper's (arXiv 2311.15127 D.6)."""
+    """Write shards of orbits around chequered balls, seen from elevations between -5 and 30 degrees, the
+    paper's range (arXiv 2311.15127 D.6)."""
     writer = ShardWriter(folder)
     for i, elevation in enumerate(np.linspace(-5.0, 30.0, num_orbits).tolist()):
         film = folder / "orbit.mp4"
@@ -60,12 +60,12 @@ def write_orbits(folder: Path, num_orbits: int = 4) -> None:
 
 
 def _orbit(elevation: float, num_cells: int) -> torch.Tensor:
-    """All round a ball with `num_cells` cells from pole to pole: uint8 (T, 3, H, W)."""
+    """Render an orbit around a ball with `num_cells` cells from pole to pole: uint8 (T, 3, H, W)."""
     down, right = np.mgrid[-1.2 : 1.2 : SIZE * 1j, -1.2 : 1.2 : SIZE * 1j]
     is_ball = down**2 + right**2 < 1
     near = np.sqrt(np.where(is_ball, 1 - down**2 - right**2, 0))
     tilt = math.radians(elevation)
-    # From the camera's axes to the ball's.
+    # Rotate from the axes of the camera to those of the ball.
     up, front = near * math.sin(tilt) - down * math.cos(tilt), near * math.cos(tilt) + down * math.sin(tilt)
     latitude = np.arcsin(np.clip(up, -1, 1))
     frames = np.full((NUM_VIEWS, 3, SIZE, SIZE), 255, dtype=np.uint8)

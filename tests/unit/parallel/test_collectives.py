@@ -1,4 +1,4 @@
-"""Errors that all ranks learn of, as one rank sees them; on several, tests/distributed."""
+"""Shared errors on one rank; tests/distributed has several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _one_rank() -> Iterator[None]:
 
 @pytest.mark.parametrize("share", [raise_on_all_ranks, broadcast_from_rank0])
 @pytest.mark.parametrize(
-    ("error", "passes"),
+    ("error", "retryable"),
     [
         (OSError(errno.ENOSPC, "no space left"), True),
         (OSError(errno.ESTALE, "stale file handle"), True),
@@ -30,11 +30,13 @@ def _one_rank() -> Iterator[None]:
         (ValueError("it must be at least 1"), False),
     ],
 )
-def test_what_may_pass_on_one_rank_may_pass_on_all(share: object, error: Exception, passes: bool) -> None:
+def test_error_that_is_retryable_on_one_rank_is_retryable_on_all(
+    share: object, error: Exception, retryable: bool
+) -> None:
     def fail() -> None:
         raise error
 
     with pytest.raises(SharedError) as shared:
         share(fail)  # type: ignore[operator]
     assert str(shared.value) == str(error)
-    assert is_retryable(shared.value) is passes
+    assert is_retryable(shared.value) is retryable

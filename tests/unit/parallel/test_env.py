@@ -52,7 +52,7 @@ def test_torchrun() -> None:
     assert env.port == 29500
 
 
-def test_srun_takes_the_steps_own_numbers() -> None:
+def test_srun_counts_the_tasks_of_its_own_step() -> None:
     env = Env.read(SRUN)
     assert place(env) == (3, 5, 1, 2, "gpu04")
     peer = Env.read(SRUN | {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"})
@@ -152,12 +152,12 @@ def test_barrier_and_shutdown_of_one_process_ask_for_no_group(monkeypatch: pytes
     environment.shutdown()
 
 
-def test_a_host_has_the_name_that_slurm_gave_it() -> None:
+def test_host_is_named_by_slurm() -> None:
     assert environment.host({"SLURMD_NODENAME": "gpu04"}) == "gpu04"
     assert environment.host({}) == os.uname().nodename
 
 
-def test_a_later_start_is_a_higher_attempt() -> None:
+def test_restart_id_of_a_later_restart_is_higher() -> None:
     first, again = ({"SLURM_JOB_ID": "7"} | more for more in ({}, {"SLURM_RESTART_COUNT": "1"}))
     assert environment.restart_id({}) < environment.restart_id(first) < environment.restart_id(again)
     assert environment.restart_id(again) < environment.restart_id({"SLURM_JOB_ID": "12"})

@@ -9,7 +9,7 @@ from torch import nn
 from svd_ds.parallel.local_norm import LocalNorm
 
 
-def test_it_is_off_until_it_is_started_and_then_adds_up_until_it_is_taken() -> None:
+def test_norm_is_accumulated_from_start_to_take() -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     network[0].bias.requires_grad_(False)
     local_norm = LocalNorm(network)

@@ -98,7 +98,7 @@ def test_none_keeps_activations() -> None:
     assert [block.calls for block in net.blocks] == [1, 1]
 
 
-def test_full_recomputes_what_the_blocks_stand_in_once() -> None:
+def test_full_recomputes_the_modules_around_the_blocks_once() -> None:
     net = nn.ModuleDict({"path": nn.ModuleList([Net(), Net()])})
     steps = [f"path.{step}.blocks.{block}" for step in (0, 1) for block in (0, 1)]
     apply_recompute(net, steps, "full")
@@ -108,7 +108,7 @@ def test_full_recomputes_what_the_blocks_stand_in_once() -> None:
 
 
 def test_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'all'.*none or blocks or attention or full"):
+    with pytest.raises(ValueError, match=r"'all'.*one of none, blocks, attention, full"):
         apply_recompute(Net(), [], "all")
 
 

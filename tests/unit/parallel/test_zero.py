@@ -5,7 +5,7 @@ import pytest
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 
 
-def test_the_dictionary_is_this() -> None:
+def test_default_deepspeed_configuration() -> None:
     config = deepspeed_config(ZeroConfig(), precision="bf16", gradient_clip=1.0)
     assert config == {
         "train_micro_batch_size_per_gpu": 1,

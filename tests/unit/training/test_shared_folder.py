@@ -1,4 +1,4 @@
-"""The check of the run folder on one rank; tests/distributed/test_run_folder.py has it on two."""
+"""Check of the run folder on one rank; tests/distributed/test_run_folder.py has it on two."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_folder_that_is_not_there_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_missing_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     check_shared_folder(tmp_path / "runs/new", Env.read({}))
     assert list((tmp_path / "runs/new").iterdir()) == []
 
 
-def test_relative_folder_is_that_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_folder_is_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_shared_folder(Path("runs/new"), Env.read({}))
     assert (tmp_path / "runs/new").is_dir()
@@ -42,7 +40,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         assert not isinstance(raised.value, RetryableSharedError), "the same name would be refused again"
 
 
-def test_full_disk_is_named_and_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_named_and_retryable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -53,7 +51,7 @@ def test_full_disk_is_named_and_may_pass(tmp_path: Path, monkeypatch: pytest.Mon
         check_shared_folder(tmp_path, Env.read({}))
 
 
-def test_token_of_a_killed_start_is_removed_and_that_of_another_start_is_not(tmp_path: Path) -> None:
+def test_token_of_a_killed_process_is_removed_and_that_of_another_restart_is_not(tmp_path: Path) -> None:
     killed, other = tmp_path / f"{TOKEN}.0", tmp_path / f"{TOKEN}.1"
     for token in (killed, other):
         token.write_text("")
