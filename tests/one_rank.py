@@ -15,7 +15,7 @@ SMALLEST = (
     "data.width=32", "evaluation.every=0", "sampling.every=1000000", "sampling.num_steps=1",
     "model.widths=[32]", "model.attention_levels=[true]", "batch.size=1", "ema.lengths=[0.1]",
     "logger.wandb=disabled",
-    # So that a start from other weights or moments has clearly other losses.
+    # A start from other weights or moments then has clearly other losses.
     "optim.lr=1.0e-2", "optim.warmup_samples=1",
 )  # fmt: skip
 
@@ -24,7 +24,8 @@ def start(shards: Path, run_dir: Path, *overrides: str) -> Progress:
     """Start a run, or resume it, and train to its end.
 
     Raises:
-        ValueError: the run is refused, or OSError, as `run` raises them.
+        ValueError: the run is refused.
+        OSError: a file cannot be read or written.
     """
     from svd_ds.run import run
 

@@ -26,7 +26,7 @@ BATCH = 4
 
 
 def plant(faults: list[str], rank: int) -> None:
-    """Make this rank's `Diffusion.loss` compute wrongly."""
+    """Make this rank's `DiffusionObjective.loss` compute wrongly."""
     compute, seen = DiffusionObjective.loss, set[int]()
 
     def loss(self: DiffusionObjective, net: Any, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The trainer, which also writes down the clips that each rank learns from.
+"""The trainer, which also records the clips that each rank trains on.
 
 recorded_ranks.py RECORD OVERRIDE ...
 
@@ -19,7 +19,7 @@ from svd_ds.batch import Batch
 
 
 def record_clips(path: str) -> None:
-    """From now on, append each micro-batch of this process to the record."""
+    """Append each micro-batch of this process to the record from now on."""
     from svd_ds.training.objectives.diffusion import DiffusionObjective
 
     record = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

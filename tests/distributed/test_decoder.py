@@ -19,7 +19,7 @@ from svd_ds.data.writer import ShardWriter
 from svd_ds.jobs.signals import SIGNALS
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.sample import TINY
-from svd_ds.train import main as train_door
+from svd_ds.train import main as train_main
 from svd_ds.weights.decoder import load_decoder
 from svd_ds.weights.io import load_unet
 from tests.runs import metrics
@@ -48,7 +48,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
     def run(run: Path, *overrides: str) -> int:
         sys.argv = ["train", *SMALL, f"data.path={shards}", f"run.dir={run}", *overrides]
         try:
-            train_door()
+            train_main()
         except SystemExit as ended:
             return int(ended.code or 0)
         return 0
@@ -72,17 +72,21 @@ def resumed(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_resumed_run_is_one_that_was_not_stopped(train: Train, resumed: Path, tmp_path: Path) -> None:
-    assert train(tmp_path / "whole", "run.steps=2") == 0
-    told = ("loss", "grad_norm", "reconstruction", "adversarial", "discriminator")
+def test_resumed_decoder_run_equals_one_that_was_not_stopped(
+    train: Train, resumed: Path, tmp_path: Path
+) -> None:
+    assert train(tmp_path / "uninterrupted", "run.steps=2") == 0
+    keys = ("loss", "grad_norm", "reconstruction", "adversarial", "discriminator")
     first, second = metrics(resumed)
     assert "discriminator" not in first and "discriminator" in second
-    assert {key: second[key] for key in told} == {key: metrics(tmp_path / "whole")[1][key] for key in told}
-    whole, ours = load_decoder(tmp_path / "whole"), load_decoder(resumed)
-    assert all(a.equal(b) for a, b in zip(whole.parameters(), ours.parameters(), strict=True))
+    assert {key: second[key] for key in keys} == {
+        key: metrics(tmp_path / "uninterrupted")[1][key] for key in keys
+    }
+    uninterrupted, ours = load_decoder(tmp_path / "uninterrupted"), load_decoder(resumed)
+    assert all(a.equal(b) for a, b in zip(uninterrupted.parameters(), ours.parameters(), strict=True))
 
 
-def test_it_leaves_what_any_run_leaves(resumed: Path) -> None:
+def test_decoder_run_leaves_checkpoints_previews_and_a_report(resumed: Path) -> None:
     checkpoint = resumed / "checkpoints" / "step-0000002"
     names = {path.name for path in checkpoint.iterdir()}
     assert names >= {"COMPLETE", "decoder", "objective.safetensors", "ema-power-0.050", "adam-exp_avg"}
@@ -98,7 +102,7 @@ def test_it_leaves_what_any_run_leaves(resumed: Path) -> None:
 
 
 @torch.no_grad()
-def test_it_becomes_a_pipeline_whose_vae_it_is(
+def test_decoder_run_converts_to_a_pipeline_with_its_decoder_as_vae(
     resumed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def convert(*arguments: object) -> int:
@@ -123,7 +127,7 @@ def test_it_becomes_a_pipeline_whose_vae_it_is(
     assert "holds a decoder: it takes --layout diffusers" in capsys.readouterr().err
 
 
-def test_decoders_and_unets_are_not_taken_for_each_other(
+def test_decoder_and_unet_checkpoints_are_refused_in_place_of_each_other(
     train: Train, resumed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match="holds a decoder, and not a unet"):

@@ -1,4 +1,4 @@
-"""A step that comes out otherwise when it is computed again, on real ranks: hardware, and not the data."""
+"""A step whose result differs when it is computed again, on real ranks: failing hardware, not bad data."""
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ def test_bad_clip_is_skipped_and_named(run_ranks: RunRanks, shards: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_nothing_is_computed_again_where_that_is_switched_off(
-    run_ranks: RunRanks, shards: Path, tmp_path: Path
-) -> None:
+def test_no_step_is_recomputed_with_tolerance_0(run_ranks: RunRanks, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(run_ranks, shards, run, "loss:2", "guard.recompute_tolerance=0")
     (row,) = out_of_bounds(run)

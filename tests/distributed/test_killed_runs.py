@@ -1,4 +1,4 @@
-"""A run that is killed 24 times, each start on another number of ranks, loses nothing."""
+"""A run that is killed 24 times and resumed on another number of ranks each time loses nothing."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.runs import metrics
 KILLS = 24
 SEED = 1234
 BATCH = 6
-"""Which 1, 2 and 3 ranks divide."""
+"""Clips of a step: 1, 2 and 3 ranks divide them."""
 PATIENCE_S = 400.0
-"""For what takes seconds on a quiet machine: a failure is told by processes that ended, and not by this."""
+"""Limit for what takes seconds on a quiet machine: a failure shows by a process that ended, not by this."""
 SETTINGS = (
     "debug=tiny", "precision=fp32", "data.num_frames=2", "data.height=32", "data.width=32",
     "model.widths=[32]", "model.attention_levels=[true]", "ema.lengths=[0.1]", f"batch.size={BATCH}",
@@ -89,10 +89,10 @@ def has_begun_to_save(checkpoints: Path, num_restarts: int, step: int) -> bool:
     return any(name >= f"step-{step:07d}" for name in drafts)
 
 
-def wait_until(condition: Callable[[], bool], ranks: Ranks, told: Callable[[], str]) -> None:
+def wait_until(condition: Callable[[], bool], ranks: Ranks, log: Callable[[], str]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert all(process.is_alive() for process in ranks) and time.monotonic() < deadline, told()
+        assert all(process.is_alive() for process in ranks) and time.monotonic() < deadline, log()
         time.sleep(0.01)
 
 
@@ -130,7 +130,7 @@ def test_run_that_is_killed_24_times_at_changing_ranks_loses_nothing(
         ranks = start(killed, world, 100_000)
         story = f"kill {kill}: {who} of {world} ranks"
 
-        def told(story: str = story) -> str:
+        def log(story: str = story) -> str:
             return f"{story}\n{(killed / 'log').read_text()}"
 
         if at_start:
@@ -138,14 +138,14 @@ def test_run_that_is_killed_24_times_at_changing_ranks_loses_nothing(
             time.sleep(5 * seconds)
         else:
             least = newest + steps
-            wait_until(partial(has_begun_to_save, checkpoints, num_restarts, least), ranks, told)
+            wait_until(partial(has_begun_to_save, checkpoints, num_restarts, least), ranks, log)
             time.sleep(seconds)
-        assert all(process.is_alive() for process in ranks), told()
+        assert all(process.is_alive() for process in ranks), log()
         newest = max(complete_checkpoints(checkpoints), default=0)
         for process in {"all": ranks, "rank 0": ranks[:1], "one": ranks[one : one + 1]}[who]:
             process.kill()
         codes = end(ranks)
-        assert all(codes), f"{codes}: a rank that is left must not wait for another. {told()}"
+        assert all(codes), f"{codes}: a rank that is left must not wait for another. {log()}"
 
         complete = complete_checkpoints(checkpoints)
         assert max(complete, default=0) >= newest, f"{story}: a checkpoint was lost"

@@ -1,4 +1,4 @@
-"""tools/launch.py: ranks start together, fail together, and none is left behind."""
+"""tools/launch.py: ranks start together, fail together, and none outlives the others."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_rank_0_prints_and_every_rank_complains(
+def test_output_of_rank_0_and_errors_of_all_ranks_are_shown(
     launcher: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -101,11 +101,11 @@ def test_one_failure_ends_all(
     assert launcher.launch(command(mode, tmp_path), 2) == code
     assert time.monotonic() - started < 30
     assert not alive(tmp_path)
-    told = "error: rank 1 was killed by SIGKILL\n" if mode == "crash" else ""
-    assert capsys.readouterr().err == told, "of its own failure a rank tells by itself"
+    expected = "error: rank 1 was killed by SIGKILL\n" if mode == "crash" else ""
+    assert capsys.readouterr().err == expected, "a rank reports its own failure itself"
 
 
-def test_the_code_is_that_of_the_rank_that_failed_by_itself(launcher: ModuleType, tmp_path: Path) -> None:
+def test_exit_code_is_of_the_rank_that_failed_first_by_itself(launcher: ModuleType, tmp_path: Path) -> None:
     assert launcher.launch(command("left", tmp_path), 2) == 2, "rank 0, left alone, has ended before with 1"
 
 

@@ -1,4 +1,4 @@
-"""Several runs one after the other in the same processes, as `-m` makes them."""
+"""Several runs one after the other in the same processes, as with `-m`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(total.item())
 
 
 @pytest.mark.slow
-def test_ranks_find_each_other_again(run_ranks: RunRanks, tmp_path: Path) -> None:
+def test_process_groups_can_be_created_again(run_ranks: RunRanks, tmp_path: Path) -> None:
     script = tmp_path / "runs.py"
     script.write_text(RUNS)
     ended = run_ranks(script, timeout=100)

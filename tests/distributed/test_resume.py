@@ -1,4 +1,4 @@
-"""Runs that are stopped, and gone on with on other numbers of ranks."""
+"""Runs that are stopped and resumed on other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def settings(shards: Path) -> tuple[str, ...]:
-    # Lives differ in run.steps, on which no rate may depend.
+    # Restarts differ in run.steps, on which no rate may depend.
     plain = ("precision=fp32", "optim.schedule=constant")
     quiet = ("data.num_frames=3", "evaluation.every=0", "sampling.every=1000000", "sampling.num_steps=1")
     return ("debug=tiny", f"data.path={shards}", *plain, *quiet)
 
 
 def clips_of_steps(record: Path) -> list[list[list[Any]]]:
-    """The [ordinal, id] of each step's clips, whoever had them."""
+    """[ordinal, id] of each step's clips on all ranks."""
     clips = sorted(clip for line in record.read_text().splitlines() for clip in json.loads(line))
     return [clips[i : i + BATCH] for i in range(0, len(clips), BATCH)]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_goes_on_with_any_number_of_ranks(
+def test_run_resumes_on_any_number_of_ranks_with_the_same_losses(
     settings: tuple[str, ...], run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     """2 -> 1 -> 4 -> 3 ranks, against 2 that were never stopped."""
     script = Path(__file__).with_name("recorded_ranks.py")
-    # The last blocks have a channel a group: the norm behind them takes their biases out again, and what is
+    # The last blocks have a channel a group: the norm after them takes their biases out again, and what is
     # left of those gradients is rounding (2e-11; the next smallest is 6e-7). Adam's usual 1e-8 would let it
     # through at a hundredth of the rate: four biases end 9e-5 apart then, and all else less than 6e-6.
-    deaf = "optim.eps=1e-6"
+    large_eps = "optim.eps=1e-6"
 
     def train(name: str, ranks: int, steps: int) -> None:
-        overrides = (*settings, deaf, f"run.dir={tmp_path / name}", f"run.steps={steps}")
+        overrides = (*settings, large_eps, f"run.dir={tmp_path / name}", f"run.steps={steps}")
         record = tmp_path / f"{name}.jsonl"
         ended = run_ranks(script, record, *overrides, num_ranks=ranks, WANDB_MODE="disabled")
         assert ended.returncode == 0, ended.stderr

@@ -1,4 +1,4 @@
-"""One run, one folder: for all its ranks, and for one start of it at a time."""
+"""A run has one folder, the same for all its ranks, and one process at a time."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_ranks_with_a_folder_each_are_refused_before_they_train(
 ) -> None:
     ended = run_ranks(OWN_FOLDERS, *settings, f"run.dir={tmp_path}/disk-RANK/run", "run.steps=2")
     assert ended.returncode == 2, ended.stderr
-    told = {line for line in ended.stderr.splitlines() if line}
-    assert len(told) == 1, "all ranks say the same"
-    (sentence,) = told
+    errors = {line for line in ended.stderr.splitlines() if line}
+    assert len(errors) == 1, "all ranks say the same"
+    (sentence,) = errors
     assert sentence.startswith("error: run.dir is ") and "share" in sentence
     for rank in range(2):
         assert f"{tmp_path}/disk-{rank}/run on rank {rank} (host " in sentence
@@ -54,7 +54,7 @@ def test_folder_named_after_the_time_is_one_for_all_ranks(
 
 
 @pytest.mark.slow
-def test_second_start_in_one_folder_ends_the_first_and_loses_nothing(
+def test_second_process_of_a_run_ends_the_first_and_loses_nothing(
     settings: tuple[str, ...], tmp_path: Path
 ) -> None:
     run, steps = tmp_path / "run", 12
@@ -73,13 +73,13 @@ def test_second_start_in_one_folder_ends_the_first_and_loses_nothing(
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)
     second = start("--")
-    _, told = first.communicate(timeout=200)
+    _, errors = first.communicate(timeout=200)
     assert first.returncode == 2
-    lines = told.strip().splitlines()
-    assert len(lines) == 1, told
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
     assert f"another start of this run has taken over {run}" in lines[0]
-    out, told = second.communicate(timeout=200)
-    assert second.returncode == 0, told
+    out, errors = second.communicate(timeout=200)
+    assert second.returncode == 0, errors
     assert "resuming at step 4" in out and f"done: {steps} steps" in out
     assert [row["step"] for row in metrics(run)] == list(range(1, steps + 1))
     rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Runs that end in a streak of skipped steps: what they say, what they leave, where the next start begins."""
+"""Runs that end in a streak of skipped steps: messages, checkpoints, and the step that they resume from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.runs import metrics
 
 SETTINGS = ("checkpoint.every=1", "checkpoint.keep_last=9", "guard.max_skips=9")
 GOOD = 3
-"""Steps before the streak."""
+"""Number of steps before the streak."""
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def check_saved(run: Path, outcome: str) -> None:
     assert json.loads((run / "logs/outcome.json").read_text())["kind"] == outcome
 
 
-def test_run_whose_last_steps_were_skipped_is_not_done(
+def test_run_whose_last_steps_were_skipped_is_refused_as_unfinished(
     shards: Path,
     tmp_path: Path,
     spoil: Callable[..., None],
@@ -95,8 +95,8 @@ def test_stop_within_a_streak_saves_nothing_in_doubt_and_resumes_before_it(
     spoil(lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 2 else None)
     ended = start(shards, run, "run.steps=9", *SETTINGS)
     assert ended.step == GOOD + 2
-    told = capfd.readouterr().out
-    assert f"step {GOOD + 2}  not saved, for the last 2 steps were skipped" in told
+    printed = capfd.readouterr().out
+    assert f"step {GOOD + 2}  not saved: the last 2 steps were skipped" in printed
     check_saved(run, "preempted")
 
     monkeypatch.setattr(DiffusionObjective, "loss", loss)

@@ -87,10 +87,10 @@ def assert_grown(after: UNet, before: UNet) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_images_then_text_to_video_then_an_image_then_both_ends(
+def test_network_grows_from_stage_to_stage_and_keeps_its_weights(
     train: Callable[..., Path], image_model: Path
 ) -> None:
-    """Where the network of the chain grows: layers of time and scalars; inputs and a scalar; a mask."""
+    """Where the network of the chain grows: temporal layers and scalars; inputs and a scalar; a mask."""
     image = train("stage1", f"init.from={image_model}")
     # What computes in bfloat16 hands over and saves what it does not train in float32.
     settings = ("temporal=videoldm", "checkpoint.every=1", "precision=bf16")
@@ -119,7 +119,7 @@ def test_images_then_text_to_video_then_an_image_then_both_ends(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_whole_chain_ends_in_a_pipeline_of_diffusers(
+def test_complete_chain_ends_in_a_diffusers_pipeline(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers import StableVideoDiffusionPipeline
@@ -129,7 +129,7 @@ def test_the_whole_chain_ends_in_a_pipeline_of_diffusers(
         runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))  # as for any script, modules beside it are found
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))  # as for any script, modules next to it are found
     tool("chain.py", tmp_path, *SMALL, "--data", clips)
     for stage in runpy.run_path(str(ROOT / "tools/chain.py"))["CHAIN"]:
         assert (tmp_path / stage / "checkpoints/step-0000002/COMPLETE").exists(), stage

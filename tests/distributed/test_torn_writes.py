@@ -1,6 +1,6 @@
-"""Each file of a run damaged in turn: the run resumes from what is whole, or one sentence names the damage.
+"""Each file of a run damaged in turn: the run resumes from what is intact, or one sentence names the damage.
 
-One rank in the test's own process, for a hundred starts of a program would take longer than all other tests.
+One rank in the test's own process: a hundred starts of a program would take longer than all other tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.one_rank import start
 from tests.runs import metrics
 
 STEPS = 4
-"""Of the run that is never stopped; the others are damaged after the step before."""
+"""Steps of the run that is never stopped; the others are damaged after the step before."""
 SETTINGS = ("checkpoint.every=1", "checkpoint.keep_last=2")
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     "truncated": lambda content: content[: len(content) // 2],
@@ -34,7 +34,7 @@ WRITTEN_BY_THE_RUN = (
     "adam-exp_avg/rank-00000-of-00001.safetensors", "adam-exp_avg_sq/rank-00000-of-00001.safetensors",
     "ema-power-0.100/rank-00000-of-00001.safetensors",
 )  # fmt: skip
-BESIDE = (
+OUTSIDE = (
     "config.yaml", "metrics.jsonl", "logs/restarts.jsonl", "logs/outcome.json", "logs/train.log",
     "logs/rank-00000.log",
 )  # fmt: skip
@@ -47,14 +47,14 @@ def flipped(content: bytes, at: int) -> bytes:
 @dataclass(frozen=True)
 class Runs:
     base: Path
-    """Stopped after step 3, with checkpoints of the steps 2 and 3."""
+    """Folder of a run stopped after step 3, with checkpoints of steps 2 and 3."""
     losses: dict[int, float]
-    """Of the run that was never stopped, by step."""
+    """Losses of the run that was never stopped, by step."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_to_look_at() -> Iterator[None]:
-    """Neither videos nor report: most of a start's time."""
+    """Skip videos and report, which take most of a start's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Previews, "make", lambda *_: None)
         patch.setattr("svd_ds.run.write_report", lambda *_: None)
@@ -63,7 +63,7 @@ def _nothing_to_look_at() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _short_collections() -> Iterator[None]:
-    """Each start collects garbage, which takes a fifth of its time with what was imported before."""
+    """Exclude imported modules from garbage collection, which took a fifth of each start."""
     import svd_ds.run  # noqa: F401 (so that it is among that)
 
     gc.collect()
@@ -93,7 +93,7 @@ def damage(path: Path, kind: str) -> None:
 def resume(
     runs: Runs, shards: Path, folder: Path, kind: str, names: list[str], capfd: pytest.CaptureFixture[str]
 ) -> str:
-    """Damage files of a copy of the run and resume it: what it printed, or its one sentence.
+    """Damage files of a copy of the run, resume it, and return what it printed or its one error.
 
     Whatever happens, no step has another loss than in the run that was never stopped.
     """
@@ -105,17 +105,17 @@ def resume(
     try:
         start(shards, run, f"run.steps={STEPS}", *SETTINGS)
     except USER_ERRORS as error:
-        told = str(error)
-        assert "\n" not in told and told.count("Traceback") == 0
+        printed = str(error)
+        assert "\n" not in printed and printed.count("Traceback") == 0
     else:
-        told = capfd.readouterr().out
+        printed = capfd.readouterr().out
         assert metrics(run)[-1]["step"] == STEPS
     for row in metrics(run):
         # Within one process, sums may differ in their last bits from one start to the next.
         expected = pytest.approx(runs.losses[row["step"]], rel=0, abs=1e-5)
-        assert row["loss"] == expected, (kind, names, row, told)
+        assert row["loss"] == expected, (kind, names, row, printed)
     shutil.rmtree(run)
-    return told
+    return printed
 
 
 CASES = [(kind, name) for name in WRITTEN_BY_THE_RUN for kind in DAMAGES]
@@ -125,9 +125,9 @@ FAST = [("flipped", "unet/rank-00000-of-00001.safetensors"), ("emptied", "COMPLE
 def check_newest(
     runs: Runs, shards: Path, folder: Path, kind: str, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    told = resume(runs, shards, folder, kind, [f"{NEWEST}/{name}"], capfd)
-    assert "resuming at step 2" in told
-    (warning,) = [line for line in told.splitlines() if line.startswith("warning: ")]
+    printed = resume(runs, shards, folder, kind, [f"{NEWEST}/{name}"], capfd)
+    assert "resuming at step 2" in printed
+    (warning,) = [line for line in printed.splitlines() if line.startswith("warning: ")]
     assert "step-0000002" in warning and "step-0000003" in warning and name in warning, warning
 
 
@@ -150,39 +150,43 @@ def test_any_damaged_file_of_the_newest_checkpoint_is_named(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_any_damaged_file_beside_the_checkpoints_costs_no_step(
+def test_any_damaged_file_outside_the_checkpoints_costs_no_step(
     runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name in BESIDE:
+    for name in OUTSIDE:
         for kind in DAMAGES:
-            told = resume(runs, shards, tmp_path, kind, [name], capfd)
-            if "resuming at step" not in told:
+            printed = resume(runs, shards, tmp_path, kind, [name], capfd)
+            if "resuming at step" not in printed:
                 # A byte of config.yaml may make another config of it, which is refused by its key.
-                named = Path(name).name in told or (
-                    name == "config.yaml" and "belongs to another config" in told
+                named = Path(name).name in printed or (
+                    name == "config.yaml" and "belongs to another config" in printed
                 )
-                assert named, (kind, name, told)
+                assert named, (kind, name, printed)
 
 
 @pytest.mark.slow
-def test_where_no_checkpoint_is_whole_all_are_named_and_kept(
+def test_all_damaged_checkpoints_are_named_and_kept(
     runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for kind in ("flipped", "deleted"):
         names = [f"checkpoints/step-{step:07d}/adam.json" for step in (2, 3)]
-        told = resume(runs, shards, tmp_path, kind, names, capfd)
-        assert "no checkpoint in" in told and "step-0000003 (adam.json" in told and "step-0000002 (" in told
+        printed = resume(runs, shards, tmp_path, kind, names, capfd)
+        assert (
+            "no checkpoint in" in printed
+            and "step-0000003 (adam.json" in printed
+            and "step-0000002 (" in printed
+        )
 
 
 @pytest.mark.slow
-def test_checkpoint_that_lost_its_folder_is_no_other_start(
+def test_checkpoints_without_manifests_are_not_a_new_run(
     runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Both manifests are gone: the run must not begin at step 0 over what it had learned."""
-    told = resume(
+    printed = resume(
         runs, shards, tmp_path, "deleted", [f"checkpoints/step-{step:07d}/COMPLETE" for step in (2, 3)], capfd
     )
-    assert "no checkpoint in" in told and "has no file COMPLETE" in told
+    assert "no checkpoint in" in printed and "has no file COMPLETE" in printed
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from svd_ds.data.shards import Index
-from svd_ds.train import main as train_door
+from svd_ds.train import main as train_main
 from svd_ds.weights.io import load_unet
 from tests.distributed.conftest import RunRanks
 from tests.forked import ForkedRanks
@@ -311,7 +311,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(sys, "argv", ["train", *settings(shards, tmp_path / "run"), override])
     with pytest.raises(SystemExit) as ended:
-        train_door()
+        train_main()
     assert ended.value.code == 2
     reported = capsys.readouterr().err.strip().splitlines()
     assert len(reported) == 1, reported
