@@ -96,7 +96,7 @@ def test_stop_within_a_streak_saves_nothing_in_doubt_and_resumes_before_it(
     ended = start(shards, run, "run.steps=9", *SETTINGS)
     assert ended.step == GOOD + 2
     printed = capfd.readouterr().out
-    assert f"step {GOOD + 2}  not saved: the last 2 steps were skipped" in printed
+    assert f"step {GOOD + 2}  not saved, because the last 2 steps were skipped" in printed
     check_saved(run, "preempted")
 
     monkeypatch.setattr(DiffusionObjective, "loss", loss)
