@@ -23,7 +23,7 @@ from svd_ds.command_line import NO_RUN, CommandLine
 from svd_ds.commands import command_files
 from svd_ds.compose import compose
 from svd_ds.config_reference import help_text
-from svd_ds.overrides import swept
+from svd_ds.overrides import swept_values
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -112,7 +112,7 @@ def check_training(words: list[str]) -> None:
     if line.options.config_dir is not None:
         # Its files are the user's.
         return
-    several = swept(line.overrides, line.choices) if line.multirun else {}
+    several = swept_values(line.overrides, line.choices) if line.multirun else {}
     fixed = [word for word in line.overrides if word.lstrip("+").partition("=")[0] not in several]
     first = [values[0] for values in several.values()]
     for values in several.values() or [[]]:
