@@ -145,7 +145,7 @@ class FileCache:
         for name in os.listdir(self.folder):
             if name != MARK and not FILE_NAME.fullmatch(name):
                 raise ValueError(
-                    f"{self.folder} is no data cache: it holds {name!a}, and no {MARK}; set data.cache to "
+                    f"{self.folder} is not a data cache: it holds {name!a}, and no {MARK}; set data.cache to "
                     "another folder"
                 )
         with suppress(FileExistsError), open(mark, "x") as file:

@@ -35,8 +35,8 @@ from svd_ds.data.timeline import read_timeline
 from svd_ds.pixels.frame import to_rgb
 
 NO_CAPTION = "without a caption"
-NOT_UTF8 = "with a caption that is no UTF-8"
-BAD_ANNOTATIONS = "annotations that are no finite numbers"
+NOT_UTF8 = "with a caption that is not UTF-8"
+BAD_ANNOTATIONS = "annotations that are not finite numbers"
 SEVERAL_MEDIA = "with several videos or images"
 
 ReadFrames = Callable[[range], Iterator[np.ndarray]]

@@ -30,7 +30,7 @@ from svd_ds.json_lines import read_json_lines
 
 PARTS_FOLDER = ".index-parts"
 """Sub-folder of the index's folder that holds the part files until the index is written."""
-PART_VERSION = 2
+PART_VERSION = 3
 SHARDS_LINK = "shards"
 """Link to the folder of the shards, for an index in another folder."""
 
@@ -146,7 +146,7 @@ def probe_shards(
     for name in names:
         shown = clean_text(name)
         if shown != name:
-            found.faults.append(Fault("", shown, "its name is no UTF-8: rename it"))
+            found.faults.append(Fault("", shown, "its name is not UTF-8: rename it"))
             continue
         part = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.jsonl"
         try:

@@ -74,7 +74,7 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "shard-00000.tar").write_bytes(b"data of the user")
     with pytest.raises(
-        ValueError, match=rf"{FOLDER} is no data cache: it holds 'shard-00000.tar', and no {MARK}"
+        ValueError, match=rf"{FOLDER} is not a data cache: it holds 'shard-00000.tar', and no {MARK}"
     ):
         read(FileCache(tmp_path, 1), 1)
     assert (tmp_path / FOLDER / "shard-00000.tar").read_bytes() == b"data of the user"

@@ -177,7 +177,7 @@ def test_odd_files_among_shards_cost_no_other_shard(
     told = reasons(tmp_path)
     assert told.keys() == {"caf\ufffd.tar", "fifo.tar", "lost.tar", "empty.tar", "line\n.tar"}
     assert told["fifo.tar"] == "it is no regular file" and "No such file" in told["lost.tar"]
-    assert told["caf\ufffd.tar"] == "its name is no UTF-8: rename it"
+    assert told["caf\ufffd.tar"] == "its name is not UTF-8: rename it"
     assert [shard.name for shard in Index.load(tmp_path).shards] == ["good.tar"]
 
 
