@@ -1,8 +1,8 @@
-"""What can be known of a data set before training: latents and CLIP states, put beside its pixels.
+"""Caches of a data set for training: latents and CLIP embeddings, stored next to the pixels in the shards.
 
-Ranks share out the shards and tell each other nothing: each writes its own, whole or not at all, and the one
-that finds the last of them written writes the index. So a start goes on where an earlier one stopped, with
-any number of ranks.
+Ranks share the shards without communication: each writes its own shards atomically, and the rank that finds
+that all shards are written writes the index. An interrupted run is therefore resumed with any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from svd_ds.small_files import read_json
 from svd_ds.video import from_uint8
 
 CACHED = (latents.MEMBER, clip_embeddings.MEMBER)
-JOB_NAME = "encoding.json"
-"""In the folder that is written: what its latents are made of and by."""
+SETTINGS_NAME = "encoding.json"
+"""File in the output folder with the settings of its latents and embeddings."""
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks of a training, and the names of what they make."""
+    """Frozen networks of a training, and the origins that their outputs are marked with."""
 
     autoencoder: Autoencoder
     image: ImageEncoder | None
@@ -53,56 +53,62 @@ class Encoders:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the frames that are encoded."""
+        """(H, W) of the encoded frames."""
         return self.origin.height, self.origin.width
 
     def encode(self, read: ReadMember, sample: Sample) -> dict[str, bytes]:
-        """The members to put beside a sample's own. Raises ValueError where it cannot be read, or what is
-        made of it is not finite."""
+        """Encode a sample: the members to add to its own.
+
+        Raises:
+            ValueError: the sample is unreadable, or an output is not finite.
+        """
         frames_TCHW = read_frames(read(sample.media), range(sample.num_frames), self.size)
         pixels_TCHW = from_uint8(frames_TCHW)
-        made = {latents.MEMBER: latents.pack(self.autoencoder.encode(pixels_TCHW), frames_TCHW, self.origin)}
+        members = {
+            latents.MEMBER: latents.pack(self.autoencoder.encode(pixels_TCHW), frames_TCHW, self.origin)
+        }
         if self.image is not None or self.text is not None:
-            image_TD = None if self.image is None else self._tokens(self.image, pixels_TCHW)
+            image_TD = None if self.image is None else self._embed_frames(self.image, pixels_TCHW)
             texts_LD = {}
             if self.text is not None:
                 captions = captions_of(read, sample)
                 texts_LD = dict(zip(captions, self.text(list(captions.values())), strict=True))
-            made[clip_embeddings.MEMBER] = clip_embeddings.pack(image_TD, texts_LD, self.embeddings_origin)
-        return made
+            members[clip_embeddings.MEMBER] = clip_embeddings.pack(image_TD, texts_LD, self.embeddings_origin)
+        return members
 
-    def _tokens(self, encoder: ImageEncoder, pixels_TCHW: Tensor) -> Tensor:
+    def _embed_frames(self, encoder: ImageEncoder, pixels_TCHW: Tensor) -> Tensor:
         chunks = pixels_TCHW.split(self.autoencoder.chunk)
         return torch.cat([encoder(chunk)[:, 0] for chunk in chunks])
 
 
-def begin(out: Path, job: dict[str, Any], overwrite: bool) -> None:
-    """Make `out` for a job, or go on with it there; all ranks call it, with the same job.
+def prepare_output(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Create `out`, or resume in it; called by all ranks with the same settings.
 
-    Raises ValueError, unless to `overwrite`, where `out` holds other shards, or those of another job.
+    Raises:
+        ValueError: `out` holds other shards, or shards of other settings, and `overwrite` is false.
     """
-    mark = out / JOB_NAME
+    settings_file = out / SETTINGS_NAME
     if overwrite:
         remove_shards(out)
         (out / REFUSED).unlink(missing_ok=True)
-    elif mark.exists():
-        there = read_json(mark)
-        for name, value in job.items():
-            if there.get(name) != value:
+    elif settings_file.exists():
+        existing = read_json(settings_file)
+        for name, value in settings.items():
+            if existing.get(name) != value:
                 raise ValueError(
-                    f"{out} holds latents whose {name} is {there.get(name)}, and here it is {value}; choose "
-                    "another folder, or --overwrite them"
+                    f"{out} holds latents whose {name} is {existing.get(name)}, but here it is {value}: "
+                    "choose another folder, or --overwrite them"
                 )
         _remove_damaged_index(out)
         return
     elif (out / INDEX_NAME).exists():
-        raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
+        raise ValueError(f"{out} already holds shards: choose another folder, or --overwrite them")
     out.mkdir(parents=True, exist_ok=True)
-    replace_bytes(mark, json.dumps(job).encode())
+    replace_bytes(settings_file, json.dumps(settings).encode())
 
 
 def _remove_damaged_index(out: Path) -> None:
-    """Remove an index that a power cut left empty or cut short, so that it is written again."""
+    """Remove an index that a power cut left empty or truncated, so that it is written again."""
     if (out / INDEX_NAME).exists():
         try:
             Index.load(out)
@@ -119,26 +125,31 @@ def encode_shards(
     refused: Quarantine,
     advance: Callable[[int], None],
 ) -> None:
-    """Write this rank's shards, but those that are there already. `advance` is told of each sample.
+    """Write this rank's shards, except those that exist.
 
-    Samples that cannot be encoded are left out and listed. Shards of which no sample is left are written too:
-    the index lists as many as the source's.
+    Samples that cannot be encoded are left out and listed. Shards of which no sample is left are written too,
+    so that the index has as many shards as the source.
 
     Args:
-        source: of sound lines alone (`Index.drop_damaged`).
-        refused: the samples that are refused already; it allows so many.
+        source: index without damaged lines (`Index.drop_damaged`).
+        out: folder of the new shards.
+        encoders: the frozen networks.
+        rank: this rank.
+        world: number of ranks.
+        refused: samples that are refused already, and the maximum share of refused samples.
+        advance: called with the number of samples that are done.
 
     Raises:
         ValueError: more samples are unreadable than `refused` allows; the message names shard and sample.
         OSError: a shard cannot be read or written.
     """
     grouped = groupby(source.samples(), key=lambda sample: sample.shard)
-    of_shard = ((number, list(group)) for number, group in grouped)
-    upcoming = next(of_shard, None)
+    shards = ((number, list(group)) for number, group in grouped)
+    upcoming = next(shards, None)
     for number in range(len(source.shards)):
         samples: list[Sample] = []
         if upcoming is not None and upcoming[0] == number:
-            samples, upcoming = upcoming[1], next(of_shard, None)
+            samples, upcoming = upcoming[1], next(shards, None)
         path = out / shard_name(number)
         if number % world != rank:
             continue
@@ -147,7 +158,7 @@ def encode_shards(
             continue
         faults: list[Fault] = []
         packed = pack_shard(_encoded(source, samples, encoders, faults, refused, advance))
-        note_refused(out, faults)
+        append_refused(out, faults)
         replace_bytes(path, packed)
 
 
@@ -159,19 +170,19 @@ def _encoded(
     refused: Quarantine,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(id, members) of each sample of a shard that can be encoded; the others are added to `faults`."""
+    """Yield (id, members) of each sample of a shard that can be encoded; add the others to `faults`."""
     for sample in samples:
         try:
             with source.open(sample) as read:
                 contents = {member: read(member) for member in sample.members if member not in CACHED}
-                captions_of(read, sample)  # A sample whose captions cannot be read is one that cannot be.
+                captions_of(read, sample)  # A sample with unreadable captions is refused.
                 if covers((sample.height, sample.width), encoders.size):
                     contents |= encoders.encode(read, sample)
             yield sample.id, contents
         except (OSError, AssertionError):
             raise
         except Exception as error:
-            # RuntimeError is how torch tells a fault of the device.
+            # RuntimeError is torch's error for a failure of the device.
             if is_out_of_memory(error) or isinstance(error, RuntimeError):
                 raise
             shard = source.folder.location(source.shards[sample.shard].name)
@@ -180,8 +191,8 @@ def _encoded(
         advance(1)
 
 
-def note_refused(out: Path, faults: Sequence[Fault]) -> None:
-    """Append to the list that all ranks write: whole lines at once, and those alone that it lacks."""
+def append_refused(out: Path, faults: Sequence[Fault]) -> None:
+    """Append the faults that are not yet listed to the file that all ranks share, in whole lines."""
     path = out / REFUSED
     listed = path.read_text().splitlines(keepends=True) if path.exists() else []
     if faults and (new := [line for line in refused_csv_lines(faults) if line not in listed]):
@@ -190,7 +201,7 @@ def note_refused(out: Path, faults: Sequence[Fault]) -> None:
 
 
 def count_uncaptioned(index: Index) -> int:
-    """Samples of an encoded index that have no caption, or only empty ones."""
+    """Count the samples of an encoded index without a caption, or with empty captions only."""
     count = 0
     for sample in index.samples():
         with index.open(sample) as read:
@@ -198,10 +209,11 @@ def count_uncaptioned(index: Index) -> int:
     return count
 
 
-def finish(source: Index, out: Path) -> bool:
-    """Write the index where every shard is there; False where other ranks are still at work.
+def write_index_if_complete(source: Index, out: Path) -> bool:
+    """Write the index if all shards exist; return False if other ranks are still writing.
 
-    Raises ValueError where no sample was encoded.
+    Raises:
+        ValueError: no sample was encoded.
     """
     numbers = range(len(source.shards))
     paths = [out / shard_name(number) for number in numbers]

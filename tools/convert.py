@@ -1,6 +1,7 @@
-"""Write a run's weights, or public ones, in a public layout: a diffusers folder, a single file, adapters.
+"""Convert weights of a run, or public ones, to a public layout: diffusers folder, single file, LoRA file.
 
-With --verify, list the checkpoints of a run instead, and which of them are whole."""
+With --verify, list the checkpoints of a run and which of them are intact.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from svd_ds.small_files import read_json
 from svd_ds.weights.decoder import load_decoder, save_pipeline_parts
 from svd_ds.weights.io import load_unet, read_weights, write_weights
 from svd_ds.weights.lora import save_lora
-from svd_ds.weights.lora_files import add_updates, read_lora
+from svd_ds.weights.lora_files import read_lora
 from svd_ds.weights.manifest import COMPLETE, find_damage, read_manifest
 from svd_ds.weights.shards import DAMAGED_SUFFIX, KEPT_AVERAGES, checkpoint_network
 from svd_ds.weights.source import network_parameters
@@ -39,9 +40,10 @@ EXAMPLE = """examples:
   python tools/convert.py ~/svd-xt merged --layout diffusers --lora pytorch_lora_weights.safetensors
   python tools/convert.py --verify runs/small
 
-With --layout diffusers an image-to-video network becomes a folder that diffusers'
-StableVideoDiffusionPipeline.from_pretrained loads; its other parts are copied from where the run had them. So
-does a trained decoder, in vae/. Low-rank adapters are merged, or written by themselves with --layout lora."""
+With --layout diffusers an image-to-video network is written as a folder for diffusers'
+StableVideoDiffusionPipeline.from_pretrained; the other parts are copied from the run's frozen folder. A
+trained decoder is written to vae/ of such a folder. LoRA adapters are merged, or written to a file of their
+own with --layout lora."""
 Weights = Iterator[tuple[str, Tensor]]
 PIPELINE = "StableVideoDiffusionPipeline"
 PARTS = ("vae", "image_encoder", "feature_extractor", "scheduler")
@@ -54,13 +56,13 @@ def main() -> None:
         return
     target: Path | None = arguments.target
     if target is None or arguments.layout is None:
-        raise ValueError("convert.py takes SRC, DST and --layout, or --verify and a run")
+        raise ValueError("give SRC, DST and --layout, or --verify and a run")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is there already: name a new one, or remove it")
+        raise ValueError(f"{target} already exists: choose another path, or remove it")
     if arguments.layout != "diffusers" and target.suffix != ".safetensors":
         raise ValueError(f"the {arguments.layout} layout is one file: {target} must end in .safetensors")
     if not arguments.source.exists():
-        raise FileNotFoundError(f"there is nothing at {arguments.source}")
+        raise FileNotFoundError(f"{arguments.source} does not exist")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         draft = Path(folder) / target.name
@@ -70,140 +72,148 @@ def main() -> None:
 
 
 def verify(source: Path) -> None:
-    """Print each checkpoint of a run, or the one at `source` and whether its files are as they were written.
+    """List the checkpoints of a run, or the checkpoint at `source`, and check them against their checksums.
 
     Raises:
-        ValueError: one is damaged, or there is none.
+        FileNotFoundError: `source` does not exist.
+        ValueError: a checkpoint is damaged, or there is none.
     """
     if not source.exists():
-        raise FileNotFoundError(f"there is nothing at {source}")
-    found = checkpoints_of(source)
+        raise FileNotFoundError(f"{source} does not exist")
+    found = find_checkpoints(source)
     if not found:
         raise ValueError(f"{source} has no checkpoint")
     damaged = []
     for folder in track(found, "verify", console=Console(stderr=True)):
         if DAMAGED_SUFFIX in folder.name:
-            print_line(f"{folder}  set aside as damaged, and not used")
-        elif damage := damage_in(folder):
+            print_line(f"{folder}  set aside as damaged, not used")
+        elif damage := describe_damage(folder):
             damaged.append(folder)
             print_line(f"{folder}  damaged: {damage}")
         else:
-            print_line(f"{folder}  whole")
+            print_line(f"{folder}  intact")
     if damaged:
         names = ", ".join(folder.name for folder in damaged)
         raise ValueError(f"{len(damaged)} of {len(found)} checkpoints in {source} are damaged: {names}")
 
 
-def checkpoints_of(source: Path) -> list[Path]:
-    """Every checkpoint of a run in order, and what it kept for its averages; or the checkpoint itself."""
+def find_checkpoints(source: Path) -> list[Path]:
+    """Return the checkpoints of a run and those kept for its averages, in order; or `source` if it is a
+    checkpoint."""
     if not (source / "checkpoints").is_dir():
         return [source] if (source / COMPLETE).exists() or checkpoint_network(source) else []
     pattern = re.compile(rf"step-\d+({re.escape(DAMAGED_SUFFIX)}.*)?")
     return [
         path
-        for room in ("checkpoints", KEPT_AVERAGES)
-        for path in sorted((source / room).glob("step-*"))
+        for folder in ("checkpoints", KEPT_AVERAGES)
+        for path in sorted((source / folder).glob("step-*"))
         if path.is_dir() and pattern.fullmatch(path.name)
     ]
 
 
-def damage_in(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None where it is whole."""
+def describe_damage(checkpoint: Path) -> str | None:
+    """Describe the damage of a checkpoint; None if it is intact."""
     try:
         manifest = read_manifest(checkpoint)
     except (ValueError, OSError) as error:
         return str(error)
     names = None
     if checkpoint.parent.name == KEPT_AVERAGES:
-        # The rest was removed, and the manifest is still that of the whole checkpoint.
+        # The other files were removed, but the manifest still lists the complete checkpoint.
         names = [name for name in manifest.files if name == "state.json" or name.startswith("ema-power-")]
     return find_damage(checkpoint, manifest, names)
 
 
 def convert(arguments: argparse.Namespace, draft: Path) -> str:
-    """Write the layout asked for to `draft`; what is to be said of it."""
+    """Write the requested layout to `draft`, and return a note for the user, or ""."""
     if checkpoint_network(arguments.source) == "decoder":
-        parts = arguments.frozen or frozen_of(run_settings(arguments.source))
+        parts = arguments.frozen or frozen_path(run_settings(arguments.source))
         if parts is None or arguments.layout != "diffusers":
-            raise ValueError(f"{arguments.source} holds a decoder: it takes --layout diffusers and --frozen")
+            raise ValueError(f"{arguments.source} is a decoder: it needs --layout diffusers and --frozen")
         save_pipeline_parts(parts, load_decoder(arguments.source, arguments.ema), draft)
         return ""
     if arguments.layout == "lora":
         if arguments.lora:
-            raise ValueError("--lora merges a file into weights: it takes --layout diffusers or original")
+            raise ValueError("--lora merges a file into the weights: it needs --layout diffusers or original")
         save_lora(load_unet(arguments.source, arguments.ema, merge=False), draft)
         return ""
     config, tensors = read_weights(arguments.source, which=arguments.ema)
-    tensors = complete(arguments.source, config, tensors)
+    tensors = checked_complete(arguments.source, config, tensors)
     if arguments.lora:
-        tensors = with_lora(arguments.lora, arguments.lora_scale, config, tensors)
+        tensors = add_lora_updates(arguments.lora, arguments.lora_scale, config, tensors)
     if arguments.layout == "original":
         write_weights(config, tensors, draft, "original")
         return ""
-    frozen = pipeline_parts(arguments.source, arguments.frozen, config)
+    frozen = find_pipeline_parts(arguments.source, arguments.frozen, config)
     write_weights(config, tensors, draft / "unet", "diffusers")
     if frozen is None:
-        return " with unet/ alone: diffusers has no pipeline for what this network takes"
+        return " with unet/ alone: diffusers has no pipeline for the conditioning of this network"
     for part in PARTS:
         shutil.copytree(frozen / part, draft / part)
     shutil.copy(frozen / "model_index.json", draft)
     return ""
 
 
-def complete(source: Path, config: UNetConfig, tensors: Weights) -> Weights:
-    """The tensors as they are read. ValueError at their end where `source` has only an image model's."""
-    total, found = len(network_parameters(config)), 0
-    for tensor in track(tensors, "read", total=total):
-        found += 1
+def checked_complete(source: Path, config: UNetConfig, tensors: Weights) -> Weights:
+    """Yield the tensors as they are read.
+
+    Raises:
+        ValueError: `source` has only the tensors of an image model (raised at the end).
+    """
+    num_expected, num_found = len(network_parameters(config)), 0
+    for tensor in track(tensors, "read", total=num_expected):
+        num_found += 1
         yield tensor
-    if found < total:
+    if num_found < num_expected:
         raise ValueError(
-            f"{source} holds {found} of the video network's {total} tensors: it is an image model, from "
-            "which a run starts with init.from"
+            f"{source} has {num_found} of the video network's {num_expected} tensors: it is an image model, "
+            "from which a run can start by init.from"
         )
 
 
-def with_lora(path: Path, scale: float, config: UNetConfig, tensors: Weights) -> Weights:
-    """The tensors with the updates of a LoRA file added."""
+def add_lora_updates(path: Path, scale: float, config: UNetConfig, tensors: Weights) -> Weights:
+    """Add the updates of a LoRA file to the tensors."""
     shapes = {name: parameter.shape for name, parameter in network_parameters(config).items()}
     updates = read_lora(path, config, shapes)
     return ((name, add_updates(name, tensor, updates, scale)) for name, tensor in tensors)
 
 
-def pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Path | None:
-    """The folder of a pipeline that this network fits into, or None where diffusers has no such pipeline.
+def find_pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -> Path | None:
+    """Return the pipeline folder that this network fits into, or None if diffusers has no such pipeline.
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: nobody says where the parts are, or the folder is another kind of pipeline.
+        ValueError: the folder is unknown, or another kind of pipeline.
     """
     settings = run_settings(source)
-    if not takes_what_the_pipeline_gives(config, settings):
+    if not fits_pipeline(config, settings):
         return None
-    frozen = frozen or frozen_of(settings) or (source if (source / "vae").is_dir() else None)
+    frozen = frozen or frozen_path(settings) or (source if (source / "vae").is_dir() else None)
     if frozen is None:
-        raise ValueError(f"{source} is weights alone: name a folder that has {', '.join(PARTS)} by --frozen")
+        raise ValueError(f"{source} has weights only: give a folder with {', '.join(PARTS)} by --frozen")
     for name in ("model_index.json", *PARTS):
         if not (frozen / name).exists():
-            raise FileNotFoundError(f"{frozen} has no {name}: name a local {PIPELINE} folder by --frozen")
+            raise FileNotFoundError(f"{frozen} has no {name}: give a local {PIPELINE} folder by --frozen")
     kind = read_json(frozen / "model_index.json")["_class_name"]
     if kind != PIPELINE:
-        raise ValueError(f"{frozen} is a {kind}: name a local {PIPELINE} folder by --frozen")
+        raise ValueError(f"{frozen} is a {kind}: give a local {PIPELINE} folder by --frozen")
     return frozen
 
 
-def frozen_of(settings: dict[str, Any] | None) -> Path | None:
+def frozen_path(settings: dict[str, Any] | None) -> Path | None:
+    """Folder of the frozen parts according to the settings of a run."""
     return Path(frozen_folder(settings["frozen"]["path"])) if settings else None
 
 
-def takes_what_the_pipeline_gives(config: UNetConfig, settings: dict[str, Any] | None) -> bool:
-    """Whether the network is conditioned on an image in the released models' way."""
+def fits_pipeline(config: UNetConfig, settings: dict[str, Any] | None) -> bool:
+    """True if the network is conditioned on an image in the way of the released models."""
     if config.in_channels != 2 * config.out_channels or config.num_scalars != len(RELEASED_SCALARS):
         return False
     if settings is None:
         return True
-    told = settings["conditioning"]
-    return told["context"] == told["concat"] == "image" and tuple(told["scalars"]) == RELEASED_SCALARS
+    conditioning = settings["conditioning"]
+    is_image = conditioning["context"] == conditioning["concat"] == "image"
+    return is_image and tuple(conditioning["scalars"]) == RELEASED_SCALARS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -211,14 +221,14 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="SRC", help="a run, a checkpoint, a diffusers folder, an original file")
-    add("target", type=Path, nargs="?", metavar="DST", help="the folder (diffusers) or file to be")
-    add("--layout", choices=("diffusers", "original", "lora"))
-    add("--verify", action="store_true", help="list the run's checkpoints: whole, or damaged and where")
-    add("--ema", metavar="NAME", help="of a run: an average, a length (0.07), or raw; its first average")
-    add("--lora", type=Path, metavar="FILE", help="a LoRA file, which is merged into the weights")
-    add("--lora-scale", type=float, default=1.0, metavar="S", help="of its updates; default: 1")
-    add("--frozen", type=Path, metavar="FOLDER", help="the pipeline whose other parts are copied")
+    add("source", type=Path, metavar="SRC", help="run, checkpoint, diffusers folder or original file")
+    add("target", type=Path, nargs="?", metavar="DST", help="folder (diffusers) or file to write")
+    add("--layout", choices=("diffusers", "original", "lora"), help="layout of DST")
+    add("--verify", action="store_true", help="list the run's checkpoints: intact, or damaged and where")
+    add("--ema", metavar="NAME", help="average, EMA length (0.07), or raw; default: the first average")
+    add("--lora", type=Path, metavar="FILE", help="LoRA file to merge into the weights")
+    add("--lora-scale", type=float, default=1.0, metavar="S", help="factor of the LoRA updates; default: 1")
+    add("--frozen", type=Path, metavar="FOLDER", help="pipeline folder whose other parts are copied")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

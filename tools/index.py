@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from svd_ds.cli import run_cli
-from svd_ds.curate.flow import motion_of_video
+from svd_ds.curate.flow import video_motion_score
 from svd_ds.data.external_shards import BAD_ANNOTATIONS, NO_CAPTION, NOT_UTF8, SEVERAL_MEDIA
 from svd_ds.data.folders import INDEX_NAME
 from svd_ds.data.indexing import ProbedFolder, index_folder
@@ -35,7 +35,7 @@ or the folder --out. It resumes if it is started again after a stop."""
 def main() -> None:
     arguments = parse_arguments()
     out: Path = arguments.out or arguments.folder
-    motion = motion_of_video if arguments.motion else None
+    motion = video_motion_score if arguments.motion else None
     found = index_folder(arguments.folder, out, motion, arguments.overwrite, show_progress)
     print(clean_text(summary(found, out)))
 

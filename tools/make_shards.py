@@ -13,18 +13,18 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from svd_ds.cli import printable, run_cli
-from svd_ds.curate.clips import ClipSettings, count_frames
+from svd_ds.curate.clips import ClipCutSettings, count_frames
 from svd_ds.curate.pack import HELD_OUT, ShardSettings
 from svd_ds.curate.pipeline import (
-    Settings,
+    CurationSettings,
     annotate,
-    captions_missing,
-    finish,
+    caption_summary,
+    list_refused,
     progress_bar,
-    refused,
+    write_curated_shards,
     write_refused,
 )
-from svd_ds.curate.raw import find_raw
+from svd_ds.curate.raw import find_raw_files
 from svd_ds.curate.stages import Runner
 from svd_ds.data.shards import INDEX_NAME, Index
 
@@ -56,17 +56,19 @@ def main() -> None:
     if (out / INDEX_NAME).exists() and not arguments.overwrite:
         raise ValueError(f"{out} already holds shards; choose another folder, or --overwrite them")
     # Exact windows: a clip is never shortened to end at a keyframe.
-    clips = ClipSettings(arguments.length, arguments.length, arguments.stride, arguments.size, trim=0.0)
-    settings = Settings(clips=clips, shards=ShardSettings(arguments.clips_per_shard, arguments.hold_out))
+    clips = ClipCutSettings(arguments.length, arguments.length, arguments.stride, arguments.size, trim=0.0)
+    settings = CurationSettings(
+        clips=clips, shards=ShardSettings(arguments.clips_per_shard, arguments.hold_out)
+    )
     console, work = Console(stderr=True), out / ".curate"
     with progress_bar(console) as progress, TemporaryDirectory() as scratch:
         raw = quickstart_folder(Path(scratch)) if arguments.quickstart else arguments.folder
-        runner = Runner(find_raw(raw, out), work, 0, progress)
+        runner = Runner(find_raw_files(raw, out), work, 0, progress)
         annotate(runner, settings)
         write_refused(runner, out / "refused.csv")
-        finish(runner, settings, out)
+        write_curated_shards(runner, settings, out)
     shutil.rmtree(work)
-    for name, reason in refused(runner):
+    for name, reason in list_refused(runner):
         console.print(printable(f"refused: {name}: {reason}"), style="yellow", markup=False, highlight=False)
     print(summary(out, runner))
 
@@ -81,8 +83,8 @@ def summary(out: Path, runner: Runner) -> str:
     return (
         f"{out}: {len(samples)} clips, {len(samples) - len(indexes[0])} of them held out; "
         f"{seconds / 3600:.3f} hours, {num_bytes / 2**20:.1f} MiB; "
-        f"{len(dict(refused(runner)))} of {len(runner.files)} files in refused.csv; "
-        f"{captions_missing(runner)}"
+        f"{len(dict(list_refused(runner)))} of {len(runner.files)} files in refused.csv; "
+        f"{caption_summary(runner)}"
     )
 
 

@@ -1,4 +1,5 @@
-"""Write one HTML file about a run, or about several side by side, ranked by their loss on the fixed set."""
+"""Write an HTML report of a run, or a comparison of several, ranked by their loss on the fixed evaluation
+set."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", type=Path, help="the file to write; default: report.html in the first RUN")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=Path, help="output file; default: report.html in the first RUN")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     out = arguments.out or arguments.runs[0] / "report.html"

@@ -1,5 +1,7 @@
 """Sample videos from a run, a checkpoint or a pipeline folder: MP4 files and a contact sheet.
-What is not given is as in the run's own previews; for public weights, as the released SVD was sampled."""
+
+Options that are not given are those of the run's own previews; for public weights, those of the released SVD.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,15 @@ def main() -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lora = (arguments.lora, arguments.lora_scale) if arguments.lora else None
     pipeline = load_pipeline(arguments.run, device, dtype, arguments.ema, arguments.frozen, lora)
-    config = replace(pipeline.sampling, **chosen(arguments))
+    config = replace(pipeline.sampling, **sampling_options(arguments))
     height, width = arguments.size or (pipeline.height, pipeline.width)
     num_frames = arguments.frames or pipeline.num_frames
-    jobs = make_jobs(arguments, pipeline.conditioner.config, height, width)
+    requests = make_requests(arguments, pipeline.conditioner.config, height, width)
 
     videos = []
     with Progress() as bar:
-        task = bar.add_task("sample", total=len(jobs) * config.num_steps)
-        for i, (name, first_frame_CHW, last_frame_CHW, caption) in enumerate(jobs):
+        task = bar.add_task("sample", total=len(requests) * config.num_steps)
+        for i, (name, first_frame_CHW, last_frame_CHW, caption) in enumerate(requests):
             frames_BTCHW = sample_video(
                 pipeline.unet,
                 pipeline.autoencoder,
@@ -63,18 +65,24 @@ def main() -> None:
     )
 
 
-def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of SampleConfig that the command line gives."""
+def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of SampleConfig that the command line sets."""
     given = {name: getattr(arguments, name, None) for name in (entry.name for entry in fields(SampleConfig))}
     if arguments.guidance_scale is not None:
         given["guidance_min"], given["guidance_max"] = arguments.guidance_scale
     return {name: value for name, value in given.items() if value is not None}
 
 
-def make_jobs(
+def make_requests(
     arguments: argparse.Namespace, conditioning: ConditionerConfig, height: int, width: int
 ) -> list[tuple[str, Tensor, Tensor, str]]:
-    """Name, first and last frame in [-1, 1] (grey where the network sees none) and caption of each video."""
+    """Return name, first and last frame in [-1, 1] (grey if the network does not use it) and caption of each
+    video.
+
+    Raises:
+        ValueError: an option is missing, unused by the network, or has another number of values than the
+            others.
+    """
     takes_first = conditioning.uses_last_frame or "image" in (conditioning.context, conditioning.concat)
     options = {
         "--image": (takes_first, arguments.image),
@@ -83,13 +91,13 @@ def make_jobs(
     }
     given = {option: values for option, (takes, values) in options.items() if takes}
     if not all(given.values()):
-        raise ValueError(f"{arguments.run} is conditioned on what you give with {' and '.join(given)}")
+        raise ValueError(f"{arguments.run} needs {' and '.join(given)}")
     for option, (takes, values) in options.items():
         if values and not takes:
             raise ValueError(f"{arguments.run} takes no {option}")
     if len({len(values) for values in given.values()}) > 1:
-        told = " and ".join(f"{len(values)} with {option}" for option, values in given.items())
-        raise ValueError(f"each video needs one of each, and you give {told}")
+        counts = " and ".join(f"{len(values)} with {option}" for option, values in given.items())
+        raise ValueError(f"each video needs one of each, but there are {counts}")
     num_videos = len(next(iter(given.values()), [""]))
 
     def read(paths: list[Path]) -> list[Tensor]:
@@ -106,45 +114,45 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run's folder, a checkpoint, or a pipeline folder")
-    add("--image", type=Path, nargs="+", default=[], metavar="FILE", help="first frames, one a video")
-    add("--last-image", type=Path, nargs="+", default=[], metavar="FILE", help="to interpolate to")
-    add("--caption", nargs="+", default=[], metavar="TEXT", help="for networks that read text, one a video")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where the videos go")
-    add("--frames", type=int, metavar="T", help="default: what RUN was trained on")
-    add("--size", type=size, metavar="HxW", help="default: the run's; 576x1024 for a pipeline folder")
-    add("--steps", type=int, dest="num_steps", metavar="N", help="noise levels that are descended")
+    add("run", type=Path, metavar="RUN", help="run folder, checkpoint or pipeline folder")
+    add("--image", type=Path, nargs="+", default=[], metavar="FILE", help="first frames, one per video")
+    add("--last-image", type=Path, nargs="+", default=[], metavar="FILE", help="last frames, to interpolate")
+    add("--caption", nargs="+", default=[], metavar="TEXT", help="for text-to-video, one per video")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="output folder of the videos")
+    add("--frames", type=int, metavar="T", help="number of frames; default: as in training")
+    add("--size", type=parse_size, metavar="HxW", help="default: as in training; for a pipeline 576x1024")
+    add("--steps", type=int, dest="num_steps", metavar="N", help="number of sampling steps")
     add("--sampler", choices=list(SAMPLERS))
-    add("--sigma-min", type=float, metavar="SIGMA", help="the last noise level before none")
-    add("--sigma-max", type=float, metavar="SIGMA", help="the first")
-    add("--guidance", type=guidance, dest="guidance_scale", metavar="MIN:MAX", help="over the frames")
+    add("--sigma-min", type=float, metavar="SIGMA", help="last noise level before 0")
+    add("--sigma-max", type=float, metavar="SIGMA", help="first noise level")
+    add("--guidance", type=parse_guidance, dest="guidance_scale", metavar="MIN:MAX", help="over the frames")
     add("--guidance-kind", choices=GUIDANCE_KINDS, dest="guidance")
     add("--fps", type=float)
-    add("--motion-bucket", type=float, metavar="M", help="0 to 255: how much should move")
-    add("--augmentation", type=float, metavar="SIGMA", help="noise on the given frames")
-    add("--elevation", type=float, metavar="DEGREES", help="of the camera")
+    add("--motion-bucket", type=float, metavar="M", help="amount of motion, 0 to 255")
+    add("--augmentation", type=float, metavar="SIGMA", help="noise level of the conditioning frames")
+    add("--elevation", type=float, metavar="DEGREES", help="elevation of the camera")
     add("--seed", type=int)
     add(
         "--ema",
         metavar="NAME",
-        help="of a run: an average, a length (0.07), or raw; default: its first average",
+        help="average of a run, EMA length (0.07), or raw; default: its first average",
     )
-    add("--frozen", metavar="FOLDER", help="where vae/ and the encoders are; default: RUN's own")
-    add("--lora", type=Path, metavar="FILE", help="a LoRA whose updates are added to the weights")
-    add("--lora-scale", type=float, default=1.0, metavar="S", help="by which they are multiplied; default: 1")
+    add("--frozen", metavar="FOLDER", help="folder with vae/ and the encoders; default: RUN's own")
+    add("--lora", type=Path, metavar="FILE", help="LoRA file to merge into the weights")
+    add("--lora-scale", type=float, default=1.0, metavar="S", help="factor of the LoRA; default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 
 
-def size(text: str) -> tuple[int, int]:
-    """320x576 -> (320, 576)."""
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse 320x576 to (320, 576)."""
     height, width = text.split("x")
     return int(height), int(width)
 
 
-def guidance(text: str) -> tuple[float, float]:
-    """1:2.5 -> (1.0, 2.5)."""
+def parse_guidance(text: str) -> tuple[float, float]:
+    """Parse 1:2.5 to (1.0, 2.5)."""
     minimum, maximum = text.split(":")
     return float(minimum), float(maximum)
 

@@ -1,7 +1,7 @@
-"""CRAFT, the text detector of arXiv 2311.15127, section 3.1: its network, for the weights that its authors
-published (arXiv 1904.01941, github.com/clovaai/CRAFT-pytorch), and what becomes of its two maps of scores.
+"""CRAFT, the text detector of arXiv 2311.15127, section 3.1: the network for its authors' published weights
+(arXiv 1904.01941, github.com/clovaai/CRAFT-pytorch), and the boxes from its two score maps.
 
-Shape legend: H x W pixels of a frame, h x w of the scores (half of them), C channels.
+Shape legend: H x W pixels of a frame, h x w of the score maps (half of H x W), C channels.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from torch.nn import functional as F
 
 from svd_ds.curate.models import load_tensors
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
-"""Of files of weights."""
+WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
+"""Suffixes of weight files."""
 POOL = 0
 VGG16 = (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512, POOL, 512, 512, 512)
-"""Widths of its convolutions."""
+"""Widths of the convolutions of VGG-16, with pooling layers between."""
 SLICES = (0, 12, 19, 29, 39)
-"""Where its layers are parted: the weights' names count them through."""
+"""Indices of the layers at which the network is split; tensor names contain the indices."""
 CELL = 32
-"""Sides must be multiples of it."""
+"""Sides of the input are padded to multiples of this number of pixels."""
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-"""Of ImageNet's pixels, red, green and blue."""
-LOW_SCORE, LINK_SCORE, LEAST_CELLS = 0.4, 0.4, 10
-"""From which a cell belongs to text, or joins its letters, and cells of a box: the authors' choices."""
+"""ImageNet's mean and standard deviation of red, green and blue."""
+LOW_SCORE, LINK_SCORE, MIN_CELLS = 0.4, 0.4, 10
+"""Thresholds of the authors: score of a text cell, score of a link cell, number of cells in a box."""
 
 
 class Craft(nn.Module):
+    """CRAFT's network."""
+
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -62,17 +64,24 @@ class Craft(nn.Module):
             nn.Conv2d(16, 2, 1),
         )
 
-    def forward(self, pixels_1CHW: Tensor) -> Tensor:
-        """Normalised RGB -> (1, 2, h, w): how far a cell is a letter's, and between two of a word."""
-        seen, x = [], pixels_1CHW
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Compute score maps.
+
+        Args:
+            pixels: normalised RGB, (1, 3, H, W).
+
+        Returns:
+            (1, 2, h, w): scores of letters, and of links between letters of a word.
+        """
+        features, x = [], pixels
         for part in self.basenet.values():
             x = part(x)
-            seen.append(x)
-        *skips, deepest, _ = seen
+            features.append(x)
+        *skips, deepest, _ = features
         x = self.upconv1(torch.cat([x, deepest], dim=1))
         for merge, skip in zip((self.upconv2, self.upconv3, self.upconv4), reversed(skips), strict=True):
             x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
-            # The public code's next slice rectifies what it is given in place, and so also what is kept.
+            # The public code's next slice applies ReLU in place, and so changes the skip connection too.
             x = merge(torch.cat([x, skip.relu()], dim=1))
         return self.conv_cls(x)
 
@@ -90,31 +99,46 @@ class _Merge(nn.Module):
 
 
 @cache
-def load(path: Path) -> Craft:
-    """One a process. Raises ValueError where the file holds other tensors than CRAFT's."""
+def load_craft(path: Path) -> Craft:
+    """Load CRAFT, once per process.
+
+    Raises:
+        ValueError: the file holds other tensors than CRAFT's.
+    """
     tensors = {name.removeprefix("module."): tensor for name, tensor in load_tensors(path).items()}
     network = Craft()
     if differing := sorted(network.state_dict().keys() ^ tensors.keys()):
-        raise ValueError(f"{path} holds no CRAFT: {len(differing)} names differ, as {differing[0]}")
+        raise ValueError(
+            f"{path} holds no CRAFT weights: {len(differing)} names differ, such as {differing[0]}"
+        )
     network.load_state_dict(tensors)
     return network.eval()
 
 
 @torch.no_grad()
 def find_text(network: Craft, frame_HWC: np.ndarray, side: int, min_score: float) -> list[np.ndarray]:
-    """Corners (4, 2), x and y, of the boxes of text in a uint8 RGB frame, its shortest side enlarged to
-    `side` where it is smaller. Each has somewhere a letter's score of `min_score`."""
+    """Find text boxes in a frame.
+
+    Args:
+        network: CRAFT.
+        frame_HWC: uint8 RGB; enlarged if its shortest side is less than `side` pixels.
+        side: minimum shortest side in pixels.
+        min_score: minimum of a box's highest letter score.
+
+    Returns:
+        Corners of each box, (4, 2), as x and y.
+    """
     scale = max(1.0, side / min(frame_HWC.shape[:2]))
     larger = cv2.resize(frame_HWC, None, fx=scale, fy=scale)
     height, width = larger.shape[:2]
     padded = cv2.copyMakeBorder(larger, 0, -height % CELL, 0, -width % CELL, cv2.BORDER_CONSTANT)
     normal = (torch.from_numpy(padded).float() - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
     letters_hw, links_hw = network(normal.permute(2, 0, 1)[None])[0].numpy()
-    return [2 * corners / scale for corners in boxes_of(letters_hw, links_hw, min_score)]
+    return [2 * corners / scale for corners in find_boxes(letters_hw, links_hw, min_score)]
 
 
-def boxes_of(letters_hw: np.ndarray, links_hw: np.ndarray, min_score: float) -> list[np.ndarray]:
-    """The corners of each box, in cells, as the public code's getDetBoxes_core finds them."""
+def find_boxes(letters_hw: np.ndarray, links_hw: np.ndarray, min_score: float) -> list[np.ndarray]:
+    """Return the corners of each box, in cells, as the public code's getDetBoxes_core finds them."""
     is_text, is_link = letters_hw > LOW_SCORE, links_hw > LINK_SCORE
     count, label_hw, stats, _ = cv2.connectedComponentsWithStats(
         (is_text | is_link).astype(np.uint8), connectivity=4
@@ -123,9 +147,9 @@ def boxes_of(letters_hw: np.ndarray, links_hw: np.ndarray, min_score: float) -> 
     for label in range(1, count):
         inside = label_hw == label
         width, height, size = (int(stats[label, column]) for column in (2, 3, 4))
-        if size < LEAST_CELLS or letters_hw[inside].max() < min_score:
+        if size < MIN_CELLS or letters_hw[inside].max() < min_score:
             continue
-        # Letters' scores fade towards their edge: grown back by a share of the box's thickness.
+        # Scores decrease towards the edge of a letter: the box is grown by a fraction of its thickness.
         reach = 1 + int(2 * math.sqrt(size * min(width, height) / (width * height)))
         core = (inside & (is_text | ~is_link)).astype(np.uint8)
         grown = cv2.dilate(core, np.ones((reach, reach), dtype=np.uint8))

@@ -1,6 +1,7 @@
-"""Near-duplicates among clips: by CLIP's embeddings where there are some, else by perceptual hashes.
+"""Near-duplicates among clips, by CLIP embeddings if all clips have them, else by perceptual hashes.
 
-Both compare first with first, middle with middle, last with last frame. The first clip of a group stays.
+Both compare first with first, middle with middle, and last with last frame. The first clip of a group is
+kept.
 """
 
 from __future__ import annotations
@@ -11,32 +12,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from svd_ds.curate.select import Clip
+from svd_ds.curate.select import ClipRecord
 
 HASH_BITS = 64
 BLOCK = 1024
-"""Clips compared with all others at a time: bounds the memory."""
+"""Number of clips that are compared with all others at a time; bounds the memory."""
 
 
 @dataclass(frozen=True)
 class DuplicateSettings:
+    """Thresholds of near-duplicates."""
+
     max_bits: int = 4
-    """Of 64, in which the hashes of two frames of one picture may differ."""
+    """Maximum number of different bits, of 64, in the hashes of two frames of the same picture."""
     min_similarity: float = 0.95
-    """Mean cosine of the embeddings of two clips that show the same."""
+    """Minimum mean cosine of the embeddings of two clips with the same content."""
 
 
-def mark_duplicates(clips: Sequence[Clip], settings: DuplicateSettings) -> None:
-    """Name, in each clip that repeats an earlier one, the first such."""
+def mark_duplicates(clips: Sequence[ClipRecord], settings: DuplicateSettings) -> None:
+    """Set `duplicate_of` of each clip that repeats an earlier one."""
     embedded = bool(clips) and all(clip.embeddings for clip in clips)
-    pairs = _alike_embeddings(clips, settings) if embedded else _alike_hashes(clips, settings)
+    pairs = _pairs_by_embedding(clips, settings) if embedded else _pairs_by_hash(clips, settings)
     for first, second in sorted(pairs):
         if clips[first].duplicate_of is None and clips[second].duplicate_of is None:
             clips[second].duplicate_of = clips[first].id
 
 
-def _alike_hashes(clips: Sequence[Clip], settings: DuplicateSettings) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) whose hashes all differ in few bits.
+def _pairs_by_hash(clips: Sequence[ClipRecord], settings: DuplicateSettings) -> Iterator[tuple[int, int]]:
+    """Yield (earlier, later) pairs whose hashes all differ in few bits.
 
     Hashes that differ in d bits agree in at least one of d + 1 pieces: only clips that share a piece of their
     middle hash are compared.
@@ -60,8 +63,10 @@ def _alike_hashes(clips: Sequence[Clip], settings: DuplicateSettings) -> Iterato
                 yield earlier, number
 
 
-def _alike_embeddings(clips: Sequence[Clip], settings: DuplicateSettings) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) of high mean cosine; every clip is compared with every other."""
+def _pairs_by_embedding(
+    clips: Sequence[ClipRecord], settings: DuplicateSettings
+) -> Iterator[tuple[int, int]]:
+    """Yield (earlier, later) pairs of high mean cosine; all pairs are compared."""
     embeddings = np.array([clip.embeddings for clip in clips], dtype=np.float32)
     flat = embeddings.reshape(len(clips), -1) / np.sqrt(embeddings.shape[1])
     for begin in range(0, len(clips), BLOCK):

@@ -1,7 +1,7 @@
-"""What CLIP says of a clip: embeddings of three frames, how much it pleases, how well its captions fit.
+"""CLIP measures of a clip: embeddings of three frames, aesthetic score, similarity of frames and captions.
 
-CLIP is a transformers folder; its kind is not named in arXiv 2311.15127. The aesthetic score is a linear
-head on the embedding, as LAION's are for ViT-L/14.
+CLIP is loaded from a transformers folder; arXiv 2311.15127 does not say which CLIP it uses. The aesthetic
+score is a linear head on the embedding, like LAION's heads for ViT-L/14.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from svd_ds.curate.measure import three_frames
-from svd_ds.curate.models import load, load_tensors
+from svd_ds.curate.measure import read_three_frames
+from svd_ds.curate.models import load_pretrained, load_tensors
 from svd_ds.curate.raw import RawFile
-from svd_ds.curate.stages import Place
-from svd_ds.curate.table import Known, Row
+from svd_ds.curate.stages import StageContext
+from svd_ds.curate.table import Row, RowsByStage
 
 EMBEDDINGS = {
     "id": pa.string(),
@@ -34,18 +34,20 @@ SIMILARITY = {"id": pa.string(), "clip_similarity": pa.float64()}
 
 
 @dataclass(frozen=True)
-class ClipModelSettings:
+class CLIPModelSettings:
+    """Files of OpenAI's CLIP and of the aesthetic head."""
+
     folder: str
-    """Of a CLIPModel and its processor, as transformers saves them."""
-    head: str = ""
-    """File of the aesthetic head: `weight` and `bias` of one linear layer, or of several in a row. Empty:
-    none."""
+    """Folder of a CLIPModel and its processor, as transformers saves them."""
+    aesthetic_head: str = ""
+    """File with `weight` and `bias` of one or several consecutive linear layers; empty for no aesthetic
+    score."""
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
-class ClipModel:
-    """CLIP and the aesthetic head, loaded. Embeddings have length 1."""
+class CLIPEmbedder:
+    """CLIP and the aesthetic head, loaded. Embeddings are normalised to length 1."""
 
     network: Any
     processor: Any
@@ -53,21 +55,21 @@ class ClipModel:
 
     @torch.no_grad()
     def embed_frames(self, frames: Sequence[np.ndarray]) -> Tensor:
-        """uint8 RGB, (H, W, 3) each -> float32, (number, width), on the CPU."""
+        """Embed uint8 RGB frames, each (H, W, 3): float32 (num_frames, width), on the CPU."""
         inputs = self.processor(images=list(frames), return_tensors="pt").to(self.network.device)
         return F.normalize(self.network.get_image_features(**inputs).pooler_output.float(), dim=-1).cpu()
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts, cut to what CLIP takes -> float32, (number, width), on the CPU."""
-        most = self.network.config.text_config.max_position_embeddings
+        """Embed texts, truncated to CLIP's maximum length: float32 (num_texts, width), on the CPU."""
+        max_length = self.network.config.text_config.max_position_embeddings
         inputs = self.processor(
-            text=list(texts), return_tensors="pt", padding=True, truncation=True, max_length=most
+            text=list(texts), return_tensors="pt", padding=True, truncation=True, max_length=max_length
         ).to(self.network.device)
         return F.normalize(self.network.get_text_features(**inputs).pooler_output.float(), dim=-1).cpu()
 
     def aesthetic(self, embeddings: Tensor) -> float | None:
-        """Mean score of some embeddings; None without a head."""
+        """Mean aesthetic score of embeddings; None without a head."""
         if not self.head:
             return None
         for weight, bias in self.head:
@@ -76,37 +78,48 @@ class ClipModel:
 
 
 @cache
-def load_clip(settings: ClipModelSettings) -> ClipModel:
-    """One a process. Raises OSError or ValueError where the folder or the head cannot be used."""
-    network, processor = load("CLIPModel", "CLIPProcessor", settings.folder, settings.device)
-    head = read_head(Path(settings.head)) if settings.head else ()
+def load_clip_model(settings: CLIPModelSettings) -> CLIPEmbedder:
+    """Load CLIP and the head, once per process.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: the folder or the head has other contents, or their widths differ.
+    """
+    network, processor = load_pretrained("CLIPModel", "CLIPProcessor", settings.folder, settings.device)
+    head = read_aesthetic_head(Path(settings.aesthetic_head)) if settings.aesthetic_head else ()
     width = int(network.config.projection_dim)
     if head and head[0][0].shape[1] != width:
         raise ValueError(
-            f"the head {settings.head} takes {head[0][0].shape[1]} numbers, "
-            f"and CLIP in {settings.folder} gives {width}"
+            f"the head {settings.aesthetic_head} takes embeddings of width {head[0][0].shape[1]}, "
+            f"but CLIP in {settings.folder} has width {width}"
         )
-    return ClipModel(network, processor, head)
+    return CLIPEmbedder(network, processor, head)
 
 
-def read_head(path: Path) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Weight and bias of each linear layer, in order: LAION's heads have nothing between them.
+def read_aesthetic_head(path: Path) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Read weight and bias of each linear layer, in order; LAION's heads have no activations between layers.
 
-    Raises FileNotFoundError, or ValueError where the file holds anything else.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds anything else.
     """
     tensors = load_tensors(path)
     weights = [tensors[name].float() for name in tensors if name.endswith("weight")]
     biases = [tensors[name].float() for name in tensors if name.endswith("bias")]
     if not weights or len(weights) != len(biases) or weights[-1].shape[0] != 1:
-        raise ValueError(f"{path} holds no linear layers that end in one number, but {', '.join(tensors)}")
+        raise ValueError(
+            f"{path} must hold linear layers that end in one number, but holds {', '.join(tensors)}"
+        )
     return tuple(zip(weights, biases, strict=True))
 
 
-def embed(settings: ClipModelSettings, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
-    """Embeddings of each clip's first, middle and last frame, and their mean aesthetic score."""
-    model = load_clip(settings)
-    for clip in known["clips"]:
-        embeddings = model.embed_frames(three_frames(clip, place))
+def embed_frames(
+    settings: CLIPModelSettings, file: RawFile, inputs: RowsByStage, context: StageContext
+) -> Iterator[Row]:
+    """Yield embeddings of each clip's first, middle and last frame, and their mean aesthetic score."""
+    model = load_clip_model(settings)
+    for clip in inputs["clips"]:
+        embeddings = model.embed_frames(read_three_frames(clip, context))
         yield {
             "id": clip["id"],
             "embeddings": embeddings.tolist(),
@@ -114,15 +127,17 @@ def embed(settings: ClipModelSettings, file: RawFile, known: Known, place: Place
         }
 
 
-def compare(settings: ClipModelSettings, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
-    """Cosine of each clip's frames and captions: its mean over both."""
-    model = load_clip(settings)
-    told = json.loads(known["probe"][0]["told"])["captions"]
-    captions: dict[str, dict[str, str]] = {row["id"]: {} for row in known["embed"]}
-    for stage, rows in known.items():
+def score_captions(
+    settings: CLIPModelSettings, file: RawFile, inputs: RowsByStage, context: StageContext
+) -> Iterator[Row]:
+    """Yield the mean cosine of each clip's frames and captions."""
+    model = load_clip_model(settings)
+    own_captions = json.loads(inputs["probe"][0]["metadata"])["captions"]
+    captions: dict[str, dict[str, str]] = {row["id"]: {} for row in inputs["embed"]}
+    for stage, rows in inputs.items():
         for row in rows if stage.startswith("caption_") else ():
             captions[row["id"]][stage] = row["caption"]
-    for row in known["embed"]:
-        texts = [text for text in (*captions[row["id"]].values(), *told.values()) if text]
+    for row in inputs["embed"]:
+        texts = [text for text in (*captions[row["id"]].values(), *own_captions.values()) if text]
         similarity = torch.tensor(row["embeddings"]) @ model.embed_texts(texts).T
         yield {"id": row["id"], "clip_similarity": round(similarity.mean().item(), 6)}

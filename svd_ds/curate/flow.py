@@ -1,4 +1,4 @@
-"""How much moves in a clip: the motion score of arXiv 2311.15127, section 3.1 and appendix C."""
+"""Optical flow motion score of arXiv 2311.15127, section 3.1 and appendix C."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import cv2
 import numpy as np
 
 FLOW_FPS = 2.0
+"""Frame rate at which flow is computed."""
 FLOW_SIDE = 64
-"""Shortest side on which flow is computed. OpenCV's pyramid ends at 32 pixels: a small frame sees farther."""
+"""Shortest side on which flow is computed, in pixels. OpenCV's pyramid ends at 32 pixels, so that small
+frames allow larger displacements."""
 MAP_SIDE = 16
-"""Shortest side to which flow maps are averaged before their magnitude: noise of flat areas cancels."""
+"""Shortest side to which flow maps are averaged before their magnitude is taken: noise of flat areas
+cancels."""
 
 
 def motion_score(frames: Sequence[np.ndarray], fps: float) -> float:
@@ -26,11 +29,11 @@ def motion_score(frames: Sequence[np.ndarray], fps: float) -> float:
         frames: uint8 RGB, (H, W, 3) each. A single frame does not move.
         fps: frames a second of `frames`.
     """
-    return motion_of_video(lambda numbers: (frames[number] for number in numbers), len(frames), fps)
+    return video_motion_score(lambda numbers: (frames[number] for number in numbers), len(frames), fps)
 
 
-def motion_of_video(read: Callable[[range], Iterable[np.ndarray]], num_frames: int, fps: float) -> float:
-    """`motion_score` of frames that are read by their numbers, of which only small grey ones are kept."""
+def video_motion_score(read: Callable[[range], Iterable[np.ndarray]], num_frames: int, fps: float) -> float:
+    """`motion_score` of frames that are read by number; only small grey copies are kept in memory."""
     if num_frames < 2:
         return 0.0
     step = min(max(1, round(fps / FLOW_FPS)), num_frames - 1)
@@ -46,7 +49,7 @@ def _grey(frame_HWC: np.ndarray) -> np.ndarray:
 
 
 def _mean_flow(first_HW: np.ndarray, second_HW: np.ndarray) -> float:
-    """Mean displacement in pixels of two grey frames."""
+    """Mean displacement in pixels between two grey frames."""
     start = np.zeros((*first_HW.shape, 2), dtype=np.float32)
     flow_HW2 = cv2.calcOpticalFlowFarneback(
         first_HW,
@@ -65,7 +68,7 @@ def _mean_flow(first_HW: np.ndarray, second_HW: np.ndarray) -> float:
 
 
 def _size(image: np.ndarray, shortest: int) -> tuple[int, int]:
-    """(width, height), as cv2 wants it, with the given shortest side."""
+    """Return (width, height), as cv2 expects it, with the given shortest side."""
     height, width = image.shape[:2]
     scale = shortest / min(height, width)
     return round(width * scale), round(height * scale)

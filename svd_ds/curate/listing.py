@@ -19,31 +19,32 @@ NAME_COLUMNS = (
     *("file_name", "filename", "file", "video", "video_path", "file_path", "filepath", "path"),
     *("image", "image_path", "media", "media_path"),
 )
-"""Columns of a table that may name the file, the preferred ones first; in upper or lower case, with blanks or
-underscores."""
+"""Table columns that may contain the file name, in order of precedence; case is ignored, and blanks may
+replace underscores."""
 DELIMITERS = ",;\t|"
 NAME_LISTS = ("videos.txt", "video.txt")
 PROMPT_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
-"""A line of such a list belongs to the same line of a list of names."""
+"""Files whose lines are the captions of the same lines of a list of names."""
 
-Row = dict[str, Any]
-"""What a sidecar json of the file would hold."""
+Metadata = dict[str, Any]
+"""Values of one file, in the layout of a json sidecar."""
 
 
 @dataclass
 class Listing:
-    """What the lists in a folder say."""
+    """Content of the lists in a folder."""
 
-    rows: list[tuple[str, Row]] = field(default_factory=list)
-    """(name of a file as it is listed, what is said of it); a file may have several."""
+    rows: list[tuple[str, Metadata]] = field(default_factory=list)
+    """(listed file name, its metadata); a file may have several rows."""
     lists: list[Path] = field(default_factory=list)
+    """Paths of the lists themselves."""
     faults: dict[Path, list[str]] = field(default_factory=dict)
-    """List -> a sentence for each row that cannot be used."""
+    """List -> one sentence for each row that cannot be used."""
 
-    def reasons(self) -> Iterator[tuple[Path, str]]:
-        """(list, one sentence about all of its rows that cannot be used)."""
+    def fault_summaries(self) -> Iterator[tuple[Path, str]]:
+        """Yield (list, one sentence about all of its unusable rows)."""
         for path, sentences in self.faults.items():
-            more = f"; so it is with {len(sentences) - 1} more" if len(sentences) > 1 else ""
+            more = f"; and {len(sentences) - 1} more rows like it" if len(sentences) > 1 else ""
             yield path, f"{sentences[0]}{more}"
 
 
@@ -51,7 +52,7 @@ def read_listing(folder: Path) -> Listing:
     """Read the lists in a folder.
 
     Raises:
-        ValueError: a list of names and one of prompts differ in length: no line says which is missing.
+        ValueError: a list of names and a list of prompts differ in length, so that lines cannot be matched.
     """
     listing = Listing()
     for path in (folder / name for name in TABLES):
@@ -59,7 +60,7 @@ def read_listing(folder: Path) -> Listing:
             listing.lists.append(path)
             faults: list[str] = []
             try:
-                listing.rows += _rows(path, faults)
+                listing.rows += _table_rows(path, faults)
             except ValueError as error:
                 faults.append(f"it cannot be read: {error}")
             if faults:
@@ -71,17 +72,22 @@ def read_listing(folder: Path) -> Listing:
         lines, captions = _lines(names), _lines(prompts)
         if len(lines) != len(captions):
             raise ValueError(
-                f"{names} has {len(lines)} lines and {prompts} has {len(captions)}: they must be as many"
+                f"{names} has {len(lines)} lines and {prompts} has {len(captions)}: the numbers must be equal"
             )
         listing.rows += [(name, {"caption": text}) for name, text in zip(lines, captions, strict=True)]
     return listing
 
 
-class Finder:
-    """Finds the files that lists mean, among those that there are."""
+class FileFinder:
+    """Finds the existing files that listed names refer to."""
 
     def __init__(self, root: Path, names: Iterable[str]) -> None:
-        """`names`: paths of the files below `root`."""
+        """Index the files.
+
+        Args:
+            root: folder of the lists.
+            names: paths of the existing files, relative to `root`.
+        """
         self._root = root
         self._names = set(names)
         self._by_stem: dict[str, list[str]] = {}
@@ -89,34 +95,35 @@ class Finder:
             self._by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
 
     def find(self, listed: str) -> str | None:
-        """The file's path below the root; None where there is none.
+        """Return the path of a listed file relative to the root; None if it does not exist.
 
-        A path may be URL-encoded, have backslashes or lack its extension, and it may begin with the root's
-        own name. Of an absolute path of another machine the longest end that fits counts.
+        A listed path may be URL-encoded, have backslashes, lack its extension, or begin with the root's own
+        name. An absolute path of another machine is matched by its longest suffix that exists.
         """
         for spelling in (listed, unquote(listed), listed.replace("\\", "/")):
             path = PurePosixPath(os.path.normpath(spelling))
             parts = path.parts
             absolute = path.is_absolute() or "\\" in listed or parts[:1] == (self._root.resolve().name,)
-            ends = range(len(parts)) if absolute else range(1)
-            for begin in ends:
-                end = str(PurePosixPath(*parts[begin:]))
-                if end in self._names:
-                    return end
-                if len(found := self._by_stem.get(end, [])) == 1:
+            # The longest suffix that exists counts.
+            starts = range(len(parts)) if absolute else range(1)
+            for start in starts:
+                suffix = str(PurePosixPath(*parts[start:]))
+                if suffix in self._names:
+                    return suffix
+                if len(found := self._by_stem.get(suffix, [])) == 1:
                     return found[0]
         return None
 
 
-def merged(rows: Sequence[Row]) -> Row:
-    """What all rows of one file say: all of their captions, and of other values the first."""
+def merge_rows(rows: Sequence[Metadata]) -> Metadata:
+    """Merge the rows of one file: all of their captions, and the first of the other values."""
     if len(rows) == 1:
         return rows[0]
     texts = [text for row in rows for text in parse_captions(row).values() if text]
-    about: Row = {}
+    merged: Metadata = {}
     for row in reversed(rows):
-        about |= {key: value for key, value in row.items() if key.lower() not in CAPTION_KEYS}
-    return about | {"captions": list(dict.fromkeys(texts))}
+        merged |= {key: value for key, value in row.items() if key.lower() not in CAPTION_KEYS}
+    return merged | {"captions": list(dict.fromkeys(texts))}
 
 
 def _lines(path: Path) -> list[str]:
@@ -129,8 +136,8 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _rows(path: Path, faults: list[str]) -> Iterator[tuple[str, Row]]:
-    """The rows that can be used; a sentence in `faults` for each other."""
+def _table_rows(path: Path, faults: list[str]) -> Iterator[tuple[str, Metadata]]:
+    """Yield the usable rows, and add a sentence to `faults` for each of the others."""
     text = clean_text(decode_text(path.read_bytes()))
     for number, row in _csv_rows(text, faults) if path.suffix == ".csv" else _json_rows(text, faults):
         names = {key.strip().lower().replace(" ", "_"): key for key in row}
@@ -140,29 +147,29 @@ def _rows(path: Path, faults: list[str]) -> Iterator[tuple[str, Row]]:
             faults.append(f"row {number} names no file: it needs one of {', '.join(NAME_COLUMNS)}")
             continue
         rest = {key: value for key, value in row.items() if key != column}
-        about = {
+        metadata = {
             key.strip(): value
             for key, value in rest.items()
             if key.strip().lower() in (*CAPTION_KEYS, "elevation")
         }
         given = rest.get("annotations")
         numbers = dict(given) if isinstance(given, dict) else {}
-        others = {key: value for key, value in rest.items() if key.strip() not in (*about, "annotations")}
+        others = {key: value for key, value in rest.items() if key.strip() not in (*metadata, "annotations")}
         numbers |= {key: _number(value) for key, value in others.items()}
         if numbers := {key: value for key, value in numbers.items() if value is not None}:
-            about["annotations"] = numbers
-        if "elevation" in about:
-            about["elevation"] = _number(about["elevation"])
-        yield value.strip(), about
+            metadata["annotations"] = numbers
+        if "elevation" in metadata:
+            metadata["elevation"] = _number(metadata["elevation"])
+        yield value.strip(), metadata
 
 
 def _csv_rows(text: str, faults: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows by the header's names, counted from 1 after it."""
+    """Yield (row number from 1 after the header, values by column)."""
     header = text.lstrip().split("\n", 1)[0]
     delimiter = max(DELIMITERS, key=header.count) if header else ","
-    # Blanks before a quote are no part of a cell; before other text they may be those of a caption.
+    # Blanks before a quote are not part of a cell; before other text they may belong to a caption.
     csv_format: dict[str, Any] = {"delimiter": delimiter, "skipinitialspace": f'{delimiter} "' in text}
-    # A quote that is never closed swallows all that follows it.
+    # An unclosed quote swallows all text after it.
     open_quote = _has_open_quote(text, csv_format)
     reader = csv.reader(io.StringIO(text, newline=""), **csv_format)
     try:
@@ -173,13 +180,13 @@ def _csv_rows(text: str, faults: list[str]) -> Iterator[tuple[int, dict[str, Any
     names, rows = (cells[0], cells[1:]) if cells else ([], [])
     for number, row in enumerate(rows, 1):
         if open_quote and number == len(rows):
-            faults.append(f"row {number} has a quote that is never closed, and what follows is not read")
+            faults.append(f"row {number} has an unclosed quote: the rest of the file is not read")
             return
         if len(row) > len(names) and names[-1].strip().lower() in CAPTION_KEYS:
-            # A caption with commas that nobody quoted.
+            # An unquoted caption with commas.
             row = [*row[: len(names) - 1], delimiter.join(row[len(names) - 1 :])]
         if len(row) > len(names):
-            faults.append(f"row {number} has {len(row)} cells, and the header {len(names)}")
+            faults.append(f"row {number} has {len(row)} cells, but the header has {len(names)}")
             continue
         yield number, dict(zip(names, row, strict=False))
 
@@ -205,7 +212,7 @@ def _json_rows(text: str, faults: list[str]) -> Iterator[tuple[int, dict[str, An
         if isinstance(row, dict):
             yield number, row
         else:
-            faults.append(f"row {number} is no object")
+            faults.append(f"row {number} is not an object")
 
 
 def _number(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""Clips as files: encoded anew, or copied out of the video without touching a pixel."""
+"""Clip files: encoded, or copied from the video without changing a pixel."""
 
 from __future__ import annotations
 
@@ -16,51 +16,60 @@ from svd_ds.data.decoding import select_video_stream
 from svd_ds.pixels.container import open_container
 from svd_ds.pixels.frame import HD_HEIGHT
 
-KEYFRAME_EVERY = 12
-"""A loader that starts inside a clip decodes at most so many frames too many."""
+KEYFRAME_INTERVAL = 12
+"""Keyframe distance in frames: a loader that starts inside a clip decodes at most this many extra frames."""
 
 
 class ClipEncoder:
-    """Frames in, an H.264 file out.
+    """Encodes frames to an H.264 file.
 
-    No B-frames, so that seeking is exact. One thread and no macroblock tree, so that the same frames give the
-    same bytes: x264's assembly for the tree reads memory that nobody wrote (core 165, MALLOC_PERTURB_=1).
+    It uses no B-frames, so that seeking is exact, and one thread and no macroblock tree, so that the same
+    frames give the same bytes: x264's assembly for the tree reads uninitialised memory (core 165,
+    MALLOC_PERTURB_=1).
     """
 
     def __init__(self, rate: Fraction, height: int, width: int) -> None:
-        # Left untagged, the colours are taken as to_rgb and all players take them.
+        # Untagged colours are interpreted by to_rgb and by all players in this way.
         self._matrix = Colorspace.ITU709 if height >= HD_HEIGHT else Colorspace.ITU601
         self._buffer = io.BytesIO()
         self._container = av.open(self._buffer, mode="w", format="mp4")
-        options = {"crf": "18", "preset": "medium", "bf": "0", "g": str(KEYFRAME_EVERY), "mbtree": "0"}
+        options = {"crf": "18", "preset": "medium", "bf": "0", "g": str(KEYFRAME_INTERVAL), "mbtree": "0"}
         self._stream = self._container.add_stream("libx264", rate=rate, options=options)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         self._stream.thread_count = 1
 
     def add(self, pixels_HWC: np.ndarray) -> None:
-        """The next frame: uint8 RGB, both sides even."""
+        """Add the next frame: uint8 RGB, both sides even."""
         frame = VideoFrame.from_ndarray(pixels_HWC, format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace=self._matrix, threads=1)
         self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> bytes:
+        """Return the bytes of the file."""
         self._container.mux(self._stream.encode())
         self._container.close()
         return self._buffer.getvalue()
 
 
 def encode_still(pixels_HWC: np.ndarray) -> bytes:
-    """uint8 RGB as a JPEG file."""
+    """Encode uint8 RGB as a JPEG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels_HWC).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
 
 
-def copy_frames(path: Path, rate: Fraction, first: int, begin: int, end: int) -> bytes | None:
-    """Frames `begin` to `end`, exclusive, of a video as an mp4 with the very bytes of the video.
+def copy_frames(path: Path, rate: Fraction, first_pts: int, begin: int, end: int) -> bytes | None:
+    """Copy frames `begin` to `end`, exclusive, of a video to an mp4 without encoding.
 
-    Both must be closed keyframes (`probe.closed_keyframes`), or `end` the video's; `rate` and `first` are
-    its even clock (`probe.Packets`). None where the video does not give all of them.
+    Args:
+        path: the video.
+        rate: its constant frame rate (`probe.PacketSummary`).
+        first_pts: presentation time of its first frame.
+        begin: number of a closed keyframe (`probe.closed_keyframes`).
+        end: number of a closed keyframe, or the number of frames in the video.
+
+    Returns:
+        The bytes of the file; None if the video does not have all of the frames.
     """
     buffer = io.BytesIO()
     with open_container(path) as source, av.open(buffer, mode="w", format="mp4") as target:
@@ -68,12 +77,12 @@ def copy_frames(path: Path, rate: Fraction, first: int, begin: int, end: int) ->
         assert stream.time_base is not None, "a stream with packets has a time base"
         copied = target.add_stream_from_template(stream)
         num_copied = 0
-        start = first + round(begin / (rate * stream.time_base))
+        start = first_pts + round(begin / (rate * stream.time_base))
         source.seek(start, stream=stream)
         for packet in source.demux(stream):
             if packet.pts is None or packet.dts is None or packet.is_discard:
                 continue
-            number = round((packet.pts - first) * stream.time_base * rate)
+            number = round((packet.pts - first_pts) * stream.time_base * rate)
             if number >= end and packet.is_keyframe:
                 break
             if begin <= number < end:

@@ -1,4 +1,4 @@
-"""The kept clips as shards (docs/data.md), with every k-th of them held out if wanted."""
+"""The kept clips as shards (docs/data.md), with an optional held-out fraction."""
 
 from __future__ import annotations
 
@@ -10,72 +10,74 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svd_ds.curate.select import Clip
+from svd_ds.curate.select import ClipRecord
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.data.writer import ShardWriter
 from svd_ds.fsync_io import replace_bytes
 
 SELECTION_NAME = "selection.json"
-"""Beside shards: a fingerprint of what they were written of."""
+"""File in the folder of shards with a fingerprint of the clips that they were written from."""
 HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
 class ShardSettings:
+    """Size of shards and of the held-out set."""
+
     clips_per_shard: int = 16
     hold_out: float = 0.0
-    """Share of the clips that goes to shards of its own, in a folder below, spread evenly."""
+    """Fraction of the clips that is written to separate shards in a subfolder, evenly spaced."""
 
 
 def write_shards(
-    clips: Sequence[Clip], out: Path, folder: Path, settings: ShardSettings, each: Callable[[], None]
+    clips: Sequence[ClipRecord], out: Path, folder: Path, settings: ShardSettings, on_clip: Callable[[], None]
 ) -> None:
-    """Write the clips to `folder`, calling `each` after each of them.
+    """Write the clips to shards in `folder`, calling `on_clip` after each.
 
-    Shards of the same selection that are there are left as they are, and gone on with where they break off.
+    Existing shards of the same selection are kept, and an interrupted run is resumed.
     """
     share = settings.hold_out
-    spared = [int((number + 1) * share) > int(number * share) for number in range(len(clips))]
-    training = [clip for clip, is_spared in zip(clips, spared, strict=True) if not is_spared]
-    held_out = [clip for clip, is_spared in zip(clips, spared, strict=True) if is_spared]
-    motion_map = _write(training, out, folder, settings.clips_per_shard, each, None)
+    is_held_out = [int((number + 1) * share) > int(number * share) for number in range(len(clips))]
+    training = [clip for clip, is_held in zip(clips, is_held_out, strict=True) if not is_held]
+    held_out = [clip for clip, is_held in zip(clips, is_held_out, strict=True) if is_held]
+    motion_map = _write_split(training, out, folder, settings.clips_per_shard, on_clip, None)
     if held_out:
-        _write(held_out, out, folder / HELD_OUT, settings.clips_per_shard, each, motion_map)
+        _write_split(held_out, out, folder / HELD_OUT, settings.clips_per_shard, on_clip, motion_map)
     elif (folder / HELD_OUT / SELECTION_NAME).is_file():
-        shutil.rmtree(folder / HELD_OUT)  # of an earlier selection: its clips are in training now
+        shutil.rmtree(folder / HELD_OUT)  # left by an earlier selection: its clips are training clips now
 
 
-def _write(
-    clips: Sequence[Clip],
+def _write_split(
+    clips: Sequence[ClipRecord],
     out: Path,
     folder: Path,
     per_shard: int,
-    each: Callable[[], None],
+    on_clip: Callable[[], None],
     motion_map: MotionMap | None,
 ) -> MotionMap:
-    # The name of a clip's file tells with what settings it was made.
-    content = [per_shard, [(clip.id, clip.media, describe(clip)) for clip in clips]]
+    # The path of a clip's file contains the fingerprint of the settings that it was made with.
+    content = [per_shard, [(clip.id, clip.media, sample_json(clip)) for clip in clips]]
     selection = {"selection": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}
-    mark = folder / SELECTION_NAME
-    begun = mark.is_file() and json.loads(mark.read_text()) == selection
-    if begun and (folder / INDEX_NAME).is_file():
+    selection_file = folder / SELECTION_NAME
+    is_resumed = selection_file.is_file() and json.loads(selection_file.read_text()) == selection
+    if is_resumed and (folder / INDEX_NAME).is_file():
         return Index.load(folder).motion_map
-    writer = ShardWriter(folder, per_shard, overwrite=True, resume=begun)
-    replace_bytes(mark, json.dumps(selection).encode())
+    writer = ShardWriter(folder, per_shard, overwrite=True, resume=is_resumed)
+    replace_bytes(selection_file, json.dumps(selection).encode())
     for first in range(0, len(clips), per_shard):
-        of_shard = clips[first : first + per_shard]
-        adopted = writer.adopt_shard(len(of_shard))
-        for clip in of_shard:
-            if not adopted:
+        shard_clips = clips[first : first + per_shard]
+        is_written = writer.adopt_shard(len(shard_clips))
+        for clip in shard_clips:
+            if not is_written:
                 path = out / clip.media
-                writer.add(clip.id, path.suffix[1:], path.read_bytes(), describe(clip))
-            each()
+                writer.add(clip.id, path.suffix[1:], path.read_bytes(), sample_json(clip))
+            on_clip()
     return writer.close(motion_map)
 
 
-def describe(clip: Clip) -> dict[str, Any]:
-    """What the sample's json holds; numbers that are not known are left out."""
+def sample_json(clip: ClipRecord) -> dict[str, Any]:
+    """Return the content of the sample's json; unknown numbers are omitted."""
     annotations = {name: value for name, value in clip.annotations.items() if value is not None}
     return {
         "captions": clip.captions,

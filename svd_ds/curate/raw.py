@@ -1,4 +1,4 @@
-"""The raw files: which there are, and what they are called."""
+"""Discovery of raw files, and their names and keys."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from svd_ds.curate.listing import Finder, Listing, merged, read_listing
-from svd_ds.curate.sidecars import SUFFIXES, sidecars_of
+from svd_ds.curate.listing import FileFinder, Listing, merge_rows, read_listing
+from svd_ds.curate.sidecars import SUFFIXES, find_sidecars
 from svd_ds.data.sidecar import clean_text, decode_text
 
 VIDEOS = (
@@ -23,55 +23,58 @@ VIDEOS = (
 )
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_KEY = 120
-"""Bytes of a key: names of files that begin with it have room for more."""
+"""Maximum length of a key in bytes; leaves room for suffixes in file names that begin with it."""
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file that is, or says it is, a video or an image."""
+    """A file that is, or claims to be, a video or an image."""
 
     name: str
-    """Its path below the folder or the manifest's: what tables call `video`."""
+    """Path relative to the folder or to the manifest's folder: column `video` of the tables."""
     path: Path
     key: str
-    """Its name as the beginning of sample ids: unique, letters, digits, `_` and `-`."""
+    """Name as the prefix of sample ids: unique; letters, digits, `_` and `-`."""
     listed: Mapping[str, Any] = field(default_factory=dict)
-    """What a list of the folder's files says of it (svd_ds/curate/listing.py)."""
+    """The file's row in a list of the folder's files (svd_ds/curate/listing.py)."""
     fault: str | None = None
-    """Why it cannot be read, where that was found before it was opened."""
+    """Reason why the file cannot be read, if that was found before it was opened."""
 
     def stamp(self, is_file: Callable[[str], bool] = os.path.isfile) -> int:
-        """Another number when the file is another, or is called otherwise: what is known of it is then
-        stale.
+        """Return a checksum that changes when the file, its sidecars, its name or its row in a list change.
+
+        Results with another stamp are stale.
 
         Args:
-            is_file: as `FolderListings.is_file`, for the stamps of many files.
+            is_file: replacement for `os.path.isfile`, such as `FolderListings.is_file`, for the stamps of
+                many files.
         """
-        about = [_state(path) for path in (self.path, *sidecars_of(self.path, is_file))]
-        state = [(each.st_size, each.st_mtime_ns) for each in about if each is not None]
+        stats = [_stat_or_none(path) for path in (self.path, *find_sidecars(self.path, is_file))]
+        state = [(each.st_size, each.st_mtime_ns) for each in stats if each is not None]
         listed = f" {json.dumps(self.listed, sort_keys=True)}" if self.listed else ""
         return zlib.crc32(f"{self.key} {state}{listed}{self.fault or ''}".encode())
 
 
-def find_raw(raw: Path, out: Path) -> list[RawFile]:
-    """The raw files of a folder, or of a manifest: a text file with a path a line, relative to its folder.
+def find_raw_files(raw: Path, out: Path) -> list[RawFile]:
+    """Return the raw files of a folder, or of a manifest: a text file with one path a line, relative to its
+    folder.
 
-    What cannot be read is among them, with its fault: a broken link, a folder that cannot be looked into, a
-    list with rows that cannot be used, a file that is listed and missing.
+    Unreadable files are included, with their fault: broken links, folders without read permission, lists with
+    bad rows, listed files that do not exist.
 
     Raises:
         FileNotFoundError: there is neither a folder nor a manifest.
-        ValueError: it lists or holds no file.
+        ValueError: the folder or manifest has no files.
     """
     faults: dict[Path, str] = {}
     listed: dict[Path, list[dict[str, Any]]] = {}
     if raw.is_dir():
-        root, paths = raw, find_files(raw, out, faults)
+        root, paths = raw, walk_folder(raw, out, faults)
         listing = read_listing(raw)
         paths = [path for path in paths if path not in listing.lists]
-        listed = _paths_of(listing, root, paths)
+        listed = _rows_by_path(listing, root, paths)
         paths += sorted(listed.keys() - set(paths))
-        faults |= dict(listing.reasons())
+        faults |= dict(listing.fault_summaries())
         paths += [path for path in faults if path not in paths]
     elif raw.is_file() and raw.suffix == ".txt":
         root = raw.parent
@@ -82,12 +85,12 @@ def find_raw(raw: Path, out: Path) -> list[RawFile]:
     if not paths:
         raise ValueError(f"there is no file in {raw}")
     names = [str(path.relative_to(root) if path.is_relative_to(root) else path) for path in paths]
-    return name_files(names, paths, {path: merged(rows) for path, rows in listed.items()}, faults)
+    return name_files(names, paths, {path: merge_rows(rows) for path, rows in listed.items()}, faults)
 
 
-def _paths_of(listing: Listing, root: Path, paths: Sequence[Path]) -> dict[Path, list[dict[str, Any]]]:
-    """The rows of each file that is listed, whether it is there or not."""
-    finder = Finder(root, (str(path.relative_to(root)) for path in paths))
+def _rows_by_path(listing: Listing, root: Path, paths: Sequence[Path]) -> dict[Path, list[dict[str, Any]]]:
+    """Return the rows of each listed file, whether it exists or not."""
+    finder = FileFinder(root, (str(path.relative_to(root)) for path in paths))
     listed: dict[Path, list[dict[str, Any]]] = {}
     for name, row in listing.rows:
         listed.setdefault(root / (finder.find(name) or name), []).append(row)
@@ -100,9 +103,10 @@ def name_files(
     listed: Mapping[Path, Mapping[str, Any]] | None = None,
     faults: Mapping[Path, str] | None = None,
 ) -> list[RawFile]:
-    """Give each file its key: all files at once, since two names may look alike without their signs.
+    """Make raw files with unique names and keys.
 
-    Names are made encodable here: a file system may hold names that are no UTF-8.
+    All files are named at once, because two names may become equal when special characters are replaced.
+    Names that are not UTF-8 get replacement characters.
     """
     keys: set[str] = set()
     shown: set[str] = set()
@@ -113,49 +117,49 @@ def name_files(
             each for each in chain([clean], (f"{clean}_{n}" for n in count(2))) if each not in shown
         )
         shown.add(unique)
-        about, fault = (listed or {}).get(path, {}), (faults or {}).get(path) or _fault_of(path)
-        files.append(RawFile(unique, path, _free_key(clean, keys), about, fault))
+        row, fault = (listed or {}).get(path, {}), (faults or {}).get(path) or _find_fault(path)
+        files.append(RawFile(unique, path, _unique_key(clean, keys), row, fault))
     return files
 
 
-def _state(path: Path) -> os.stat_result | None:
-    """None where there is nothing, or it may not be looked at."""
+def _stat_or_none(path: Path) -> os.stat_result | None:
+    """Return the status of a file; None if it does not exist or cannot be accessed."""
     try:
         return path.stat()
     except (OSError, ValueError):
         return None
 
 
-def _fault_of(path: Path) -> str | None:
-    """Why a file cannot be opened."""
+def _find_fault(path: Path) -> str | None:
+    """Return the reason why a file cannot be opened, or None."""
     try:
         state = path.stat()
     except (OSError, ValueError) as error:
         if os.path.islink(path):
-            return "it is a link that leads to no file"
+            return "it is a broken link"
         reason = error.strerror if isinstance(error, OSError) else error
         missing = isinstance(error, FileNotFoundError)
-        return "it is listed, and there is no such file" if missing else f"it cannot be opened ({reason})"
-    return None if S_ISREG(state.st_mode) else "it is no regular file"
+        return "it is listed, but does not exist" if missing else f"it cannot be opened ({reason})"
+    return None if S_ISREG(state.st_mode) else "it is not a regular file"
 
 
-def find_files(folder: Path, out: Path, faults: dict[Path, str]) -> list[Path]:
-    """Everything in `folder`, at any depth, but hidden files, sidecars, and what lies under `out`.
+def walk_folder(folder: Path, out: Path, faults: dict[Path, str]) -> list[Path]:
+    """Return all files in `folder`, at any depth, except hidden files, sidecars, and files inside `out`.
 
-    Linked folders are followed, each place once. `faults` gets the folders that cannot be looked into.
+    Linked folders are followed, each folder once. Unreadable folders are added to `faults`.
     """
     files: list[Path] = []
     visited: set[Path] = set()
 
     def refuse(error: OSError) -> None:
-        faults[Path(error.filename)] = f"it is a folder that cannot be looked into ({error.strerror})"
+        faults[Path(error.filename)] = f"the folder cannot be read ({error.strerror})"
 
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        place = Path(here).resolve()
-        if place in visited or place == out.resolve() or out.resolve() in place.parents:
+        folder_path = Path(here).resolve()
+        if folder_path in visited or folder_path == out.resolve() or out.resolve() in folder_path.parents:
             folders.clear()
             continue
-        visited.add(place)
+        visited.add(folder_path)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         files += [Path(here, name) for name in names if name[0] != "."]
     media = {path for path in files if path.suffix.lower() in VIDEOS + IMAGES}
@@ -163,8 +167,8 @@ def find_files(folder: Path, out: Path, faults: dict[Path, str]) -> list[Path]:
     return sorted(p for p in files if p.suffix.lower() not in SUFFIXES or p.with_suffix("") not in media)
 
 
-def _free_key(name: str, taken: set[str]) -> str:
-    """A key from a file's name, added to `taken`; numbered where another file has it already."""
+def _unique_key(name: str, taken: set[str]) -> str:
+    """Make a key from a file's name, numbered if it is already in `taken`, and add it to `taken`."""
     stem = re.sub(r"[^\w-]+", "_", str(Path(name).with_suffix("")))
     stem = stem.encode()[:MAX_KEY].decode(errors="ignore")
     key = next(key for key in chain([stem], (f"{stem}_{n}" for n in count(2))) if key not in taken)

@@ -1,7 +1,7 @@
-"""What is known of every clip, joined, and which clips are kept: conditions, and no near-duplicates.
+"""All results of each clip, joined, and the selection of clips by conditions and near-duplicates.
 
-A condition is one of `data.where`'s (svd_ds/data/filters.py): `motion>=q25`, `text_area<=0.07`. Quantiles are
-those of all clips that have the number. A clip that lacks it is not kept: nothing is invented.
+Conditions are those of `data.where` (svd_ds/data/filters.py): `motion>=q25`, `text_area<=0.07`. Quantiles are
+taken over all clips that have the number. A clip that lacks the number is not kept.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from svd_ds.curate.clips import COLUMNS as CUT
+from svd_ds.curate.clips import COLUMNS as CLIP_COLUMNS
 from svd_ds.curate.raw import RawFile
-from svd_ds.curate.sidecars import FILE_NAME
-from svd_ds.curate.stages import Found, sound
+from svd_ds.curate.sidecars import FILE_NAME_CAPTIONER
+from svd_ds.curate.stages import RowsByFile, valid_rows
 from svd_ds.curate.table import Row, write_parquet
 from svd_ds.data.filters import Condition
 
 ANNOTATIONS = ("text_area", "aesthetic", "clip_similarity")
-"""What the stages may find beside the motion, under the names that training's filters know."""
+"""Measures of the stages other than motion, under the names that the conditions of training use."""
 UNREADABLE, DUPLICATE = "unreadable:", "near-duplicate:"
-"""How reasons begin that are no condition's."""
-CAPTION = "caption_"
-"""Captioners' stages are called this and their own name."""
-COLUMNS = {"id": pa.string(), "video": pa.string(), **CUT}
-"""What the clips stage says of a clip; clips.parquet begins with all of it but for `media`."""
+"""Prefixes of the reasons that are not conditions."""
+CAPTION_PREFIX = "caption_"
+"""Prefix of the names of caption stages; the captioner's name follows."""
+COLUMNS = {"id": pa.string(), "video": pa.string(), **CLIP_COLUMNS}
+"""Columns of the clips stage; clips.parquet begins with all of them except `media`."""
 
 
 @dataclass
-class Clip:
-    """All that is known of a clip, and what becomes of it."""
+class ClipRecord:
+    """All results of one curated video clip, and the reason if it is not kept."""
 
     id: str
     video: str
@@ -44,9 +44,9 @@ class Clip:
     height: int
     width: int
     method: str
-    """How it was cut: "copied" or "encoded"."""
+    """Method of cutting: "copied" or "encoded"."""
     media: str
-    """Path of its file below OUT."""
+    """Path of the clip's file, relative to OUT."""
     motion: float | None
     annotations: dict[str, float | None]
     captions: dict[str, str]
@@ -55,7 +55,7 @@ class Clip:
     embeddings: list[list[float]] = field(default_factory=list)
     duplicate_of: str | None = None
     reason: str | None = None
-    """Why it is not kept; None: it is."""
+    """Reason why the clip is not kept; None if it is kept."""
 
     @property
     def num_frames(self) -> int:
@@ -65,79 +65,82 @@ class Clip:
     def seconds(self) -> float:
         return self.num_frames / self.fps
 
-    def number(self, name: str) -> float | None:
-        """What a condition may compare: a field of clips.parquet or an annotation; None where it is not
-        known."""
+    def numeric_field(self, name: str) -> float | None:
+        """Return the number that a condition compares, a field or an annotation; None if it is unknown."""
         if name in ("motion", "num_frames", "fps", "height", "width", "elevation"):
             return getattr(self, name)
         return self.annotations.get(name)
 
 
-def join(files: Sequence[RawFile], found: Mapping[str, Found]) -> list[Clip]:
-    """The clips in the order of their files: what every stage found, and what the files' sidecars told.
+def join_tables(files: Sequence[RawFile], results: Mapping[str, RowsByFile]) -> list[ClipRecord]:
+    """Join the results of all stages and the files' sidecars to one record a clip, in the order of the files.
 
-    Sidecars' captions stand beside the captioners'; a sidecar's annotation fills a number that no stage
-    found.
+    Captions of sidecars are added to those of the captioners; an annotation of a sidecar is used if no stage
+    measured it.
     """
     measured: dict[str, Row] = {}
-    for name, of_stage in found.items():
+    for name, rows_by_file in results.items():
         if name not in ("probe", "cuts", "clips"):
-            for row in (row for rows in of_stage.values() for row in sound(rows)):
-                found_of = measured.setdefault(row["id"], {"captions": {}})
-                if name.startswith(CAPTION):
-                    found_of["captions"][name.removeprefix(CAPTION)] = row["caption"]
+            for row in (row for rows in rows_by_file.values() for row in valid_rows(rows)):
+                values = measured.setdefault(row["id"], {"captions": {}})
+                if name.startswith(CAPTION_PREFIX):
+                    values["captions"][name.removeprefix(CAPTION_PREFIX)] = row["caption"]
                 else:
-                    found_of.update(row)
+                    values.update(row)
     clips = []
     for file in files:
-        cut = sound(found["clips"].get(file.name, ()))
-        told = json.loads(found["probe"][file.name][0]["told"]) if cut else {}
+        cut = valid_rows(results["clips"].get(file.name, ()))
+        metadata = json.loads(results["probe"][file.name][0]["metadata"]) if cut else {}
         for row in sorted(cut, key=lambda row: row["start_frame"]):
-            known = measured.get(row["id"], {"captions": {}})
-            written = {name: text for name, text in known["captions"].items() if text}
-            # The file's name stands in for a caption only where there is no other.
-            captions = {n: text for n, text in told["captions"].items() if not written or n != FILE_NAME}
-            annotations = {name: known.get(name) for name in ANNOTATIONS}
-            for name, value in told.get("annotations", {}).items():
+            values = measured.get(row["id"], {"captions": {}})
+            generated = {name: text for name, text in values["captions"].items() if text}
+            # The file name counts as a caption only if there is no other.
+            own = metadata["captions"].items()
+            captions = {n: text for n, text in own if not generated or n != FILE_NAME_CAPTIONER}
+            annotations = {name: values.get(name) for name in ANNOTATIONS}
+            for name, value in metadata.get("annotations", {}).items():
                 annotations[name] = value if annotations.get(name) is None else annotations[name]
             clips.append(
-                Clip(
+                ClipRecord(
                     **{name: row[name] for name in COLUMNS},
-                    motion=known.get("motion"),
+                    motion=values.get("motion"),
                     annotations=annotations,
-                    captions=captions | written,
-                    elevation=told.get("elevation"),
-                    hashes=known.get("hashes") or [],
-                    embeddings=known.get("embeddings") or [],
+                    captions=captions | generated,
+                    elevation=metadata.get("elevation"),
+                    hashes=values.get("hashes") or [],
+                    embeddings=values.get("embeddings") or [],
                 )
             )
     return clips
 
 
-def choose(clips: Sequence[Clip], conditions: Sequence[Condition]) -> None:
-    """Write into each clip why it is not kept, if so: the first reason, near-duplicates before conditions.
+def apply_conditions(clips: Sequence[ClipRecord], conditions: Sequence[Condition]) -> None:
+    """Set the `reason` of each clip that is not kept: near-duplicates first, then the conditions in order.
 
-    A reason begins with what removed the clip, and a colon. Raises ValueError for a condition on a number
-    that no clip has."""
+    A reason begins with the name of the filter and a colon.
+
+    Raises:
+        ValueError: a condition needs a number that no clip has.
+    """
     for clip in clips:
         if clip.motion is None:
             clip.reason = UNREADABLE + " its motion could not be measured"
         elif clip.duplicate_of:
             clip.reason = f"{DUPLICATE} of {clip.duplicate_of}"
     for condition in conditions:
-        limit = condition.limit(clip.number(condition.name) for clip in clips)
+        limit = condition.limit(clip.numeric_field(condition.name) for clip in clips)
         if limit is None:
             raise ValueError(f"the condition {condition} asks for {condition.name}, which no clip has")
         for clip in (clip for clip in clips if clip.reason is None):
-            number = clip.number(condition.name)
+            number = clip.numeric_field(condition.name)
             if number is None or math.isnan(number):
-                clip.reason = f"{condition}: it has none"
+                clip.reason = f"{condition}: it has no {condition.name}"
             elif not condition.accepts(number, limit):
-                clip.reason = f"{condition}: {number:.4g} against {limit:.4g}"
+                clip.reason = f"{condition}: {number:.4g}, and the limit is {limit:.4g}"
 
 
-def write_clips(clips: Sequence[Clip], path: Path) -> None:
-    """clips.parquet: a row a clip, kept or not."""
+def write_clips(clips: Sequence[ClipRecord], path: Path) -> None:
+    """Write clips.parquet: one row a clip, kept or not."""
     names = list(dict.fromkeys(name for clip in clips for name in clip.annotations))
     cut = {name: kind for name, kind in COLUMNS.items() if name != "media"}
     columns = {

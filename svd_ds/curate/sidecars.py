@@ -1,4 +1,4 @@
-"""What the files next to a raw file say of it: captions, annotations, elevation."""
+"""Sidecar files next to a raw file: captions, annotations, elevation."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from svd_ds.data.sidecar import (
 )
 from svd_ds.small_files import is_number
 
-FILE_NAME = "name"
-"""The captioner of a file that has no caption: its name stands in."""
+FILE_NAME_CAPTIONER = "name"
+"""Captioner name of a file without a caption, whose file name is used as the caption."""
 JSON = ".json"
 SUFFIXES = (JSON, *(f".{name}" for name in TEXTS))
 
 
 class FolderListings:
-    """Tells which files there are from one listing of each folder: a question for each spelling of a sidecar
-    is slow on a network file system. It does not see what is written after it was first asked."""
+    """Tests whether files exist, with one listing of each folder: a system call for each spelling of a
+    sidecar is slow on a network file system. Files that are created after the first query of their folder are
+    not seen."""
 
     def __init__(self) -> None:
         self._names: dict[str, frozenset[str]] = {}
 
     def is_file(self, path: str) -> bool:
+        """True if `path` is a regular file."""
         folder, name = os.path.split(path)
         if folder not in self._names:
             try:
@@ -42,12 +44,12 @@ class FolderListings:
         return name in self._names[folder] and os.path.isfile(path)
 
 
-def sidecars_of(path: Path, is_file: Callable[[str], bool] = os.path.isfile) -> list[Path]:
-    """The files that say something of clip.mp4: clip.txt or clip.mp4.txt; those first that count first."""
-    return [found for suffix in SUFFIXES if (found := _beside(path, suffix, is_file)) is not None]
+def find_sidecars(path: Path, is_file: Callable[[str], bool] = os.path.isfile) -> list[Path]:
+    """Return the sidecars of clip.mp4, such as clip.txt or clip.mp4.txt, in order of precedence."""
+    return [found for suffix in SUFFIXES if (found := _find_sidecar(path, suffix, is_file)) is not None]
 
 
-def _beside(path: Path, suffix: str, is_file: Callable[[str], bool]) -> Path | None:
+def _find_sidecar(path: Path, suffix: str, is_file: Callable[[str], bool]) -> Path | None:
     for spelling in (suffix, suffix.upper(), suffix.title()):
         for stem in (os.path.splitext(path)[0], str(path)):
             if is_file(stem + spelling):
@@ -55,28 +57,33 @@ def _beside(path: Path, suffix: str, is_file: Callable[[str], bool]) -> Path | N
     return None
 
 
-def told_of(path: Path, listed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Captions, and what else is said of a raw file, as a sample's json holds it.
+def read_metadata(path: Path, listed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the captions, annotations and elevation of a raw file, in the layout of a sample's json.
 
-    A json next to the file may hold captions, annotations (svd_ds/data/sidecar.py has the rules) and
-    "elevation", the camera's in degrees; a text holds a caption; `listed` is the file's row in a list of the
-    folder's files. Captions come from the first of these that has any, else the file's own name is one.
+    A json sidecar may contain captions, annotations (svd_ds/data/sidecar.py has the rules) and "elevation",
+    the camera's elevation in degrees; a text sidecar is a caption. The captions of the first source that has
+    any count: the sidecars in order of precedence, then `listed`, then the file name.
+
+    Args:
+        path: the raw file.
+        listed: the file's row in a list of the folder's files (svd_ds/curate/listing.py).
 
     Raises:
-        ValueError: a file next to it is unreadable and no other has a caption, or the elevation is no angle.
+        ValueError: a sidecar is unreadable and no other source has a caption, or the elevation is out of
+            range.
     """
     row = dict(listed or {})
-    about: Any = {}
+    content: Any = {}
     captions: dict[str, str] = {}
     damage: ValueError | None = None
-    for sidecar in sidecars_of(path):
+    for sidecar in find_sidecars(path):
         try:
-            content = sidecar.read_bytes()
+            data = sidecar.read_bytes()
             if sidecar.suffix.lower() == JSON:
-                about = parse_json(content, clean_text(sidecar.name))
-                found = parse_captions(about)
+                content = parse_json(data, clean_text(sidecar.name))
+                found = parse_captions(content)
             else:
-                found = {DEFAULT_CAPTIONER: " ".join(decode_caption(content).split())}
+                found = {DEFAULT_CAPTIONER: " ".join(decode_caption(data).split())}
         except ValueError as error:
             damage = damage or error
             continue
@@ -87,16 +94,16 @@ def told_of(path: Path, listed: Mapping[str, Any] | None = None) -> dict[str, An
     if not any(captions.values()):
         if damage is not None:
             raise damage
-        captions = {FILE_NAME: re.sub(r"[\W_]+", " ", clean_text(path.stem)).strip()}
-    told: dict[str, Any] = {"captions": captions}
+        captions = {FILE_NAME_CAPTIONER: re.sub(r"[\W_]+", " ", clean_text(path.stem)).strip()}
+    metadata: dict[str, Any] = {"captions": captions}
 
-    elevation = (row | about if isinstance(about, dict) else row).get("elevation")
+    elevation = (row | content if isinstance(content, dict) else row).get("elevation")
     if elevation is not None:
         if not is_number(elevation) or not -90 <= elevation <= 90:
             name = clean_text(path.with_suffix(JSON).name)
-            raise ValueError(f'"elevation" is {elevation!r} in {name}: no angle, -90 to 90 degrees')
-        told["elevation"] = float(elevation)
-    annotations = parse_annotations(row)[0] | parse_annotations(about)[0]
+            raise ValueError(f'"elevation" is {elevation!r} in {name}: it must be from -90 to 90 degrees')
+        metadata["elevation"] = float(elevation)
+    annotations = parse_annotations(row)[0] | parse_annotations(content)[0]
     if annotations:
-        told["annotations"] = annotations
-    return told
+        metadata["annotations"] = annotations
+    return metadata

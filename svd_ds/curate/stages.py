@@ -1,9 +1,8 @@
-"""What a stage is, and how it is run: over raw files, by a pool of processes, each file once.
+"""Stages of the curation, and the runner that applies a stage to every raw file once, in parallel processes.
 
-A stage's table lies in a folder whose name tells the stage's settings and, through their names, those of the
-stages that it builds on. Other settings lead to another folder: what was found under them stays, and is found
-again when they come back. A stage asks its table which files are done, in the state in which they are now,
-and works on the rest.
+Each stage has a table in a folder that is named after a fingerprint of its settings and of the stages that it
+depends on. Other settings give another folder: earlier results are kept, and are used again when the settings
+are restored. A stage processes the files that are not in its table in their current state.
 """
 
 from __future__ import annotations
@@ -30,34 +29,36 @@ from rich.progress import Progress
 
 from svd_ds.curate.raw import RawFile
 from svd_ds.curate.sidecars import FolderListings
-from svd_ds.curate.table import Known, Row, Table
+from svd_ds.curate.table import Row, RowsByStage, Table
 from svd_ds.data.quarantine import is_out_of_memory
 from svd_ds.data.sidecar import clean_text
 from svd_ds.data.workers import exit_with_parent
 
 FLUSH_SECONDS = 10.0
-"""A killed run has lost at most what it found in so long."""
+"""Interval at which results are written: a killed run loses at most this much work."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors that say something of the machine and nothing of the file that was read."""
+"""Error codes that are caused by the machine and not by the file that was read."""
 TIMEOUT = 3600.0
-"""Seconds that a stage gives a file: long enough to encode a long film."""
+"""Default time limit of a stage for one file, in seconds: long enough to encode a feature film."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a stage works."""
+class StageContext:
+    """Folders that a stage reads and writes."""
 
     out: Path
-    here: Path
-    """The stage's own folder below it."""
+    """Output folder of the curation; media paths in tables are relative to it."""
+    folder: Path
+    """The stage's own folder, inside `out`."""
 
 
-Work = Callable[[Any, RawFile, Known, Place], Iterator[Row]]
-"""(settings, file, what earlier stages know of it, place) -> rows. A ValueError tells why the file gives
-none, or no more."""
-Job = tuple[RawFile, Known]
-Found = dict[str, list[Row]]
-"""A stage's rows by raw file."""
+ProcessFn = Callable[[Any, RawFile, RowsByStage, StageContext], Iterator[Row]]
+"""(settings, file, the file's rows from earlier stages, context) -> rows. A ValueError states why the file
+yields no rows, or no more rows."""
+FileTask = tuple[RawFile, RowsByStage]
+"""A raw file and its rows from the stages that a stage depends on."""
+RowsByFile = dict[str, list[Row]]
+"""Rows of a stage, by the name of the raw file."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,22 @@ class Stage:
     """One step from raw files to clips."""
 
     name: str
-    work: Work
+    process: ProcessFn
     columns: Mapping[str, pa.DataType]
     settings: Any = None
     """A frozen dataclass of plain values, or None."""
-    after: tuple[Stage, ...] = ()
-    prepare: Callable[[Any], object] | None = None
-    """Loads the model that the settings name. One process then works for all files, and a model that cannot
-    be loaded is the user's mistake, not the files'."""
+    depends_on: tuple[Stage, ...] = ()
+    load_model: Callable[[Any], object] | None = None
+    """Function that loads the model named in the settings. A stage with a model runs in one process, and an
+    error of this function is raised to the user instead of being recorded for each file."""
     version: int = 1
-    """Goes up when the same settings come to give other rows."""
+    """Increased when the same settings start to give different rows."""
 
     def fingerprint(self) -> str:
+        """Hash of name, version, settings and of the stages that this one depends on."""
         settings = asdict(self.settings) if self.settings else {}
-        settings.pop("device", None)  # where a model runs decides nothing
-        content = [self.name, self.version, settings, [stage.fingerprint() for stage in self.after]]
+        settings.pop("device", None)  # the device does not change the results
+        content = [self.name, self.version, settings, [stage.fingerprint() for stage in self.depends_on]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def folder(self, out: Path) -> Path:
@@ -93,12 +95,13 @@ class Runner:
     files: Sequence[RawFile]
     out: Path
     num_workers: int
-    """Processes; 0 works in this one, where no file can be ended that takes too long."""
+    """Number of worker processes; 0 works in this process, without a time limit for files."""
     progress: Progress
     timeout: float = TIMEOUT
-    """Seconds after which a stage gives a file up. One that another run gave up sooner is tried again."""
-    found: dict[str, Found] = field(default_factory=dict)
-    """By stage, what was found."""
+    """Time limit of a stage for one file, in seconds. A file that exceeded a shorter limit in an earlier
+    run is tried again."""
+    results: dict[str, RowsByFile] = field(default_factory=dict)
+    """Rows by stage name, of all stages that have run."""
     _pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Runner:
@@ -108,72 +111,75 @@ class Runner:
         self.close()
 
     def run(self, stage: Stage) -> None:
-        """Work on every file that is not done and that the stages before found something in."""
+        """Process every file that is not done and for which the earlier stages have valid rows."""
         table = Table(stage.folder(self.out), stage.columns)
         is_file = FolderListings().is_file
         stamps = {file.name: file.stamp(is_file) for file in self.files}
-        found = {
+        results = {
             name: rows
             for name, rows in table.read().items()
-            if rows and rows[0]["stamp"] == stamps.get(name) and not self._has_longer(rows[-1])
+            if rows and rows[0]["stamp"] == stamps.get(name) and not self._should_retry(rows[-1])
         }
-        jobs = []
+        tasks: list[FileTask] = []
         for file in self.files:
-            known = {before.name: sound(self.found[before.name].get(file.name, ())) for before in stage.after}
-            if all(known.values()) and file.name not in found:
-                jobs.append((file, known))
-        if jobs and stage.prepare is not None:
-            stage.prepare(stage.settings)
-        task = self.progress.add_task(stage.name, total=len(jobs))
+            earlier = {each.name: self.results[each.name] for each in stage.depends_on}
+            inputs = {name: valid_rows(rows.get(file.name, ())) for name, rows in earlier.items()}
+            if all(inputs.values()) and file.name not in results:
+                tasks.append((file, inputs))
+        if tasks and stage.load_model is not None:
+            stage.load_model(stage.settings)
+        bar = self.progress.add_task(stage.name, total=len(tasks))
         fresh: list[Row] = []
         flushed = time.monotonic()
-        work = partial(work_on, stage.work, stage.settings, Place(self.out, stage.folder(self.out)))
+        context = StageContext(self.out, stage.folder(self.out))
+        process = partial(process_file, stage.process, stage.settings, context)
         try:
-            for name, rows in self._results(work, jobs, alone=stage.prepare is not None):
-                found[name] = [{"video": name, "stamp": stamps[name], "error": None, **row} for row in rows]
-                fresh += found[name]
-                self.progress.advance(task)
+            for name, rows in self._process_all(process, tasks, in_process=stage.load_model is not None):
+                results[name] = [{"video": name, "stamp": stamps[name], "error": None, **row} for row in rows]
+                fresh += results[name]
+                self.progress.advance(bar)
                 if time.monotonic() > flushed + FLUSH_SECONDS:
                     table.add(fresh)
                     fresh, flushed = [], time.monotonic()
         finally:
             table.add(fresh)
-        self.found[stage.name] = found
+        self.results[stage.name] = results
 
-    def _has_longer(self, row: Row) -> bool:
-        """Whether a file was given up by a run that had less time for it."""
+    def _should_retry(self, row: Row) -> bool:
+        """True if the file exceeded a time limit that was shorter than the current one."""
         seconds = row.get("given_up_after")
         return seconds is not None and seconds < self.timeout
 
-    def _results(
-        self, work: Callable[[Job], list[Row]], jobs: Sequence[Job], alone: bool
+    def _process_all(
+        self, process: Callable[[FileTask], list[Row]], tasks: Sequence[FileTask], in_process: bool
     ) -> Iterator[tuple[str, list[Row]]]:
-        if alone or not self.num_workers:
-            for job in jobs:
-                yield job[0].name, work(job)
+        """Yield (file name, rows) as files are done, in any order."""
+        if in_process or not self.num_workers:
+            for task in tasks:
+                yield task[0].name, process(task)
             return
-        waiting = list(reversed(jobs))
+        waiting = list(reversed(tasks))
         with TemporaryDirectory() as folder:
-            timed = _Timed(work, self.timeout, Path(folder))
+            limited = _TimeLimited(process, self.timeout, Path(folder))
             while waiting:
-                suspects: list[Job] = []
-                self._pool = self._pool or _pool(self.num_workers)
-                yield from _drain(self._pool, timed, waiting, suspects, most=2 * self.num_workers)
+                suspects: list[FileTask] = []
+                self._pool = self._pool or _make_pool(self.num_workers)
+                yield from _drain(self._pool, limited, waiting, suspects, max_queued=2 * self.num_workers)
                 if not suspects:
                     continue
                 self.close()
-                late = [timed.was_late(job) for job in suspects]
-                for job, was_late in zip(suspects, late, strict=True):
-                    if was_late:
-                        yield job[0].name, timed.refusal
-                    elif any(late):
-                        waiting.append(job)
+                timed_out = [limited.has_timed_out(task) for task in suspects]
+                for task, is_late in zip(suspects, timed_out, strict=True):
+                    if is_late:
+                        yield task[0].name, limited.timeout_rows
+                    elif any(timed_out):
+                        waiting.append(task)
                     else:
-                        # One of these ended its process, as a decoder may on a hostile file.
-                        yield job[0].name, _result_alone(timed, job)
+                        # One of the suspects crashed its process, as a decoder may on a hostile file.
+                        yield task[0].name, _process_in_new_pool(limited, task)
 
     def close(self) -> None:
-        """End the processes; jobs that have not begun are dropped."""
+        """Stop the worker processes; tasks that have not started are dropped."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -181,97 +187,99 @@ class Runner:
 
 def _drain(
     pool: ProcessPoolExecutor,
-    work: Callable[[Job], list[Row]],
-    waiting: list[Job],
-    suspects: list[Job],
-    most: int,
+    process: Callable[[FileTask], list[Row]],
+    waiting: list[FileTask],
+    suspects: list[FileTask],
+    max_queued: int,
 ) -> Iterator[tuple[str, list[Row]]]:
-    """Results as they come; jobs move to `suspects` that were under way when a process ended."""
-    running: dict[Future[list[Row]], Job] = {}
+    """Yield results as they arrive. When a worker process dies, move the tasks that ran to `suspects`."""
+    running: dict[Future[list[Row]], FileTask] = {}
     while waiting or running:
-        while waiting and len(running) < most:
-            job = waiting.pop()
+        while waiting and len(running) < max_queued:
+            task = waiting.pop()
             try:
-                running[pool.submit(work, job)] = job
+                running[pool.submit(process, task)] = task
             except BrokenProcessPool:
-                suspects.append(job)
+                suspects.append(task)
                 break
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            job = running.pop(future)
+            task = running.pop(future)
             if isinstance(future.exception(), BrokenProcessPool):
-                suspects.append(job)
+                suspects.append(task)
             else:
-                yield job[0].name, future.result()
+                yield task[0].name, future.result()
         if suspects:
             suspects += running.values()
             return
 
 
 @dataclass(frozen=True)
-class _Timed:
-    """Work that ends its process when it takes too long."""
+class _TimeLimited:
+    """A process function that exits its process when a file takes too long."""
 
-    work: Callable[[Job], list[Row]]
+    process: Callable[[FileTask], list[Row]]
     seconds: float
     folder: Path
-    """Of a file for each job under way."""
+    """Folder with one log file for each task that is running."""
 
-    def __call__(self, job: Job) -> list[Row]:
-        with self._log(job).open("w") as log:
-            # The one timer of Python's that a decoder cannot hold up: it needs no interpreter.
+    def __call__(self, task: FileTask) -> list[Row]:
+        with self._log(task).open("w") as log:
+            # The only timer of Python that fires while a decoder holds the interpreter's lock.
             faulthandler.dump_traceback_later(self.seconds, exit=True, file=log)
             try:
-                return self.work(job)
+                return self.process(task)
             finally:
                 faulthandler.cancel_dump_traceback_later()
-                self._log(job).unlink()
+                self._log(task).unlink()
 
-    def was_late(self, job: Job) -> bool:
-        """Whether it ended its process: then it has told where it was."""
-        return self._log(job).is_file() and self._log(job).stat().st_size > 0
+    def has_timed_out(self, task: FileTask) -> bool:
+        """True if the timer ended the process: the task's log then contains a traceback."""
+        return self._log(task).is_file() and self._log(task).stat().st_size > 0
 
     @property
-    def refusal(self) -> list[Row]:
+    def timeout_rows(self) -> list[Row]:
+        """Rows of a file that exceeded the time limit."""
         return [{"error": f"reading it takes more than {self.seconds:g} s", "given_up_after": self.seconds}]
 
-    def _log(self, job: Job) -> Path:
-        return self.folder / job[0].key
+    def _log(self, task: FileTask) -> Path:
+        return self.folder / task[0].key
 
 
-def _result_alone(timed: _Timed, job: Job) -> list[Row]:
-    """A job's rows, or why it has none, from a process of its own."""
-    with _pool(1) as pool:
+def _process_in_new_pool(limited: _TimeLimited, task: FileTask) -> list[Row]:
+    """Process one file in a process of its own; a crash of the process becomes an error row."""
+    with _make_pool(1) as pool:
         try:
-            return pool.submit(timed, job).result()
+            return pool.submit(limited, task).result()
         except BrokenProcessPool:
-            return timed.refusal if timed.was_late(job) else [{"error": "reading it ends the process"}]
+            timed_out = limited.has_timed_out(task)
+            return limited.timeout_rows if timed_out else [{"error": "reading it ends the process"}]
 
 
-def _pool(num_workers: int) -> ProcessPoolExecutor:
+def _make_pool(num_workers: int) -> ProcessPoolExecutor:
     # Spawned: a fork of a process with threads of torch or OpenCV may hang.
-    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_begin)
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_init_worker)
 
 
-def _begin() -> None:
+def _init_worker() -> None:
     exit_with_parent()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
 
-def work_on(work: Work, settings: Any, place: Place, job: Job) -> list[Row]:
-    """All rows of a file; where it is refused, the last of them says why.
+def process_file(process: ProcessFn, settings: Any, context: StageContext, task: FileTask) -> list[Row]:
+    """Return all rows of a file; if the file is refused, the last row contains the error.
 
-    Whatever a file makes a decoder, a detector or our own code raise is the refusal of this file: it costs no
-    other one.
+    Any exception that a decoder, a detector or our own code raises on a file refuses this file only.
 
     Raises:
-        OSError, MemoryError: a fault of the machine, such as a full disk; the next run reads the file again.
+        OSError: an error of the machine, such as a full disk; the next run reads the file again.
+        MemoryError: memory ran out while the file was read; the next run reads it again.
     """
-    file, known = job
+    file, inputs = task
     rows: list[Row] = []
     try:
-        for row in work(settings, file, known, place):
+        for row in process(settings, file, inputs, context):
             rows.append(row)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
@@ -279,13 +287,13 @@ def work_on(work: Work, settings: Any, place: Place, job: Job) -> list[Row]:
         reason = clean_text(" ".join(str(error).split()))
         if is_out_of_memory(error):
             raise MemoryError(f"memory ran out while {file.name} was read ({reason})") from error
-        # A ValueError is worded for this place; of another exception its kind is half of what it says.
+        # A ValueError of ours is a complete sentence; any other exception also needs its type.
         if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
             reason = f"it cannot be processed ({type(error).__name__}: {reason})"
         rows.append({"error": reason})
     return rows
 
 
-def sound(rows: Sequence[Row]) -> list[Row]:
-    """The rows that say what was found."""
+def valid_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows that contain a result and not an error."""
     return [row for row in rows if row["error"] is None]

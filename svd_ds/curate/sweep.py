@@ -1,8 +1,8 @@
-"""Subsets for the question which threshold serves best, as arXiv 2311.15127 section E.2.2 asks it.
+"""Subset configs for choosing thresholds, as in arXiv 2311.15127, section E.2.2.
 
-Of each annotation, the worst 12.5, 25 or 50 per cent are left out, one annotation at a time; identical
-models are trained on the subsets and ranked by votes (tools/elo.py). A subset is a Hydra config that goes
-beside +experiment=curation: the shards stay as they are, and conditions choose among their samples.
+For one annotation at a time the worst 12.5, 25 or 50 per cent of the clips are left out; identical models are
+trained on the subsets and ranked by human votes (tools/elo.py). A subset is a Hydra config that is combined
+with +experiment=curation: the shards are unchanged, and conditions select the samples.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.fsync_io import replace_bytes
 
 SHARES = (12.5, 25.0, 50.0)
-"""Per cent that are left out; beside them stands the whole."""
+"""Percentages that are left out; the full set is the baseline."""
 HIGH_IS_WORSE = ("text_area",)
+"""Annotations of which the highest values are left out."""
 GROUP = "subset"
 CONFIG = """\
 # @package _global_
@@ -34,36 +35,43 @@ data:
 
 @dataclass(frozen=True)
 class Subset:
+    """A subset of the curated clips."""
+
     name: str
     conditions: tuple[str, ...]
     num_kept: int
 
 
 def write_subsets(out: Path) -> tuple[list[Subset], list[str]]:
-    """Write OUT/thresholds/subset/NAME.yaml, and return the subsets, and one sentence for each annotation
-    that not all clips have: its quantiles are those of the clips that have it, and the others are left out.
+    """Write OUT/thresholds/subset/NAME.yaml for each subset.
 
-    Raises FileNotFoundError where OUT was not curated, ValueError where conditions have chosen its shards.
+    Returns:
+        The subsets, and one sentence for each annotation that some clips lack: its quantiles are taken over
+            the clips that have it, and the others are left out.
+
+    Raises:
+        FileNotFoundError: OUT has no curated clips.
+        ValueError: its shards were already filtered by conditions.
     """
     table = out / "clips.parquet"
     if not table.is_file() or not (out / "shards" / INDEX_NAME).is_file():
         raise FileNotFoundError(f"{out} holds no curated clips: tools/curate.py RAW {out} makes them")
     reasons = pq.read_table(table, columns=["reason"])["reason"].drop_null().to_pylist()
-    by_condition = [reason for reason in reasons if not reason.startswith((DUPLICATE, UNREADABLE))]
-    if by_condition:
+    removed = [reason for reason in reasons if not reason.startswith((DUPLICATE, UNREADABLE))]
+    if removed:
         raise ValueError(
-            f"{len(by_condition)} clips of {out} are not in its shards, because of conditions like "
-            f"{by_condition[0].split(':')[0]!r}: thresholds are compared on shards made without --where"
+            f"{len(removed)} clips of {out} are not in its shards, because of conditions like "
+            f"{removed[0].split(':')[0]!r}: thresholds are compared on shards made without --where"
         )
     index = Index.load(out / "shards")
     samples = list(index.samples())
     subsets = [Subset("none", (), len(samples))]
     notes = []
-    told = {name for sample in samples for name in sample.annotations} - {*ANNOTATIONS}
-    for name in ("motion", *ANNOTATIONS, *sorted(told)):
+    others = {name for sample in samples for name in sample.annotations} - {*ANNOTATIONS}
+    for name in ("motion", *ANNOTATIONS, *sorted(others)):
         lacking = sum(number_of(sample, name) is None for sample in samples)
         if lacking == len(samples):
-            notes.append(f"{name}: no subsets, no clip has it")
+            notes.append(f"{name}: no subsets, because no clip has it")
             continue
         if lacking:
             notes.append(f"{name}: {lacking} of {len(samples)} clips lack it and are in none of its subsets")

@@ -1,4 +1,4 @@
-"""Curves as SVG text that takes on the colours and the font of the page it stands in."""
+"""Charts as SVG elements with the colours and the font of the page that contains them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ COLOURS = (
     "#3b7dd8", "#d9822b", "#2f9e77", "#c9453f", "#8b6fe0", "#a98b2d",
     "#c2549f", "#27a3b8", "#8a8f98", "#7fa63a", "#a4653d", "#5b6cc4",
 )  # fmt: skip
-"""Of the runs, in order; legible on white and on black."""
+"""Colours of the runs, in order; legible on white and on black."""
 RAMP = ("#b9cdea", "#94b5e2", "#6e9cdb", "#4a83d3", "#2f68b6", "#1f4a88")
-"""Of one run's evaluations, the oldest first."""
+"""Colours of one run's evaluations, from the oldest to the newest."""
 INK, RULE = "#010203", "#040506"
-"""Stand-ins that become the page's own colours in `_svg`."""
+"""Placeholder colours that `_svg` replaces by the page's own."""
 MAX_POINTS = 1000
-"""Points drawn on a set of axes for each curve of one, for all of several: the page stays small."""
+"""Maximum number of points of a chart, over all curves: keeps the page small."""
 LOG_RATIO = 20.0
-"""Highest over lowest value of the lines from which the y axis is logarithmic."""
+"""Ratio of the highest to the lowest value above which the y axis is logarithmic."""
 NUM_BINS = 40
-"""Of a histogram."""
+"""Number of bins of a histogram."""
 COLUMNS = 5
-"""Of small axes beside each other."""
+"""Number of small charts in a row."""
 
 
 @dataclass(frozen=True)
 class Curve:
+    """One labelled line of a chart."""
+
     label: str
     x: Sequence[float]
     y: Sequence[float]
@@ -49,38 +51,39 @@ class Chart:
     y_label: str
     curves: Sequence[Curve]
     smooth: bool = False
-    """Draw smoothed lines, over the raw values as points where there is one curve."""
+    """Draw smoothed lines; a single curve also shows its raw values as points."""
     log_x: bool = False
     marked: bool = False
-    """Mark the values themselves: there are few."""
+    """Mark each value, for curves of few values."""
 
 
-def colours(num: int) -> list[str]:
+def run_colours(num: int) -> list[str]:
+    """Return a colour for each of `num` runs."""
     return [COLOURS[i % len(COLOURS)] for i in range(num)]
 
 
-def ramp(num: int) -> list[str]:
-    """From light to dark."""
+def colour_ramp(num: int) -> list[str]:
+    """Return `num` shades of one colour, from light to dark."""
     return [RAMP[-1 - round((num - 1 - i) * (len(RAMP) - 1) / max(1, num - 1))] for i in range(num)]
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Exponential moving average over about a fortieth of the curve, at least 10 values.
+    """Exponential moving average over about 1/40 of the curve, at least 10 values.
 
-    Its start is corrected for bias; what is not a number is skipped.
+    The average is corrected for its zero start; values that are not finite are skipped.
     """
-    rate = 1 / max(10, len(values) / 40)
+    decay = 1 / max(10, len(values) / 40)
     total, weight, result = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
-            total += rate * (value - total)
-            weight += rate * (1 - weight)
+            total += decay * (value - total)
+            weight += decay * (1 - weight)
         result.append(total / weight if weight else math.nan)
     return np.array(result)
 
 
-def draw(chart: Chart, legend: bool = False) -> str:
-    """A chart as an <svg> element, with a legend beside it if wanted: the page may have its own."""
+def draw_chart(chart: Chart, legend: bool = False) -> str:
+    """Draw a chart as an <svg> element, with a legend next to it on request."""
     with _style(chart.title):
         figure = Figure(figsize=(6.4, 2.9), layout="constrained")
         axes = figure.subplots()
@@ -91,8 +94,8 @@ def draw(chart: Chart, legend: bool = False) -> str:
         return _svg(figure)
 
 
-def draw_small(charts: Sequence[Chart]) -> str:
-    """Several small charts of one x axis, in rows, as one <svg> element."""
+def draw_chart_grid(charts: Sequence[Chart]) -> str:
+    """Draw several small charts with a common x axis, in rows, as one <svg> element."""
     num_rows = -(-len(charts) // COLUMNS)
     with _style(charts[0].title):
         figure = Figure(figsize=(13.2, 0.35 + 1.75 * num_rows), layout="constrained")
@@ -109,8 +112,14 @@ def draw_small(charts: Sequence[Chart]) -> str:
         return _svg(figure)
 
 
-def histogram(title: str, x_label: str, parts: Sequence[tuple[str, Sequence[float], str]]) -> str:
-    """Stacked counts of several labelled sets of values, each with its colour, as an <svg> element."""
+def draw_histogram(title: str, x_label: str, parts: Sequence[tuple[str, Sequence[float], str]]) -> str:
+    """Draw a stacked histogram as an <svg> element.
+
+    Args:
+        title: title of the chart.
+        x_label: label of the x axis.
+        parts: (label, values, colour) of each stacked set.
+    """
     with _style(title):
         figure = Figure(figsize=(6.4, 2.9), layout="constrained")
         axes = figure.subplots()
@@ -145,16 +154,16 @@ def _style(salt: str) -> Any:
 
 def _fill(axes: Any, chart: Chart, line_width: float) -> None:
     lines = [smoothed(curve.y) if chart.smooth else np.array(curve.y, float) for curve in chart.curves]
-    most = max(50, MAX_POINTS // max(1, len(lines)))
+    max_points = max(50, MAX_POINTS // max(1, len(lines)))
     for curve, line in zip(chart.curves, lines, strict=True):
-        thin = slice(None, None, max(1, math.ceil(len(line) / most)))
+        shown = slice(None, None, max(1, math.ceil(len(line) / max_points)))
         if chart.smooth and len(lines) == 1:
             axes.plot(
-                curve.x[thin], curve.y[thin], ".", color=curve.colour, alpha=0.35, markersize=3.2, mew=0
+                curve.x[shown], curve.y[shown], ".", color=curve.colour, alpha=0.35, markersize=3.2, mew=0
             )
         mark = "o" if chart.marked or len(line) == 1 else None
         axes.plot(
-            curve.x[thin], line[thin], color=curve.colour, label=curve.label,
+            curve.x[shown], line[shown], color=curve.colour, label=curve.label,
             linewidth=line_width, marker=mark, markersize=3,
         )  # fmt: skip
     if chart.log_x:
@@ -178,5 +187,5 @@ def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    svg = text[text.index("<svg") :]  # an XML header has no place inside HTML
+    svg = text[text.index("<svg") :]  # without the XML header, which is invalid inside HTML
     return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")

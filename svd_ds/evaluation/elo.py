@@ -1,8 +1,9 @@
-"""Which model people prefer: Elo ratings of pairwise votes, as arXiv 2311.15127 section E.3 rates its models.
+"""Elo ratings from pairwise human votes, as in arXiv 2311.15127, section E.3.
 
-Every model begins at 1000; a vote moves both of its models by K = 1 times what it surprises by, with the
-logistic curve of base 10 and divisor 400. Ratings depend on the order of the votes, so they are averaged
-over bootstrap samples of them, drawn with replacement in random order; their spread is the interval.
+Every model starts at 1000. A vote changes the ratings of its two models by K = 1 times the difference of
+actual and expected score, with a logistic curve of base 10 and divisor 400. Ratings depend on the order of
+the votes, so they are averaged over bootstrap samples of the votes, drawn with replacement in random order;
+percentiles of the samples give the interval.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-START = 1000.0
+INITIAL_RATING = 1000.0
 K = 1.0
 DIVISOR = 400.0
 NUM_BOOTSTRAPS = 1000
 INTERVAL = (2.5, 97.5)
-"""Percentiles of the bootstraps."""
+"""Percentiles of the bootstrap samples."""
 COLUMNS = ("first", "second", "winner")
 TIE = "tie"
-ALL = "all"
+DEFAULT_AXIS = "all"
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,37 @@ class Vote:
 
     first: str
     second: str
-    share: float
-    """The first's: 1 it won, 0 it lost, 0.5 a tie."""
-    axis: str = ALL
-    """What was asked: quality, prompt following, ..."""
+    score: float
+    """Score of the first model: 1 for a win, 0 for a loss, 0.5 for a tie."""
+    axis: str = DEFAULT_AXIS
+    """Question that was asked, such as quality or prompt following."""
 
 
 @dataclass(frozen=True)
 class Rating:
+    """Elo rating of a model, with its interval."""
+
     model: str
     elo: float
-    """Mean over the bootstraps."""
+    """Mean over the bootstrap samples."""
     low: float
     high: float
     num_votes: int
 
 
-def expected(rating: float | np.ndarray, other: float | np.ndarray) -> float | np.ndarray:
-    """The share of votes that a model of `rating` should win against one of rating `other`."""
+def expected_score(rating: float | np.ndarray, other: float | np.ndarray) -> float | np.ndarray:
+    """Expected score of a model against another, from their ratings."""
     return 1.0 / (1.0 + 10.0 ** ((other - rating) / DIVISOR))
 
 
 def read_votes(path: Path) -> list[Vote]:
-    """Votes of a csv with the columns first, second, winner, and axis where there are several questions.
+    """Read votes from a csv with the columns first, second, winner, and optionally axis.
 
-    `winner` names one of the two models, or is "tie". Raises FileNotFoundError, or ValueError with the line.
+    `winner` is the name of one of the two models, or "tie".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing, a line is invalid, or there are no votes.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there are no votes {path}")
@@ -69,31 +76,32 @@ def read_votes(path: Path) -> list[Vote]:
             first, second, winner = ((row[name] or "").strip() for name in COLUMNS)
             if first == second or winner not in (first, second, TIE):
                 raise ValueError(
-                    f"line {table.line_num} of {path} lets {winner!r} win between {first!r} and {second!r}"
+                    f"line {table.line_num} of {path} has the winner {winner!r}: "
+                    f"it must be one of two different models, {first!r} or {second!r}, or {TIE!r}"
                 )
-            share = 0.5 if winner == TIE else float(winner == first)
-            votes.append(Vote(first, second, share, (row.get("axis") or ALL).strip()))
+            score = 0.5 if winner == TIE else float(winner == first)
+            votes.append(Vote(first, second, score, (row.get("axis") or DEFAULT_AXIS).strip()))
     if not votes:
         raise ValueError(f"{path} holds no votes")
     return votes
 
 
-def rate(votes: Sequence[Vote], num_bootstraps: int = NUM_BOOTSTRAPS, seed: int = 0) -> list[Rating]:
-    """Ratings of all models in `votes`, the best first."""
+def rate_models(votes: Sequence[Vote], num_bootstraps: int = NUM_BOOTSTRAPS, seed: int = 0) -> list[Rating]:
+    """Rate all models in `votes`; the best comes first."""
     models = sorted({model for vote in votes for model in (vote.first, vote.second)})
-    number = {model: place for place, model in enumerate(models)}
-    firsts = np.array([number[vote.first] for vote in votes])
-    seconds = np.array([number[vote.second] for vote in votes])
-    shares = np.array([vote.share for vote in votes])
+    index = {model: i for i, model in enumerate(models)}
+    firsts = np.array([index[vote.first] for vote in votes])
+    seconds = np.array([index[vote.second] for vote in votes])
+    scores = np.array([vote.score for vote in votes])
 
     drawn = np.random.default_rng(seed).integers(len(votes), size=(len(votes), num_bootstraps))
-    ratings = np.full((num_bootstraps, len(models)), START)
-    each = np.arange(num_bootstraps)
-    for of_each in drawn:
-        first, second = firsts[of_each], seconds[of_each]
-        surprise = shares[of_each] - expected(ratings[each, first], ratings[each, second])
-        ratings[each, first] += K * surprise
-        ratings[each, second] -= K * surprise
+    ratings = np.full((num_bootstraps, len(models)), INITIAL_RATING)
+    rows = np.arange(num_bootstraps)
+    for vote_indices in drawn:
+        first, second = firsts[vote_indices], seconds[vote_indices]
+        error = scores[vote_indices] - expected_score(ratings[rows, first], ratings[rows, second])
+        ratings[rows, first] += K * error
+        ratings[rows, second] -= K * error
 
     lows, highs = np.percentile(ratings, INTERVAL, axis=0)
     counts = np.bincount(np.concatenate([firsts, seconds]), minlength=len(models))

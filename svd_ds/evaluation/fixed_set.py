@@ -1,4 +1,4 @@
-"""What runs learned at each noise level, from their evaluations on one fixed set: charts, and a ranking."""
+"""Evaluations of runs on one fixed set: charts of loss and gradient by noise level, and a ranking."""
 
 from __future__ import annotations
 
@@ -9,49 +9,53 @@ from statistics import fmean
 
 import numpy as np
 
-from svd_ds.evaluation.charts import Chart, Curve, ramp
+from svd_ds.evaluation.charts import Chart, Curve, colour_ramp
 from svd_ds.evaluation.runs import Row, Run
 
 MAX_EVALUATIONS = 6
-"""Of one run, shown above each other."""
-LOW, HIGH = 0.1, 10.0
-"""Sigmas that part low, middle and high noise. On latents of deviation 1: below, noise is hardly seen and the
-network learns detail; above, little else is seen and it learns what the conditions say."""
+"""Maximum number of evaluations of one run that are drawn into one chart."""
+LOW_SIGMA, HIGH_SIGMA = 0.1, 10.0
+"""Sigmas that separate low, middle and high noise, for latents of standard deviation 1. At low noise the
+network learns detail; at high noise the content comes from the conditioning."""
 SIGMA = "noise level \N{GREEK SMALL LETTER SIGMA}"
 ERROR = "squared error of v"
 
 
 @dataclass(frozen=True)
-class Place:
+class RankedRun:
     """A run in the ranking. Losses are those of the averaged weights."""
 
-    run: int
-    """Its number among the runs of the report."""
+    run_index: int
+    """Index of the run among the runs of the report."""
     step: int
     samples: int
     loss: float
-    """The mean over the noise levels."""
+    """Mean over the noise levels."""
     above_best: float
-    """By what share it is above the lowest."""
+    """Relative distance to the lowest loss."""
     low: float
     middle: float
     high: float
     raw: float
-    """The mean loss of the weights themselves."""
+    """Mean loss of the raw weights."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    places: list[Place]
-    """Lowest loss first."""
+    """Ranking of the runs that were evaluated on one fixed set."""
+
+    entries: list[RankedRun]
+    """Runs by ascending loss."""
     best: dict[str, float]
     """Column -> its lowest number."""
     sentence: str
+    """Summary in words."""
 
 
-def by_sigma(runs: Sequence[Run], palette: Sequence[str]) -> list[Chart]:
-    """Loss and gradient by sigma and by frame: each run's newest, or one run's over time."""
-    shown = _shown(runs, palette)
+def charts_by_sigma(runs: Sequence[Run], palette: Sequence[str]) -> list[Chart]:
+    """Charts of loss and gradient by sigma and by frame: the newest evaluation of each run, or several of
+    a single run."""
+    shown = _shown_evaluations(runs, palette)
 
     def by_level(key: str) -> list[Curve]:
         return [Curve(label, row["sigma"], row[key], colour) for label, row, colour in shown]
@@ -70,15 +74,20 @@ def by_sigma(runs: Sequence[Run], palette: Sequence[str]) -> list[Chart]:
     return [chart for chart in charts if any(curve.y for curve in chart.curves)]
 
 
-def over_time(runs: Sequence[Run], palette: Sequence[str], x_key: str, x_label: str) -> list[Chart]:
-    """The mean loss over training, then that of each bin of sigma."""
+def charts_over_training(
+    runs: Sequence[Run], palette: Sequence[str], x_key: str, x_label: str
+) -> list[Chart]:
+    """Charts of the mean loss over training, then of the loss in each bin of sigma."""
 
-    def chart(title: str, s: int | None) -> Chart:
+    def chart(title: str, bin_index: int | None) -> Chart:
         curves = [
             Curve(
                 run.name,
                 [row[x_key] for row in run.evaluations],
-                [fmean(row["loss"]) if s is None else row["loss"][s] for row in run.evaluations],
+                [
+                    fmean(row["loss"]) if bin_index is None else row["loss"][bin_index]
+                    for row in run.evaluations
+                ],
                 colour,
             )
             for run, colour in zip(runs, palette, strict=True)
@@ -87,73 +96,79 @@ def over_time(runs: Sequence[Run], palette: Sequence[str], x_key: str, x_label: 
         return Chart(title, x_label, ERROR, curves, marked=True)
 
     sigmas = next(run for run in runs if run.evaluations).evaluations[-1]["sigma"]
-    bins = [chart(f"{SIGMA} ≈ {_digits(sigma)}", s) for s, sigma in enumerate(sigmas)]
+    bins = [chart(f"{SIGMA} ≈ {_format_two_digits(sigma)}", i) for i, sigma in enumerate(sigmas)]
     return [chart("Loss on the fixed set, mean over noise levels", None), *bins]
 
 
-def rank(runs: Sequence[Run]) -> Ranking | None:
-    """The runs that were measured on one set, by their newest loss; None where there are no two: see
-    `why_unranked`."""
-    newest = {number: run.evaluations[-1] for number, run in enumerate(runs) if run.evaluations}
+def rank_runs(runs: Sequence[Run]) -> Ranking | None:
+    """Rank the runs that were evaluated on one fixed set by their newest loss.
+
+    Returns:
+        The ranking; None if fewer than two runs share a set, see `explain_missing_ranking`.
+    """
+    newest = {i: run.evaluations[-1] for i, run in enumerate(runs) if run.evaluations}
     sets = [row["set"] for row in newest.values()]
     common = max(sets, key=sets.count, default=None)
-    rows = {number: row for number, row in newest.items() if row["set"] == common}
+    rows = {i: row for i, row in newest.items() if row["set"] == common}
     if len(rows) < 2:
         return None
     lowest = min(fmean(row["loss_average"]) for row in rows.values())
-    places = sorted((_place(number, row, lowest) for number, row in rows.items()), key=lambda p: p.loss)
+    entries = sorted((_rank_entry(i, row, lowest) for i, row in rows.items()), key=lambda entry: entry.loss)
     best = {
-        key: min(getattr(place, key) for place in places) for key in ("loss", "low", "middle", "high", "raw")
+        key: min(getattr(entry, key) for entry in entries) for key in ("loss", "low", "middle", "high", "raw")
     }
-    return Ranking(places, best, _sentence(runs, places, len(runs) - len(rows)))
+    return Ranking(entries, best, _summary(runs, entries, len(runs) - len(rows)))
 
 
-def why_unranked(runs: Sequence[Run]) -> str | None:
-    """What to tell where `rank` finds no two runs that were measured alike; None where nobody expects it."""
+def explain_missing_ranking(runs: Sequence[Run]) -> str | None:
+    """Explain to the user why several evaluated runs have no ranking; None if fewer than two were
+    evaluated."""
     if sum(bool(run.evaluations) for run in runs) < 2:
         return None
     return (
-        "Each of these runs was measured on a fixed set of its own, so there is no ranking: their evaluation "
-        "clips, the shape of these, or the autoencoder differ."
+        "The runs were evaluated on different fixed sets, so there is no ranking: their evaluation clips, "
+        "frame sizes, numbers of frames or autoencoders differ."
     )
 
 
-def _digits(value: float) -> str:
-    """Two digits, never as a power of ten."""
+def _format_two_digits(value: float) -> str:
+    """Format with two significant digits, never as a power of ten."""
     return np.format_float_positional(value, precision=2, fractional=False, trim="-")
 
 
-def _place(number: int, row: Row, lowest: float) -> Place:
+def _rank_entry(index: int, row: Row, lowest: float) -> RankedRun:
     losses = list(zip(row["sigma"], row["loss_average"], strict=True))
     loss = fmean(row["loss_average"])
-    return Place(
-        run=number,
+    return RankedRun(
+        run_index=index,
         step=row["step"],
         samples=row["samples"],
         loss=loss,
         above_best=loss / lowest - 1,
-        low=fmean(loss for sigma, loss in losses if sigma < LOW),
-        middle=fmean(loss for sigma, loss in losses if LOW <= sigma <= HIGH),
-        high=fmean(loss for sigma, loss in losses if sigma > HIGH),
+        low=fmean(loss for sigma, loss in losses if sigma < LOW_SIGMA),
+        middle=fmean(loss for sigma, loss in losses if LOW_SIGMA <= sigma <= HIGH_SIGMA),
+        high=fmean(loss for sigma, loss in losses if sigma > HIGH_SIGMA),
         raw=fmean(row["loss"]),
     )
 
 
-def _sentence(runs: Sequence[Run], places: Sequence[Place], left_out: int) -> str:
-    first, second = places[:2]
-    told = (
-        f"{runs[first.run].name} has the lowest loss on the fixed set, {first.loss:.4f}; "
-        f"{runs[second.run].name} follows {_digits(100 * second.above_best)} % above it."
+def _summary(runs: Sequence[Run], entries: Sequence[RankedRun], num_unranked: int) -> str:
+    first, second = entries[:2]
+    text = (
+        f"{runs[first.run_index].name} has the lowest loss on the fixed set, {first.loss:.4f}; "
+        f"{runs[second.run_index].name} follows, {_format_two_digits(100 * second.above_best)} % higher."
     )
-    if len({place.samples for place in places}) > 1:
-        told += " The runs have not seen equally many clips: compare with care."
-    if left_out:
-        told += f" {left_out} of the runs {'was' if left_out == 1 else 'were'} not measured on this set."
-    return told
+    if len({entry.samples for entry in entries}) > 1:
+        text += " The runs have seen different numbers of clips: compare with care."
+    if num_unranked:
+        text += (
+            f" {num_unranked} of the runs {'was' if num_unranked == 1 else 'were'} not measured on this set."
+        )
+    return text
 
 
-def _shown(runs: Sequence[Run], palette: Sequence[str]) -> list[tuple[str, Row, str]]:
-    """(label, evaluation, colour) of the curves by sigma."""
+def _shown_evaluations(runs: Sequence[Run], palette: Sequence[str]) -> list[tuple[str, Row, str]]:
+    """Return (label, evaluation, colour) of the curves by sigma."""
     if len(runs) > 1:
         return [
             (run.name, run.evaluations[-1], colour)
@@ -162,5 +177,7 @@ def _shown(runs: Sequence[Run], palette: Sequence[str]) -> list[tuple[str, Row, 
         ]
     rows = runs[0].evaluations
     count = min(len(rows), MAX_EVALUATIONS)
-    chosen = [rows[math.ceil((i + 1) * len(rows) / count) - 1] for i in range(count)]
-    return [(f"step {row['step']:,}", row, colour) for row, colour in zip(chosen, ramp(count), strict=True)]
+    shown = [rows[math.ceil((i + 1) * len(rows) / count) - 1] for i in range(count)]
+    return [
+        (f"step {row['step']:,}", row, colour) for row, colour in zip(shown, colour_ramp(count), strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""What a run folder tells a report: run folder -> Run."""
+"""Content of a run folder, for reports."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from svd_ds.small_files import is_number, read_yaml
 
 Row = dict[str, Any]
 STEP = re.compile(r"step-[0-9]{1,15}")
-"""Name of the folder of a step's samples."""
+"""Name of the folder with the samples of a step."""
 
 
 @dataclass(frozen=True)
 class Run:
+    """Settings, metrics, evaluations and samples of a run."""
+
     name: str
     settings: dict[str, str]
-    """config.yaml, flat: "optim.lr" -> "0.0001"."""
+    """config.yaml, flattened: "optim.lr" -> "0.0001"."""
     metrics: list[Row]
-    """metrics.jsonl, a line each; keys we do not know are kept and not shown."""
+    """Lines of metrics.jsonl; unknown keys are kept."""
     evaluations: list[Row]
-    """evaluation.jsonl, a line each (svd_ds.training.evaluate.EvalResult)."""
+    """Lines of evaluation.jsonl (svd_ds.training.evaluate.EvalResult)."""
     sample_folders: dict[int, Path]
     """Step -> folder of its samples."""
     damage: tuple[str, ...] = ()
-    """A sentence for each of its files that is damaged: the report lacks what cannot be read."""
+    """A sentence for each damaged file; its unreadable parts are omitted."""
 
     def column(self, key: str) -> list[float]:
-        """One number a line of the metrics, NaN where a line has no finite number."""
+        """Return one number for each line of the metrics, NaN if the line has none."""
         return [float(line[key]) if is_number(line.get(key)) else math.nan for line in self.metrics]
 
 
@@ -48,12 +50,12 @@ def read_run(path: Path) -> Run:
         raise FileNotFoundError(f"there is no run folder {path}")
     for name in ("config.yaml", "metrics.jsonl"):
         if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} has no {name}, so it is not the folder of a run that has begun")
+            raise FileNotFoundError(f"{path} has no {name}: it is not a run folder")
     samples = path / "samples"
     folders = [path for path in sorted(samples.glob("step-*")) if STEP.fullmatch(path.name)]
     config = read_yaml(path / "config.yaml")
     if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.yaml'} is damaged: it is no config of a run")
+        raise ValueError(f"{path / 'config.yaml'} is damaged: it must be a mapping")
     metrics = read_json_lines(path / "metrics.jsonl", _has_step, skip_bad=True)
     evaluations = read_json_lines(path / "evaluation.jsonl", _is_evaluation, skip_bad=True)
     return Run(
@@ -67,15 +69,17 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read several, under names that differ: folder names, or the paths as given where two have one name."""
+    """Read several run folders. Runs are named by their folder, or by the given path if two folders have
+    the same name."""
     runs = [read_run(path) for path in paths]
     if len({run.name for run in runs}) == len(runs):
         return runs
     return [replace(run, name=str(path)) for run, path in zip(runs, paths, strict=True)]
 
 
-def short_names(names: Sequence[str]) -> tuple[str, list[str]]:
-    """What all names have before their first dash, and what is left of each; "" and the names otherwise.
+def split_common_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Split names into a common part before their first dash, and the rest of each; "" and the names if there
+    is none.
 
     ("noise_schedule-edm", "noise_schedule-cosine") -> "noise_schedule", ["edm", "cosine"]
     """
@@ -91,13 +95,13 @@ def _has_step(row: Row) -> bool:
 
 
 def _is_evaluation(row: Row) -> bool:
-    by_sigma = [row.get(name) for name in ("sigma", "loss", "loss_average", "grad_norm")]
-    by_frame = [row.get(name) for name in ("loss_by_frame", "grad_norm_by_frame")]
+    sigma_lists = [row.get(name) for name in ("sigma", "loss", "loss_average", "grad_norm")]
+    frame_lists = [row.get(name) for name in ("loss_by_frame", "grad_norm_by_frame")]
     return (
         _has_step(row)
         and {"samples", "set", "clips"} <= row.keys()
-        and all(isinstance(each, list) and all(map(_is_real, each)) for each in (*by_sigma, *by_frame))
-        and len({len(each) for each in by_sigma if each}) == 1
+        and all(isinstance(each, list) and all(map(_is_real, each)) for each in (*sigma_lists, *frame_lists))
+        and len({len(each) for each in sigma_lists if each}) == 1
     )
 
 

@@ -72,7 +72,7 @@ def test_wrong_computations_name_the_rank_and_cost_no_step(
     assert len(warnings) == 3 and all(
         row["message"] in line for row, line in zip(rows, warnings, strict=True)
     )
-    assert "steps computed wrongly by failing hardware" in (run / "report.html").read_text()
+    assert "steps with hardware faults" in (run / "report.html").read_text()
 
 
 def test_bad_clip_is_skipped_and_named(run_ranks: RunRanks, shards: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from svd_ds.command_line import CONF
 from svd_ds.compose import compose
 from svd_ds.data.writer import ShardWriter
-from svd_ds.evaluation.fixed_set import rank
+from svd_ds.evaluation.fixed_set import rank_runs
 from svd_ds.evaluation.report import write_report
 from svd_ds.evaluation.runs import read_run
 from svd_ds.model.unet import UNet, parameter_tags
@@ -165,7 +165,7 @@ def test_every_noise_schedule_trains_and_one_report_ranks_them(
 ) -> None:
     members = sorted(path.stem for path in (CONF / "noise").glob("*.yaml"))
     runs = [train("noise_schedule", f"noise={member}", "evaluation.clips=1") for member in members]
-    ranking = rank([read_run(run) for run in runs])
+    ranking = rank_runs([read_run(run) for run in runs])
     assert ranking is not None and len(ranking.places) == len(members), "all were measured on one set"
     write_report(runs, tmp_path / "compare.html")
     html = (tmp_path / "compare.html").read_text()

@@ -27,10 +27,10 @@ from svd_ds.cli import print_error, print_line
 from svd_ds.compose import compose
 from svd_ds.curate import craft, embed
 from svd_ds.curate.media import encode_still
-from svd_ds.curate.select import Clip
+from svd_ds.curate.select import ClipRecord
 from svd_ds.data.external_shards import ProbedSample, probe_shard
 from svd_ds.data.quarantine import Fault
-from svd_ds.evaluation.data_card import write_card
+from svd_ds.evaluation.data_card import write_data_card
 from svd_ds.evaluation.report import write_report
 from svd_ds.run_folder import RunFolder
 from svd_ds.small_files import read_json, read_yaml
@@ -70,14 +70,14 @@ def test_pickled_weights_are_refused_and_not_run(tmp_path: Path, mark: Path, nam
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("load", [craft.load, embed.read_head])
+@pytest.mark.parametrize("load", [craft.load_craft, embed.read_aesthetic_head])
 @pytest.mark.parametrize("name", ["detector.pth", "detector.safetensors"])
 def test_detector_weights_with_code_in_them_are_refused_and_not_run(
     tmp_path: Path, mark: Path, load: Callable[[Path], object], name: str
 ) -> None:
     path = tmp_path / name
     torch.save({"weight": Exploit(mark)}, path)
-    with pytest.raises(ValueError, match=re.escape(f"{path} is no file of tensors")):
+    with pytest.raises(ValueError, match=re.escape(f"{path} is not a file of tensors")):
         load(path)
     assert not mark.exists()
 
@@ -139,14 +139,14 @@ ATTACK = (
 def test_markup_of_strangers_is_text_in_a_data_card(tmp_path: Path) -> None:
     (tmp_path / "clip.jpg").write_bytes(encode_still(np.zeros((32, 32, 3), np.uint8)))
     clips = [
-        Clip(
+        ClipRecord(
             id=ATTACK, video=ATTACK, start_frame=0, end_frame=1, fps=24, height=32, width=32,
             method="encoded", media="clip.jpg", motion=0.5, annotations={ATTACK: number},
             captions={ATTACK: ATTACK}, elevation=None, reason=reason,
         )
         for number, reason in ((1.0, None), (2.0, f"{ATTACK}: {ATTACK}"), (3.0, None))
     ]  # fmt: skip
-    write_card(clips, [(ATTACK, ATTACK)], 1, [ATTACK], tmp_path)
+    write_data_card(clips, [(ATTACK, ATTACK)], 1, [ATTACK], tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert html.count("alert(1)") > 5, "it is shown"
     assert Code(html).found == []

@@ -1,4 +1,4 @@
-"""Near-duplicates: found by hashes and by embeddings, against all pairs compared one by one."""
+"""Near-duplicates by hashes and by embeddings, against a comparison of all pairs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from svd_ds.curate.duplicates import DuplicateSettings, mark_duplicates
 from svd_ds.curate.measure import perceptual_hash
-from svd_ds.curate.select import Clip
+from svd_ds.curate.select import ClipRecord
 from tests.curation import real_shots
 
 
-def clip(number: int, hashes: list[int], embeddings: list[list[float]] | None = None) -> Clip:
-    return Clip(
+def clip(number: int, hashes: list[int], embeddings: list[list[float]] | None = None) -> ClipRecord:
+    return ClipRecord(
         f"c{number}",
         "v.mp4",
         0,
@@ -36,7 +36,7 @@ def clip(number: int, hashes: list[int], embeddings: list[list[float]] | None = 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sets(st.integers(0, 63), max_size=8)), max_size=12))
 @settings(max_examples=100, deadline=None)
-def test_bands_find_every_pair_of_few_bits(flips: list[tuple[int, set[int]]]) -> None:
+def test_hash_pieces_find_every_pair_of_few_different_bits(flips: list[tuple[int, set[int]]]) -> None:
     bases = np.random.default_rng(0).integers(0, 2**63, 4).tolist()
     hashes = [bases[base] ^ sum(1 << bit for bit in bits) for base, bits in flips]
     clips = [clip(number, [value] * 3) for number, value in enumerate(hashes)]
@@ -55,7 +55,7 @@ def test_all_three_frames_must_agree() -> None:
     assert [c.duplicate_of for c in clips] == [None, None, "c0"]
 
 
-def test_embeddings_are_compared_where_all_clips_have_them() -> None:
+def test_embeddings_are_compared_if_all_clips_have_them() -> None:
     one, other = [1.0, 0.0], [0.0, 1.0]
     near = [float(np.cos(0.2)), float(np.sin(0.2))]
     clips = [clip(0, [0], [one] * 3), clip(1, [0], [other] * 3), clip(2, [2**60 - 1], [near] * 3)]
@@ -69,7 +69,7 @@ def test_embeddings_are_compared_where_all_clips_have_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["rabbit", "man", "street2"])
-def test_hashes_survive_size_and_compression_but_tell_pictures_apart(name: str) -> None:
+def test_hashes_survive_resizing_and_compression_and_separate_pictures(name: str) -> None:
     shots = real_shots()
     frame = shots[name][10]
     _, jpeg = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, 40])

@@ -10,7 +10,7 @@ from svd_ds.curate.flow import motion_score
 
 
 def panning(speed: float, num_frames: int, height: int = 96, width: int = 160) -> list[np.ndarray]:
-    """A random texture with detail of all sizes that the camera pans over, `speed` pixels a frame."""
+    """A random texture with detail of all sizes over which the camera pans, at `speed` pixels a frame."""
     generator = np.random.default_rng(0)
     layers = [generator.normal(size=(height, 2 * width)).astype(np.float32) for _ in range(4)]
     layers = [cv2.GaussianBlur(layer, (0, 0), 2.0**octave) for octave, layer in enumerate(layers, 1)]
@@ -33,7 +33,7 @@ def test_score_depends_on_neither_size_nor_frame_rate() -> None:
     assert motion_score(frames[::2], fps=12.0) == pytest.approx(score, rel=0.1)
 
 
-def test_short_clips_and_single_frames() -> None:
+def test_score_of_short_clips_and_single_frames() -> None:
     frames = panning(1.0, 6)
     assert motion_score(frames, fps=24.0) == pytest.approx(24 / 96, rel=0.25)
     assert motion_score(frames[:1], fps=24.0) == 0.0

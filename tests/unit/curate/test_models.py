@@ -12,10 +12,16 @@ import transformers
 from safetensors.torch import save_file
 
 from svd_ds.curate.captions import PROMPTS, CaptionSettings, load_captioner, load_merger
-from svd_ds.curate.embed import ClipModelSettings, load_clip, read_head
-from svd_ds.curate.pipeline import Settings, annotate, finish, progress_bar, refused
-from svd_ds.curate.raw import find_raw
-from svd_ds.curate.select import Clip
+from svd_ds.curate.embed import CLIPModelSettings, load_clip_model, read_aesthetic_head
+from svd_ds.curate.pipeline import (
+    CurationSettings,
+    annotate,
+    list_refused,
+    progress_bar,
+    write_curated_shards,
+)
+from svd_ds.curate.raw import find_raw_files
+from svd_ds.curate.select import ClipRecord
 from svd_ds.curate.stages import Runner
 from tests.videos import moving_square, write_video
 
@@ -35,7 +41,7 @@ TEXT = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A folder each, as transformers saves it."""
+    """Folder of each model, as transformers saves it."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
     assets = Path(__file__).parents[3] / "svd_ds" / "assets" / "tiny_svd" / "tokenizer"
@@ -72,8 +78,8 @@ def frames(number: int) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 255, (number, 48, 64, 3), dtype=np.uint8))
 
 
-def test_embeddings_are_those_of_the_model(folders: dict[str, str]) -> None:
-    model = load_clip(ClipModelSettings(folders["clip"]))
+def test_embeddings_equal_those_of_transformers(folders: dict[str, str]) -> None:
+    model = load_clip_model(CLIPModelSettings(folders["clip"]))
     embeddings = model.embed_frames(frames(3))
     assert embeddings.shape == (3, 16)
     assert embeddings.norm(dim=-1) == pytest.approx(torch.ones(3).numpy(), abs=1e-5)
@@ -89,44 +95,44 @@ def test_embeddings_are_those_of_the_model(folders: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_head_of_one_or_several_layers(folders: dict[str, str], tmp_path: Path, suffix: str) -> None:
+def test_aesthetic_head_may_have_several_layers(folders: dict[str, str], tmp_path: Path, suffix: str) -> None:
     first, second = torch.nn.Linear(16, 4), torch.nn.Linear(4, 1)
     path = tmp_path / f"head{suffix}"
     tensors = torch.nn.Sequential(first, torch.nn.Dropout(), second).state_dict()
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
-    model = load_clip(ClipModelSettings(folders["clip"], str(path)))
+    model = load_clip_model(CLIPModelSettings(folders["clip"], str(path)))
     embeddings = model.embed_frames(frames(3))
     assert model.aesthetic(embeddings) == pytest.approx(second(first(embeddings)).mean().item(), abs=1e-5)
 
 
-def test_a_head_that_does_not_fit_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
+def test_aesthetic_head_of_another_width_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "head.pth"
     torch.save(torch.nn.Linear(768, 1).state_dict(), path)
-    with pytest.raises(ValueError, match=r"takes 768 numbers, and CLIP in .* gives 16"):
-        load_clip(ClipModelSettings(folders["clip"], str(path)))
+    with pytest.raises(ValueError, match=r"takes embeddings of width 768, but CLIP in .* has width 16"):
+        load_clip_model(CLIPModelSettings(folders["clip"], str(path)))
     torch.save({"weight": torch.ones(3, 16), "bias": torch.ones(3)}, path)
-    with pytest.raises(ValueError, match="no linear layers that end in one number"):
-        read_head(path)
+    with pytest.raises(ValueError, match="must hold linear layers that end in one number"):
+        read_aesthetic_head(path)
     with pytest.raises(FileNotFoundError, match="there are no weights"):
-        read_head(tmp_path / "gone.pth")
+        read_aesthetic_head(tmp_path / "gone.pth")
 
 
-def test_captioners_see_their_frames_and_write_the_same_for_the_same(
+def test_captioners_see_their_frames_and_are_deterministic(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = load_captioner(CaptionSettings(folders["blip"], PROMPTS["coca"], max_tokens=8))
     video = load_captioner(CaptionSettings(folders["git"], PROMPTS["video_blip"], num_frames=4, max_tokens=8))
     assert image.describe(frames(1)) == image.describe(frames(1)) != ""
     assert video.describe(frames(4)) == video.describe(frames(4)) != ""
-    seen, generate = [], video.network.generate
-    monkeypatch.setattr(video.network, "generate", lambda **given: seen.append(given) or generate(**given))
+    inputs, generate = [], video.network.generate
+    monkeypatch.setattr(video.network, "generate", lambda **given: inputs.append(given) or generate(**given))
     video.describe(frames(4))
-    assert seen[0]["pixel_values"].shape == (1, 4, 3, 32, 32)
-    with pytest.raises(ValueError, match="takes 1 picture, and is to see 4"):
+    assert inputs[0]["pixel_values"].shape == (1, 4, 3, 32, 32)
+    with pytest.raises(ValueError, match="takes 1 picture, but num_frames is 4"):
         load_captioner(CaptionSettings(folders["blip"], PROMPTS["video_blip"], num_frames=4))
 
 
-def test_a_merger_answers_without_repeating_the_question(folders: dict[str, str]) -> None:
+def test_merger_does_not_repeat_its_prompt(folders: dict[str, str]) -> None:
     merger = load_merger(CaptionSettings(folders["llama"], PROMPTS["llm"], max_tokens=8))
     question = PROMPTS["llm"].format("a dog", "a dog runs")
     answer = merger.answer(question)
@@ -134,36 +140,36 @@ def test_a_merger_answers_without_repeating_the_question(folders: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def annotated(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
-    """Two videos, one with a caption beside it, through all models."""
+def annotated(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[ClipRecord]:
+    """Two videos, one with a caption file, processed by all models."""
     root = tmp_path_factory.mktemp("annotated")
-    write_video(root / "raw" / "told.mp4", moving_square(50, seed=1), fps=25)
-    write_video(root / "raw" / "untold.mp4", moving_square(50, seed=2), fps=25)
-    (root / "raw" / "told.txt").write_text("a square moves")
+    write_video(root / "raw" / "captioned.mp4", moving_square(50, seed=1), fps=25)
+    write_video(root / "raw" / "uncaptioned.mp4", moving_square(50, seed=2), fps=25)
+    (root / "raw" / "captioned.txt").write_text("a square moves")
     head = root / "head.pth"
     torch.save(torch.nn.Linear(16, 1).state_dict(), head)
-    settings = Settings(
-        clip_model=ClipModelSettings(folders["clip"], str(head)),
+    settings = CurationSettings(
+        clip_model=CLIPModelSettings(folders["clip"], str(head)),
         coca=CaptionSettings(folders["blip"], PROMPTS["coca"], max_tokens=8),
         video_blip=CaptionSettings(folders["git"], PROMPTS["video_blip"], num_frames=4, max_tokens=8),
         llm=CaptionSettings(folders["llama"], PROMPTS["llm"], max_tokens=8),
     )
     with (
         progress_bar() as progress,
-        Runner(find_raw(root / "raw", root / "out"), root / "out", 0, progress) as runner,
+        Runner(find_raw_files(root / "raw", root / "out"), root / "out", 0, progress) as runner,
     ):
         annotate(runner, settings)
-        assert refused(runner) == []
-        return finish(runner, settings, root / "out" / "shards")
+        assert list_refused(runner) == []
+        return write_curated_shards(runner, settings, root / "out" / "shards")
 
 
-def test_every_model_fills_its_column(annotated: list[Clip]) -> None:
-    told, untold = annotated
-    assert set(told.captions) == {"text", "coca", "video_blip", "llm"}
-    assert set(untold.captions) == {"coca", "video_blip", "llm"}, (
-        "a file's name is no caption beside real ones"
+def test_every_model_fills_its_column(annotated: list[ClipRecord]) -> None:
+    captioned, uncaptioned = annotated
+    assert set(captioned.captions) == {"text", "coca", "video_blip", "llm"}
+    assert set(uncaptioned.captions) == {"coca", "video_blip", "llm"}, (
+        "the file name is no caption if there are real ones"
     )
-    assert told.captions["text"] == "a square moves"
+    assert captioned.captions["text"] == "a square moves"
     for clip in annotated:
         assert clip.annotations["aesthetic"] is not None and clip.annotations["text_area"] is None
         assert -1 <= (clip.annotations["clip_similarity"] or 9) <= 1

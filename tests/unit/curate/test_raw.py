@@ -1,4 +1,4 @@
-"""Raw files: found, named, and what the files beside them tell."""
+"""Raw files: discovery, names, and metadata from sidecars and lists."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from svd_ds.curate.raw import find_raw, name_files
-from svd_ds.curate.sidecars import FolderListings, sidecars_of, told_of
+from svd_ds.curate.raw import find_raw_files, name_files
+from svd_ds.curate.sidecars import FolderListings, find_sidecars, read_metadata
 
 
-def test_captions(tmp_path: Path) -> None:
+def test_captions_come_from_the_sidecar_of_highest_precedence(tmp_path: Path) -> None:
     video = tmp_path / "A_red-car (1).mp4"
-    assert told_of(video) == {"captions": {"name": "A red car 1"}}
+    assert read_metadata(video) == {"captions": {"name": "A red car 1"}}
     video.with_suffix(".txt").write_text("a red car\n turns left\n")
-    assert told_of(video) == {"captions": {"text": "a red car turns left"}}
+    assert read_metadata(video) == {"captions": {"text": "a red car turns left"}}
     table = video.with_suffix(".json")
     table.write_text(json.dumps({"caption": "one"}))
-    assert told_of(video) == {"captions": {"text": "one"}}
+    assert read_metadata(video) == {"captions": {"text": "one"}}
     table.write_text(json.dumps({"captions": {"coca": "two", "llm": "three"}}))
-    assert told_of(video) == {"captions": {"coca": "two", "llm": "three"}}
+    assert read_metadata(video) == {"captions": {"coca": "two", "llm": "three"}}
     table.write_text(json.dumps({"elevation": 10, "annotations": {"text_area": 0.05}}))
-    assert told_of(video) == {
+    assert read_metadata(video) == {
         "captions": {"text": "a red car turns left"},
         "elevation": 10.0,
         "annotations": {"text_area": 0.05},
@@ -50,23 +50,23 @@ def test_captions_are_found_in_sidecars_of_any_shape(
 ) -> None:
     video = tmp_path / "a.mp4"
     video.with_suffix(".json").write_text(sidecar)
-    assert told_of(video) == {"captions": caption}
+    assert read_metadata(video) == {"captions": caption}
 
 
 @pytest.mark.parametrize("wrong", ["not json", "", '{"elevation": "high"}', '{"elevation": 120}', "[" * 9999])
-def test_an_unreadable_sidecar_or_a_wrong_elevation_is_refused_by_name(tmp_path: Path, wrong: str) -> None:
+def test_unreadable_sidecar_and_wrong_elevation_are_refused_by_name(tmp_path: Path, wrong: str) -> None:
     video = tmp_path / "a.mp4"
     video.with_suffix(".json").write_text(wrong)
     with pytest.raises(ValueError, match=r"a\.json"):
-        told_of(video)
+        read_metadata(video)
 
 
 def test_windows_texts_and_caption_files_are_read(tmp_path: Path) -> None:
     video = tmp_path / "a.mp4"
     video.with_suffix(".caption").write_bytes("un café".encode("cp1252"))
-    assert told_of(video) == {"captions": {"text": "un café"}}
+    assert read_metadata(video) == {"captions": {"text": "un café"}}
     video.with_suffix(".txt").write_bytes(b"\xef\xbb\xbfa car")
-    assert told_of(video) == {"captions": {"text": "a car"}}
+    assert read_metadata(video) == {"captions": {"text": "a car"}}
 
 
 @pytest.mark.parametrize(
@@ -77,44 +77,44 @@ def test_windows_texts_and_caption_files_are_read(tmp_path: Path) -> None:
         ("metadata.jsonl", '{"file_name": "a.mp4", "prompt": "a red car", "aesthetic": 5.5, "tags": []}\n'),
     ],
 )
-def test_captions_and_numbers_come_from_a_table_of_the_folder(
+def test_captions_and_numbers_are_read_from_a_table_of_the_folder(
     tmp_path: Path, name: str, content: str
 ) -> None:
     (tmp_path / "a.mp4").touch()
     (tmp_path / name).write_text(content)
-    (file,) = find_raw(tmp_path, tmp_path / "out")
-    told = told_of(file.path, file.listed)
-    assert told == {"captions": {"text": "a red car"}, "annotations": {"aesthetic": 5.5}}
+    (file,) = find_raw_files(tmp_path, tmp_path / "out")
+    metadata = read_metadata(file.path, file.listed)
+    assert metadata == {"captions": {"text": "a red car"}, "annotations": {"aesthetic": 5.5}}
     before = file.stamp()
     (tmp_path / name).write_text(content.replace("red", "blue"))
-    (file,) = find_raw(tmp_path, tmp_path / "out")
+    (file,) = find_raw_files(tmp_path, tmp_path / "out")
     assert file.stamp() != before
 
 
-def test_captions_come_from_a_list_of_prompts_next_to_a_list_of_videos(tmp_path: Path) -> None:
+def test_captions_are_read_from_lists_of_videos_and_prompts(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     for name in "ab":
         (tmp_path / "videos" / f"{name}.mp4").touch()
     (tmp_path / "videos.txt").write_text("videos/a.mp4\nvideos/b.mp4\n")
     (tmp_path / "prompt.txt").write_text("a red bus, passing\na cat\n")
-    files = find_raw(tmp_path, tmp_path / "out")
+    files = find_raw_files(tmp_path, tmp_path / "out")
     assert [file.name for file in files] == ["videos/a.mp4", "videos/b.mp4"]
-    captions = [told_of(file.path, file.listed)["captions"] for file in files]
+    captions = [read_metadata(file.path, file.listed)["captions"] for file in files]
     assert captions == [{"text": "a red bus, passing"}, {"text": "a cat"}]
     (tmp_path / "prompt.txt").write_text("a red bus, passing\n")
     with pytest.raises(ValueError, match=r"videos\.txt has 2 lines and .*prompt\.txt has 1"):
-        find_raw(tmp_path, tmp_path / "out")
+        find_raw_files(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("row", ["{", '{"text": "a"}', '{"file_name": 3}', "[1]", '{"file_name": null}'])
-def test_a_bad_row_of_a_table_is_named_and_costs_no_other(tmp_path: Path, row: str) -> None:
+def test_bad_row_of_a_table_is_reported_and_the_others_are_read(tmp_path: Path, row: str) -> None:
     (tmp_path / "a.mp4").touch()
     table = tmp_path / "metadata.jsonl"
     table.write_text(f'{row}\n{{"file_name": "a.mp4", "text": "a car"}}\n{row}\n')
-    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
+    files = {file.name: file for file in find_raw_files(tmp_path, tmp_path / "out")}
     assert files["a.mp4"].listed == {"text": "a car"} and files["a.mp4"].fault is None
     fault = files["metadata.jsonl"].fault
-    assert fault is not None and fault.endswith("; so it is with 1 more")
+    assert fault is not None and fault.endswith("; and 1 more rows like it")
     assert re.match(r"(row|its line) 1 ", fault)
     assert len(files) == 2
 
@@ -135,77 +135,75 @@ def test_a_bad_row_of_a_table_is_named_and_costs_no_other(tmp_path: Path, row: s
 def test_tables_name_files_in_many_ways(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.mp4").touch()
     (tmp_path / "metadata.csv").write_text(content, newline="")
-    (file,) = find_raw(tmp_path, tmp_path / "out")
-    (caption,) = told_of(file.path, file.listed)["captions"].values()
+    (file,) = find_raw_files(tmp_path, tmp_path / "out")
+    (caption,) = read_metadata(file.path, file.listed)["captions"].values()
     assert caption.split() == ["a", "red", "car"]
 
 
-def test_all_captions_of_a_file_that_has_several_rows_count(tmp_path: Path) -> None:
+def test_captions_of_several_rows_of_a_file_are_merged(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     rows = "file_name,text,aesthetic\na.mp4,a car,5\na.mp4,a red car,6\na.mp4,a car,7\n"
     (tmp_path / "metadata.csv").write_text(rows)
-    (file,) = find_raw(tmp_path, tmp_path / "out")
-    told = told_of(file.path, file.listed)
-    assert told == {
+    (file,) = find_raw_files(tmp_path, tmp_path / "out")
+    metadata = read_metadata(file.path, file.listed)
+    assert metadata == {
         "captions": {"text": "a car", "text_2": "a red car"},
         "annotations": {"aesthetic": 5.0},
     }
 
 
-def test_commas_and_quotes_of_a_caption_lose_none_without_a_word(tmp_path: Path) -> None:
+def test_unquoted_commas_are_kept_and_unclosed_quotes_reported(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.mp4").touch()
     table = tmp_path / "metadata.csv"
     table.write_text('file_name,text\na.mp4,a red car, turning left\nb.mp4,"a blue car\nc.mp4,a cat\n')
-    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
+    files = {file.name: file for file in find_raw_files(tmp_path, tmp_path / "out")}
     assert files["a.mp4"].listed == {"text": "a red car, turning left"}
-    assert files["metadata.csv"].fault == (
-        "row 2 has a quote that is never closed, and what follows is not read"
-    )
+    assert files["metadata.csv"].fault == ("row 2 has an unclosed quote: the rest of the file is not read")
     table.write_text("text,file_name\na red car, turning left,a.mp4\na cat,b.mp4\n")
-    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
-    assert files["metadata.csv"].fault == "row 1 has 3 cells, and the header 2"
+    files = {file.name: file for file in find_raw_files(tmp_path, tmp_path / "out")}
+    assert files["metadata.csv"].fault == "row 1 has 3 cells, but the header has 2"
     assert files["b.mp4"].listed == {"text": "a cat"}
 
 
-def test_a_listed_file_is_not_taken_for_another_of_its_name(tmp_path: Path) -> None:
+def test_listed_file_does_not_match_another_folder(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     (tmp_path / "metadata.csv").write_text("file_name,text\ngone/a.mp4,a red car\n")
-    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
+    files = {file.name: file for file in find_raw_files(tmp_path, tmp_path / "out")}
     assert files["a.mp4"].listed == {}
-    assert files["gone/a.mp4"].fault == "it is listed, and there is no such file"
+    assert files["gone/a.mp4"].fault == "it is listed, but does not exist"
 
 
-def test_a_listed_file_that_is_missing_costs_no_other(tmp_path: Path) -> None:
+def test_missing_listed_file_is_reported_and_the_others_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     (tmp_path / "metadata.csv").write_text("file_name,text\ngone.mp4,x\na.mp4,y\n")
-    files = {file.name: file for file in find_raw(tmp_path, tmp_path / "out")}
+    files = {file.name: file for file in find_raw_files(tmp_path, tmp_path / "out")}
     assert files.keys() == {"a.mp4", "gone.mp4"}
-    assert files["gone.mp4"].fault == "it is listed, and there is no such file"
+    assert files["gone.mp4"].fault == "it is listed, but does not exist"
     assert files["gone.mp4"].stamp() == files["gone.mp4"].stamp()
 
 
-def test_what_is_no_file_is_told_and_not_passed_over(tmp_path: Path) -> None:
+def test_pipes_and_broken_links_are_reported(tmp_path: Path) -> None:
     (tmp_path / "raw" / "folder.mp4").mkdir(parents=True)
     os.mkfifo(tmp_path / "raw" / "pipe.mp4")
     (tmp_path / "raw" / "link.mp4").symlink_to("nowhere")
     (tmp_path / "raw" / "loop.mp4").symlink_to("loop.mp4")
     (tmp_path / "raw" / "folder.mp4" / "inside.mp4").touch()
-    faults = {file.name: file.fault for file in find_raw(tmp_path / "raw", tmp_path / "out")}
+    faults = {file.name: file.fault for file in find_raw_files(tmp_path / "raw", tmp_path / "out")}
     assert faults == {
         "folder.mp4/inside.mp4": None,
-        "link.mp4": "it is a link that leads to no file",
-        "loop.mp4": "it is a link that leads to no file",
-        "pipe.mp4": "it is no regular file",
+        "link.mp4": "it is a broken link",
+        "loop.mp4": "it is a broken link",
+        "pipe.mp4": "it is not a regular file",
     }
 
 
-def test_the_longest_names_have_room_for_sidecars_and_clips(tmp_path: Path) -> None:
+def test_longest_names_leave_room_for_suffixes(tmp_path: Path) -> None:
     for letter in ("a", "b", "é"):
         name = letter * (251 // len(letter.encode())) + ".mp4"
         (tmp_path / name).touch()
-    files = find_raw(tmp_path, tmp_path / "out")
-    assert [told_of(file.path)["captions"].keys() for file in files] == [{"name"}] * 3
+    files = find_raw_files(tmp_path, tmp_path / "out")
+    assert [read_metadata(file.path)["captions"].keys() for file in files] == [{"name"}] * 3
     assert len({file.key for file in files}) == 3
     assert all(len(file.key.encode()) < 130 and isinstance(file.stamp(), int) for file in files)
 
@@ -215,66 +213,66 @@ def test_sidecars_of_any_spelling_are_read_and_are_no_raw_files(tmp_path: Path, 
     (tmp_path / "a.mp4").touch()
     is_json = name.lower().endswith("json")
     (tmp_path / name).write_text('"a red car"' if is_json else "a red car")
-    (file,) = find_raw(tmp_path, tmp_path / "out")
-    assert told_of(file.path) == {"captions": {"text": "a red car"}}
+    (file,) = find_raw_files(tmp_path, tmp_path / "out")
+    assert read_metadata(file.path) == {"captions": {"text": "a red car"}}
 
 
-def test_a_text_of_no_file_is_told(tmp_path: Path) -> None:
+def test_text_without_a_video_is_a_raw_file(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.txt", "a.b.txt"):
         (tmp_path / name).touch()
-    assert [file.name for file in find_raw(tmp_path, tmp_path / "out")] == ["a.b.txt", "a.mp4", "b.txt"]
+    assert [file.name for file in find_raw_files(tmp_path, tmp_path / "out")] == ["a.b.txt", "a.mp4", "b.txt"]
 
 
-def test_a_damaged_sidecar_costs_no_caption_of_another(tmp_path: Path) -> None:
+def test_damaged_sidecar_does_not_hide_the_caption_of_another(tmp_path: Path) -> None:
     video = tmp_path / "a.mp4"
     video.with_suffix(".json").write_text("{")
     video.with_suffix(".txt").write_text("a red car")
-    assert told_of(video) == {"captions": {"text": "a red car"}}
+    assert read_metadata(video) == {"captions": {"text": "a red car"}}
 
 
-def test_an_empty_folder_is_called_so(tmp_path: Path) -> None:
+def test_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"there is no file in {tmp_path}"):
-        find_raw(tmp_path, tmp_path / "out")
+        find_raw_files(tmp_path, tmp_path / "out")
 
 
-def test_linked_folders_are_followed_each_place_once(tmp_path: Path) -> None:
+def test_linked_folders_are_followed_once_each(tmp_path: Path) -> None:
     (tmp_path / "store" / "deep").mkdir(parents=True)
     (tmp_path / "store" / "deep" / "b.mp4").touch()
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.mp4").touch()
     (tmp_path / "raw" / "linked").symlink_to(tmp_path / "store")
     (tmp_path / "store" / "loop").symlink_to(tmp_path / "raw")
-    names = [file.name for file in find_raw(tmp_path / "raw", tmp_path / "out")]
+    names = [file.name for file in find_raw_files(tmp_path / "raw", tmp_path / "out")]
     assert names == ["a.mp4", "linked/deep/b.mp4"]
 
 
-def test_names_that_are_no_utf8_are_shown_with_replacements(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_get_replacement_characters(tmp_path: Path) -> None:
     for name in (b"caf\xe9.mp4", b"caf\xe8.mp4"):
         (tmp_path / os.fsdecode(name)).touch()
-    files = find_raw(tmp_path, tmp_path / "out")
+    files = find_raw_files(tmp_path, tmp_path / "out")
     assert len({file.name.encode() for file in files}) == len({file.key for file in files}) == 2
     assert all(file.path.is_file() for file in files)
 
 
-def test_keys_are_free() -> None:
+def test_keys_are_unique() -> None:
     names = ["a b/c.mp4", "a b/c.mov", "a_b/c.mp4", "d.e.mp4"]
     assert [file.key for file in name_files(names, [Path()] * 4)] == ["a_b_c", "a_b_c_2", "a_b_c_3", "d_e"]
 
 
-def test_a_folder_or_a_manifest(tmp_path: Path) -> None:
+def test_raw_files_are_those_of_a_folder_or_a_manifest(tmp_path: Path) -> None:
     for name in ("a/one.mp4", "b.mkv", "b.txt", ".hidden.mp4", "out/shard.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [file.name for file in find_raw(tmp_path, tmp_path / "out")] == ["a/one.mp4", "b.mkv"]
+    assert [file.name for file in find_raw_files(tmp_path, tmp_path / "out")] == ["a/one.mp4", "b.mkv"]
     manifest = tmp_path / "list.txt"
     manifest.write_text("b.mkv\n\na/one.mp4\n")
-    assert [file.name for file in find_raw(manifest, tmp_path / "out")] == ["b.mkv", "a/one.mp4"]
+    assert [file.name for file in find_raw_files(manifest, tmp_path / "out")] == ["b.mkv", "a/one.mp4"]
     manifest.write_text("b.mkv\ngone.mkv\nb.mkv\n")
-    faults = {file.name: file.fault for file in find_raw(manifest, tmp_path / "out")}
-    assert faults == {"b.mkv": None, "gone.mkv": "it is listed, and there is no such file"}
+    faults = {file.name: file.fault for file in find_raw_files(manifest, tmp_path / "out")}
+    assert faults == {"b.mkv": None, "gone.mkv": "it is listed, but does not exist"}
 
 
-def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
+def test_stamp_changes_with_the_file_and_its_sidecars(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_text("one")
     (file,) = name_files(["a.mp4"], [path])
@@ -286,14 +284,14 @@ def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
     assert len({before, changed, file.stamp()}) == 3
 
 
-def test_listings_of_folders_find_the_sidecars_that_single_questions_find(tmp_path: Path) -> None:
+def test_folder_listings_find_the_same_sidecars_as_single_lookups(tmp_path: Path) -> None:
     for name in ("a.mp4", "a.TXT", "b.mp4", "b.mp4.json", "c.mp4", "d.mp4"):
         (tmp_path / name).touch()
     (tmp_path / "c.txt").mkdir()
     (tmp_path / "d.txt").symlink_to(tmp_path / "gone")
     is_file = FolderListings().is_file
     videos = [tmp_path / f"{stem}.mp4" for stem in "abcd"]
-    found = [sidecars_of(video, is_file) for video in videos]
+    found = [find_sidecars(video, is_file) for video in videos]
     assert found == [[tmp_path / "a.TXT"], [tmp_path / "b.mp4.json"], [], []]
-    assert found == [sidecars_of(video) for video in videos]
-    assert sidecars_of(tmp_path / "missing" / "a.mp4", is_file) == []
+    assert found == [find_sidecars(video) for video in videos]
+    assert find_sidecars(tmp_path / "missing" / "a.mp4", is_file) == []

@@ -1,4 +1,5 @@
-"""Stages over files: done once, kept through mistakes, and not ended by a file that ends its process."""
+"""Stages over files: results are reused, and files that fail or crash their process do not stop the
+others."""
 
 from __future__ import annotations
 
@@ -13,28 +14,30 @@ import pyarrow as pa
 import pytest
 import torch
 
-from svd_ds.curate.pipeline import progress_bar, refused
-from svd_ds.curate.raw import RawFile, find_raw
-from svd_ds.curate.stages import Place, Runner, Stage, sound
-from svd_ds.curate.table import Known, Row, Table
+from svd_ds.curate.pipeline import list_refused, progress_bar
+from svd_ds.curate.raw import RawFile, find_raw_files
+from svd_ds.curate.stages import Runner, Stage, StageContext, valid_rows
+from svd_ds.curate.table import Row, RowsByStage, Table
 
 COLUMNS = {"size": pa.int64()}
 
 
 @dataclass(frozen=True)
-class Factor:
+class SizeSettings:
     factor: int = 1
     device: str = "cpu"
 
 
-def measure(settings: Factor, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
-    """The file's size; a file may say what it does to who reads it."""
+def measure(
+    settings: SizeSettings, file: RawFile, inputs: RowsByStage, context: StageContext
+) -> Iterator[Row]:
+    """Yield the file's size; some contents simulate failures."""
     content = file.path.read_text()
     yield {"size": len(content) * settings.factor}
     if content == "exit":
         os._exit(9)
     if content == "hang":
-        # As a decoder may: it never comes back to the interpreter, whose lock it holds.
+        # Like a hanging decoder: it never returns to the interpreter, and holds its lock.
         ctypes.PyDLL(None).sleep(600)
     if content == "refuse":
         raise ValueError("it is\nno good")
@@ -54,9 +57,9 @@ def run(folder: Path, stage: Stage, num_workers: int = 0, timeout: float = 60.0)
     out = folder / "out"
     with (
         progress_bar() as progress,
-        Runner(find_raw(folder / "raw", out), out, num_workers, progress, timeout) as runner,
+        Runner(find_raw_files(folder / "raw", out), out, num_workers, progress, timeout) as runner,
     ):
-        for earlier in (*stage.after, stage):
+        for earlier in (*stage.depends_on, stage):
             runner.run(earlier)
     return runner
 
@@ -65,37 +68,39 @@ def fragments(folder: Path) -> list[Path]:
     return sorted((folder / "out").rglob("*.parquet"))
 
 
-def test_rows_before_a_refusal_count_and_files_without_rows_go_no_further(folder: Path) -> None:
-    first = Stage("first", measure, COLUMNS, Factor())
+def test_rows_before_a_refusal_reach_the_next_stage(folder: Path) -> None:
+    first = Stage("first", measure, COLUMNS, SizeSettings())
     runner = run(folder, Stage("second", count, COLUMNS, None, (first,)))
-    assert {name: [row["size"] for row in sound(rows)] for name, rows in runner.found["first"].items()} == {
+    assert {
+        name: [row["size"] for row in valid_rows(rows)] for name, rows in runner.results["first"].items()
+    } == {
         "a.mp4": [3],
         "b.mp4": [6],
         "c.mp4": [5],
     }
-    assert refused(runner) == [("b.mp4", "it is no good")]
-    assert {name: rows[0]["size"] for name, rows in runner.found["second"].items()} == {
+    assert list_refused(runner) == [("b.mp4", "it is no good")]
+    assert {name: rows[0]["size"] for name, rows in runner.results["second"].items()} == {
         "a.mp4": 1,
         "b.mp4": 1,
         "c.mp4": 1,
     }
 
 
-def count(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
-    yield {"size": len(known["first"])}
+def count(settings: None, file: RawFile, inputs: RowsByStage, context: StageContext) -> Iterator[Row]:
+    yield {"size": len(inputs["first"])}
 
 
-def test_a_stage_does_what_is_not_done_under_its_settings(folder: Path) -> None:
-    run(folder, Stage("first", measure, COLUMNS, Factor()))
+def test_stage_repeats_work_only_if_settings_or_version_change(folder: Path) -> None:
+    run(folder, Stage("first", measure, COLUMNS, SizeSettings()))
     done = fragments(folder)
-    run(folder, Stage("first", measure, COLUMNS, Factor(device="cuda")))
-    assert fragments(folder) == done, "where a model runs decides nothing"
-    other = run(folder, Stage("first", measure, COLUMNS, Factor(2)))
-    assert other.found["first"]["a.mp4"][0]["size"] == 6 and len(fragments(folder)) == 2
-    run(folder, Stage("first", measure, COLUMNS, Factor(2), version=2))
+    run(folder, Stage("first", measure, COLUMNS, SizeSettings(device="cuda")))
+    assert fragments(folder) == done, "the device does not change the results"
+    other = run(folder, Stage("first", measure, COLUMNS, SizeSettings(2)))
+    assert other.results["first"]["a.mp4"][0]["size"] == 6 and len(fragments(folder)) == 2
+    run(folder, Stage("first", measure, COLUMNS, SizeSettings(2), version=2))
     assert len(fragments(folder)) == 3
-    back = run(folder, Stage("first", measure, COLUMNS, Factor()))
-    assert back.found["first"]["a.mp4"][0]["size"] == 3 and len(fragments(folder)) == 3
+    back = run(folder, Stage("first", measure, COLUMNS, SizeSettings()))
+    assert back.results["first"]["a.mp4"][0]["size"] == 3 and len(fragments(folder)) == 3
 
 
 @pytest.mark.parametrize(
@@ -110,17 +115,17 @@ def test_a_stage_does_what_is_not_done_under_its_settings(folder: Path) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_any_exception_of_a_file_is_its_refusal_and_costs_no_other(folder: Path, error: Exception) -> None:
-    def work(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
+def test_exception_refuses_only_its_own_file(folder: Path, error: Exception) -> None:
+    def work(settings: None, file: RawFile, inputs: RowsByStage, context: StageContext) -> Iterator[Row]:
         yield {"size": 1}
         if file.name == "b.mp4":
             raise error
 
     stage = Stage("first", work, COLUMNS)
     runner = run(folder, stage)
-    ((name, reason),) = refused(runner)
+    ((name, reason),) = list_refused(runner)
     assert name == "b.mp4" and type(error).__name__ in reason and reason.isprintable()
-    # It is recorded: the next start does not read the file again.
+    # The refusal is recorded: the next run does not read the file again.
     assert set(Table(stage.folder(folder / "out"), COLUMNS).read()) == {"a.mp4", "b.mp4", "c.mp4"}
 
 
@@ -134,10 +139,10 @@ def test_any_exception_of_a_file_is_its_refusal_and_costs_no_other(folder: Path,
     ],
     ids=str,
 )
-def test_a_fault_of_the_machine_refuses_no_file(
+def test_error_of_the_machine_refuses_no_file(
     folder: Path, error: Exception, ending: type[Exception]
 ) -> None:
-    def work(settings: None, file: RawFile, known: Known, place: Place) -> Iterator[Row]:
+    def work(settings: None, file: RawFile, inputs: RowsByStage, context: StageContext) -> Iterator[Row]:
         yield {"size": 1}
         if file.name == "b.mp4":
             raise error
@@ -149,16 +154,16 @@ def test_a_fault_of_the_machine_refuses_no_file(
     assert "b.mp4" not in Table(stage.folder(folder / "out"), COLUMNS).read()
 
 
-def test_a_model_that_cannot_be_loaded_refuses_no_file(folder: Path) -> None:
-    def load(settings: Factor) -> None:
+def test_model_that_cannot_be_loaded_refuses_no_file(folder: Path) -> None:
+    def load(settings: SizeSettings) -> None:
         raise ValueError("no such model")
 
     with pytest.raises(ValueError, match="no such model"):
-        run(folder, Stage("first", measure, COLUMNS, Factor(), prepare=load))
+        run(folder, Stage("first", measure, COLUMNS, SizeSettings(), load_model=load))
     assert fragments(folder) == []
 
 
-def test_what_two_machines_did_twice_counts_once(tmp_path: Path) -> None:
+def test_duplicate_results_of_two_machines_count_once(tmp_path: Path) -> None:
     table = Table(tmp_path, COLUMNS)
     for _ in range(2):
         table.add([{"video": "a", "stamp": 1, "size": 3}, {"video": "a", "stamp": 1, "size": 4}])
@@ -172,11 +177,11 @@ def test_what_two_machines_did_twice_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_that_ends_its_process_is_refused_and_the_others_go_on(folder: Path) -> None:
+def test_file_that_crashes_its_process_is_refused_and_the_others_are_processed(folder: Path) -> None:
     (folder / "raw" / "bad.mp4").write_text("exit")
-    runner = run(folder, Stage("first", measure, COLUMNS, Factor()), num_workers=2)
-    assert refused(runner) == [("b.mp4", "it is no good"), ("bad.mp4", "reading it ends the process")]
-    assert {name for name, rows in runner.found["first"].items() if sound(rows)} == {
+    runner = run(folder, Stage("first", measure, COLUMNS, SizeSettings()), num_workers=2)
+    assert list_refused(runner) == [("b.mp4", "it is no good"), ("bad.mp4", "reading it ends the process")]
+    assert {name for name, rows in runner.results["first"].items() if valid_rows(rows)} == {
         "a.mp4",
         "b.mp4",
         "c.mp4",
@@ -184,19 +189,19 @@ def test_a_file_that_ends_its_process_is_refused_and_the_others_go_on(folder: Pa
 
 
 @pytest.mark.slow
-def test_a_file_that_hangs_is_refused_and_tried_again_where_there_is_longer(folder: Path) -> None:
+def test_file_that_hangs_is_refused_and_retried_with_a_longer_timeout(folder: Path) -> None:
     hanging = folder / "raw" / "bad.mp4"
     hanging.write_text("hang")
-    stage = Stage("first", measure, COLUMNS, Factor())
+    stage = Stage("first", measure, COLUMNS, SizeSettings())
     runner = run(folder, stage, num_workers=2, timeout=1.0)
-    assert refused(runner) == [("b.mp4", "it is no good"), ("bad.mp4", "reading it takes more than 1 s")]
-    assert {name for name, rows in runner.found["first"].items() if sound(rows)} == {
+    assert list_refused(runner) == [("b.mp4", "it is no good"), ("bad.mp4", "reading it takes more than 1 s")]
+    assert {name for name, rows in runner.results["first"].items() if valid_rows(rows)} == {
         "a.mp4",
         "b.mp4",
         "c.mp4",
     }
     done = fragments(folder)
-    assert refused(run(folder, stage, num_workers=2, timeout=0.5)) == refused(runner)
+    assert list_refused(run(folder, stage, num_workers=2, timeout=0.5)) == list_refused(runner)
     assert fragments(folder) == done, "it is not tried again in less time"
-    told = [("b.mp4", "it is no good"), ("bad.mp4", "reading it takes more than 1.5 s")]
-    assert refused(run(folder, stage, num_workers=2, timeout=1.5)) == told
+    expected = [("b.mp4", "it is no good"), ("bad.mp4", "reading it takes more than 1.5 s")]
+    assert list_refused(run(folder, stage, num_workers=2, timeout=1.5)) == expected

@@ -1,4 +1,4 @@
-"""Subsets for the comparison of thresholds, of annotations that only some clips have."""
+"""Subset configs for comparing thresholds, with annotations that only some clips have."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def curated(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_annotation_that_some_clips_lack_has_subsets_of_those_that_have_it(curated: Path) -> None:
+def test_annotation_that_some_clips_lack_has_subsets_of_the_others(curated: Path) -> None:
     subsets, notes = write_subsets(curated)
     kept = {subset.name: subset.num_kept for subset in subsets}
     assert kept == {"none": 4, "motion-12.5": 3, "motion-25": 3, "motion-50": 2} | {
         f"aesthetic-{share}": 1 for share in ("12.5", "25", "50")
     }
     assert notes == [
-        "text_area: no subsets, no clip has it",
+        "text_area: no subsets, because no clip has it",
         "aesthetic: 2 of 4 clips lack it and are in none of its subsets",
-        "clip_similarity: no subsets, no clip has it",
+        "clip_similarity: no subsets, because no clip has it",
     ]
     config = yaml.safe_load((curated / "thresholds/subset/aesthetic-50.yaml").read_text())
     assert config["data"]["where"] == ["aesthetic>=q50"]

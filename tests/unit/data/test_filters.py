@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svd_ds.curate.select import Clip, choose
+from svd_ds.curate.select import ClipRecord, apply_conditions
 from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.filters import Condition, satisfies
@@ -19,7 +19,7 @@ from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
 from tests.videos import about, encode, moving_square
 
-CLIP = Clip(
+CLIP = ClipRecord(
     id="a",
     video="a.mp4",
     start_frame=0,
@@ -125,9 +125,9 @@ def test_curation_and_training_read_a_condition_alike(numbers: list[float | None
     limit = parsed.limit(numbers)
     if limit is None:
         with pytest.raises(ValueError, match="asks for a, which no clip has"):
-            choose(clips, [parsed])
+            apply_conditions(clips, [parsed])
         return
-    choose(clips, [parsed])
+    apply_conditions(clips, [parsed])
     assert [clip.reason is None for clip in clips] == [parsed.accepts(value, limit) for value in numbers]
 
 

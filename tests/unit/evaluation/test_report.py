@@ -1,4 +1,4 @@
-"""The report of a run, and of several compared."""
+"""Reports of one run and of several compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from svd_ds.evaluation import fixed_set
 from svd_ds.evaluation.charts import smoothed
 from svd_ds.evaluation.report import write_report
-from svd_ds.evaluation.runs import read_run, short_names
+from svd_ds.evaluation.runs import read_run, split_common_prefix
 from svd_ds.video import contact_sheet, write_mp4
 
 SIGMAS = [0.01, 1.0, 100.0]
@@ -71,7 +71,7 @@ def fake_run(
 
 
 class Outline(HTMLParser):
-    """Tags with their attributes, and whether every tag is closed."""
+    """HTML tags with their attributes; fails if a tag is not closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -102,10 +102,10 @@ def report(tmp_path: Path, *runs: Path) -> tuple[str, Outline]:
     return html, outline
 
 
-def test_one_run_in_one_file(tmp_path: Path) -> None:
+def test_report_of_one_run_is_one_file(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "small", 1e-4)
     html, outline = report(tmp_path, run)
-    assert html.count("<svg") == 3  # loss, lr, clips a second: this run has no gradient norm
+    assert html.count("<svg") == 3  # loss, lr, clips per second: this run has no gradient norm
     assert "small" in html and "optim.betas" in html and "[0.9, 0.999]" in html and "1 h 05 min" in html
     assert "&lt;b&gt;bold&lt;/b&gt;" in html and "<b>bold" not in html
     assert html.index("Step 30") < html.index("Step 10")
@@ -114,7 +114,7 @@ def test_one_run_in_one_file(tmp_path: Path) -> None:
     assert len(outline.sources("video")) == len(outline.sources("img")) == 2
 
 
-def test_nothing_is_fetched_from_elsewhere(tmp_path: Path) -> None:
+def test_report_loads_nothing_from_the_network(tmp_path: Path) -> None:
     _, outline = report(tmp_path, fake_run(tmp_path / "small", 1e-4))
     links = [
         (tag, value)
@@ -126,7 +126,7 @@ def test_nothing_is_fetched_from_elsewhere(tmp_path: Path) -> None:
     assert not [(tag, value[:80]) for tag, value in links if not value.startswith(("data:", "#"))]
 
 
-def test_curves_take_the_colours_of_the_page(tmp_path: Path) -> None:
+def test_charts_use_the_colours_of_the_page(tmp_path: Path) -> None:
     html, _ = report(tmp_path, fake_run(tmp_path / "small", 1e-4))
     assert "currentColor" in html and "var(--rule)" in html and "prefers-color-scheme: dark" in html
     assert not re.search("#010203|#040506", html)
@@ -135,19 +135,21 @@ def test_curves_take_the_colours_of_the_page(tmp_path: Path) -> None:
 def test_several_runs_are_compared(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / "a", 1e-4), fake_run(tmp_path / "b", 3e-5, sampled=(30,))]
     html, outline = report(tmp_path, *runs)
-    table = html[html.index("what differs") :].partition("</table>")[0]
+    table = html[html.index("settings that differ") :].partition("</table>")[0]
     assert "optim.lr" in table and "0.0001" in table and "3e-05" in table
     assert "optim.betas" not in table
-    assert html.count('<p class="none">none</p>') == 1, "b sampled nothing at step 10"
+    assert html.count('<p class="none">none</p>') == 1, "b has no samples of step 10"
     assert len(outline.sources("video")) == 3
     assert "Ranking" not in html, "they were never evaluated"
     assert "clips seen" in html  # the common axis
 
 
-def test_one_run_shows_how_the_noise_levels_fell(tmp_path: Path) -> None:
+def test_one_run_shows_loss_by_noise_level_over_training(tmp_path: Path) -> None:
     rows = tuple(evaluation(step, [1.0, 0.5, 0.9 / step]) for step in range(1, 21))
     html, _ = report(tmp_path, fake_run(tmp_path / "small", 1e-4, evaluations=rows))
-    assert html.count("<svg") == 4 + 4 + 1, "loss, gradient by sigma, frame; the mean over time; small"
+    assert html.count("<svg") == 4 + 4 + 1, (
+        "4 by sigma and frame, 1 mean over training, 1 grid, 3 training curves"
+    )
     shown = [int(step) for step in re.findall(r">step (\d+)<", html)]
     assert max(shown) == 20 and len(set(shown)) == fixed_set.MAX_EVALUATIONS
     assert all(f"≈ {sigma}<" in html for sigma in ("0.01", "1", "100"))
@@ -160,20 +162,20 @@ def test_runs_are_ranked_by_the_loss_of_their_averages(tmp_path: Path) -> None:
         fake_run(tmp_path / name, 1e-4, evaluations=(evaluation(10, [1, 1, 1]), evaluation(30, values, set_)))
         for (name, values), set_ in zip(losses.items(), ("set", "set", "another"), strict=True)
     ]
-    ranking = fixed_set.rank([read_run(run) for run in runs])
+    ranking = fixed_set.rank_runs([read_run(run) for run in runs])
     assert ranking is not None
-    assert [place.run for place in ranking.places] == [1, 0], "one was measured on another set"
-    first, second = ranking.places
+    assert [entry.run_index for entry in ranking.entries] == [1, 0], "one was evaluated on another set"
+    first, second = ranking.entries
     assert (first.loss, first.low, first.middle, first.high) == pytest.approx((0.4, 0.6, 0.3, 0.3))
     assert first.above_best == 0 and second.above_best == pytest.approx(0.25)
     assert ranking.best == pytest.approx({"loss": 0.4, "low": 0.6, "middle": 0.3, "high": 0.1, "raw": 0.5})
     html, _ = report(tmp_path, *runs)
-    assert "cosine has the lowest loss on the fixed set, 0.4000; edm follows 25 % above it." in html
+    assert "cosine has the lowest loss on the fixed set, 0.4000; edm follows, 25 % higher." in html
     assert "1 of the runs was not measured on this set." in html
     assert "<h1>x: 3 runs</h1>" in html
 
 
-def test_runs_of_different_sets_are_not_ranked_and_it_is_said(tmp_path: Path) -> None:
+def test_report_explains_why_runs_on_different_sets_are_not_ranked(tmp_path: Path) -> None:
     runs = [
         fake_run(tmp_path / name, 1e-4, evaluations=(evaluation(30, [0.5] * 3, name),)) for name in ("a", "b")
     ]
@@ -182,33 +184,33 @@ def test_runs_of_different_sets_are_not_ranked_and_it_is_said(tmp_path: Path) ->
     assert "so there is no ranking" not in report(tmp_path, runs[0])[0]
 
 
-def test_unequal_training_is_said(tmp_path: Path) -> None:
+def test_report_warns_of_different_numbers_of_clips(tmp_path: Path) -> None:
     runs = [
         fake_run(tmp_path / str(step), 1e-4, evaluations=(evaluation(step, [0.5, 0.5, 0.5]),))
         for step in (10, 30)
     ]
-    assert "not seen equally many clips" in report(tmp_path, *runs)[0]
+    assert "different numbers of clips" in report(tmp_path, *runs)[0]
 
 
-def test_names_lose_what_they_share() -> None:
-    assert short_names(["lr-1e-4", "lr-3e-5"]) == ("lr", ["1e-4", "3e-5"])
+def test_common_prefix_of_names_is_removed() -> None:
+    assert split_common_prefix(["lr-1e-4", "lr-3e-5"]) == ("lr", ["1e-4", "3e-5"])
     for names in (["small"], ["lr-1"], ["a-1", "b-1"], ["a-1", "a"], ["/x/a-1", "/x/a-2"]):
-        assert short_names(names) == ("", names)
+        assert split_common_prefix(names) == ("", names)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_shown_by_path(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / folder / "small", 1e-4) for folder in ("x", "y")]
     html, _ = report(tmp_path, *runs)
     assert str(runs[0]) in html and str(runs[1]) in html
 
 
-def test_many_sampled_steps_are_thinned_and_the_newest_kept(tmp_path: Path) -> None:
+def test_sampled_steps_are_thinned_and_the_newest_is_kept(tmp_path: Path) -> None:
     html, outline = report(tmp_path, fake_run(tmp_path / "small", 1e-4, sampled=tuple(range(1, 31))))
     assert len(outline.sources("video")) == 6
     assert "Step 30<" in html and "Step 1<" in html
 
 
-def test_a_run_without_samples_or_steps_or_with_half_a_line(tmp_path: Path) -> None:
+def test_runs_without_samples_or_steps_or_with_a_truncated_line(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "small", 1e-4, sampled=())
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "loss": NaN}\n{"step": 3')
@@ -220,7 +222,7 @@ def test_a_run_without_samples_or_steps_or_with_half_a_line(tmp_path: Path) -> N
     assert "<svg" not in html and "Samples" not in html
 
 
-def test_wrong_folders_are_named(tmp_path: Path) -> None:
+def test_wrong_folders_are_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run folder .*missing"):
         write_report([tmp_path / "missing"], tmp_path / "x.html")
     with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
@@ -246,7 +248,7 @@ def test_damaged_lines_are_left_out_and_reported(tmp_path: Path) -> None:
     assert (len(found.metrics), len(found.evaluations)) == (30, 2)
 
 
-def test_smoothing_starts_unbiased_and_skips_what_is_not_a_number() -> None:
+def test_smoothing_starts_unbiased_and_skips_nan() -> None:
     assert smoothed([2.0] * 100).tolist() == pytest.approx([2.0] * 100)
     line = smoothed([math.nan, 4.0, math.nan, 4.0])
     assert math.isnan(line[0]) and line[1:].tolist() == pytest.approx([4.0] * 3)

@@ -11,12 +11,12 @@ import av
 import numpy as np
 import pytest
 
-from svd_ds.curate.clips import ClipSettings
+from svd_ds.curate.clips import ClipCutSettings
 from svd_ds.data.clips import read_frames
 from svd_ds.data.decoding import decode
 from svd_ds.data.external_shards import measure_media
 from svd_ds.pixels.frame import deinterlace, is_plain, swaps_height_and_width, to_rgb
-from tests.curation import known_of
+from tests.curation import run_stages
 from tests.videos import encode
 
 ONE = 1 << 16
@@ -84,7 +84,7 @@ def test_curation_writes_clips_as_shown(name: str, tmp_path: Path) -> None:
     matrix = MATRICES[name]
     path = tmp_path / "phone.mp4"
     path.write_bytes(with_matrix(encode(corners()), *(ONE * entry for entry in matrix)))
-    _, (row,) = known_of(path, ClipSettings("4", "4", trim=0.9), tmp_path / "out")
+    _, (row,) = run_stages(path, ClipCutSettings("4", "4", trim=0.9), tmp_path / "out")
     assert row["method"] == "encoded"
     (frame,) = decode((tmp_path / "out" / row["media"]).read_bytes(), [0])
     assert_corners(to_rgb(frame).numpy(), as_shown(corners()[0], *matrix))
@@ -160,7 +160,7 @@ def test_interlaced_video_is_neither_copied_nor_combed_by_curation(
 ) -> None:
     path = tmp_path / f"camera.{ {'matroska': 'mkv', 'mpeg': 'mpg'}.get(suffix, suffix) }"
     path.write_bytes(interlaced(codec, suffix))
-    _, rows = known_of(path, ClipSettings("4", "100", trim=0.9), tmp_path / "out")
+    _, rows = run_stages(path, ClipCutSettings("4", "100", trim=0.9), tmp_path / "out")
     assert [row.get("method") for row in rows] == ["encoded"], rows
     content = (tmp_path / "out" / rows[0]["media"]).read_bytes()
     for frame in decode(content, range(rows[0]["end_frame"] - rows[0]["start_frame"])):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
-from svd_ds.curate.clips import ClipSettings
+from svd_ds.curate.clips import ClipCutSettings
 from svd_ds.data.decoding import decode
 from svd_ds.pixels.frame import is_plain, to_rgb
 from svd_ds.pixels.hdr import TO_709, to_sdr
-from tests.curation import known_of
+from tests.curation import run_stages
 
 PQ, HLG = int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)
 COLOURS = [(200, 30, 30), (30, 180, 40), (40, 60, 200), (220, 200, 40), (128, 128, 128), (230, 230, 230)]
@@ -112,7 +112,7 @@ def test_hdr_files_are_tone_mapped_by_every_reader(
     content = encode_hdr(transfer, codec, suffix, pixel_format)
     path = tmp_path / f"hdr.{suffix.replace('matroska', 'mkv')}"
     path.write_bytes(content)
-    _, rows = known_of(path, ClipSettings("4", "100", trim=0.9), tmp_path / "out")
+    _, rows = run_stages(path, ClipCutSettings("4", "100", trim=0.9), tmp_path / "out")
     assert [row.get("method") for row in rows] == ["encoded"], rows
     for each in (content, (tmp_path / "out" / rows[0]["media"]).read_bytes()):
         (frame,) = decode(each, [3])

@@ -1,4 +1,4 @@
-"""The tools, run in the tests' own process as their doors do."""
+"""Fixtures that run the tools in the process of the tests, as their command lines do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ case "$1" in show) echo "JobState={state} ExcNodeList=(null)" ;; *) echo "$@" >>
 """
 
 
-class Ended(NamedTuple):
+class ToolResult(NamedTuple):
+    """Exit code and output of a tool."""
+
     code: int
     out: str
     err: str
@@ -24,10 +26,10 @@ class Ended(NamedTuple):
 
 @pytest.fixture
 def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """run_tool("name.py", argument, ...) -> the exit code."""
+    """Run a tool: run_tool("name.py", argument, ...) -> exit code."""
 
     def run(name: str, *arguments: object) -> int:
-        # As for any script, modules beside it are found.
+        # Modules in the script's folder can be imported, as for any script.
         monkeypatch.syspath_prepend(str((TOOLS / name).parent))
         monkeypatch.setattr(sys, "argv", [str(TOOLS / name), *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "300")
@@ -41,20 +43,25 @@ def run_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 @pytest.fixture
-def tool_says(run_tool: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """The same with what it printed."""
+def tool_output(
+    run_tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., ToolResult]:
+    """Run a tool and return its exit code and output."""
 
-    def run(name: str, *arguments: object) -> Ended:
+    def run(name: str, *arguments: object) -> ToolResult:
         code = run_tool(name, *arguments)
-        return Ended(code, *capsys.readouterr())
+        return ToolResult(code, *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """scontrol(state) puts a program in front of the PATH, for which the job is in that state; the file,
-    empty now, in which it notes what else it is asked."""
+    """Fake scontrol.
+
+    scontrol(state) puts a program first in the PATH that reports the job in that state, and returns the file,
+    now empty, to which it logs all other requests.
+    """
 
     def put(state: str) -> Path:
         program, log = tmp_path / "scontrol", tmp_path / "log"

@@ -1,4 +1,4 @@
-"""tools/check_nodes.py: scontrol is a program of the test, and what the nodes find is made up."""
+"""tools/check_nodes.py with a fake scontrol and fake results of the node checks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ WITHOUT_NODE2 = ["requeuehold 7", "update JobId=7 ExcNodeList=node2", "release 7
 
 
 @pytest.mark.parametrize(
-    ("faults", "state", "code", "asked"),
+    ("faults", "state", "code", "requests"),
     [
         ({}, "RUNNING", 0, []),
         ({"node2": "has no disk"}, "RUNNING", 1, WITHOUT_NODE2),
         ({"node2": "has no disk"}, "CANCELLED", 1, []),
     ],
 )
-def test_a_job_leaves_nodes_that_fail(
+def test_job_is_requeued_without_nodes_that_fail(
     faults: dict[str, str],
     state: str,
     code: int,
-    asked: list[str],
+    requests: list[str],
     run_tool: Callable[..., int],
     scontrol: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -37,5 +37,5 @@ def test_a_job_leaves_nodes_that_fail(
 
     monkeypatch.setattr(preflight, "failing_nodes", failing)
     assert run_tool("check_nodes.py", "--job", 7, "--nodes", "node1,node2") == code
-    assert log.read_text().splitlines() == asked
-    assert together == [False], "they share files alone"
+    assert log.read_text().splitlines() == requests
+    assert together == [False], "the nodes of one run are tested separately"

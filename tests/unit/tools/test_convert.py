@@ -1,4 +1,4 @@
-"""tools/convert.py from the command line: a run becomes what the public code loads, and comes back."""
+"""tools/convert.py: a run becomes what the public code loads, and back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def convert(run_tool: Convert) -> Convert:
 
 
 def make_run(folder: Path, config: UNetConfig = SMALL, **conditioning: Any) -> dict[str, UNet]:
-    """A run's folder with one checkpoint: `raw` and the average `power-0.050`, in the slices of one rank."""
+    """Write a run folder with one checkpoint of one rank: `raw` weights and the average `power-0.050`."""
     checkpoint = folder / "checkpoints" / "step-0000007"
     unets = {}
     for which, name in (("raw", "unet"), ("power-0.050", "ema-power-0.050")):
@@ -58,7 +58,7 @@ def assert_same(found: UNet, expected: UNet) -> None:
         assert torch.equal(ours, theirs), name
 
 
-def test_a_run_becomes_a_pipeline_that_diffusers_runs(convert: Convert, tmp_path: Path) -> None:
+def test_run_becomes_a_pipeline_that_diffusers_runs(convert: Convert, tmp_path: Path) -> None:
     from diffusers import StableVideoDiffusionPipeline
 
     unets = make_run(tmp_path / "run")
@@ -74,7 +74,7 @@ def test_a_run_becomes_a_pipeline_that_diffusers_runs(convert: Convert, tmp_path
     assert video.isfinite().all()
 
 
-def test_adapters_are_merged_or_written_by_themselves(
+def test_lora_adapters_are_merged_or_written_separately(
     convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unet = make_run(tmp_path / "run")["raw"]
@@ -102,7 +102,7 @@ def test_adapters_are_merged_or_written_by_themselves(
     assert_same(load_unet(tmp_path / "run"), unet)
 
 
-def test_a_lora_file_is_merged_by_convert_and_sample(
+def test_lora_file_is_merged_by_convert_and_sample(
     convert: Convert, run_tool: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unet = make_run(tmp_path / "run")["raw"]
@@ -127,7 +127,7 @@ def test_a_lora_file_is_merged_by_convert_and_sample(
     assert "adapts no linear layer of this network" in capsys.readouterr().err
 
 
-def test_there_and_back_is_bit_exact(convert: Convert, tmp_path: Path) -> None:
+def test_conversion_round_trip_is_bit_exact(convert: Convert, tmp_path: Path) -> None:
     unets = make_run(tmp_path / "run")
     first, folder, last = tmp_path / "a.safetensors", tmp_path / "pipeline", tmp_path / "b.safetensors"
     assert convert(tmp_path / "run", first, "--layout", "original", "--ema", "raw") == 0
@@ -139,7 +139,7 @@ def test_there_and_back_is_bit_exact(convert: Convert, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_text_to_video_run_gives_its_network_alone(
+def test_text_to_video_run_gives_only_its_network(
     convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(SMALL, in_channels=4, num_scalars=2)
@@ -151,41 +151,41 @@ def test_a_text_to_video_run_gives_its_network_alone(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
-        (["{run}", "{full}", "--layout", "diffusers"], "full is there already"),
+        (["{run}", "{full}", "--layout", "diffusers"], "full already exists"),
         (["{run}", "svd.ckpt", "--layout", "original"], "svd.ckpt must end in .safetensors"),
         (
             ["{run}", "{out}", "--layout", "diffusers", "--ema", "best"],
             "has raw, power-0.050, and no 'best'",
         ),
         (["{run}", "{out}", "--layout", "diffusers", "--frozen", "{full}"], "has no model_index.json"),
-        (["{run}/nothing", "{out}", "--layout", "diffusers"], "there is nothing at"),
-        (["{weights}", "{out}", "--layout", "diffusers"], "weights alone: name a folder"),
+        (["{run}/nothing", "{out}", "--layout", "diffusers"], "nothing does not exist"),
+        (["{weights}", "{out}", "--layout", "diffusers"], "weights only: give a folder"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(
+def test_mistakes_are_reported_in_one_sentence(
     convert: Convert,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    sentence: str,
+    message: str,
 ) -> None:
-    places = {name: tmp_path / name for name in ("run", "full", "out", "weights")}
-    unets = make_run(places["run"])
-    save_unet(unets["raw"], places["weights"])
-    places["full"].mkdir()
-    (places["full"] / "something").touch()
-    assert convert(*(argument.format(**places) for argument in arguments)) == 2
+    paths = {name: tmp_path / name for name in ("run", "full", "out", "weights")}
+    unets = make_run(paths["run"])
+    save_unet(unets["raw"], paths["weights"])
+    paths["full"].mkdir()
+    (paths["full"] / "something").touch()
+    assert convert(*(argument.format(**paths) for argument in arguments)) == 2
     error = capsys.readouterr().err
-    assert sentence in error and "Traceback" not in error
-    assert not places["out"].exists()
+    assert message in error and "Traceback" not in error
+    assert not paths["out"].exists()
 
 
-def test_an_image_model_is_not_taken_for_a_video_model(
+def test_image_model_is_not_accepted_as_a_video_model(
     convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Heads and scalars as wide as the public models': a file without our metadata is read by its shapes.
+    # Heads and scalars as wide as in the public models: a file without our metadata is read by its shapes.
     public = replace(SMALL, widths=(64,), head_width=64, scalar_width=256)
     save_unet(UNet(public), tmp_path / "video.safetensors", "original")
     tensors = load_file(tmp_path / "video.safetensors")

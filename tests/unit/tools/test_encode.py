@@ -1,4 +1,4 @@
-"""tools/encode.py from the command line: shards with latents, from which the losses are the same."""
+"""tools/encode.py: shards with latents, which give the same losses."""
 
 from __future__ import annotations
 
@@ -35,21 +35,23 @@ Encode = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def encode(tool_says: Encode) -> Encode:
-    return partial(tool_says, "encode.py")
+def encode(tool_output: Encode) -> Encode:
+    return partial(tool_output, "encode.py")
 
 
 @dataclass
-class Encoder:
-    """Stands before the real one: counts, and interrupts as a user does."""
+class EncoderSpy:
+    """Counts the calls of the real encoder, and interrupts one as a user does."""
 
     num_frames: list[int]
+    """Number of frames of each call."""
     interrupt_at: int | None = None
+    """Number of the call that is interrupted."""
 
 
 @pytest.fixture
-def encoder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
-    encoder, real = Encoder([]), Autoencoder.encode
+def encoder(monkeypatch: pytest.MonkeyPatch) -> EncoderSpy:
+    encoder, real = EncoderSpy([]), Autoencoder.encode
 
     def counted(self: Autoencoder, frames_NCHW: torch.Tensor) -> torch.Tensor:
         if len(encoder.num_frames) == encoder.interrupt_at:
@@ -63,7 +65,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of two squares that move; the last sample is too small."""
+    """Two shards of two moving squares each; the last sample is too small."""
     folder = tmp_path_factory.mktemp("shards")
     writer = ShardWriter(folder, samples_per_shard=2)
     for number in range(4):
@@ -74,7 +76,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def origin_of(index: Index, sample: Sample) -> LatentsOrigin:
+def read_sample_origin(index: Index, sample: Sample) -> LatentsOrigin:
     with index.open(sample) as read:
         return read_origin(TensorFile(partial(read, MEMBER), MEMBER))
 
@@ -83,11 +85,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_copy_holds_what_the_source_does(encode: Encode, shards: Path, tmp_path: Path) -> None:
+def test_copy_has_all_members_of_the_source(encode: Encode, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "latents"
-    code, said, err = encode(shards, out, "--size", SIZE)
+    code, stdout, err = encode(shards, out, "--size", SIZE)
     assert code == 0, err
-    assert "4 clips, 3 of them with latents of 32x48 pixels" in said
+    assert "4 clips, 3 of them with latents of 32x48 pixels" in stdout
 
     source, copy = Index.load(shards), Index.load(out)
     assert copy.motion_map == source.motion_map and copy.shard_sizes == source.shard_sizes
@@ -96,13 +98,13 @@ def test_a_copy_holds_what_the_source_does(encode: Encode, shards: Path, tmp_pat
         assert all(source.read(before, member) == copy.read(after, member) for member in before.members)
 
     autoencoder = Autoencoder.load(TINY)
-    assert origin_of(copy, copy.sample(0)).autoencoder == autoencoder.fingerprint()
+    assert read_sample_origin(copy, copy.sample(0)).autoencoder == autoencoder.fingerprint()
 
 
 @pytest.mark.parametrize(
     ("context", "concat"), [("image", "image"), ("ends", "image"), ("ends", "ends"), ("text", "image")]
 )
-def test_the_same_losses_with_and_without_the_cache(
+def test_losses_are_the_same_with_and_without_the_cache(
     encode: Encode, shards: Path, tmp_path: Path, context: str, concat: str
 ) -> None:
     out = tmp_path / "latents"
@@ -113,7 +115,9 @@ def test_the_same_losses_with_and_without_the_cache(
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
 
-    def losses(path: Path, latents: bool, conditioner: Conditioner, wanted: str | None) -> torch.Tensor:
+    def losses(
+        path: Path, latents: bool, conditioner: Conditioner, cached_context: str | None
+    ) -> torch.Tensor:
         diffusion = DiffusionObjective(
             noise=build_noise(NoiseConfig(), 32, 48),
             offset_noise=0.0,
@@ -122,10 +126,10 @@ def test_the_same_losses_with_and_without_the_cache(
             seed=0,
         )
         data = DataConfig(str(path), 3, 32, 48, fps=12, crop="center", latents=latents, num_workers=0)
-        loader = Loader(data, 0, 0, 1, BatchConfig(2), context=wanted, ends=config.uses_last_frame)
-        assert loader.context == wanted
+        loader = Loader(data, 0, 0, 1, BatchConfig(2), context=cached_context, ends=config.uses_last_frame)
+        assert loader.context == cached_context
         batches = [batch for batch, _ in islice(loader, 4)]
-        assert all((batch.context_BLD is not None) == (wanted is not None) for batch in batches)
+        assert all((batch.context_BLD is not None) == (cached_context is not None) for batch in batches)
         with torch.no_grad():
             return torch.cat([diffusion.loss(unet, batch) for batch in batches])
 
@@ -140,22 +144,22 @@ def test_the_same_losses_with_and_without_the_cache(
 
 
 @pytest.mark.parametrize("worlds", [(3,), (2, 1)])
-def test_ranks_share_the_shards_out_and_leave_what_one_alone_does(
+def test_several_ranks_write_the_same_files_as_one(
     encode: Encode, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worlds: tuple[int, ...]
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert encode(shards, whole, "--size", SIZE)[0] == 0
-    for start, world in enumerate(worlds):
-        # In the first of two starts the last rank never comes.
-        for rank in range(world - (start < len(worlds) - 1)):
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    assert encode(shards, reference, "--size", SIZE)[0] == 0
+    for run, world in enumerate(worlds):
+        # In the first of two runs the last rank is missing.
+        for rank in range(world - (run < len(worlds) - 1)):
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", str(world))
             monkeypatch.setenv("LOCAL_RANK", str(rank))
             monkeypatch.setenv("MASTER_PORT", "1")
             code, _, err = encode(shards, out, "--size", SIZE)
             assert code == 0, err
-        assert (out / "index.jsonl").exists() == (start == len(worlds) - 1)
-    assert files(out) == files(whole)
+        assert (out / "index.jsonl").exists() == (run == len(worlds) - 1)
+    assert files(out) == files(reference)
 
 
 def test_samples_that_cannot_be_encoded_are_left_out_and_listed(encode: Encode, tmp_path: Path) -> None:
@@ -171,63 +175,63 @@ def test_samples_that_cannot_be_encoded_are_left_out_and_listed(encode: Encode, 
     code, _, err = encode(tmp_path / "shards", out, "--size", SIZE, "--max-refused", "0.3")
     assert code == 0, err
     assert [sample.id for sample in Index.load(out).samples()] == ["s0", "s1", "s3", "s4"]
-    told = (out / "refused.csv").read_text().splitlines()
-    assert told[0] == "sample,shard,reason" and len(told) == 2 and told[1].startswith("s2,")
+    refused = (out / "refused.csv").read_text().splitlines()
+    assert refused[0] == "sample,shard,reason" and len(refused) == 2 and refused[1].startswith("s2,")
     assert (
         len(Loader(DataConfig(str(out), 3, 32, 48, crop="center", latents=True), 0, 0, 1, BatchConfig(2)))
         == 4
     )
 
 
-def test_clip_is_left_out_on_demand(encode: Encode, shards: Path, tmp_path: Path) -> None:
+def test_no_clip_stores_no_clip_embeddings(encode: Encode, shards: Path, tmp_path: Path) -> None:
     assert encode(shards, tmp_path / "out", "--size", SIZE, "--no-clip")[0] == 0
     assert not any(
         clip_embeddings.MEMBER in sample.members for sample in Index.load(tmp_path / "out").samples()
     )
 
 
-def test_a_start_after_an_interruption_goes_on_with_the_unfinished_shard(
-    encode: Encode, encoder: Encoder, shards: Path, tmp_path: Path
+def test_interrupted_run_resumes_with_the_unfinished_shard(
+    encode: Encode, encoder: EncoderSpy, shards: Path, tmp_path: Path
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert encode(shards, whole, "--size", SIZE)[0] == 0
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    assert encode(shards, reference, "--size", SIZE)[0] == 0
     assert encoder.num_frames == [10, 10, 10]
 
     encoder.num_frames, encoder.interrupt_at = [], 2
     assert encode(shards, out, "--size", SIZE)[0] == 130
-    assert sorted(files(out)) == ["encoding.json", "shard-00000.tar"], "one shard whole, no index"
+    assert sorted(files(out)) == ["encoding.json", "shard-00000.tar"], "one complete shard, no index"
     first = (out / "shard-00000.tar").stat()
 
     encoder.num_frames, encoder.interrupt_at = [], None
     assert encode(shards, out, "--size", SIZE)[0] == 0
-    assert encoder.num_frames == [10], "the second shard's alone"
-    assert files(out) == files(whole)
+    assert encoder.num_frames == [10], "only the second shard"
+    assert files(out) == files(reference)
     assert (out / "shard-00000.tar").stat() == first
 
     encoder.num_frames = []
     assert "4 clips, 3 of them with latents" in encode(shards, out, "--size", SIZE)[1]
-    assert encoder.num_frames == [], "and what is done is done"
+    assert encoder.num_frames == [], "nothing is repeated"
 
 
-def test_another_job_in_the_same_folder_is_refused_with_both_values(
+def test_other_settings_in_the_same_folder_are_refused_with_both_values(
     encode: Encode, shards: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     assert encode(shards, out, "--size", "16x24")[0] == 0
     before = files(out)
     code, _, err = encode(shards, out, "--size", SIZE)
-    assert code == 2 and "whose height is 16, and here it is 32" in err
+    assert code == 2 and "whose height is 16, but here it is 32" in err
     code, _, err = encode(shards, out, "--size", "16x24", "--precision", "bf16")
-    assert code == 2 and "whose precision is fp32, and here it is bf16" in err
+    assert code == 2 and "whose precision is fp32, but here it is bf16" in err
     assert files(out) == before
     assert encode(shards, out, "--size", SIZE, "--overwrite")[0] == 0
     index = Index.load(out)
-    assert origin_of(index, index.sample(0)).height == 32
+    assert read_sample_origin(index, index.sample(0)).height == 32
     # Latents of another size are replaced in a copy of a copy.
     again = tmp_path / "again"
     assert encode(out, again, "--size", "16x24")[0] == 0
     index = Index.load(again)
-    assert [origin_of(index, sample).height for sample in index.samples()] == [16] * 4
+    assert [read_sample_origin(index, sample).height for sample in index.samples()] == [16] * 4
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_mistakes_end_in_one_sentence(
     assert files(shards) == before and not (tmp_path / "out").exists()
 
 
-def test_a_sample_that_cannot_be_decoded_is_named(encode: Encode, tmp_path: Path) -> None:
+def test_sample_that_cannot_be_decoded_is_named(encode: Encode, tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "shards")
     writer.add("bad", "mp4", b"no video at all", about(moving_square(4)))
     writer.close()
@@ -263,36 +267,36 @@ def test_a_sample_that_cannot_be_decoded_is_named(encode: Encode, tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 512, None])
-def test_files_that_a_power_cut_left_empty_are_made_again(
-    encode: Encode, encoder: Encoder, shards: Path, tmp_path: Path, damage: bytes | None
+def test_files_damaged_by_a_power_cut_are_written_again(
+    encode: Encode, encoder: EncoderSpy, shards: Path, tmp_path: Path, damage: bytes | None
 ) -> None:
     out = tmp_path / "out"
     assert encode(shards, out, "--size", SIZE)[0] == 0
-    whole = files(out)
+    intact = files(out)
     for name in ("shard-00000.tar", "index.jsonl"):
-        (out / name).write_bytes(whole[name][: len(whole[name]) // 2] if damage is None else damage)
+        (out / name).write_bytes(intact[name][: len(intact[name]) // 2] if damage is None else damage)
     encoder.num_frames = []
     code, _, err = encode(shards, out, "--size", SIZE)
     assert code == 0, err
-    assert encoder.num_frames == [10, 10], "the damaged shard's alone"
-    assert files(out) == whole
+    assert encoder.num_frames == [10, 10], "only the damaged shard"
+    assert files(out) == intact
 
 
-def test_damaged_lines_of_the_index_are_set_aside_and_listed(encode: Encode, tmp_path: Path) -> None:
+def test_damaged_index_lines_are_left_out_and_listed(encode: Encode, tmp_path: Path) -> None:
     writer, frames = ShardWriter(tmp_path / "shards", samples_per_shard=2), moving_square(4)
     for number in range(6):
         writer.add(f"s{number}", "mp4", encode_video(frames), about(frames))
     writer.close()
     index = tmp_path / "shards" / "index.jsonl"
     lines = index.read_bytes().splitlines()
-    # All of the second shard, so that nothing of it is left.
+    # All lines of the second shard, so that no sample of it is left.
     lines[3], lines[4] = b"{", lines[4].replace(b'"num_frames": 4', b'"num_frames": "four"')
     index.write_bytes(b"".join(line + b"\n" for line in lines))
 
     out = tmp_path / "out"
-    code, said, err = encode(tmp_path / "shards", out, "--size", SIZE, "--max-refused", "0.4")
+    code, stdout, err = encode(tmp_path / "shards", out, "--size", SIZE, "--max-refused", "0.4")
     assert code == 0, err
-    assert f"2 of 6 samples cannot be read: {out / 'refused.csv'} says why" in said
+    assert f"2 of 6 samples cannot be read: {out / 'refused.csv'} says why" in stdout
     refused = (out / "refused.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in refused] == ["sample", "line 4", "line 5"]
     assert "num_frames is 'four'" in refused[2]
@@ -309,20 +313,18 @@ def test_clips_without_a_caption_are_counted(encode: Encode, tmp_path: Path) -> 
     for number, captions in enumerate(({"text": "a"}, {"text": ""}, {"text": " "}, {"a": "", "b": "b"})):
         writer.add(f"s{number}", "mp4", encode_video(frames), about(frames) | {"captions": captions})
     writer.close()
-    code, said, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE)
+    code, stdout, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE)
     assert code == 0, err
-    assert "2 of 4 clips have no caption, which text-to-video needs" in said
+    assert "2 of 4 clips have no caption, which text-to-video needs" in stdout
 
 
-def test_a_sample_whose_captions_cannot_be_read_is_refused_even_where_none_is_encoded(
-    encode: Encode, tmp_path: Path
-) -> None:
+def test_sample_with_unreadable_captions_is_refused_without_clip_too(encode: Encode, tmp_path: Path) -> None:
     writer, frames = ShardWriter(tmp_path / "shards"), moving_square(4)
     for number in range(2):
         captions = None if number else {"text": "a"}
         writer.add(f"s{number}", "mp4", encode_video(frames), about(frames) | {"captions": captions})
     writer.close()
-    code, said, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE, "--no-clip")
+    code, stdout, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE, "--no-clip")
     assert code == 0, err
-    assert "1 of 2 samples cannot be read" in said
+    assert "1 of 2 samples cannot be read" in stdout
     assert "s1," in (tmp_path / "out" / "refused.csv").read_text()

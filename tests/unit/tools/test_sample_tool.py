@@ -1,4 +1,4 @@
-"""tools/sample.py from the command line, with the shipped tiny weights."""
+"""tools/sample.py with the shipped tiny weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(run_tool: Callable[..., int]) -> Callable[..., int]:
     return partial(run_tool, "sample.py")
 
 
-def test_images_become_videos(
+def test_each_image_gives_a_video(
     tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
@@ -32,14 +32,14 @@ def test_images_become_videos(
     images = [tmp_path / "red.png", tmp_path / "blue.png"]
     sizes = ["--frames", 2, "--size", "16x24", "--steps", 1]
     assert run(TINY, "--image", *images, "--out", tmp_path / "out", *sizes) == 0
-    made = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert made == ["0-red.mp4", "1-blue.mp4", "contact_sheet.png"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["0-red.mp4", "1-blue.mp4", "contact_sheet.png"]
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (2 * 26 - 2, 2 * 18 - 2)
     assert "wrote 2 videos" in capsys.readouterr().out
 
 
 def write_interpolation_run(folder: Path) -> Path:
-    """A checkpoint, as far as sampling reads it, of a network that interpolates 4 frames."""
+    """Write the files that sampling reads of a checkpoint of a network that interpolates 4 frames."""
     config = UNetConfig(
         in_channels=9,
         masked=True,
@@ -73,35 +73,35 @@ def test_two_images_are_interpolated(
     assert run(run_folder, "--image", red, "--last-image", blue, *out) == 0
     with av.open(str(tmp_path / "out" / "0-red.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 4
-        assert container.streams.video[0].average_rate == 9, "as the run's previews"
+        assert container.streams.video[0].average_rate == 9, "the frame rate of the run's previews"
     converted = shutil.copytree(run_folder, tmp_path / "converted")
-    told = ["--frozen", "tiny", "--size", "16x24", "--frames", 3, *out]
-    assert run(converted, "--image", red, "--last-image", blue, *told) == 0, "its mask says it"
-    for arguments, sentence in (
-        (["--image", red], "conditioned on what you give with --image and --last-image"),
+    options = ["--frozen", "tiny", "--size", "16x24", "--frames", 3, *out]
+    assert run(converted, "--image", red, "--last-image", blue, *options) == 0, "its channels show the task"
+    for arguments, message in (
+        (["--image", red], "needs --image and --last-image"),
         (["--image", red, blue, "--last-image", red], "2 with --image and 1 with --last-image"),
         (["--image", red, "--last-image", blue, "--frames", 2], "a clip of 2 frames has none between"),
         (["--image", red, "--last-image", blue, "--caption", "a boat"], "takes no --caption"),
     ):
         assert run(run_folder, *arguments, *out) == 2
-        assert sentence in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
-        (["--caption", "a boat"], "conditioned on what you give with --image"),
+        (["--caption", "a boat"], "needs --image"),
         (["--image", "nowhere.png"], "there is no image nowhere.png"),
         (["--image", "a.png", "--last-image", "b.png"], "takes no --last-image"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(
+def test_mistakes_are_reported_in_one_sentence(
     tmp_path: Path,
     run: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    sentence: str,
+    message: str,
 ) -> None:
     assert run(TINY, *arguments, "--out", tmp_path) == 2
     error = capsys.readouterr().err
-    assert sentence in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error

@@ -1,4 +1,4 @@
-"""tools/sweep.py: wandb's own agent with a server and trials of the test; how its job ends."""
+"""tools/sweep.py: wandb's own agent with a fake server and fake trials, and how its job ends."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ echo "$@" >> {folder}/log
 echo JobState=PENDING > {folder}/state
 """
 SETTLE = "import os; os.remove(unfinished)\n"
-ASK = "import os, signal; os.kill(os.getppid(), signal.SIGUSR1)\n"
-ANSWER = """
+REQUEST = "import os, signal; os.kill(os.getppid(), signal.SIGUSR1)\n"
+HANDLE = """
 import signal, sys, time
-asked = []
-signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+requests = []
+signal.signal(signal.SIGUSR1, lambda *_: requests.append(1))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
-while not asked:
+while not requests:
     time.sleep(0.01)
 """
-TELL = "open('told', 'a').write(sys.argv[1])\n"
+RECORD = "open('arguments', 'a').write(sys.argv[1])\n"
 
 
-class Life(NamedTuple):
+class JobEnd(NamedTuple):
+    """Exit code and effects of a job."""
+
     code: int
-    asked: list[str]
-    """Of scontrol."""
+    requests: list[str]
+    """Requests to scontrol."""
     commands: int
-    """That the agent was given: two trials, and the word that the sweep is done."""
+    """Number of commands that the agent received: two trials, and the end of the sweep."""
 
 
 @pytest.fixture
-def lived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Life]]:
-    """lived(trial): how a life of the job ended whose trials are the Python program `trial`; the sweep has
-    two."""
+def run_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., JobEnd]]:
+    """run_job(trial): how a job ended whose two trials are the Python program `trial`."""
     spec = importlib.util.spec_from_file_location("sweep", TOOL)
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
@@ -57,7 +58,7 @@ def lived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
 
-    def live(trial: str, at_start: Callable[[], None] = lambda: None) -> Life:
+    def run(trial: str, at_start: Callable[[], None] = lambda: None) -> JobEnd:
         agent = _agent(tool, trial)
         given = []
 
@@ -83,7 +84,7 @@ def lived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             agent.end()
         except SystemExit as exit:
             code = exit.code
-        return Life(code, (tmp_path / "log").read_text().splitlines(), len(given))
+        return JobEnd(code, (tmp_path / "log").read_text().splitlines(), len(given))
 
     def _agent(tool: ModuleType, trial: str) -> Any:
         monkeypatch.setattr(tool.wandb, "Api", lambda: None)
@@ -92,52 +93,52 @@ def lived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         agent.start = [sys.executable, "-c", f"unfinished = {str(agent.unfinished)!r}\n{trial}"]
         return agent
 
-    yield live
+    yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def test_a_sweep_that_is_done_ends_the_job(lived: Callable[..., Life]) -> None:
-    assert lived("import sys\n" + TELL + SETTLE) == (0, [], 3)
-    assert Path("told").read_text() == "optim.lr=1" * 2
+def test_finished_sweep_ends_the_job(run_job: Callable[..., JobEnd]) -> None:
+    assert run_job("import sys\n" + RECORD + SETTLE) == (0, [], 3)
+    assert Path("arguments").read_text() == "optim.lr=1" * 2
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_a_trial_that_cannot_go_on_fails_the_job(lived: Callable[..., Life], code: int) -> None:
-    """As where scontrol fails: the next life, of whoever starts it, begins with that trial."""
-    assert lived(f"raise SystemExit({code})") == (code, [], 1)
+def test_trial_that_cannot_resume_fails_the_job(run_job: Callable[..., JobEnd], code: int) -> None:
+    """If scontrol fails, the next start of the job begins with that trial."""
+    assert run_job(f"raise SystemExit({code})") == (code, [], 1)
 
 
-def test_a_trial_whose_process_is_killed_gets_another_life(
-    lived: Callable[..., Life], capfd: pytest.CaptureFixture[str]
+def test_trial_whose_process_is_killed_is_restarted(
+    run_job: Callable[..., JobEnd], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert lived("import os; os.kill(os.getpid(), 9)") == (0, ["requeue 7"], 1)
+    assert run_job("import os; os.kill(os.getpid(), 9)") == (0, ["requeue 7"], 1)
     assert "job 7 is queued again: signal 9 ended the trial's own process\n" in capfd.readouterr().out
-    assert lived("import sys\n" + TELL + SETTLE) == (0, [], 3)
-    assert Path("told").read_text() == "optim.lr=1" * 3, "it comes first"
+    assert run_job("import sys\n" + RECORD + SETTLE) == (0, [], 3)
+    assert Path("arguments").read_text() == "optim.lr=1" * 3, "the unfinished trial comes first"
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0", b'{"run'])
-def test_damaged_file_of_the_unfinished_trial_ends_no_sweep(
-    lived: Callable[..., Life], capfd: pytest.CaptureFixture[str], content: bytes
+def test_damaged_file_of_the_unfinished_trial_does_not_end_the_sweep(
+    run_job: Callable[..., JobEnd], capfd: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     folder = Path("runs/sweeps/sweep")
     folder.mkdir(parents=True)
     (folder / "unfinished-7.json").write_bytes(content)
-    assert lived("import sys\n" + TELL + SETTLE) == (0, [], 3)
+    assert run_job("import sys\n" + RECORD + SETTLE) == (0, [], 3)
     assert "unfinished-7.json is damaged" in capfd.readouterr().out
     assert (folder / "unfinished-7.json.damaged-1").read_bytes() == content
 
 
-def test_a_trial_that_queued_the_job_again_has_said_it_all(lived: Callable[..., Life]) -> None:
-    assert lived("import os; os.system('scontrol requeue 7')") == (0, ["requeue 7"], 1)
+def test_job_requeued_by_its_trial_is_not_requeued_twice(run_job: Callable[..., JobEnd]) -> None:
+    assert run_job("import os; os.system('scontrol requeue 7')") == (0, ["requeue 7"], 1)
 
 
-def test_usr1_reaches_the_trial_however_early(lived: Callable[..., Life]) -> None:
-    """Python's own start included; and no other trial begins, however this one ends."""
-    assert lived(ASK + ANSWER + TELL + SETTLE) == (0, ["requeue 7"], 1)
-    assert Path("told").exists(), "it answered, and was not killed"
+def test_usr1_reaches_the_trial_during_its_start(run_job: Callable[..., JobEnd]) -> None:
+    """The signal may arrive while Python starts; no other trial begins after this one."""
+    assert run_job(REQUEST + HANDLE + RECORD + SETTLE) == (0, ["requeue 7"], 1)
+    assert Path("arguments").exists(), "it handled the signal, and was not killed"
 
 
-def test_usr1_between_trials_queues_the_job_again(lived: Callable[..., Life]) -> None:
-    assert lived(SETTLE, at_start=lambda: os.kill(os.getpid(), signal.SIGUSR1)) == (0, ["requeue 7"], 0)
+def test_usr1_between_trials_requeues_the_job(run_job: Callable[..., JobEnd]) -> None:
+    assert run_job(SETTLE, at_start=lambda: os.kill(os.getpid(), signal.SIGUSR1)) == (0, ["requeue 7"], 0)

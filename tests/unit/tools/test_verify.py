@@ -1,4 +1,4 @@
-"""tools/convert.py --verify: which checkpoints of a run are whole."""
+"""tools/convert.py --verify: which checkpoints of a run are intact."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def run(tmp_path: Path) -> Path:
 
 
 def lines(text: str) -> dict[str, str]:
-    """Name of a checkpoint -> what is told of it."""
-    return {Path(path).name: told for path, _, told in (line.partition("  ") for line in text.splitlines())}
+    """Name of a checkpoint -> its state."""
+    return {Path(path).name: state for path, _, state in (line.partition("  ") for line in text.splitlines())}
 
 
-def test_whole_run_ends_with_0(verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_intact_run_exits_with_0(verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(run) == 0
-    assert lines(capsys.readouterr().out) == {f"step-{step:07d}": "whole" for step in STEPS}
+    assert lines(capsys.readouterr().out) == {f"step-{step:07d}": "intact" for step in STEPS}
     assert verify(run / "checkpoints/step-0000200") == 0, "a checkpoint by itself"
-    assert lines(capsys.readouterr().out) == {"step-0000200": "whole"}
+    assert lines(capsys.readouterr().out) == {"step-0000200": "intact"}
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         ("flipped", f"{RANK_FILE} has another checksum than what was written"),
         ("cut", f"{RANK_FILE} has 100 bytes, and "),
@@ -60,7 +60,7 @@ def test_whole_run_ends_with_0(verify: Verify, run: Path, capsys: pytest.Capture
     ],
 )
 def test_damaged_checkpoint_is_named_with_its_file(
-    verify: Verify, run: Path, capsys: pytest.CaptureFixture[str], damage: str, told: str
+    verify: Verify, run: Path, capsys: pytest.CaptureFixture[str], damage: str, message: str
 ) -> None:
     file = run / "checkpoints/step-0000200" / RANK_FILE
     content = bytearray(file.read_bytes())
@@ -72,8 +72,8 @@ def test_damaged_checkpoint_is_named_with_its_file(
     assert verify(run) == 2
     out, err = capsys.readouterr()
     found = lines(out)
-    assert found["step-0000200"].startswith(f"damaged: {told}")
-    assert found["step-0000100"] == found["step-0000300"] == "whole"
+    assert found["step-0000200"].startswith(f"damaged: {message}")
+    assert found["step-0000100"] == found["step-0000300"] == "intact"
     assert f"error: 1 of 3 checkpoints in {run} are damaged: step-0000200" in err and "Traceback" not in err
 
 
@@ -81,26 +81,26 @@ def test_unfinished_checkpoint_and_one_without_checksums_are_damaged(
     verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "checkpoints/step-0000100" / COMPLETE).unlink()
-    # As COMPLETE was before it had checksums: the token of the start that saved it.
+    # COMPLETE of an older version, without checksums.
     (run / "checkpoints/step-0000200" / COMPLETE).write_text("5f0c12ab\n")
     assert verify(run) == 2
     out, err = capsys.readouterr()
     found = lines(out)
     assert f"has no file {COMPLETE}" in found["step-0000100"]
     assert "COMPLETE has no checksums: the checkpoint was saved by an older version" in found["step-0000200"]
-    assert found["step-0000300"] == "whole"
+    assert found["step-0000300"] == "intact"
     assert "2 of 3 checkpoints" in err and "step-0000100, step-0000200" in err
 
 
-def test_checkpoint_that_was_set_aside_is_listed_and_no_error(
+def test_checkpoint_set_aside_is_listed_without_an_error(
     verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "checkpoints/step-0000300").rename(run / "checkpoints/step-0000300.damaged")
     assert verify(run) == 0
-    assert lines(capsys.readouterr().out)["step-0000300.damaged"] == "set aside as damaged, and not used"
+    assert lines(capsys.readouterr().out)["step-0000300.damaged"] == "set aside as damaged, not used"
 
 
-def test_kept_averages_are_verified_without_the_files_that_were_removed(
+def test_kept_averages_are_verified_without_the_removed_files(
     verify: Verify, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = run / "averages/step-0000100"
@@ -108,7 +108,7 @@ def test_kept_averages_are_verified_without_the_files_that_were_removed(
     (run / "checkpoints/step-0000100").rename(kept)
     shutil.rmtree(kept / "unet")
     assert verify(run) == 0
-    assert lines(capsys.readouterr().out)["step-0000100"] == "whole"
+    assert lines(capsys.readouterr().out)["step-0000100"] == "intact"
     (kept / "ema-power-0.050/rank-00000-of-00002.safetensors").write_bytes(b"")
     assert verify(run) == 2
     assert "damaged: ema-power-0.050/rank-00000" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_run_without_checkpoints_is_one_sentence(
     verify: Verify, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "new/checkpoints").mkdir(parents=True)
-    for place, told in (("new", "has no checkpoint"), ("nothing", "there is nothing at")):
-        assert verify(tmp_path / place) == 2
+    for folder, message in (("new", "has no checkpoint"), ("nothing", "does not exist")):
+        assert verify(tmp_path / folder) == 2
         err = capsys.readouterr().err
-        assert told in err and str(tmp_path / place) in err and "Traceback" not in err
+        assert message in err and str(tmp_path / folder) in err and "Traceback" not in err

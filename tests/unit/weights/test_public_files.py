@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from svd_ds.curate.models import load
+from svd_ds.curate.models import load_pretrained
 from svd_ds.model.frozen import load_frozen
 from svd_ds.model.unet import UNet
 from svd_ds.tensor_files import index_files
@@ -63,7 +63,7 @@ def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: str) -> None
     (folder / "endless.safetensors").unlink()
     index.rename(folder / "model.safetensors.index.json")
     with pytest.raises(ValueError, match=r"index\.json lists"):
-        load("CLIPModel", "CLIPProcessor", str(folder), "cpu")
+        load_pretrained("CLIPModel", "CLIPProcessor", str(folder), "cpu")
 
 
 @pytest.mark.timeout(60)
@@ -87,7 +87,7 @@ def test_a_config_brings_no_code_of_a_hub(tmp_path: Path, key: str, inside: bool
     with pytest.raises(ValueError, match=rf"config\.json names code of a hub, {key} somebody/kernel"):
         load_frozen(CLIPVisionModelWithProjection, tmp_path, "image_encoder", "cpu", torch.float32)
     with pytest.raises(ValueError, match="names code of a hub"):
-        load("CLIPModel", "CLIPProcessor", str(folder), "cpu")
+        load_pretrained("CLIPModel", "CLIPProcessor", str(folder), "cpu")
 
 
 def tensor(begin: int, end: int, *shape: int, dtype: str = "F32") -> dict[str, Any]:

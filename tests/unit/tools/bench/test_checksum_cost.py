@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.unit.tools.conftest import Ended
+from tests.unit.tools.conftest import ToolResult
 
 
 def test_speeds_and_shares_are_told_and_nothing_is_left(
-    tool_says: Callable[..., Ended], tmp_path: Path
+    tool_output: Callable[..., ToolResult], tmp_path: Path
 ) -> None:
-    ended = tool_says("bench/checksum_cost.py", "--gb", 0.05, "--rounds", 2, "--folder", tmp_path)
+    ended = tool_output("bench/checksum_cost.py", "--gb", 0.05, "--rounds", 2, "--folder", tmp_path)
     assert ended.code == 0, ended.err
     size, *rows = ended.out.splitlines()
     assert size.startswith("0.07 GB")

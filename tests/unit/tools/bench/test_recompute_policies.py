@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from svd_ds.parallel.recompute import POLICIES
-from tests.unit.tools.conftest import Ended
+from tests.unit.tools.conftest import ToolResult
 
 pytestmark = pytest.mark.slow
 TINY = ("--size", "16x16", "--frames", "2", "--widths", "64")
@@ -21,8 +21,8 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process's memory")
-def test_every_policy_has_a_row(tool_says: Callable[..., Ended]) -> None:
-    *_, head, _, none, _, _, _ = lines = tool_says(
+def test_every_policy_has_a_row(tool_output: Callable[..., ToolResult]) -> None:
+    *_, head, _, none, _, _, _ = lines = tool_output(
         "bench/recompute_policies.py", *TINY, "--turns", 1
     ).out.splitlines()
     assert head.split(" | ")[1:] == ["ms", "ratio to none", "peak MiB |"]
@@ -41,13 +41,13 @@ def test_one_rank_of_zero_is_timed(
 
 
 @pytest.mark.parametrize("tool", ["bench/recompute_policies.py", "bench/zero3_overhead.py"])
-def test_a_mistake_is_one_sentence(tool: str, tool_says: Callable[..., Ended]) -> None:
-    ended = tool_says(tool, "--size", "128")
+def test_a_mistake_is_one_sentence(tool: str, tool_output: Callable[..., ToolResult]) -> None:
+    ended = tool_output(tool, "--size", "128")
     assert ended.code == 2
     assert "--size is '128': give HEIGHTxWIDTH, multiples of 64 pixels here" in ended.err
 
 
-def test_triton_is_timed_on_a_gpu(tool_says: Callable[..., Ended]) -> None:
-    ended = tool_says("bench/triton_kernels.py", *TINY)
+def test_triton_is_timed_on_a_gpu(tool_output: Callable[..., ToolResult]) -> None:
+    ended = tool_output("bench/triton_kernels.py", *TINY)
     assert ended.code == 2
     assert "with Triton installed, and torch sees none" in ended.err
