@@ -26,7 +26,7 @@ from svd_ds.small_files import read_json
 from svd_ds.weights.decoder import load_decoder, save_pipeline_parts
 from svd_ds.weights.io import load_unet, read_weights, write_weights
 from svd_ds.weights.lora import save_lora
-from svd_ds.weights.lora_files import read_lora
+from svd_ds.weights.lora_files import add_updates, read_lora
 from svd_ds.weights.manifest import COMPLETE, find_damage, read_manifest
 from svd_ds.weights.shards import DAMAGED_SUFFIX, KEPT_AVERAGES, checkpoint_network
 from svd_ds.weights.source import network_parameters
