@@ -103,7 +103,7 @@ def test_runs_of_members_have_folders_of_their_own() -> None:
         ("optim.schedule=linear", "linear"),
         ("init.source=runs/stage1", "there is no key init.source: do you mean init.from?"),
         ("+init.source=runs/stage1", "there is no key init.source: do you mean init.from?"),
-        ("init=runs/stage1", "init is 'runs/stage1', and must have the keys from, which"),
+        ("init=runs/stage1", "init is 'runs/stage1': it must have the keys from, which"),
     ],
 )
 def test_a_mistake_is_named(override: str, named: str) -> None:
