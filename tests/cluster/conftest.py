@@ -33,7 +33,7 @@ def missing() -> str | None:
     return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
     """The first true value of `condition`, asked again and again."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -106,7 +106,7 @@ class Cluster:
             now = self.job(job)
             return now["JobState"] == "RUNNING" and now["Restarts"] != restarts
 
-        wait_until(goes_on, "the job to go on elsewhere", 120)
+        wait_until(goes_on, "the job to continue elsewhere")
         self.control("start", node)
 
     def on(self, node: str, *command: str) -> None:

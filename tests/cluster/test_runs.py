@@ -78,14 +78,14 @@ HARMS = [ask_to_end, preempt, kill_a_rank, hang_a_rank, power_off_a_node, power_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_run_goes_on_after(harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     checked = {"SVD_DS_JOB_OPTIONS": ""} if harm is ask_to_end else {}
     watched = ["watchdog.minutes=0.2", "watchdog.first_minutes=3"] if harm is hang_a_rank else []
     job = submit(cluster, run, *watched, **checked)
-    wait_until(lambda: len(steps(run)) >= 3, "step 3", 120)
+    wait_until(lambda: len(steps(run)) >= 3, "step 3")
     harm(cluster, job)
     ended = cluster.wait(job, 300)
     output = cluster.output(job)
@@ -128,7 +128,7 @@ def test_a_cancelled_run_stays_cancelled(cluster: Cluster, tmp_path: Path) -> No
     """Its ranks leave a checkpoint, as SIGTERM asks."""
     run = tmp_path / "run"
     job = submit(cluster, run, "checkpoint.every=1000", "run.steps=1000")
-    wait_until(lambda: len(steps(run)) >= 2, "step 2", 120)
+    wait_until(lambda: len(steps(run)) >= 2, "step 2")
     cluster.run("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED"
     time.sleep(6)  # a requeue would show by now
@@ -154,7 +154,7 @@ def test_a_node_that_does_not_see_the_run_is_named_and_left_out(cluster: Cluster
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(700)
 def test_a_node_that_computes_wrongly_is_named_and_left_out(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     path = os.pathsep.join([str(Path(__file__).parent / "faulty"), cluster.environment["PYTHONPATH"]])
@@ -173,7 +173,7 @@ def test_a_node_that_computes_wrongly_is_named_and_left_out(cluster: Cluster, tm
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(700)
 def test_named_checkpoint_is_only_where_the_first_start_begins(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm starts the job again with the same run.resume=PATH, whose checkpoint keep_last has removed since.
     The run folder is named after the time, which is the same in each restart."""
@@ -182,7 +182,7 @@ def test_named_checkpoint_is_only_where_the_first_start_begins(cluster: Cluster,
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)
     named = f"run.resume={other}/checkpoints/step-0000002"
     job = submit(cluster, tmp_path / "runs" / "${now:%H-%M-%S-%f}", named, "run.steps=8")
-    wait_until(lambda: any(steps(run)[-1:] > [4] for run in tmp_path.glob("runs/*")), "step 5", 120)
+    wait_until(lambda: any(steps(run)[-1:] > [4] for run in tmp_path.glob("runs/*")), "step 5")
     ask_to_end(cluster, job)
     ended = cluster.wait(job, 300)
     output = cluster.output(job)
