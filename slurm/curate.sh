@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Raw videos to shards: an array of jobs, each a part of the files, and one more for what needs all parts.
+# Raw videos to shards: an array of jobs, one per part of the files, and one more job for stages that need all parts.
 #   parts=$(sbatch --parsable --array=0-15 slurm/curate.sh /shared/raw /shared/curated --size 320 --part %a/16)
 #   sbatch --dependency=afterok:$parts slurm/curate.sh /shared/raw /shared/curated --size 320
-# Slurm numbers the tasks of the array, and %a stands for that number. A part that failed goes on where it was when it
-# is submitted again, with the same words: --array=3,7 for two of the sixteen.
+# %a is replaced by the number of the task in the array. A part that failed resumes when it is submitted again with the
+# same arguments: --array=3,7 for two of the sixteen.
 #SBATCH --job-name=svd-curate
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

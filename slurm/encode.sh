@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Latents for shards, one task a GPU; stopped and started again, each goes on with its first unfinished shard.
+# Latents for shards, one task per GPU; each resumes with its first unfinished shard when restarted.
 #   sbatch slurm/encode.sh /shared/shards /shared/shards-latents --size 320x576 --frozen /shared/svd
 #SBATCH --job-name=svd-encode
 #SBATCH --nodes=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The image stages, at the width of the network without layers of time.
+# The image stages, which train the network without its temporal layers.
 #   sbatch slurm/stage1.sh stage1_time_embed data.path=/shared/images frozen.path=/shared/sd21 init.from=/shared/sd21
 #   sbatch slurm/stage1.sh data.path=/shared/images frozen.path=/shared/sd21 init.from=runs/stage1_time_embed
 #SBATCH --job-name=svd-stage1

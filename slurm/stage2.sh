@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Video pretraining at 14 x 256x384, then at 14 x 320x576: the paper's 48 x 8 A100.
+# Video pretraining at 14 x 256x384, then at 14 x 320x576, on the paper's 48 nodes of 8 A100.
 #   sbatch slurm/stage2.sh data.path=/shared/shards frozen.path=/shared/sd21 init.from=runs/stage1
 #   sbatch slurm/stage2.sh stage2_highres data.path=/shared/shards frozen.path=/shared/sd21 init.from=runs/stage2
 #   sbatch --nodes=2 --account=me slurm/stage2.sh debug=tiny batch.size=16      any #SBATCH line can be overridden

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The finetunes at 576x1024, and what builds on them: stage3_t2v, stage3_i2v_base, stage3_i2v, stage3_i2v_xt,
-# interpolation, camera_lora, multiview. Each names the stage that it starts from in conf/experiment/; the last three have
-# smaller batches, for fewer nodes.
+# The finetunes at 576x1024, and experiments that start from them: stage3_t2v, stage3_i2v_base, stage3_i2v, stage3_i2v_xt,
+# interpolation, camera_lora, multiview. Their files in conf/experiment/ name the stage that each starts from; the
+# last three have smaller batches, for fewer nodes.
 #   sbatch slurm/stage3.sh stage3_i2v data.path=/shared/best frozen.path=/shared/svd init.from=runs/stage3_i2v_base
 #   sbatch --nodes=8 slurm/stage3.sh interpolation data.path=/shared/best frozen.path=/shared/svd init.from=runs/stage3_t2v
 #   sbatch --nodes=2 slurm/stage3.sh camera_lora data.path=/shared/zooming frozen.path=/shared/svd init.from=runs/stage3_i2v

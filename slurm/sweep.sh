@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A W&B sweep whose trials are runs over all nodes of this job: the agent runs here, on the batch host.
+# A W&B sweep whose trials are runs on all nodes of this job; the agent runs on the batch host.
 #   wandb sweep sweeps/noise_schedule.yaml        prints ENTITY/PROJECT/SWEEP
-#   sbatch slurm/sweep.sh ENTITY/PROJECT/SWEEP batch.size=16      with words for every trial; here a clip a rank
-# Killed and started again, the job goes on with the same trial. Several jobs may share a sweep.
+#   sbatch slurm/sweep.sh ENTITY/PROJECT/SWEEP batch.size=16      with overrides for every trial; here one clip per rank
+# A restart of the job resumes the same trial. Several jobs may share a sweep.
 #SBATCH --job-name=svd-sweep
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

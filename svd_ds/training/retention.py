@@ -123,7 +123,7 @@ def _is_fenced(folder: Path, token: str) -> bool:
 
 
 def _fenced(folder: Path) -> str:
-    return f"another start of this run has taken over {folder.parent}: this one ends and leaves it alone"
+    return f"another restart of this run has taken over {folder.parent}: this one ends and leaves it alone"
 
 
 def commit(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int) -> None:

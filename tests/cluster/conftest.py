@@ -1,4 +1,4 @@
-"""A real Slurm and a stand-in for the W&B server, once a session; where they cannot be, the tests skip."""
+"""A real Slurm and a fake W&B server, once per test session; tests are skipped where these cannot run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTROL = "10.77.0.1"
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, if so."""
+    """Return why a cluster cannot run here; None if it can."""
     if os.geteuid() != 0:
         return "a test cluster needs root, for a network a node"
     programs = [name for name in ("slurmctld", "slurmd", "munged", "ip") if shutil.which(name) is None]
@@ -34,7 +34,7 @@ def missing() -> str | None:
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
-    """The first true value of `condition`, asked again and again."""
+    """Poll `condition` until it is true; return its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 240) ->
 
 
 class Cluster:
-    """Three nodes, one to spare, as someone sees them who submits jobs on two."""
+    """A cluster of three nodes, one of them spare: jobs are submitted for two."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,11 +59,11 @@ class Cluster:
         }
 
     def control(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """cluster.sh. Daemons outlive it: its output must not be a pipe that they hold open."""
+        """Run cluster.sh. Its daemons outlive it: a pipe as its output would stay open."""
         return subprocess.run([str(HERE / "cluster.sh"), *arguments], env=self.environment, check=True)
 
     def run(self, *command: str, **environment: str) -> str:
-        """What a command prints that is run where jobs are submitted."""
+        """Run a command on the host that jobs are submitted from; return its output."""
         ended = subprocess.run(
             [str(HERE / "cluster.sh"), "exec", *command],
             env={**self.environment, **environment},
@@ -75,7 +75,7 @@ class Cluster:
         return ended.stdout + ended.stderr
 
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> str:
-        """sbatch a job script on both nodes, a CPU rank each; its id."""
+        """Submit a job script on two nodes, one CPU rank each; return the id of the job."""
         shape = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
         output = f"--output={self.folder}/job-%j.out"
         printed = self.run(
@@ -88,35 +88,35 @@ class Cluster:
         return path.read_text() if path.exists() else ""
 
     def job(self, job: str) -> dict[str, str]:
-        """What scontrol shows of a job: JobState, ExitCode, Restarts, ..."""
+        """Return the fields of `scontrol show job`: JobState, ExitCode, Restarts, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", job)))
 
     def nodes(self, job: str) -> list[str]:
-        """Where a running job runs."""
+        """Return the nodes of a running job."""
         return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
 
-    def lose_a_node(self, job: str, place: int = -1) -> None:
-        """Switch off a running job's node at that place; on again once the job has gone on without it. Slurm
-        kills what it finds of the job on a node that comes back."""
-        node = self.nodes(job)[place]
+    def lose_a_node(self, job: str, index: int = -1) -> None:
+        """Switch off one node of a running job, and on again once the job has restarted without it. Slurm
+        kills processes of the job on a node that comes back."""
+        node = self.nodes(job)[index]
         restarts = self.job(job)["Restarts"]
         self.control("kill", node)
 
-        def goes_on() -> bool:
+        def has_restarted() -> bool:
             now = self.job(job)
             return now["JobState"] == "RUNNING" and now["Restarts"] != restarts
 
-        wait_until(goes_on, "the job to continue elsewhere")
+        wait_until(has_restarted, "the job to restart on other nodes")
         self.control("start", node)
 
     def on(self, node: str, *command: str) -> None:
-        """Do something to a node's own view of the file system."""
+        """Run a command in the mount namespace of a node."""
         first = (self.folder / "pid" / node).read_text().strip()
         inner = Path(f"/proc/{first}/task/{first}/children").read_text().split()[0]
         subprocess.run(["nsenter", f"--target={inner}", "--mount", *command], check=True)
 
     def wait(self, job: str, seconds: float = 240) -> dict[str, str]:
-        """Wait for a job's end; what scontrol then shows of it."""
+        """Wait for the end of a job; return its fields."""
         wait_until(lambda: self.job(job)["JobState"] in ENDED, f"the end of job {job}", seconds)
         return self.job(job)
 
@@ -134,7 +134,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 class WandbServer:
-    """The stand-in server, seen through the commands that reach it."""
+    """The fake server, reached through commands."""
 
     def __init__(self, address: str, reach: Callable[..., str], folder: Path) -> None:
         self.address = address
@@ -156,13 +156,13 @@ class WandbServer:
         return json.loads(self.reach(sys.executable, "-c", read, f"{self.address}/{path}"))
 
     def sweep(self, file: Path) -> str:
-        """Register a sweep file; its ENTITY/PROJECT/SWEEP."""
+        """Register a sweep file; return its ENTITY/PROJECT/SWEEP."""
         printed = self.reach("wandb", "sweep", str(file), **self.environment)
         return printed.split("wandb agent ")[1].split()[0]
 
 
 def here(*command: str, **environment: str) -> str:
-    """What a command of this machine prints, on either stream."""
+    """Run a command on this machine; return its stdout and stderr."""
     ended = subprocess.run(
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -173,7 +173,7 @@ def serve(reach: Callable[..., str], host: str, command: list[str], folder: Path
     port_file = folder / "port"
     server = subprocess.Popen([*command, sys.executable, str(HERE / "wandb_server.py"), host, str(port_file)])
     try:
-        wait_until(port_file.exists, "the W&B stand-in", 30)
+        wait_until(port_file.exists, "the fake W&B server", 30)
         yield WandbServer(f"http://{host}:{port_file.read_text()}", reach, folder)
     finally:
         server.kill()
@@ -182,12 +182,12 @@ def serve(reach: Callable[..., str], host: str, command: list[str], folder: Path
 
 @pytest.fixture
 def wandb_server(tmp_path: Path) -> Iterator[WandbServer]:
-    """For clients on this machine."""
+    """A server for clients on this machine."""
     yield from serve(here, "127.0.0.1", [], tmp_path)
 
 
 @pytest.fixture
 def wandb_server_of_cluster(cluster: Cluster, tmp_path: Path) -> Iterator[WandbServer]:
-    """For clients on the cluster's nodes, and where its jobs are submitted."""
+    """A server for clients on the nodes of the cluster and on the host that jobs are submitted from."""
     command = [str(HERE / "cluster.sh"), "exec"]
     yield from serve(cluster.run, CONTROL, ["env", f"CLUSTER_DIR={cluster.folder}", *command], tmp_path)

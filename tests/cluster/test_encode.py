@@ -1,4 +1,4 @@
-"""slurm/encode.sh on a real Slurm: the ranks on two nodes share out the shards."""
+"""slurm/encode.sh on a real Slurm: the ranks on two nodes divide the shards."""
 
 from __future__ import annotations
 

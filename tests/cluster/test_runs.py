@@ -1,4 +1,4 @@
-"""A run on a real two-node Slurm, as a user submits it: it ends, or it is killed in every way and goes on."""
+"""A run on a real two-node Slurm cluster: it finishes, or is killed in every way and resumes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rank_process(job: str, rank: int) -> int:
 
 
 def ask_to_end(cluster: Cluster, job: str) -> None:
-    """What #SBATCH --signal=B:USR1@300 does when the time is almost up."""
+    """Send the signal of #SBATCH --signal=B:USR1@300, as Slurm does when the time is almost up."""
     cluster.run("scancel", "--batch", "--signal=USR1", job)
 
 
@@ -102,11 +102,11 @@ def test_a_run_goes_on_after(harm: Callable[[Cluster, str], None], cluster: Clus
             stacks = (run / f"logs/rank-0000{rank}.log").read_text()
             assert "Timeout" in stacks and "training/loop.py" in stacks, stacks
         assert output.count("no step for 0.2 minutes") == 2, (
-            "told by the rank, and why the job is queued again"
+            "printed by the rank, and as the reason why the job is queued again"
         )
 
 
-def test_a_mistake_fails_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_mistake_fails_the_job_once(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path / "run", "optim.learning_rate=1")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
@@ -115,7 +115,7 @@ def test_a_mistake_fails_once(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_mistake_that_ranks_find_fails_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_mistake_that_ranks_find_fails_the_job_once(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path / "run", "data.path=nowhere")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
@@ -124,8 +124,8 @@ def test_a_mistake_that_ranks_find_fails_once(cluster: Cluster, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_cancelled_run_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
-    """Its ranks leave a checkpoint, as SIGTERM asks."""
+def test_cancelled_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """SIGTERM makes its ranks save a checkpoint."""
     run = tmp_path / "run"
     job = submit(cluster, run, "checkpoint.every=1000", "run.steps=1000")
     wait_until(lambda: len(steps(run)) >= 2, "step 2")
@@ -137,7 +137,7 @@ def test_a_cancelled_run_stays_cancelled(cluster: Cluster, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_node_that_does_not_see_the_run_is_named_and_left_out(cluster: Cluster, tmp_path: Path) -> None:
+def test_node_that_does_not_see_the_run_is_named_and_excluded(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     blind = "node2"
@@ -155,7 +155,7 @@ def test_a_node_that_does_not_see_the_run_is_named_and_left_out(cluster: Cluster
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-def test_a_node_that_computes_wrongly_is_named_and_left_out(cluster: Cluster, tmp_path: Path) -> None:
+def test_node_that_computes_wrongly_is_named_and_excluded(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     path = os.pathsep.join([str(Path(__file__).parent / "faulty"), cluster.environment["PYTHONPATH"]])
     job = submit(cluster, run, "checkpoint.every=1000", FAULTS="loss:3", PYTHONPATH=path)
@@ -174,9 +174,9 @@ def test_a_node_that_computes_wrongly_is_named_and_left_out(cluster: Cluster, tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-def test_named_checkpoint_is_only_where_the_first_start_begins(cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm starts the job again with the same run.resume=PATH, whose checkpoint keep_last has removed since.
-    The run folder is named after the time, which is the same in each restart."""
+def test_named_checkpoint_counts_only_for_the_first_start(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm restarts the job with the same run.resume=PATH, whose checkpoint keep_last has removed since. The
+    run folder is named after the time, which is the same in each restart."""
     other = tmp_path / "other"
     job = submit(cluster, other, "run.steps=2")
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)

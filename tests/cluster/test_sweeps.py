@@ -1,4 +1,4 @@
-"""The sweep files of sweeps with the real wandb client: trials on one machine, or on a job's nodes."""
+"""The sweep files with the real wandb client: trials on one machine, or on the nodes of a job."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.runs import metrics
 
 SWEEP = yaml.safe_load((ROOT / "sweeps/noise_schedule.yaml").read_text())
 NOISES: list[str] = SWEEP["parameters"]["noise"]["values"]
-"""In the order in which a grid is walked."""
+"""Noise schedules, in the order of the grid."""
 STEPS = 4
 
 
 def small(folder: Path, *more: str, **settings: Any) -> Path:
-    """The sweep of noise schedules with its trials seconds-small, in `folder`."""
+    """Write to `folder` a sweep of noise schedules whose trials take seconds."""
     sweep = {**SWEEP, **settings}
     runs = f"run.dir={folder}/${{oc.env:WANDB_RUN_ID}}"
     words = ["debug=tiny", f"run.steps={STEPS}", "batch.size=4", "data.num_frames=2", "evaluation.every=0"]
@@ -32,7 +32,7 @@ def small(folder: Path, *more: str, **settings: Any) -> Path:
 
 
 def check_trial(run: dict[str, Any], folder: Path, noise: str) -> None:
-    """It had its own noise schedule, tells every step, and ended well."""
+    """Check that a trial had its own noise schedule, logged every step, and finished."""
     assert run["args"] == {"noise": noise}
     assert run["state"] == "finished" and run["exitcode"] == 0
     assert {row["train/step"] for row in run["history"]} >= set(range(1, STEPS + 1))
@@ -52,10 +52,10 @@ def test_an_agent_runs_three_trials(wandb_server: WandbServer, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_trials_own_a_job_and_survive_a_node(
+def test_trials_run_on_all_nodes_and_survive_the_loss_of_one(
     cluster: Cluster, wandb_server_of_cluster: WandbServer, tmp_path: Path
 ) -> None:
-    """A node is lost in the second of three trials."""
+    """A node fails in the second of three trials."""
     server = wandb_server_of_cluster
     sweep = server.sweep(small(tmp_path, "checkpoint.every=2", run_cap=3))
     job = cluster.submit("slurm/sweep.sh", sweep, **server.environment)
@@ -68,16 +68,16 @@ def test_trials_own_a_job_and_survive_a_node(
     assert list(runs) == names
     for name, noise in zip(names, NOISES, strict=False):
         check_trial(runs[name], tmp_path, noise)
-    assert runs[names[1]]["starts"] > runs[names[0]]["starts"], "its second life is the same run"
+    assert runs[names[1]]["starts"] > runs[names[0]]["starts"], "its restart is the same W&B run"
     assert "ranks: 2 x cpu" in cluster.output(job)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_trial_is_stopped_early_and_then_the_sweep(
+def test_trial_is_stopped_early_and_then_the_sweep_is_cancelled(
     cluster: Cluster, wandb_server_of_cluster: WandbServer, tmp_path: Path
 ) -> None:
-    """Both while their ranks would have gone on for long: the job ends, and is not queued again."""
+    """Both would have trained much longer: the job ends, and is not requeued."""
     server = wandb_server_of_cluster
     sweep = server.sweep(small(tmp_path, "run.steps=100000", "checkpoint.every=100000"))
     job = cluster.submit("slurm/sweep.sh", sweep, **server.environment)
@@ -87,7 +87,7 @@ def test_a_trial_is_stopped_early_and_then_the_sweep(
     wait_until(lambda: len(metrics(tmp_path / names[1])) >= 1, "the second trial", 200)
     stopped = len(metrics(tmp_path / names[0]))
     checkpoints = [path.name for path in (tmp_path / names[0] / "checkpoints").glob("step-*")]
-    assert checkpoints == [f"step-{stopped:07d}"], "it ended its step, kept it, and did not go on"
+    assert checkpoints == [f"step-{stopped:07d}"], "it completed its step, saved it, and was not restarted"
     cluster.run("wandb", "sweep", "--cancel", sweep, **server.environment)
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), cluster.output(job)

@@ -1,9 +1,9 @@
-"""A stand-in for the W&B server, enough for real `wandb` clients that find it through WANDB_BASE_URL.
+"""A fake W&B server, sufficient for real `wandb` clients that find it through WANDB_BASE_URL.
 
     python wandb_server.py HOST PORT_FILE
 
 It knows sweeps (grid, random), agents, runs (create, resume, finish, stop), histories and files.
-GET /state tells all that it knows, POST /stop/RUN asks a run to end.
+GET /state returns its whole state, POST /stop/RUN asks a run to end.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def upsert_sweep(asked: dict[str, Any]) -> dict[str, Any]:
     if asked.get("config"):
         sweep["config"], sweep["settings"] = asked["config"], yaml.safe_load(asked["config"])
     sweep["state"] = asked.get("state") or sweep["state"]
-    told = {"name": sweep["name"], "project": project(sweep["project"], sweep["entity"])}
-    return {"upsertSweep": {"sweep": told, "configValidationWarnings": []}}
+    reply = {"name": sweep["name"], "project": project(sweep["project"], sweep["entity"])}
+    return {"upsertSweep": {"sweep": reply, "configValidationWarnings": []}}
 
 
 def query_sweep(asked: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +113,9 @@ def query_sweep(asked: dict[str, Any]) -> dict[str, Any]:
         "scheduler",
         "controllerRunName",
     )
-    told = {key: sweep[key] for key in ("id", "name", "state", "config")} | dict.fromkeys(unset)
-    told |= {"method": sweep["settings"]["method"], "displayName": sweep["name"], "runs": {"edges": []}}
-    return {"project": {"sweep": told | {"createdAt": "2026-01-01T00:00:00", "earlyStopJobRunning": False}}}
+    reply = {key: sweep[key] for key in ("id", "name", "state", "config")} | dict.fromkeys(unset)
+    reply |= {"method": sweep["settings"]["method"], "displayName": sweep["name"], "runs": {"edges": []}}
+    return {"project": {"sweep": reply | {"createdAt": "2026-01-01T00:00:00", "earlyStopJobRunning": False}}}
 
 
 def create_agent(asked: dict[str, Any]) -> dict[str, Any]:
@@ -213,9 +213,9 @@ def resume_status(asked: dict[str, Any]) -> dict[str, Any]:
     return {"model": {**project(asked.get("project"), asked.get("entity")), "bucket": bucket}}
 
 
-def stream(run: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def stream(run: dict[str, Any], sent: dict[str, Any]) -> dict[str, Any]:
     """A piece of a run's histories and logs, and how it ended."""
-    for name, piece in (told.get("files") or {}).items():
+    for name, piece in (sent.get("files") or {}).items():
         offset, lines = piece.get("offset", 0), piece.get("content") or []
         if name == "wandb-history.jsonl":
             run["history"][offset:] = [json.loads(line) for line in lines]
@@ -223,9 +223,9 @@ def stream(run: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
             run["summary"] = json.loads(lines[-1])
         elif name == "output.log":
             run["log"][offset : offset + len(lines)] = lines
-    if told.get("exitcode") is not None:
-        run["exitcode"] = told["exitcode"]
-        run["state"] = "finished" if told["exitcode"] == 0 else "crashed"
+    if sent.get("exitcode") is not None:
+        run["exitcode"] = sent["exitcode"]
+        run["state"] = "finished" if sent["exitcode"] == 0 else "crashed"
     return {"limits": {}, **({"stopped": True} if run["stop"] else {})}
 
 
@@ -267,7 +267,7 @@ def graphql(query: dict[str, Any]) -> dict[str, Any]:
     found = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
     name = query.get("operationName") or (found[1] if found else "")
     if name not in OPERATIONS:
-        return {"errors": [{"message": f"the stand-in does not know the operation {name}"}], "data": None}
+        return {"errors": [{"message": f"the fake server does not know the operation {name}"}], "data": None}
     return {"data": OPERATIONS[name](query.get("variables") or {})}
 
 
@@ -283,8 +283,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         with lock:
-            status, told = self.judge(self.path.split("?")[0], body)
-        content = json.dumps(told).encode()
+            status, reply = self.judge(self.path.split("?")[0], body)
+        content = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

@@ -77,7 +77,7 @@ def test_second_process_of_a_run_ends_the_first_and_loses_nothing(
     assert first.returncode == 2
     lines = errors.strip().splitlines()
     assert len(lines) == 1, errors
-    assert f"another start of this run has taken over {run}" in lines[0]
+    assert f"another restart of this run has taken over {run}" in lines[0]
     out, errors = second.communicate(timeout=200)
     assert second.returncode == 0, errors
     assert "resuming at step 4" in out and f"done: {steps} steps" in out

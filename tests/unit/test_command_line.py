@@ -68,7 +68,7 @@ def test_options_may_stand_anywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["-m", "run.seed=1,2"], "-m starts several runs"),
         (["--cfg", "job"], "--cfg starts no run"),
@@ -76,8 +76,8 @@ def test_options_may_stand_anywhere() -> None:
         (["--help"], "--help starts no run"),
     ],
 )
-def test_a_job_starts_one_run(words: list[str], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_job_starts_exactly_one_run(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         compose(words)
 
 
@@ -90,7 +90,7 @@ def test_a_runs_own_config_starts_another_run(tmp_path: Path) -> None:
 
 
 def test_hydra_composes_what_we_compose(folder: Path) -> None:
-    """`--config-dir` behind an override, through the real entry point."""
+    """`--config-dir` after an override, through the real entry point."""
     command = [sys.executable, "-m", "svd_ds.train", "run.seed=4", "--config-dir", str(folder), "+subset=few"]
     told = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr

@@ -74,14 +74,14 @@ def begin(run: Path, places: Path, word: str, resume: Path | None = None) -> Inp
 def test_what_was_moved_is_the_same_and_what_was_replaced_is_not(
     places: Path, tmp_path: Path, case: str
 ) -> None:
-    word, other, told = CASES[case]
+    word, other, message = CASES[case]
     begin(tmp_path / "run", places, word)
     moved = tmp_path / "moved"
     shutil.copytree(places, moved)
     resume = tmp_path / "run" / "state"
     again = begin(tmp_path / "run", moved, word, resume)
     assert begin(tmp_path / "run", places, word, resume).contents == again.contents
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         begin(tmp_path / "run", moved, other, resume)
 
 

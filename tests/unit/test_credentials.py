@@ -201,7 +201,9 @@ def test_secret_that_stands_alone_is_masked_once_a_config_has_it(tmp_path: Path)
         redact("denied for hunter2%2Fhunter2") == redact("denied for hunter2/hunter2") == f"denied for {MASK}"
     )
     assert redact("abcdefgh") == MASK
-    assert redact("me, on 2026-12-01") == "me, on 2026-12-01", "names of users and dates stand elsewhere too"
+    assert redact("me, on 2026-12-01") == "me, on 2026-12-01", (
+        "names of users and dates are also part of other texts"
+    )
     remember_tree({"a": ["https://me:x@host"]})
     assert redact("x marks the spot") == "x marks the spot", "so short a one is looked for in its place alone"
 

@@ -55,7 +55,7 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
     inputs = read_inputs(config, env, None)
     batch, _ = next(iter(inputs.loader))
     assert batch.frames_BTCHW.shape[1] == 1 and batch.num_frames == 6
-    assert inputs.preview_clips.frames_BTCHW.shape[1] == 6, "a preview shows all frames beside its own"
+    assert inputs.preview_clips.frames_BTCHW.shape[1] == 6, "a preview shows more frames than its own"
 
     (tmp_path / "data" / "index.jsonl").unlink()
     write(tmp_path / "data", "0123456789ab")
@@ -120,7 +120,7 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "message"),
     [
         (
             ("conditioning.scalars=[fps,motion_bucket,augmentation]",),
@@ -151,11 +151,11 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
     ],
 )  # fmt: skip
 def test_a_wrong_chain_is_refused_in_words(
-    tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...], told: str
+    tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...], message: str
 ) -> None:
     stage(tmp_path / "before", *before)
     start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_inputs(compose(["debug=tiny", *start, *after]), CPU, None)
 
 
@@ -173,8 +173,8 @@ def test_an_image_network_without_scalars_may_be_given_any(tmp_path: Path) -> No
     stage(tmp_path / "before", *IMAGES_ALONE)
     (tmp_path / "before" / "config.yaml").unlink()
     start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]
-    told = ["conditioning.scalars=[motion_bucket]", "model.num_scalars=1"]
-    assert read_inputs(compose(["debug=tiny", *start, *told]), CPU, None).weights is not None
+    words = ["conditioning.scalars=[motion_bucket]", "model.num_scalars=1"]
+    assert read_inputs(compose(["debug=tiny", *start, *words]), CPU, None).weights is not None
 
 
 def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ def test_an_unreadable_tail_of_json_lines_is_reported_and_left_out(tmp_path: Pat
 
 
 def test_a_bad_line_between_good_ones_is_an_error_with_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "lives.jsonl"
+    path = tmp_path / "restarts.jsonl"
     path.write_bytes(b'{"step": 1}\nhalf\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"lives\.jsonl is damaged: line 2"):
+    with pytest.raises(ValueError, match=r"restarts\.jsonl is damaged: line 2"):
         read_json_lines(path)
 
 

@@ -219,7 +219,7 @@ def test_members_that_are_no_files_are_neither_read_nor_made(
             entry.type, entry.linkname = TARS[kind]
             tar.addfile(entry)
     found = list(probe_shard(Path("a.tar"), "a.tar", None))
-    assert all(isinstance(each, Fault) for each in found), "at most it is told"
+    assert all(isinstance(each, Fault) for each in found), "at most it is reported"
     assert os.listdir() == ["a.tar"] and not (tmp_path.parent / "b.mp4").exists()
 
 

@@ -202,13 +202,13 @@ def test_a_rule_holds_in_a_subclass_and_for_each_element() -> None:
         more: int = number(1, ge=1)
 
     assert Wider(numbers=[1, 2]).numbers == (1, 2)  # type: ignore[arg-type]
-    for values, told in (
+    for values, message in (
         ({"numbers": (1, 0)}, r"part.numbers\[1\] is 0: it must be above 0"),
         ({"by_name": {"x": 0}}, "part.by_name.x is 0: it must be at least 1"),
         ({"word": "c"}, "part.word is 'c': it must be one of a, b"),
         ({"more": 0}, "part.more is 0: it must be at least 1"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             Wider(**values)  # type: ignore[arg-type]
 
 

@@ -66,7 +66,7 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pyte
 
 
 def laughs(step: str) -> str:
-    """Thirty lines that stand for 2**30 values."""
+    """Thirty lines that expand to 2**30 values."""
     lines = ["a0: &a0 {x: 1, y: 2}"]
     lines += [f"a{n}: &a{n} " + step.replace("*", f"*a{n - 1}") for n in range(1, 31)]
     return "\n".join(lines) + "\n"

@@ -174,7 +174,7 @@ def test_rank_of_an_earlier_restart_records_no_outcome(
 ) -> None:
     """Such a rank, on a node that was cut off, runs until it finds that it is fenced."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    fenced = SharedError("another start of this run has taken over")
+    fenced = SharedError("another restart of this run has taken over")
     for restarts, error, kind in (("1", None, FINISHED), ("0", fenced, FINISHED), ("2", fenced, REFUSED)):
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         # Rank 0 of a restart discards earlier outcomes: these are other ranks.
@@ -370,7 +370,7 @@ def test_percent_sign_in_the_folder_is_no_pattern_of_nccl(
 def test_fenced_restart_leaves_the_outcome_to_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lost = SharedError("another start of this run has taken over")
+    lost = SharedError("another restart of this run has taken over")
     for job, error, owner in (("9", lost, False), ("7", None, True)):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         for rank in range(2 if error else 1):

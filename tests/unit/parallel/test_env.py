@@ -125,7 +125,7 @@ def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, index
 def test_too_few_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    for rank in range(4):  # whichever comes first can tell, and none waits for another
+    for rank in range(4):  # any rank can report it, and none waits for another
         env = Env.read(TORCHRUN | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         with pytest.raises(ValueError, match=r"4 ranks .* has 3"):
             environment.init(env)

@@ -259,7 +259,7 @@ def test_two_starts_at_the_same_moment_leave_one_owner(
     try:
         first.start_session(0)
     except SharedError as error:
-        assert "another start of this run has taken over" in str(error)
+        assert "another restart of this run has taken over" in str(error)
     owners = [store for store in (first, *others) if store.token and not store.is_fenced()]
     assert len(owners) == 1
     save(owners[0], 2)
@@ -340,11 +340,11 @@ def test_stale_process_cannot_overwrite_checkpoint(folder: Path) -> None:
     save(old, 4)
     begin_save(old, 6)
     new = checkpoints(folder, start_session=4)
-    with pytest.raises(SharedError, match="another start of this run has taken over"):
+    with pytest.raises(SharedError, match="another restart of this run has taken over"):
         old.finish()
     assert new.latest() == folder / "step-0000004", "what it was made from"
     begin_save(new, 6)
-    with pytest.raises(SharedError, match="another start of this run has taken over"):
+    with pytest.raises(SharedError, match="another restart of this run has taken over"):
         save(old, 8)
     new.finish()
     assert new.latest() == folder / "step-0000006"
