@@ -164,7 +164,7 @@ def test_node_that_computes_wrongly_is_named_and_excluded(cluster: Cluster, tmp_
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), output
     wrong = ended["ExcNodeList"]
     assert f"rank 1 on {wrong} computed a loss of nan, then " in output
-    assert f"stopped at step 3: the job is to go on without {wrong}" in output
+    assert f"stopped at step 3: the job is requeued without {wrong}" in output
     assert f"job {job} is queued again without {wrong}: {wrong} computed a loss of nan, then " in output
     assert "resuming at step 3" in output, "the step was taken and saved"
     assert steps(run) == list(range(1, STEPS + 1)), "every step once"
