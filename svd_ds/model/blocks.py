@@ -1,8 +1,10 @@
-"""A spatial block and its temporal follower as one unit, and the steps of the UNet's path made of them.
+"""Spatial blocks joined with their temporal blocks, and the stages of the UNet.
 
-x_BTHWC: B clips, T frames, H x W latent pixels, C channels; E: width of the time embedding; L, D: context
-tokens and their width. Source: sgm `video_model.py` (VideoResBlock), `video_attention.py`
-(SpatialVideoTransformer).
+x is (B, T, h, w, C): B clips, T frames, h x w latent pixels, C channels. embedding is (B, E), E the width of
+the time embedding; context (B, L, D), L tokens of width D; image_only (B, T) bool, True if a frame is an
+independent image.
+
+Source: sgm `video_model.py` (VideoResBlock), `video_attention.py` (SpatialVideoTransformer).
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from svd_ds.model.layers import AlphaBlender, FrameConv
 from svd_ds.model.temporal import FramePositions, TemporalResidual, TemporalTransformerBlock
 
 
+# VideoLDM section 3.1: alpha z + (1 - alpha) z', with z = y and z' = y + temporal(y).
 class Residual(ImageResidual):
-    """A spatial residual block, then a temporal one: y + (1 - alpha) temporal(y), with y = spatial(x).
+    """Spatial residual block, then a temporal one: y + (1 - alpha) temporal(y), with y = spatial(x).
 
-    Equal to blending y and y + temporal(y) with shares alpha and 1 - alpha, in one pass less.
+    This equals the blend of y and y + temporal(y) with shares alpha and 1 - alpha (VideoLDM, arXiv 2304.08818
+    section 3.1), in one pass less.
     """
 
     def __init__(self, in_width: int, width: int, embedding_width: int, eps: float) -> None:
@@ -27,14 +31,15 @@ class Residual(ImageResidual):
         self.temporal = TemporalResidual(width, embedding_width, eps)
         self.alpha = AlphaBlender()
 
-    def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
-        y = self.spatial(x_BTHWC, embedding_BE)
-        return torch.addcmul(y, self.temporal(y, embedding_BE), 1 - self.alpha(image_only_BT))
+    def forward(self, x: Tensor, embedding: Tensor, image_only: Tensor | None = None) -> Tensor:
+        y_BThwC = self.spatial(x, embedding)
+        return torch.addcmul(y_BThwC, self.temporal(y_BThwC, embedding), 1 - self.alpha(image_only))
 
 
+# VideoLDM section 3.1: alpha z + (1 - alpha) z', with z = y and z' = temporal(y + positions).
 class Transformer(ImageTransformer):
-    """Pairs of a spatial and a temporal transformer block, blended by alpha, around one residual
-    connection."""
+    """Spatial transformer blocks, each blended with a temporal one by alpha, around one residual connection
+    (VideoLDM, arXiv 2304.08818 section 3.1)."""
 
     def __init__(self, width: int, sizes: TransformerSizes) -> None:
         super().__init__(width, sizes)
@@ -45,42 +50,42 @@ class Transformer(ImageTransformer):
         )
         self.alpha = AlphaBlender()
 
-    def inner(self, h_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None) -> Tensor:
-        positions_T11C = self.positions(h_BTHWC.shape[1], h_BTHWC.device)
-        alpha = self.alpha(image_only_BT)
+    def apply_blocks(self, h: Tensor, context: Tensor, image_only: Tensor | None) -> Tensor:
+        """Run the blocks between the input and the output projection."""
+        positions_T11C = self.positions(h.shape[1], h.device)
+        alpha = self.alpha(image_only)
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
-            y = spatial(h_BTHWC, context_BLD)
-            h_BTHWC = torch.lerp(temporal(y + positions_T11C, context_BLD), y, alpha)
-        return h_BTHWC
+            y_BThwC = spatial(h, context)
+            h = torch.lerp(temporal(y_BThwC + positions_T11C, context), y_BThwC, alpha)
+        return h
 
 
 class Downsample(nn.Module):
-    """Half the height and width, by a convolution of stride 2."""
+    """Convolution of stride 2, which halves height and width (sgm openaimodel.py)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = FrameConv(width, width, stride=2)
 
-    def forward(self, x_BTHWC: Tensor) -> Tensor:
-        return self.conv(x_BTHWC)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: nearest neighbour, then a convolution."""
+    """Nearest-neighbour upsampling to twice the height and width, then a convolution (sgm openaimodel.py)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = FrameConv(width, width)
 
-    def forward(self, x_BTHWC: Tensor) -> Tensor:
-        x_NCHW = x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2)
-        doubled_NCHW = F.interpolate(x_NCHW, scale_factor=2.0, mode="nearest")
-        return self.conv(doubled_NCHW.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2]))
+    def forward(self, x: Tensor) -> Tensor:
+        x_NChw = x.flatten(0, 1).permute(0, 3, 1, 2)
+        doubled_NChw = F.interpolate(x_NChw, scale_factor=2.0, mode="nearest")
+        return self.conv(doubled_NChw.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]))
 
 
 class UNetStage(nn.Module):
-    """One step of the UNet's path: a residual block, a transformer, a change of size, each where there is
-    one."""
+    """Stage of the UNet: a residual block, a transformer and a change of size, each of them optional."""
 
     def __init__(
         self,
@@ -93,13 +98,12 @@ class UNetStage(nn.Module):
         self.transformer = transformer
         self.resize = resize
 
-    def forward(
-        self, x_BTHWC: Tensor, embedding_BE: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor, image_only: Tensor | None) -> Tensor:
+        """Run the parts that the stage has."""
         if self.residual is not None:
-            x_BTHWC = self.residual(x_BTHWC, embedding_BE, image_only_BT)
+            x = self.residual(x, embedding, image_only)
         if self.transformer is not None:
-            x_BTHWC = self.transformer(x_BTHWC, context_BLD, image_only_BT)
+            x = self.transformer(x, context, image_only)
         if self.resize is not None:
-            x_BTHWC = self.resize(x_BTHWC)
-        return x_BTHWC
+            x = self.resize(x)
+        return x

@@ -1,4 +1,4 @@
-"""The frozen CLIP encoders: a frame as one token, a caption as 77.
+"""The frozen encoders of OpenAI-style CLIP models: a frame to one token, a caption to 77 tokens.
 
 Shape legend: B clips, C channels, H x W pixels, L tokens, D width.
 """
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels that CLIP was trained on, red, green, blue (openai/CLIP clip.py)."""
+"""Mean and deviation of red, green and blue in CLIP's training images (openai/CLIP clip.py)."""
 
 
 class ImageEncoder:
-    """Frames -> one CLIP token each. The public SVD's is OpenCLIP ViT-H/14, width 1024."""
+    """CLIP image encoder, one token a frame. The public SVD has OpenCLIP ViT-H/14, width 1024 (arXiv
+    2311.15127 D.4)."""
 
     def __init__(self, network: CLIPVisionModelWithProjection) -> None:
         self.network = network
@@ -35,24 +36,28 @@ class ImageEncoder:
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> ImageEncoder:
-        """Read `image_encoder/` of a pipeline folder or hub id."""
+        """Load the image_encoder/ of a pipeline folder or hub id.
+
+        Raises:
+            FileNotFoundError: the pipeline lacks it.
+        """
         from transformers import CLIPVisionModelWithProjection  # takes seconds: not before it is needed
 
         return ImageEncoder(load_frozen(CLIPVisionModelWithProjection, path, "image_encoder", device, dtype))
 
     @torch.no_grad()
-    def __call__(self, frames_BCHW: Tensor) -> Tensor:
-        """Frames in [-1, 1], (B, 3, H, W) -> projected embeddings, float32, (B, 1, D)."""
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Encode frames in [-1, 1], (B, 3, H, W), to projected embeddings, float32, (B, 1, D)."""
         weight = self.network.visual_projection.weight
-        pixels = clip_pixels(frames_BCHW.to(weight.device), self.size).to(weight.dtype)
-        return self.network(pixels).image_embeds.float().unsqueeze(1)
+        pixels_BCHW = preprocess_frames(frames.to(weight.device), self.size).to(weight.dtype)
+        return self.network(pixels_BCHW).image_embeds.float().unsqueeze(1)
 
 
 class TextEncoder:
-    """Captions -> CLIP's last hidden states, after the final norm.
+    """CLIP text encoder: the last hidden states, after the final norm.
 
-    Stable Diffusion 2.1 reads the penultimate layer of OpenCLIP ViT-H. Its public text encoder was saved with
-    23 of the 24 layers, so the last states of the file are the penultimate ones of the network.
+    Stable Diffusion 2.1 takes the penultimate layer of OpenCLIP ViT-H. Its public text encoder was saved with
+    23 of the 24 layers, so the last layer of the file is the penultimate layer of the network.
     """
 
     def __init__(self, network: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
@@ -63,7 +68,11 @@ class TextEncoder:
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-        """Read `text_encoder/` and `tokenizer/` of a pipeline folder or hub id."""
+        """Load the text_encoder/ and tokenizer/ of a pipeline folder or hub id.
+
+        Raises:
+            FileNotFoundError: the pipeline lacks one of them.
+        """
         from transformers import CLIPTextModel, CLIPTokenizer
 
         network = load_frozen(CLIPTextModel, path, "text_encoder", device, dtype)
@@ -71,7 +80,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """B captions, each cut or padded to L = 77 tokens -> states, float32, (B, L, D)."""
+        """Encode B captions, each cut or padded to L = 77 tokens, to embeddings, float32, (B, L, D)."""
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -82,38 +91,46 @@ class TextEncoder:
         return self.network(tokens.input_ids.to(self.network.device)).last_hidden_state.float()
 
 
-def clip_pixels(frames_BCHW: Tensor, size: int) -> Tensor:
-    """Frames in [-1, 1] -> what CLIP was trained on: a size x size square, less its mean, over its deviation.
+def preprocess_frames(frames: Tensor, size: int) -> Tensor:
+    """Resize and normalise frames for a CLIP image encoder.
 
-    Nothing is cropped, so the aspect ratio is not kept. Resized as sgm's FrozenOpenCLIPImageEmbedder does
-    (kornia's antialiased bicubic, corners aligned): public weights see the pixels they know.
+    Nothing is cropped, so the aspect ratio is not kept. Frames are resized as by sgm's
+    FrozenOpenCLIPImageEmbedder (kornia's antialiased bicubic, corners aligned), for the public weights.
+
+    Args:
+        frames: in [-1, 1], (B, 3, H, W).
+        size: side of the encoder's images.
+
+    Returns:
+        (B, 3, size, size), less CLIP's mean, divided by its deviation.
     """
-    pixels = resize_antialiased(frames_BCHW.float(), size)
-    mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return ((pixels + 1) / 2 - mean) / std
+    pixels_BCHW = resize_antialiased(frames.float(), size)
+    mean, std = (pixels_BCHW.new_tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return ((pixels_BCHW + 1) / 2 - mean) / std
 
 
-def resize_antialiased(images_BCHW: Tensor, size: int) -> Tensor:
-    """Resize to size x size: a Gaussian blur as wide as the shrinking asks for, then bicubic sampling.
+def resize_antialiased(images: Tensor, size: int) -> Tensor:
+    """Resize images, (B, C, H, W), to size x size: a Gaussian blur, then bicubic sampling.
 
-    The blur's deviation is (factor - 1) / 2 along each side; its window spans two deviations to either hand.
-    torch's own antialiasing stretches the cubic kernel instead, which makes another picture.
+    The deviation of the blur is (factor - 1) / 2 along each side, its window two deviations to either side.
+    torch's own antialiasing stretches the cubic kernel instead, with another result.
     """
     for dim in (2, 3):
-        deviation = max((images_BCHW.shape[dim] / size - 1) / 2, 0.001)
-        images_BCHW = blur(images_BCHW, dim, deviation, window=int(max(4 * deviation, 3)) | 1)
-    return F.interpolate(images_BCHW, size=(size, size), mode="bicubic", align_corners=True)
+        deviation = max((images.shape[dim] / size - 1) / 2, 0.001)
+        images = gaussian_blur(images, dim, deviation, window=int(max(4 * deviation, 3)) | 1)
+    return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
 
 
-def blur(images_BCHW: Tensor, dim: int, deviation: float, window: int) -> Tensor:
-    """Convolve with a Gaussian of `window` taps (odd) along dimension 2 or 3, reflected at the borders."""
+def gaussian_blur(images: Tensor, dim: int, deviation: float, window: int) -> Tensor:
+    """Convolve images with a Gaussian of `window` taps (odd) along dimension 2 or 3, reflected at the
+    borders."""
     reach = window // 2
-    taps = torch.arange(-reach, reach + 1, device=images_BCHW.device, dtype=images_BCHW.dtype)
+    taps = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
     kernel = torch.softmax(-(taps**2) / (2 * deviation**2), dim=0)
-    num_channels = images_BCHW.shape[1]
+    num_channels = images.shape[1]
     if dim == 2:
         kernel, padding = kernel.view(1, 1, -1, 1), (0, 0, reach, reach)
     else:
         kernel, padding = kernel.view(1, 1, 1, -1), (reach, reach, 0, 0)
-    padded = F.pad(images_BCHW, padding, mode="reflect")
+    padded = F.pad(images, padding, mode="reflect")
     return F.conv2d(padded, kernel.expand(num_channels, -1, -1, -1), groups=num_channels)

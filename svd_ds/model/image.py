@@ -1,10 +1,11 @@
-"""The network without layers of time: an image model, Stable Diffusion 2.1's, and stage 1's of the paper.
+"""The network without temporal layers: Stable Diffusion 2.1's image model, and stage 1 of the paper.
 
-Its blocks are what those with layers of time (blocks.py, pseudo3d.py) extend, so that a video network takes
-their weights as they are. A clip's frames do not know of each other; an image is a clip of one.
+The video blocks (blocks.py, pseudo3d.py) extend these blocks, so a video network takes the image model's
+weights under the same names. Frames are independent of each other; an image is a clip of one frame.
 
-x_BTHWC: B clips, T frames, H x W latent pixels, C channels; E: width of the time embedding; L, D: context
-tokens and their width.
+x is (B, T, h, w, C): B clips, T frames, h x w latent pixels, C channels. embedding is (B, E), E the width of
+the time embedding; context (B, L, D), L tokens of width D; image_only (B, T) bool, True if a frame is an
+independent image.
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ from svd_ds.model.spatial import SpatialResidual, SpatialTransformerBlock
 
 @dataclass(frozen=True)
 class TransformerSizes:
-    """What the transformers of all levels have in common."""
+    """Settings that the transformers of all levels share."""
 
     context_width: int
     head_width: int
     depth: int
-    """Blocks, or pairs of blocks, in a row."""
+    """Number of spatial blocks, each with its temporal block (if any)."""
     spatial_attention: str
     temporal_attention: str
 
 
 class ImageResidual(nn.Module):
-    """The spatial residual block alone."""
+    """Residual block of the image model."""
 
     def __init__(self, in_width: int, width: int, embedding_width: int, eps: float) -> None:
         super().__init__()
         self.spatial = SpatialResidual(in_width, width, embedding_width, eps)
 
-    def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
-        return self.spatial(x_BTHWC, embedding_BE)
+    def forward(self, x: Tensor, embedding: Tensor, image_only: Tensor | None = None) -> Tensor:
+        return self.spatial(x, embedding)
 
 
 class ImageTransformer(nn.Module):
-    """Spatial transformer blocks around one residual connection."""
+    """Transformer of the image model: x + out(blocks(in(norm(x)))) (sgm attention.py, SpatialTransformer)."""
 
     tag = "spatial"
 
@@ -55,12 +56,12 @@ class ImageTransformer(nn.Module):
         )
         self.proj_out = ZeroLinear(width, width)
 
-    def forward(self, x_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
-        h = self.proj_in(self.norm(x_BTHWC))
-        return x_BTHWC + self.proj_out(self.inner(h, context_BLD, image_only_BT))
+    def forward(self, x: Tensor, context: Tensor, image_only: Tensor | None = None) -> Tensor:
+        h_BThwC = self.proj_in(self.norm(x))
+        return x + self.proj_out(self.apply_blocks(h_BThwC, context, image_only))
 
-    def inner(self, h_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None) -> Tensor:
-        """What stands between the projections."""
+    def apply_blocks(self, h: Tensor, context: Tensor, image_only: Tensor | None) -> Tensor:
+        """Run the blocks between the input and the output projection."""
         for spatial in self.spatial:
-            h_BTHWC = spatial(h_BTHWC, context_BLD)
-        return h_BTHWC
+            h = spatial(h, context)
+        return h

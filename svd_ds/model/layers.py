@@ -1,12 +1,12 @@
-"""The small parts that the spatial and the temporal blocks share.
+"""Layers that the spatial and the temporal blocks share.
 
-Everything inside the UNet is (B, T, H, W, C) and contiguous: B clips, T frames, H x W latent pixels, C
-channels. No layer moves data only to change its order: convolutions and norms read that memory as it lies
-(fused.py).
+Activations inside the UNet are (B, T, h, w, C), contiguous: B clips, T frames, h x w latent pixels, C
+channels. No layer copies data only to change its order: convolutions and norms read this memory layout
+(ops/fused.py).
 
-Initial values are torch's defaults but for Alpha, the mask embedding, and the layers named Zero..., which
-start at zero as in the public code (sgm `zero_module`). Each layer sets its own parameters in its own
-constructor: DeepSpeed's zero.Init shares a parameter out over the ranks as soon as that constructor returns.
+Initial values are torch's defaults, except for AlphaBlender, the mask embedding, and the layers named
+Zero..., which start at zero as in the public code (sgm `zero_module`). Each layer sets its own parameters in
+its own constructor: DeepSpeed's zero.Init partitions a parameter as soon as that constructor returns.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from svd_ds.model.ops.attention import attention
 from svd_ds.model.ops.fused import conv, geglu, group_norm_silu
 
 NORM_GROUPS = 32
+"""Groups of every group norm."""
 
 
 class _Conv(nn.Module):
-    """Weight and bias of a 2-D convolution, drawn as torch does; the weight is (out, height, width, in)."""
+    """Weight, (out, height, width, in), and bias of a 2-D convolution, initialised as torch does."""
 
     def __init__(self, in_channels: int, out_channels: int, height: int, width: int) -> None:
         super().__init__()
@@ -45,31 +46,31 @@ class FrameConv(_Conv):
         super().__init__(in_channels, out_channels, 3, 3)
         self.stride = stride
 
-    def forward(self, x_BTHWC: Tensor) -> Tensor:
-        y_NHWC = conv(x_BTHWC.flatten(0, 1), self.weight, self.bias, self.stride, padding=(1, 1))
-        return y_NHWC.unflatten(0, x_BTHWC.shape[:2])
+    def forward(self, x: Tensor) -> Tensor:
+        y_NhwC = conv(x.flatten(0, 1), self.weight, self.bias, self.stride, padding=(1, 1))
+        return y_NhwC.unflatten(0, x.shape[:2])
 
 
 class TemporalConv(_Conv):
-    """Convolution over three neighbouring frames, pixel by pixel; beyond the clip's ends are zeros.
+    """Convolution over three neighbouring frames of each pixel, with zero padding at the clip's ends.
 
-    The public code has a 3-D convolution with the kernel 3 x 1 x 1. Over the plane (T, H*W) it is a 2-D one
-    with the kernel 3 x 1, which a CPU does faster.
+    The public code has a 3-D convolution with the kernel 3 x 1 x 1. On the plane (T, h * w) it is a 2-D
+    convolution with the kernel 3 x 1, which is faster on a CPU.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, 1)
 
-    def forward(self, x_BTHWC: Tensor) -> Tensor:
-        y_BTSC = conv(x_BTHWC.flatten(2, 3), self.weight, self.bias, padding=(1, 0))
-        return y_BTSC.unflatten(2, x_BTHWC.shape[2:4])
+    def forward(self, x: Tensor) -> Tensor:
+        y_BTSC = conv(x.flatten(2, 3), self.weight, self.bias, padding=(1, 0))
+        return y_BTSC.unflatten(2, x.shape[2:4])
 
 
 class Linear(nn.Linear):
-    """A linear layer over the last dimension.
+    """Linear layer over the last dimension.
 
-    For many rows of float32 on a CPU the product goes to oneDNN as a 1 x 1 convolution of a batch of 16,
-    which can be faster than torch's own way, BLAS; for few it would be slower.
+    For many rows of float32 on a CPU it runs as oneDNN's 1 x 1 convolution of a batch of 16, which can be
+    faster than torch's BLAS call; for few rows it would be slower.
     """
 
     BATCH, MIN_ROWS = 16, 512
@@ -78,8 +79,8 @@ class Linear(nn.Linear):
         rows = x.shape[:-1].numel()
         if not x.is_cpu or x.dtype != torch.float32 or rows % self.BATCH or rows < self.MIN_ROWS:
             return super().forward(x)
-        y_NHWC = conv(x.reshape(self.BATCH, -1, 1, x.shape[-1]), self.weight[:, None, None], self.bias)
-        return y_NHWC.view(*x.shape[:-1], -1)
+        y_NhwC = conv(x.reshape(self.BATCH, -1, 1, x.shape[-1]), self.weight[:, None, None], self.bias)
+        return y_NhwC.view(*x.shape[:-1], -1)
 
 
 class _ZeroInit(nn.Module):
@@ -89,19 +90,19 @@ class _ZeroInit(nn.Module):
 
 
 class ZeroFrameConv(_ZeroInit, FrameConv):
-    """A FrameConv that starts at zero."""
+    """FrameConv initialised to zero."""
 
 
 class ZeroTemporalConv(_ZeroInit, TemporalConv):
-    """A TemporalConv that starts at zero."""
+    """TemporalConv initialised to zero."""
 
 
 class ZeroLinear(_ZeroInit, Linear):
-    """A linear layer that starts at zero."""
+    """Linear layer initialised to zero."""
 
 
-class _Norm(nn.GroupNorm):
-    """Group norm over all but the first dimension, channels last, then SiLU."""
+class _GroupNorm(nn.GroupNorm):
+    """Group norm over all but the first dimension, channels last, then SiLU (if `silu`)."""
 
     kernels = "auto"
 
@@ -116,19 +117,28 @@ class _Norm(nn.GroupNorm):
         return y_NSC.view(x.shape)
 
 
-class FrameGroupNorm(_Norm):
-    """Group norm with the statistics of each frame, over H x W, then SiLU."""
+class FrameGroupNorm(_GroupNorm):
+    """Group norm with the statistics of each frame, over h x w, then SiLU."""
 
-    def forward(self, x_BTHWC: Tensor) -> Tensor:
-        return super().forward(x_BTHWC.flatten(0, 1)).view(x_BTHWC.shape)
-
-
-class VideoGroupNorm(_Norm):
-    """Group norm with the statistics of each clip, over T x H x W, then SiLU."""
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).view(x.shape)
 
 
-def sinusoid(values: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of `values` at width/2 frequencies, 1 down to 1/10000: (..., width), float32."""
+class VideoGroupNorm(_GroupNorm):
+    """Group norm with the statistics of each clip, over T x h x w, then SiLU."""
+
+
+def sinusoidal_embedding(values: Tensor, width: int) -> Tensor:
+    """Embed numbers as cosines, then sines, at width / 2 frequencies from 1 to 1 / 10000 (sgm
+    `timestep_embedding`).
+
+    Args:
+        values: any shape, (...).
+        width: an even number.
+
+    Returns:
+        (..., width), float32.
+    """
     half = width // 2
     exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
     frequencies = torch.exp(-math.log(10_000) * exponents)
@@ -137,7 +147,7 @@ def sinusoid(values: Tensor, width: int) -> Tensor:
 
 
 class EmbeddingMLP(nn.Module):
-    """Linear, SiLU, linear."""
+    """MLP of an embedding: linear, SiLU, linear."""
 
     def __init__(self, in_width: int, hidden_width: int, out_width: int) -> None:
         super().__init__()
@@ -149,10 +159,10 @@ class EmbeddingMLP(nn.Module):
 
 
 class MaskEmbedding(_ZeroInit):
-    """What a frame that is not given has for its latents: the m of arXiv 2311.15127 D.5.
+    """Learned embedding m that replaces the latents of frames that are not given (arXiv 2311.15127 D.5).
 
-    One number a channel, the same at every pixel. The paper's m is of the latents' shape, which would tie the
-    network to one size; where a pixel lies, the convolutions around it tell already.
+    It has one number a channel, the same at every pixel. The paper's m has the shape of the latents, which
+    would fix the size of the clips; convolutions with padding already know positions.
     """
 
     tag = "condition"
@@ -162,17 +172,24 @@ class MaskEmbedding(_ZeroInit):
         self.weight = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
-    def forward(self, x_BTCHW: Tensor) -> Tensor:
-        """Last among x's channels are the given frames' latents, and the mask: 1 where a frame is given."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Insert the embedding.
+
+        Args:
+            x: (B, T, C, h, w). The last channels are the latents of the given frames, then the mask, which is
+                1 for a given frame.
+        """
         channels = len(self.weight)
-        others, given, mask = x_BTCHW.split([x_BTCHW.shape[2] - channels - 1, channels, 1], dim=2)
-        return torch.cat([others, torch.where(mask == 1, given, self.weight[:, None, None]), mask], dim=2)
+        noisy, given, mask = x.split([x.shape[2] - channels - 1, channels, 1], dim=2)
+        return torch.cat([noisy, torch.where(mask == 1, given, self.weight[:, None, None]), mask], dim=2)
 
 
 class AlphaBlender(nn.Module):
-    """The learned share of the spatial path in a block's output: alpha = sigmoid(mix_factor).
+    """Learned share alpha = sigmoid(mix_factor) of the spatial path in alpha z + (1 - alpha) z' (VideoLDM,
+    arXiv 2304.08818 section 3.1).
 
-    An image, a frame without neighbours in time, has alpha = 1 (sgm's merge strategy `learned_with_images`).
+    alpha is 1 for an independent image, which recovers the image model (sgm's merge strategy
+    `learned_with_images`).
     """
 
     tag = "temporal"
@@ -185,16 +202,16 @@ class AlphaBlender(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.mix_factor, 0.5)
 
-    def forward(self, image_only_BT: Tensor | None) -> Tensor:
-        """alpha, shaped to broadcast over (B, T, H, W, C)."""
+    def forward(self, image_only: Tensor | None) -> Tensor:
+        """Return alpha, which broadcasts over (B, T, h, w, C)."""
         alpha = self.mix_factor.sigmoid()
-        if image_only_BT is None:
+        if image_only is None:
             return alpha
-        return torch.where(image_only_BT, torch.ones_like(alpha), alpha)[:, :, None, None, None]
+        return torch.where(image_only, torch.ones_like(alpha), alpha)[:, :, None, None, None]
 
 
 class FeedForward(nn.Module):
-    """Norm, then the gated GEGLU unit (arXiv 2002.05202) four times as wide as the block."""
+    """Layer norm, then an MLP with a GEGLU (arXiv 2002.05202) of four times the block's width."""
 
     kernels = "auto"
 
@@ -209,14 +226,14 @@ class FeedForward(nn.Module):
 
 
 def choose_kernels(network: nn.Module, kernels: str) -> None:
-    """Have the network's norms and feed-forwards run on `kernels`, one of fused.KERNELS."""
+    """Set the kernels of the network's group norms and feed-forwards to `kernels`, one of fused.KERNELS."""
     for module in network.modules():
-        if isinstance(module, (_Norm, FeedForward)):
+        if isinstance(module, (_GroupNorm, FeedForward)):
             module.kernels = kernels
 
 
 class SelfAttention(nn.Module):
-    """What attention among a frame's pixels and among a pixel's frames have in common."""
+    """Base class of attention among a frame's pixels and among a pixel's frames."""
 
     def __init__(self, width: int, head_width: int, backend: str) -> None:
         super().__init__()
@@ -226,18 +243,18 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width, bias=False)
         self.out = Linear(width, width)
 
-    def mix(self, qkv: Tensor) -> Tensor:
-        """Attention among tokens, (..., tokens, 3 C) -> (..., tokens, heads, head width)."""
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Compute attention among tokens: (..., tokens, 3 C) to (..., tokens, heads, head width)."""
         q, k, v = qkv.unflatten(-1, (3, -1, self.head_width)).unbind(-3)
         return attention(q, k, v, self.backend)
 
 
 class CrossAttention(nn.Module):
-    """Norm, then attention of every position of a clip to the clip's context tokens.
+    """Layer norm, then attention of every position of a clip to the clip's context tokens.
 
-    A position attends to the context alone, so it makes no difference whether positions are grouped by
-    frame, as in the spatial transformer, or by pixel, as in the temporal one: both are one attention of
-    T*H*W queries to L keys, and keys and values are computed once a clip.
+    A position attends to the context alone, so the grouping of positions, by frame in the spatial transformer
+    and by pixel in the temporal one, has no effect: both are one attention of T * h * w queries to L keys,
+    and keys and values are computed once a clip.
     """
 
     def __init__(self, width: int, context_width: int, head_width: int, backend: str) -> None:
@@ -249,15 +266,20 @@ class CrossAttention(nn.Module):
         self.kv = Linear(context_width, 2 * width, bias=False)
         self.out = Linear(width, width)
 
-    def forward(self, x_BTHWC: Tensor, context_BLD: Tensor) -> Tensor:
-        """What to add to x: like x, or (B, 1, 1, 1, C) where the context is one token."""
-        keys, values = self.kv(context_BLD).chunk(2, dim=-1)
-        if context_BLD.shape[1] == 1:
-            # The softmax of one score is 1, whatever the query: only the value path is left.
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return the term to add to x: its shape is x's, or (B, 1, 1, 1, C) if the context has one token.
+
+        Args:
+            x: (B, T, h, w, C).
+            context: (B, L, D).
+        """
+        keys, values = self.kv(context).chunk(2, dim=-1)
+        if context.shape[1] == 1:
+            # The softmax of one score is 1 for any query, so only the value path is left.
             return self.out(values)[:, :, None, None, :]
         heads = (-1, self.head_width)
-        queries = self.q(self.norm(x_BTHWC)).flatten(1, 3)
-        mixed = attention(
+        queries = self.q(self.norm(x)).flatten(1, 3)
+        attended = attention(
             queries.unflatten(-1, heads), keys.unflatten(-1, heads), values.unflatten(-1, heads), self.backend
         )
-        return self.out(mixed.flatten(-2)).view(x_BTHWC.shape)
+        return self.out(attended.flatten(-2)).view(x.shape)

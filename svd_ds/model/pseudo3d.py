@@ -1,11 +1,12 @@
-"""Make-A-Video's layers of time in place of SVD's, for comparison (arXiv 2209.14792 section 3.2: pseudo-3D).
+"""Make-A-Video's temporal layers in place of SVD's, for comparison (arXiv 2209.14792 section 3.2: pseudo-3D).
 
 A convolution over time follows each 3 x 3 convolution of a residual block and starts as the identity;
 attention over time follows each spatial transformer block and starts with an output of zero. So the network
-starts as the image model. Nothing is blended, and only the image model's layers see the context.
+starts as the image model. There is no learned blend, and only the image model's layers see the context.
 
-x_BTHWC: B clips, T frames, H x W latent pixels, C channels; E: width of the time embedding; L, D: context
-tokens and their width.
+x is (B, T, h, w, C): B clips, T frames, h x w latent pixels, C channels. embedding is (B, E), E the width of
+the time embedding; context (B, L, D), L tokens of width D; image_only (B, T) bool, True if a frame is an
+independent image.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from svd_ds.model.temporal import FramePositions, TemporalAttention
 
 
 class IdentityTemporalConv(TemporalConv):
-    """A convolution over time that starts as the identity."""
+    """Convolution over time, initialised to the identity (arXiv 2209.14792 section 3.2)."""
 
     tag = "temporal"
 
     def reset_parameters(self) -> None:
+        """Set the weight of the middle frame to the identity, and all others to zero."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
         middle_frame = self.weight.data.select(self.weight.shape.index(3), 1)
@@ -31,7 +33,7 @@ class IdentityTemporalConv(TemporalConv):
 
 
 class ZeroTemporalAttention(TemporalAttention):
-    """Attention over time whose output starts at zero."""
+    """Attention over time, its output projection initialised to zero (arXiv 2209.14792 section 3.2)."""
 
     tag = "temporal"
 
@@ -41,25 +43,26 @@ class ZeroTemporalAttention(TemporalAttention):
 
 
 class PseudoResidual(ImageResidual):
-    """The spatial residual block, each of its convolutions followed by one over time."""
+    """Spatial residual block, each of its convolutions followed by one over time (pseudo-3D convolution)."""
 
     def __init__(self, in_width: int, width: int, embedding_width: int, eps: float) -> None:
         super().__init__(in_width, width, embedding_width, eps)
         self.temporal1 = IdentityTemporalConv(width, width)
         self.temporal2 = IdentityTemporalConv(width, width)
 
-    def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor, image_only_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, image_only: Tensor | None = None) -> Tensor:
+        """Apply the block; the UNet has applied SiLU to `embedding`, once for all blocks."""
         spatial = self.spatial
-        h = spatial.conv1(spatial.norm1(x_BTHWC))
-        h = _unless_image(image_only_BT, h, self.temporal1(h))
-        h = h + spatial.time_projection(embedding_BE)[:, None, None, None, :]
-        h = spatial.conv2(spatial.norm2(h))
-        h = _unless_image(image_only_BT, h, self.temporal2(h))
-        return spatial.shortcut(x_BTHWC) + h
+        h_BThwC = spatial.conv1(spatial.norm1(x))
+        h_BThwC = _select(image_only, h_BThwC, self.temporal1(h_BThwC))
+        h_BThwC = h_BThwC + spatial.time_projection(embedding)[:, None, None, None, :]
+        h_BThwC = spatial.conv2(spatial.norm2(h_BThwC))
+        h_BThwC = _select(image_only, h_BThwC, self.temporal2(h_BThwC))
+        return spatial.shortcut(x) + h_BThwC
 
 
 class PseudoTransformer(ImageTransformer):
-    """Spatial transformer blocks, each followed by attention over time, around one residual connection."""
+    """Spatial transformer blocks, each followed by attention over time (pseudo-3D attention)."""
 
     def __init__(self, width: int, sizes: TransformerSizes) -> None:
         super().__init__(width, sizes)
@@ -69,16 +72,17 @@ class PseudoTransformer(ImageTransformer):
             for _ in range(sizes.depth)
         )
 
-    def inner(self, h_BTHWC: Tensor, context_BLD: Tensor, image_only_BT: Tensor | None) -> Tensor:
-        positions_T11C = self.positions(h_BTHWC.shape[1], h_BTHWC.device)
+    def apply_blocks(self, h: Tensor, context: Tensor, image_only: Tensor | None) -> Tensor:
+        """Run the blocks between the input and the output projection."""
+        positions_T11C = self.positions(h.shape[1], h.device)
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
-            y = spatial(h_BTHWC, context_BLD)
-            h_BTHWC = _unless_image(image_only_BT, y, y + temporal(y + positions_T11C))
-        return h_BTHWC
+            y_BThwC = spatial(h, context)
+            h = _select(image_only, y_BThwC, y_BThwC + temporal(y_BThwC + positions_T11C))
+        return h
 
 
-def _unless_image(image_only_BT: Tensor | None, image_BTHWC: Tensor, video_BTHWC: Tensor) -> Tensor:
-    """The second, but the first for frames that are images of their own."""
+def _select(image_only_BT: Tensor | None, image_BThwC: Tensor, video_BThwC: Tensor) -> Tensor:
+    """Take `image_BThwC` for independent images, and `video_BThwC` for the other frames."""
     if image_only_BT is None:
-        return video_BTHWC
-    return torch.where(image_only_BT[:, :, None, None, None], image_BTHWC, video_BTHWC)
+        return video_BThwC
+    return torch.where(image_only_BT[:, :, None, None, None], image_BThwC, video_BThwC)

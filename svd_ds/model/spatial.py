@@ -1,7 +1,10 @@
-"""The image half of the network: what Stable Diffusion 2.1 does to each frame on its own.
+"""The spatial blocks: Stable Diffusion 2.1's, applied to each frame on its own.
 
-x_BTHWC: B clips, T frames, H x W latent pixels, C channels; E: width of the time embedding; L, D: context
-tokens and their width. Source: sgm `openaimodel.py` (ResBlock), `attention.py` (BasicTransformerBlock).
+x is (B, T, h, w, C): B clips, T frames, h x w latent pixels, C channels. embedding is (B, E), E the width of
+the time embedding; context (B, L, D), L tokens of width D; image_only (B, T) bool, True if a frame is an
+independent image.
+
+Source: sgm `openaimodel.py` (ResBlock), `attention.py` (BasicTransformerBlock).
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from svd_ds.model.layers import (
 
 
 class SpatialResidual(nn.Module):
-    """Two 3 x 3 convolutions around a residual connection, shifted in between by the time embedding."""
+    """Residual block: shortcut(x) + conv2(norm2(conv1(norm1(x)) + time embedding)); norms include SiLU
+    (sgm openaimodel.py, ResBlock)."""
 
     tag = "spatial"
 
@@ -33,24 +37,25 @@ class SpatialResidual(nn.Module):
         self.conv2 = ZeroFrameConv(width, width)
         self.shortcut = Linear(in_width, width) if in_width != width else nn.Identity()
 
-    def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor) -> Tensor:
-        """embedding_BE has been through its SiLU already: it is the same for every block."""
-        h = self.conv1(self.norm1(x_BTHWC))
-        h = h + self.time_projection(embedding_BE)[:, None, None, None, :]
-        h = self.conv2(self.norm2(h))
-        return self.shortcut(x_BTHWC) + h
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Apply the block; the UNet has applied SiLU to `embedding`, once for all blocks."""
+        h_BThwC = self.conv1(self.norm1(x))
+        h_BThwC = h_BThwC + self.time_projection(embedding)[:, None, None, None, :]
+        h_BThwC = self.conv2(self.norm2(h_BThwC))
+        return self.shortcut(x) + h_BThwC
 
 
 class SpatialAttention(SelfAttention):
-    """Norm, then self-attention among the pixels of each frame."""
+    """Layer norm, then self-attention among the pixels of each frame."""
 
-    def forward(self, x_BTHWC: Tensor) -> Tensor:
-        qkv_NSC = self.qkv(self.norm(x_BTHWC)).flatten(0, 1).flatten(1, 2)
-        return self.out(self.mix(qkv_NSC).reshape(x_BTHWC.shape))
+    def forward(self, x: Tensor) -> Tensor:
+        qkv_NSC = self.qkv(self.norm(x)).flatten(0, 1).flatten(1, 2)
+        return self.out(self.attend(qkv_NSC).reshape(x.shape))
 
 
 class SpatialTransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each normed first and added to its input."""
+    """Self-attention, cross-attention and feed-forward, each with a layer norm and a residual connection
+    (sgm attention.py, BasicTransformerBlock)."""
 
     tag = "spatial"
 
@@ -60,7 +65,7 @@ class SpatialTransformerBlock(nn.Module):
         self.cross = CrossAttention(width, context_width, head_width, backend)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x_BTHWC: Tensor, context_BLD: Tensor) -> Tensor:
-        x = x_BTHWC + self.attention(x_BTHWC)
-        x = x + self.cross(x, context_BLD)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        x = x + self.cross(x, context)
         return x + self.feed_forward(x)

@@ -1,9 +1,11 @@
-"""The video half of the network: layers that look along time, inserted after each spatial one (arXiv
-2311.15127 D.2).
+"""The temporal blocks, which mix frames; one follows each spatial block (arXiv 2311.15127 section D.2;
+VideoLDM, arXiv 2304.08818 section 3.1).
 
-x_BTHWC: B clips, T frames, H x W latent pixels, C channels; E: width of the time embedding; L, D: context
-tokens and their width. Source: sgm `video_model.py` (VideoResBlock), `video_attention.py`
-(VideoTransformerBlock).
+x is (B, T, h, w, C): B clips, T frames, h x w latent pixels, C channels. embedding is (B, E), E the width of
+the time embedding; context (B, L, D), L tokens of width D; image_only (B, T) bool, True if a frame is an
+independent image.
+
+Source: sgm `video_model.py` (VideoResBlock), `video_attention.py` (VideoTransformerBlock).
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from svd_ds.model.layers import (
     TemporalConv,
     VideoGroupNorm,
     ZeroTemporalConv,
-    sinusoid,
+    sinusoidal_embedding,
 )
 
 
 class TemporalResidual(nn.Module):
-    """Two convolutions over time, shifted in between by the time embedding. The caller adds the result to
-    x."""
+    """Residual block over time, kernel 3 x 1 x 1: conv2(norm2(conv1(norm1(x)) + time embedding)). The caller
+    adds x (VideoLDM section 3.1: residual blocks with 3-D convolutions)."""
 
     tag = "temporal"
 
@@ -38,16 +40,16 @@ class TemporalResidual(nn.Module):
         self.norm2 = VideoGroupNorm(width, eps)
         self.conv2 = ZeroTemporalConv(width, width)
 
-    def forward(self, x_BTHWC: Tensor, embedding_BE: Tensor) -> Tensor:
-        """embedding_BE has been through its SiLU already: it is the same for every block."""
-        h = self.conv1(self.norm1(x_BTHWC))
-        h = h + self.time_projection(embedding_BE)[:, None, None, None, :]
-        return self.conv2(self.norm2(h))
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Apply the block; the UNet has applied SiLU to `embedding`, once for all blocks."""
+        h_BThwC = self.conv1(self.norm1(x))
+        h_BThwC = h_BThwC + self.time_projection(embedding)[:, None, None, None, :]
+        return self.conv2(self.norm2(h_BThwC))
 
 
 class FramePositions(nn.Module):
-    """A learned function of the frame's index, added to every pixel of the frame. Positions are absolute,
-    0..T-1."""
+    """Embedding of the frame index, added to every pixel of the frame: an MLP of sinusoids (VideoLDM section
+    3.1). Positions are absolute, 0 to T - 1."""
 
     tag = "temporal"
 
@@ -57,20 +59,22 @@ class FramePositions(nn.Module):
         self.mlp = EmbeddingMLP(width, 4 * width, width)
 
     def forward(self, num_frames: int, device: torch.device) -> Tensor:
-        """(T, 1, 1, C)."""
-        return self.mlp(sinusoid(torch.arange(num_frames, device=device), self.width))[:, None, None, :]
+        """Return the embeddings of all frames, (T, 1, 1, C)."""
+        indices_T = torch.arange(num_frames, device=device)
+        return self.mlp(sinusoidal_embedding(indices_T, self.width))[:, None, None, :]
 
 
 class TemporalAttention(SelfAttention):
-    """Norm, then self-attention of each pixel among its frames."""
+    """Layer norm, then self-attention among the frames of each pixel (VideoLDM section 3.1)."""
 
-    def forward(self, x_BTHWC: Tensor) -> Tensor:
-        qkv_BSTC = self.qkv(self.norm(x_BTHWC)).flatten(2, 3).transpose(1, 2)
-        return self.out(self.mix(qkv_BSTC).transpose(1, 2).reshape(x_BTHWC.shape))
+    def forward(self, x: Tensor) -> Tensor:
+        qkv_BSTC = self.qkv(self.norm(x)).flatten(2, 3).transpose(1, 2)
+        return self.out(self.attend(qkv_BSTC).transpose(1, 2).reshape(x.shape))
 
 
 class TemporalTransformerBlock(nn.Module):
-    """Feed-forward, self-attention over time, cross-attention, feed-forward, each normed first and added."""
+    """Feed-forward, self-attention over time, cross-attention and feed-forward, each with a layer norm and a
+    residual connection (sgm video_attention.py, VideoTransformerBlock)."""
 
     tag = "temporal"
 
@@ -81,8 +85,9 @@ class TemporalTransformerBlock(nn.Module):
         self.cross = CrossAttention(width, context_width, head_width, backend)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x_BTHWC: Tensor, context_BLD: Tensor) -> Tensor:
-        x = x_BTHWC + self.feed_forward_in(x_BTHWC)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Apply the block."""
+        x = x + self.feed_forward_in(x)
         x = x + self.attention(x)
-        x = x + self.cross(x, context_BLD)
+        x = x + self.cross(x, context)
         return x + self.feed_forward(x)

@@ -2,8 +2,9 @@
 after each spatial one (arXiv 2311.15127 section D; public sources: sgm `video_model.py`, diffusers
 `UNetSpatioTemporalConditionModel`, to which it is numerically equal).
 
-Shapes: B clips, T frames, C channels, H x W latent pixels, L context tokens, D context width, S scalars, E
-width of the time embedding. Outside (B, T, C, H, W), inside (B, T, H, W, C): see layers.py.
+Shape legend: B clips, T frames, C channels, h x w latent pixels, L context tokens, D context width, S
+scalars, W width of a scalar's embedding, E width of the time embedding. Inputs and outputs are (B, T, C, h,
+w); inside, activations are (B, T, h, w, C), see layers.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from svd_ds.model.layers import (
     MaskEmbedding,
     ZeroFrameConv,
     choose_kernels,
-    sinusoid,
+    sinusoidal_embedding,
 )
 from svd_ds.model.ops.attention import BACKENDS
 from svd_ds.model.ops.fused import KERNELS
@@ -37,44 +38,46 @@ BLOCKS = {
     "make_a_video": (PseudoResidual, PseudoTransformer),
     "none": (ImageResidual, ImageTransformer),
 }
-"""The kinds of layers of time, and the blocks that have them."""
+"""Variant of the temporal layers -> classes of the residual block and of the transformer."""
 
 
 @dataclass(frozen=True)
 class UNetConfig(Settings, section="model"):
-    """The shape of the network. The defaults are the released image-to-video models, SVD and SVD-XT."""
+    """Shape of the network. The defaults are those of the released image-to-video models, SVD and SVD-XT."""
 
     in_channels: int = number(8, ge=1, le=65_536)
-    """4 noisy latent channels, and the 4 of the conditioning frame where there is one (9 with a mask)."""
+    """Input channels: 4 of the noisy latents, 4 of the conditioning frame (if any), 1 of the mask (if
+    any)."""
     masked: bool = False
-    """The last input channel is a mask, 1 where a frame is given; a learned embedding stands for the latents
-    of the others (frame interpolation, arXiv 2311.15127 D.5)."""
+    """Frame interpolation (arXiv 2311.15127 D.5): the last input channel is a mask, 1 for a given frame, and
+    a learned embedding replaces the conditioning latents of the other frames."""
     out_channels: int = number(4, ge=1, le=65_536)
     widths: tuple[int, ...] = number((320, 640, 1280, 1280), ge=1, le=65_536)
-    """Channels at each level. Each level halves the height and width of the one before."""
+    """Channels at each level; each level has half the height and width of the previous one."""
     num_layers: int = number(2, ge=1, le=1000)
-    """Residual blocks at a level on the way down; the way up has one more."""
+    """Residual blocks of a level in the encoder; the decoder has one more."""
     attention_levels: tuple[bool, ...] = (True, True, True, False)
-    """Which levels have a transformer after each residual block. The middle always has one."""
+    """True for each level with a transformer after every residual block; the middle always has one."""
     transformer_depth: int = number(1, ge=1, le=1000)
+    """Spatial blocks, each with its temporal block, in a transformer."""
     context_width: int = number(1024, ge=1, le=65_536)
     """Width of the cross-attention tokens."""
     head_width: int = number(64, ge=1, le=65_536)
     """Channels of an attention head."""
     num_scalars: int = number(3, ge=0, le=1000)
-    """Numbers that describe a clip: fps - 1, motion bucket, augmentation sigma. 0: no such input."""
+    """Number of scalar conditions of a clip: fps - 1, motion bucket, augmentation sigma. 0: no such input."""
     scalar_width: int = number(256, ge=2, le=65_536)
     """Width of the sinusoidal embedding of each scalar."""
     num_frames: int = number(14, ge=1, le=10_000)
-    """The clip length that samplers take by default. The network itself takes any."""
+    """Default clip length of samplers; the network takes any length."""
     temporal: str = choice("svd", BLOCKS)
-    """The layers of time: svd (VideoLDM's too), make_a_video (pseudo3d.py) or none (image.py)."""
+    """Temporal layers: svd (blocks.py, as VideoLDM), make_a_video (pseudo3d.py) or none (image.py)."""
     spatial_attention: str = choice("auto", BACKENDS)
-    """For attention among a frame's pixels, and to the context: attention.BACKENDS."""
+    """Backend of attention among a frame's pixels and to the context, one of ops/attention.py's BACKENDS."""
     temporal_attention: str = choice("auto", BACKENDS)
-    """The same for attention along time."""
+    """Backend of attention among a pixel's frames."""
     kernels: str = choice("auto", KERNELS)
-    """auto, triton or torch: for group norm with SiLU, and GEGLU."""
+    """Kernels of group norm with SiLU and of GEGLU: auto, triton or torch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,32 +92,34 @@ class UNetConfig(Settings, section="model"):
                     f"each of model.widths must be a multiple of {NORM_GROUPS} (group norm) and of "
                     f"model.head_width, {self.head_width}, which {width} is not"
                 )
-        if self.masked and self.in_channels < (least := self.out_channels + 2):
+        if self.masked and self.in_channels < (minimum := self.out_channels + 2):
             raise ValueError(
-                f"model.in_channels is {self.in_channels}: with model.masked it must be at least {least}, "
-                f"{self.out_channels} noisy ones, a given frame's and the mask"
+                f"model.in_channels is {self.in_channels}: with model.masked it must be at least {minimum}, "
+                f"{self.out_channels} of the noisy latents, one of a given frame and the mask"
             )
         if self.scalar_width % 2:
             raise ValueError(f"model.scalar_width is {self.scalar_width}: it must be even")
 
     @property
     def embedding_width(self) -> int:
+        """Width of the time embedding, E."""
         return 4 * self.widths[0]
 
     @property
     def size_multiple(self) -> int:
-        """Latent heights and widths must be multiples of this."""
+        """Number of which latent heights and widths must be multiples."""
         return 2 ** (len(self.widths) - 1)
 
 
 class ScalarEmbedding(EmbeddingMLP):
-    """The numbers that describe a clip as a vector. No image model has it."""
+    """MLP of the scalar conditions, which video models have and image models lack (sgm `label_emb`)."""
 
     tag = "condition"
 
 
 class TimestepEmbedding(nn.Module):
-    """The noise level and the scalars of a clip as one vector that every residual block receives."""
+    """Embedding of a clip's noise level and scalars, for every residual block: the sum of two MLPs of
+    sinusoids (arXiv 2311.15127 section D.2; sgm svd.yaml)."""
 
     tag = "embedding"
 
@@ -126,18 +131,20 @@ class TimestepEmbedding(nn.Module):
         if config.num_scalars:
             self.scalars = ScalarEmbedding(config.num_scalars * config.scalar_width, width, width)
 
-    def forward(self, c_noise_B: Tensor, scalars_BS: Tensor) -> Tensor:
-        embedding_BE = self.time(sinusoid(c_noise_B, self.config.widths[0]))
+    def forward(self, c_noise: Tensor, scalars: Tensor) -> Tensor:
+        """Embed c_noise, (B,), and scalars, (B, S), NaN for a dropped one, to (B, E)."""
+        embedding_BE = self.time(sinusoidal_embedding(c_noise, self.config.widths[0]))
         if self.config.num_scalars:
-            waves_BSW = sinusoid(scalars_BS, self.config.scalar_width)
-            # As sgm drops a signal (GeneralConditioner's ucg_rate).
-            waves_BSW = waves_BSW.masked_fill(scalars_BS.isnan()[..., None], 0.0)
-            embedding_BE = embedding_BE + self.scalars(waves_BSW.flatten(1))
+            sinusoids_BSW = sinusoidal_embedding(scalars, self.config.scalar_width)
+            # sgm zeroes the embedding of a dropped condition, too (GeneralConditioner's ucg_rate).
+            sinusoids_BSW = sinusoids_BSW.masked_fill(scalars.isnan()[..., None], 0.0)
+            embedding_BE = embedding_BE + self.scalars(sinusoids_BSW.flatten(1))
         return embedding_BE
 
 
 class UNet(nn.Module):
-    """F(x; c_noise, conditioning), arXiv 2311.15127 section D.1."""
+    """F in D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, arXiv 2206.00364 equation 7; arXiv
+    2311.15127 section D.1): an encoder, a middle and a decoder with skip connections."""
 
     tag = "spatial"
 
@@ -150,22 +157,22 @@ class UNet(nn.Module):
         self.conv_in = FrameConv(config.in_channels, config.widths[0])
         self.encoder, self.middle, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
-        residual_kind, transformer_kind = BLOCKS[config.temporal]
+        residual_class, transformer_class = BLOCKS[config.temporal]
         backends = (config.spatial_attention, config.temporal_attention)
         sizes = TransformerSizes(config.context_width, config.head_width, config.transformer_depth, *backends)
 
         def residual(in_width: int, width: int, eps: float) -> nn.Module:
-            return residual_kind(in_width, width, config.embedding_width, eps)
+            return residual_class(in_width, width, config.embedding_width, eps)
 
         def transformer(width: int, attends: bool) -> nn.Module | None:
-            return transformer_kind(width, sizes) if attends else None
+            return transformer_class(width, sizes) if attends else None
 
         levels = list(zip(config.widths, config.attention_levels, strict=True))
         width = config.widths[0]
         skips = [width]
         for level, (level_width, attends) in enumerate(levels):
             for _ in range(config.num_layers):
-                # diffusers' choice of eps, block by block; sgm has 1e-5 everywhere. See docs/numerics.md.
+                # eps is diffusers', which varies by block; sgm has 1e-5 everywhere. See docs/numerics.md.
                 block = residual(width, level_width, eps=1e-6 if attends else 1e-5)
                 self.encoder.append(UNetStage(block, transformer(level_width, attends)))
                 width = level_width
@@ -180,8 +187,8 @@ class UNet(nn.Module):
         for level, (level_width, attends) in reversed(list(enumerate(levels))):
             for index in range(config.num_layers + 1):
                 block = residual(width + skips.pop(), level_width, eps=1e-6)
-                last_of_level = level > 0 and index == config.num_layers
-                resize = Upsample(level_width) if last_of_level else None
+                is_last_of_level = level > 0 and index == config.num_layers
+                resize = Upsample(level_width) if is_last_of_level else None
                 self.decoder.append(UNetStage(block, transformer(level_width, attends), resize))
                 width = level_width
 
@@ -191,44 +198,48 @@ class UNet(nn.Module):
 
     def forward(
         self,
-        x_BTCHW: Tensor,
-        c_noise_B: Tensor,
-        context_BLD: Tensor,
-        scalars_BS: Tensor,
-        image_only_BT: Tensor | None = None,
+        x: Tensor,
+        c_noise: Tensor,
+        context: Tensor,
+        scalars: Tensor,
+        image_only: Tensor | None = None,
     ) -> Tensor:
-        """The network output, (B, T, C_out, H, W), in the dtype of the weights.
+        """Compute F.
 
         Args:
-            x_BTCHW: noisy latents times c_in, then the conditioning channels, with a mask the last of them.
-            c_noise_B: 0.25 ln sigma.
-            context_BLD: text states or image tokens, for all frames of the clip.
-            scalars_BS: raw values: fps - 1, motion bucket, augmentation sigma; NaN withholds one.
-            image_only_BT: bool, True where a frame is an image of its own and skips the temporal layers.
+            x: noisy latents times c_in, then the conditioning channels, the mask (if any) last: (B, T, C, h,
+                w).
+            c_noise: 0.25 ln sigma, (B,).
+            context: text or image tokens, for all frames of the clip, (B, L, D).
+            scalars: raw values, fps - 1, motion bucket, augmentation sigma; NaN drops one: (B, S).
+            image_only: True if a frame is an independent image and skips the temporal layers, (B, T) bool.
+
+        Returns:
+            (B, T, C_out, h, w), in the dtype of the weights.
 
         Raises:
             ValueError: a shape does not fit the config.
         """
-        check_inputs(self.config, x_BTCHW, c_noise_B, context_BLD, scalars_BS, image_only_BT)
+        check_inputs(self.config, x, c_noise, context, scalars, image_only)
         dtype = self.conv_in.weight.dtype
-        embedding_BE = F.silu(self.embedding(c_noise_B, scalars_BS))
-        context_BLD = context_BLD.to(dtype)
-        x_BTCHW = x_BTCHW.to(dtype)
+        embedding_BE = F.silu(self.embedding(c_noise, scalars))
+        context = context.to(dtype)
+        x_BTChw = x.to(dtype)
         if self.config.masked:
-            x_BTCHW = self.mask_embedding(x_BTCHW)
-        h = self.conv_in(x_BTCHW.permute(0, 1, 3, 4, 2).contiguous())
+            x_BTChw = self.mask_embedding(x_BTChw)
+        h = self.conv_in(x_BTChw.permute(0, 1, 3, 4, 2).contiguous())
         skips = [h]
-        for layer in self.encoder:
-            h = layer(h, embedding_BE, context_BLD, image_only_BT)
+        for stage in self.encoder:
+            h = stage(h, embedding_BE, context, image_only)
             skips.append(h)
-        for layer in self.middle:
-            h = layer(h, embedding_BE, context_BLD, image_only_BT)
-        for layer in self.decoder:
-            h = layer(torch.cat([h, skips.pop()], dim=-1), embedding_BE, context_BLD, image_only_BT)
+        for stage in self.middle:
+            h = stage(h, embedding_BE, context, image_only)
+        for stage in self.decoder:
+            h = stage(torch.cat([h, skips.pop()], dim=-1), embedding_BE, context, image_only)
         return self.conv_out(self.norm_out(h)).permute(0, 1, 4, 2, 3).contiguous()
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Every residual block and transformer by name: the units to recompute, and to shard, as a whole."""
+        """Return name -> residual block or transformer: the units of recomputation and of ZeRO-3 sharding."""
         return {
             name: module
             for name, module in self.named_modules()
@@ -238,18 +249,22 @@ class UNet(nn.Module):
 
 def check_inputs(
     config: UNetConfig,
-    x_BTCHW: Tensor,
-    c_noise_B: Tensor,
-    context_BLD: Tensor,
-    scalars_BS: Tensor,
-    image_only_BT: Tensor | None,
+    x: Tensor,
+    c_noise: Tensor,
+    context: Tensor,
+    scalars: Tensor,
+    image_only: Tensor | None,
 ) -> None:
-    """Refuse, before any compute, inputs that the network cannot take."""
-    if x_BTCHW.dim() != 5 or x_BTCHW.shape[2] != config.in_channels:
+    """Check the shapes of the network's inputs, see `UNet.forward`.
+
+    Raises:
+        ValueError: a shape does not fit the config.
+    """
+    if x.dim() != 5 or x.shape[2] != config.in_channels:
         raise ValueError(
-            f"the UNet takes latents of shape (B, T, {config.in_channels}, H, W), not {tuple(x_BTCHW.shape)}"
+            f"the UNet takes latents of shape (B, T, {config.in_channels}, h, w), not {tuple(x.shape)}"
         )
-    num_clips, num_frames, _, *size = x_BTCHW.shape
+    num_clips, num_frames, _, *size = x.shape
     for name, length in zip(("height", "width"), size, strict=True):
         if length % config.size_multiple:
             raise ValueError(
@@ -257,12 +272,12 @@ def check_inputs(
                 f"{config.size_multiple} ({config.size_multiple * PIXELS_PER_LATENT} pixels)"
             )
     expected = {
-        "c_noise": (c_noise_B, (num_clips,)),
-        "context": (context_BLD, (num_clips, "tokens", config.context_width)),
-        "scalars": (scalars_BS, (num_clips, config.num_scalars)),
+        "c_noise": (c_noise, (num_clips,)),
+        "context": (context, (num_clips, "tokens", config.context_width)),
+        "scalars": (scalars, (num_clips, config.num_scalars)),
     }
-    if image_only_BT is not None:
-        expected["image_only"] = (image_only_BT, (num_clips, num_frames))
+    if image_only is not None:
+        expected["image_only"] = (image_only, (num_clips, num_frames))
     for name, (tensor, shape) in expected.items():
         fits = [length in (size, "tokens") for length, size in zip(shape, tensor.shape, strict=False)]
         if tensor.dim() != len(shape) or not all(fits):
@@ -271,11 +286,11 @@ def check_inputs(
 
 
 def parameter_tags(unet: nn.Module) -> dict[str, str]:
-    """Each parameter's tag by name: the `tag` of the innermost module around it that has one.
+    """Return the tag of every parameter: the `tag` of the innermost module around it that has one.
 
     Returns:
-        name -> "spatial" (the image model), "embedding" (its embedding of the noise level), "temporal" (the
-        layers that video adds) or "condition" (the embeddings that it adds: scalars, mask).
+        name -> "spatial" (the image model), "embedding" (the image model's embedding of the noise level),
+        "temporal" (the temporal layers) or "condition" (the embeddings of scalars and mask).
     """
     tags: dict[str, str] = {}
     modules = dict(unet.named_modules())

@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import svd_ds
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.clip_encoders import clip_pixels, resize_antialiased
+from svd_ds.model.clip_encoders import preprocess_frames, resize_antialiased
 from svd_ds.model.conditioner import SCALARS, Conditioner, ConditionerConfig
 
 TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"
@@ -145,7 +145,7 @@ def test_frames_are_resized_for_clip_as_the_public_pipeline_does(size):
 
 
 def test_pixels_are_normalised_by_clips_mean_and_deviation():
-    white = clip_pixels(torch.ones(1, 3, 16, 16), 8)[0, :, 4, 4]
+    white = preprocess_frames(torch.ones(1, 3, 16, 16), 8)[0, :, 4, 4]
     torch.testing.assert_close(
         white,
         (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073]))

@@ -21,7 +21,7 @@ from svd_ds.model.layers import (
     ZeroFrameConv,
     ZeroLinear,
     ZeroTemporalConv,
-    sinusoid,
+    sinusoidal_embedding,
 )
 from svd_ds.model.ops.attention import attention
 
@@ -109,8 +109,8 @@ def test_sinusoid_is_cosines_then_sines() -> None:
     expected = torch.cat(
         [torch.cos(values[:, None] * frequencies), torch.sin(values[:, None] * frequencies)], 1
     )
-    torch.testing.assert_close(sinusoid(values, 8), expected)
-    assert sinusoid(values.view(1, 3), 8).shape == (1, 3, 8)
+    torch.testing.assert_close(sinusoidal_embedding(values, 8), expected)
+    assert sinusoidal_embedding(values.view(1, 3), 8).shape == (1, 3, 8)
 
 
 def test_alpha_is_one_on_images_and_learned_elsewhere() -> None:

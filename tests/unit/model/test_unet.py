@@ -168,7 +168,7 @@ class TestImages:
         assert not weights
 
         inputs = draw_inputs(config, 2, 3, 7, 8, 16)
-        found = ours(*inputs.values(), image_only_BT=torch.ones(2, 3, dtype=torch.bool))
+        found = ours(*inputs.values(), image_only=torch.ones(2, 3, dtype=torch.bool))
         expected = theirs(
             inputs["x"].flatten(0, 1),
             inputs["c_noise"].repeat_interleave(3),
@@ -179,7 +179,7 @@ class TestImages:
 
     def test_a_video_is_not(self, randomize: Any) -> None:
         ours, inputs = randomize(UNet(SMALL)), draw_inputs(SMALL, 1, 3, 1, 8, 8)
-        images = ours(*inputs.values(), image_only_BT=torch.ones(1, 3, dtype=torch.bool))
+        images = ours(*inputs.values(), image_only=torch.ones(1, 3, dtype=torch.bool))
         assert relative(ours(*inputs.values()), images) > 1e-2
 
 
@@ -262,7 +262,7 @@ class TestForward:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"x": (2, 3, 4, 8, 8)}, r"\(B, T, 8, H, W\), not \(2, 3, 4, 8, 8\)"),
+            ({"x": (2, 3, 4, 8, 8)}, r"\(B, T, 8, h, w\), not \(2, 3, 4, 8, 8\)"),
             ({"x": (2, 3, 8, 9, 8)}, r"height 9 \(72 pixels\) is not a multiple of 2 \(16 pixels\)"),
             ({"x": (2, 3, 8, 8, 11)}, r"width 11 \(88 pixels\) is not a multiple of 2 \(16 pixels\)"),
             ({"c_noise": (3,)}, r"c_noise must have the shape \(2\), not \(3,\)"),
