@@ -1,4 +1,4 @@
-"""Pictures and videos on disk, for people to look at.
+"""Images and videos on disk: previews, samples and the first frames of samples.
 
 Shape legend: T frames, C = 3 RGB channels, H x W pixels.
 """
@@ -18,23 +18,23 @@ from torch import Tensor
 from svd_ds.pixels.still import read_still
 
 MAX_COLUMNS = 8
-"""Frames of a video shown on a contact sheet."""
+"""Largest number of frames of a video on a contact sheet."""
 GAP = 2
-"""Pixels between the frames of a contact sheet."""
+"""Gap between the frames of a contact sheet, in pixels."""
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """From [-1, 1], clamped, to uint8 on the CPU; any shape."""
+    """Convert values in [-1, 1], clamped, of any shape, to uint8 on the CPU."""
     return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """From uint8 to float32 in [-1, 1], where it lies, but contiguous; any shape."""
+    """Convert uint8 values, of any shape, to float32 in [-1, 1], contiguous, on the same device."""
     return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def read_image(path: Path, height: int, width: int) -> Tensor:
-    """Read an image file as it is shown, scaled to cover height x width and cropped at the centre.
+    """Read an image file, scaled to cover height x width and cropped at the centre.
 
     Returns:
         uint8, (3, H, W).
@@ -59,11 +59,16 @@ def read_image(path: Path, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()
 
 
-def write_mp4(frames_TCHW: Tensor, path: Path, fps: float) -> None:
-    """Write uint8 frames as H.264 that browsers play. A last odd row or column, which yuv420p lacks, is
-    cut."""
-    height, width = (size - size % 2 for size in frames_TCHW.shape[2:])
-    frames_THWC = frames_TCHW[:, :, :height, :width].permute(0, 2, 3, 1).contiguous().cpu().numpy()
+def write_mp4(frames: Tensor, path: Path, fps: float) -> None:
+    """Write an H.264 video that browsers play; a last odd row or column, which yuv420p lacks, is cut off.
+
+    Args:
+        frames: uint8, (T, 3, H, W).
+        path: the file.
+        fps: frames a second.
+    """
+    height, width = (size - size % 2 for size in frames.shape[2:])
+    frames_THWC = frames[:, :, :height, :width].permute(0, 2, 3, 1).contiguous().cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
@@ -74,10 +79,15 @@ def write_mp4(frames_TCHW: Tensor, path: Path, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def contact_sheet(videos_TCHW: Sequence[Tensor], path: Path) -> None:
-    """Write a PNG with a row for each uint8 video, of up to eight frames evenly spaced from first to last."""
+def contact_sheet(videos: Sequence[Tensor], path: Path) -> None:
+    """Write a PNG with one row a video, of up to MAX_COLUMNS frames evenly spaced from first to last.
+
+    Args:
+        videos: uint8, each (T, 3, H, W).
+        path: the file.
+    """
     rows = []
-    for frames_TCHW in videos_TCHW:
+    for frames_TCHW in videos:
         num_columns = min(MAX_COLUMNS, len(frames_TCHW))
         shown = torch.linspace(0, len(frames_TCHW) - 1, num_columns).round().long()
         rows.append(frames_TCHW[shown].cpu())

@@ -20,7 +20,7 @@ from tests.networks import SMALL
 @pytest.fixture(autouse=True)
 def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks, too, compute as large ones and GPUs do."""
-    monkeypatch.setattr(fused, "FEW", 0)
+    monkeypatch.setattr(fused, "SMALL_NUMEL", 0)
 
 
 @pytest.fixture

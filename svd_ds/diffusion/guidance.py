@@ -1,6 +1,6 @@
-"""Classifier-free guidance with one scale a frame.
+"""Classifier-free guidance with one scale a frame (arXiv 2311.15127 D.4.1).
 
-Shape legend: B clips, T frames, C channels, H x W latent pixels.
+Shape legend: B clips, T frames, C channels, h x w latent pixels.
 """
 
 from __future__ import annotations
@@ -13,17 +13,29 @@ from torch import Tensor
 from svd_ds.batch import Conditioning
 
 ConditionalDenoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""(x_BTCHW, sigma_B, cond) -> denoised x_BTCHW."""
+"""(x, sigma, cond) -> denoised x; x is (B, T, C, h, w), sigma (B,)."""
 
 KINDS = ("constant", "linear", "triangle")
+"""Schedules of the scale over the frames."""
 
 
+# SVD, arXiv 2311.15127 section D.4.1 (linear); SV3D section 3 (triangle).
 def guidance_scale(kind: str, minimum: float, maximum: float, num_frames: int) -> Tensor:
-    """The scale of every frame: float32, (T,).
+    """Compute the scale of every frame.
 
-    constant: `maximum` everywhere. linear: from minimum at the first frame to maximum at the last, the
-    paper's rule (arXiv 2311.15127 D.4.1). triangle: minimum at both ends, maximum in the middle, for orbits
-    that close (SV3D, arXiv 2403.12008; Stability-AI/generative-models guiders.py).
+    Args:
+        kind: one of KINDS. constant: `maximum` everywhere. linear: from `minimum` at the first frame to
+            `maximum` at the last, the paper's rule (arXiv 2311.15127 D.4.1). triangle: `minimum` at both
+            ends, `maximum` in the middle, for closed orbits (SV3D, arXiv 2403.12008; sgm guiders.py).
+        minimum: the smallest scale.
+        maximum: the largest scale.
+        num_frames: T.
+
+    Returns:
+        (T,), float32.
+
+    Raises:
+        ValueError: there is no such kind.
     """
     ramp = torch.linspace(0, 1, num_frames)
     match kind:
@@ -34,23 +46,25 @@ def guidance_scale(kind: str, minimum: float, maximum: float, num_frames: int) -
         case "triangle":
             ramp = 1 - (2 * ramp - 1).abs()
         case _:
-            raise ValueError(f"the guidance kind is {kind!r}, which is none of {', '.join(KINDS)}")
+            raise ValueError(f"the guidance kind is {kind!r}: it must be one of {', '.join(KINDS)}")
     return minimum + (maximum - minimum) * ramp
 
 
-def guided(denoise: ConditionalDenoise, scale_T: Tensor) -> ConditionalDenoise:
-    """A denoiser whose result is pushed from the unconditional towards, and past, the conditional one.
+# arXiv 2311.15127 section D.4.1: D_guided = D_uncond + scale_t (D_cond - D_uncond), with one scale a frame.
+def guided(denoise: ConditionalDenoise, scale: Tensor) -> ConditionalDenoise:
+    """Make a denoiser that returns uncond + scale (cond - uncond).
 
     Both branches run as one batch of 2B, unconditional first.
+
+    Args:
+        denoise: the denoiser.
+        scale: scale of every frame, (T,).
     """
 
-    def guided_denoise(x_BTCHW: Tensor, sigma_B: Tensor, cond: Conditioning) -> Tensor:
-        both = denoise(
-            torch.cat([x_BTCHW, x_BTCHW]), torch.cat([sigma_B, sigma_B]), _stack(cond.unconditional(), cond)
-        )
+    def guided_denoise(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        both = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), _stack(cond.unconditional(), cond))
         unconditional, conditional = both.chunk(2)
-        scale = scale_T.to(both)[:, None, None, None]
-        return unconditional + scale * (conditional - unconditional)
+        return unconditional + scale.to(both)[:, None, None, None] * (conditional - unconditional)
 
     return guided_denoise
 

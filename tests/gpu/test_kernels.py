@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.model.layers import choose_kernels
-from svd_ds.model.ops.attention import KERNELS, MAX_BATCH, SHORT, attention, flash_attn_installed
+from svd_ds.model.ops.attention import KERNELS, MAX_BATCH, MAX_SHORT_KEYS, attention, flash_attn_installed
 from svd_ds.model.ops.fused import conv, geglu, group_norm_silu, triton_installed
 from svd_ds.model.unet import UNet, UNetConfig
 
@@ -64,7 +64,7 @@ def test_attention(backend: str, shape: str, dtype: torch.dtype) -> None:
     if backend == "flash_attn" and (dtype == torch.float32 or not flash_attn_installed()):
         pytest.skip("flash_attn takes half precision alone" if flash_attn_installed() else "no flash_attn")
     queries, num_keys = SHAPES[shape]
-    if backend == "triton" and not (triton_installed() and queries[-3] == num_keys <= SHORT):
+    if backend == "triton" and not (triton_installed() and queries[-3] == num_keys <= MAX_SHORT_KEYS):
         pytest.skip("triton takes few tokens alone" if triton_installed() else "Triton is not installed")
     keys = (*queries[:-3], num_keys, *queries[-2:])
 

@@ -1,8 +1,7 @@
-"""How tools/bench/train_step.py measures: our network and diffusers' side by side, in one process, on the
-same weights.
+"""Comparison of our network with diffusers', for train_step.py: same process, same weights.
 
-Time is taken in pairs, ours then theirs, so that a machine that slows down slows both. Floating-point
-operations are counted by torch on the meta device, where nothing is computed.
+Steps are timed in pairs, ours then diffusers', so that a slow phase of the machine affects both.
+Floating-point operations are counted by torch on the meta device, without computing anything.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from cases import DTYPES, Case, Inputs
-from contestant import Contestant, peak_of_step, run, synchronize
+from timed_network import TimedNetwork, measure_step_memory, run, synchronize
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,39 +27,44 @@ from svd_ds.weights.io import save_unet
 from svd_ds.weights.public_configs import config_to_diffusers
 
 AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2}
-"""Largest relative difference of the two outputs. A GPU's float32 convolutions may run in tf32."""
-VARIANTS = {
+"""Largest allowed relative difference of the two outputs; a GPU's float32 convolutions may run in tf32."""
+MEMORY_FORMATS = {
     "contiguous": (torch.contiguous_format, torch.contiguous_format),
     "channels_last": (torch.channels_last, torch.channels_last_3d),
 }
-"""Memory formats of diffusers' 2-D and 3-D convolutions."""
+"""Name -> memory formats of diffusers' 2-D and 3-D convolutions."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """Seconds and peak bytes a step: ours, then theirs."""
+class Comparison:
+    """Time and memory of a training step; in pairs our network is first, diffusers' second."""
 
     case: Case
-    variant: str
+    memory_format: str
+    """Name of diffusers' memory format."""
     difference: float
+    """Relative difference of the outputs."""
     seconds: list[tuple[float, float]]
+    """Time of each pair of steps."""
     flops: tuple[int, int]
+    """Operations of a forward pass of one clip."""
     peak_bytes: tuple[int, ...]
-    largest: tuple[int, ...] | None
-    """The most clips a step can have, where that was asked for."""
+    largest_batch: tuple[int, ...] | None
+    """Largest number of clips in a step; None if it was not measured."""
 
     @property
     def medians(self) -> tuple[float, float]:
+        """Median time of a step in seconds."""
         ours, theirs = zip(*self.seconds, strict=True)
         return statistics.median(ours), statistics.median(theirs)
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as long as ours their step took, pair by pair."""
+        """Ratio of diffusers' time to ours, of each pair."""
         return [theirs / ours for ours, theirs in self.seconds]
 
     def mfu(self, peak: float) -> list[float]:
-        """Three times the operations of each forward, over the step's time, as a share of `peak` a second."""
+        """Compute the model FLOPs utilisation: 3 x forward operations / (time of a step x `peak`)."""
         clips = self.case.batch or 1
         return [
             3 * clips * flops / (seconds * peak)
@@ -68,10 +72,19 @@ class Result:
         ]
 
 
-def measure(case: Case, pairs: int, device: torch.device, advance: Callable[[], None]) -> Result | None:
-    """Time `pairs` of steps, calling `advance` after each; None where one clip does not fit the GPU.
+def measure(case: Case, pairs: int, device: torch.device, advance: Callable[[], None]) -> Comparison | None:
+    """Compare our network with diffusers'.
 
-    One network at a time lies on a GPU, for either to have all of it.
+    Only one network at a time is on a GPU, so that each has all of its memory.
+
+    Args:
+        case: network, clip and precision.
+        pairs: number of timed pairs of steps.
+        device: device of the steps.
+        advance: called after each pair.
+
+    Returns:
+        None if a step of one clip does not fit the GPU.
     """
     try:
         network, public = build_networks(case, device)
@@ -81,40 +94,42 @@ def measure(case: Case, pairs: int, device: torch.device, advance: Callable[[], 
         apply_recompute(network, network.blocks(), case.recompute)
         if case.recompute != "none":
             public.enable_gradient_checkpointing()
-        variant = choose_variant(public, case.inputs(device))
-        contestants = (Contestant(network), Contestant(in_format(public.cpu(), variant)))
+        memory_format = fastest_memory_format(public, case.inputs(device))
+        networks = (TimedNetwork(network), TimedNetwork(set_memory_format(public.cpu(), memory_format)))
         largest = None
         if case.batch is None:
-            largest = tuple(largest_batch(case, contestant, device) for contestant in contestants)
+            largest = tuple(find_largest_batch(case, timed_network, device) for timed_network in networks)
             case = replace(case, batch=max(1, min(largest)))
         inputs = case.inputs(device)
         peaks = []
-        for contestant in contestants:
-            with contestant.resident(device):
-                # Its first step is slower too: memory is found, kernels are chosen.
-                extra = peak_of_step(contestant, inputs)
-                peaks.append(contestant.held_bytes() + extra)
+        for timed_network in networks:
+            with timed_network.resident(device):
+                # The first step, which is slower (allocation, choice of kernels), is here, too.
+                extra = measure_step_memory(timed_network, inputs)
+                peaks.append(timed_network.held_bytes() + extra)
         seconds = []
         for _ in range(pairs):
-            ours, theirs = (timed(contestant, inputs) for contestant in contestants)
+            ours, theirs = (timed(timed_network, inputs) for timed_network in networks)
             seconds.append((ours, theirs))
             advance()
     except torch.cuda.OutOfMemoryError:
         return None
-    return Result(case, variant, difference, seconds, both_forward_flops(case), tuple(peaks), largest)
+    return Comparison(
+        case, memory_format, difference, seconds, both_forward_flops(case), tuple(peaks), largest
+    )
 
 
-def timed(contestant: Contestant, inputs: Inputs) -> float:
-    """Seconds of a step. On a GPU, where it has just arrived, it takes one before."""
+def timed(timed_network: TimedNetwork, inputs: Inputs) -> float:
+    """Time a step, in seconds; on a GPU after a warm-up step, for the network was just moved there."""
     device = inputs[0].device
-    with contestant.resident(device):
+    with timed_network.resident(device):
         if device.type == "cuda":
-            contestant.step(inputs)
-        return contestant.step(inputs)
+            timed_network.step(inputs)
+        return timed_network.step(inputs)
 
 
 def build_networks(case: Case, device: torch.device) -> tuple[UNet, Any]:
-    """Our network and diffusers', with the same random weights, none of them at zero."""
+    """Build our network and diffusers' with the same random weights, none of them zero."""
     from diffusers import UNetSpatioTemporalConditionModel
 
     torch.manual_seed(0)
@@ -132,52 +147,53 @@ def build_networks(case: Case, device: torch.device) -> tuple[UNet, Any]:
 
 @torch.no_grad()
 def output_difference(network: nn.Module, public: nn.Module, inputs: Inputs) -> float:
-    """Norm of the difference over norm of diffusers' output."""
+    """Compute the norm of the difference of the outputs over the norm of diffusers'."""
     expected = run(public, inputs).float()
     return float((run(network, inputs).float() - expected).norm() / expected.norm())
 
 
-def choose_variant(public: nn.Module, inputs: Inputs) -> str:
-    """The memory format in which diffusers' network takes its best of two steps the faster."""
+def fastest_memory_format(public: nn.Module, inputs: Inputs) -> str:
+    """Choose the memory format in which diffusers' network is faster, by the better of two steps."""
     seconds = {}
-    for variant in VARIANTS:
-        contestant = Contestant(in_format(public, variant))
-        seconds[variant] = min([contestant.step(inputs) for _ in range(3)][1:])
+    for memory_format in MEMORY_FORMATS:
+        timed_network = TimedNetwork(set_memory_format(public, memory_format))
+        seconds[memory_format] = min([timed_network.step(inputs) for _ in range(3)][1:])
     return min(seconds, key=seconds.__getitem__)
 
 
-def in_format(public: nn.Module, variant: str) -> nn.Module:
-    """The same network, its convolutions' weights in another order in memory."""
-    formats = dict(zip((4, 5), VARIANTS[variant], strict=True))
+def set_memory_format(public: nn.Module, memory_format: str) -> nn.Module:
+    """Change the memory format of a network's convolution weights in place, and return the network."""
+    formats = dict(zip((4, 5), MEMORY_FORMATS[memory_format], strict=True))
     for parameter in public.parameters():
         if parameter.dim() in formats:
             parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
     return public
 
 
-def largest_batch(case: Case, contestant: Contestant, device: torch.device) -> int:
-    """As many clips as a step can have that has the GPU to itself; 0 where not even one fits."""
-    with contestant.resident(device):
-        most = 1
-        while fits(replace(case, batch=most), contestant, device):
-            most *= 2
-        least = most // 2
-        while most - least > 1:
-            middle = (least + most) // 2
-            if fits(replace(case, batch=middle), contestant, device):
-                least = middle
+def find_largest_batch(case: Case, timed_network: TimedNetwork, device: torch.device) -> int:
+    """Find the largest number of clips in a step on the GPU; 0 if not even one fits."""
+    with timed_network.resident(device):
+        upper = 1
+        while fits(replace(case, batch=upper), timed_network, device):
+            upper *= 2
+        lower = upper // 2
+        while upper - lower > 1:
+            middle = (lower + upper) // 2
+            if fits(replace(case, batch=middle), timed_network, device):
+                lower = middle
             else:
-                most = middle
-    return least
+                upper = middle
+    return lower
 
 
-def fits(case: Case, contestant: Contestant, device: torch.device) -> bool:
+def fits(case: Case, timed_network: TimedNetwork, device: torch.device) -> bool:
+    """Return True if a step does not run out of memory."""
     try:
-        contestant.step(case.inputs(device))
+        timed_network.step(case.inputs(device))
         fitted = True
     except torch.cuda.OutOfMemoryError:
         fitted = False
-    contestant.forget()
+    timed_network.discard_gradients()
     gc.collect()
     torch.cuda.empty_cache()
     return fitted
@@ -185,14 +201,14 @@ def fits(case: Case, contestant: Contestant, device: torch.device) -> bool:
 
 @torch.no_grad()
 def both_forward_flops(case: Case) -> tuple[int, int]:
-    """Operations of a forward pass, ours and diffusers'; a multiplication and its sum are two."""
+    """Count the operations of a forward pass, ours and diffusers'; a multiply-add counts as two."""
     from diffusers import UNetSpatioTemporalConditionModel
 
     ours = unet_forward_flops(case.config, case.num_frames, case.height, case.width, case.num_tokens)
     meta = torch.device("meta")
     with meta:
         public: Any = UNetSpatioTemporalConditionModel.from_config(config_to_diffusers(case.config))
-    # It makes its mix factors on the CPU all the same.
+    # diffusers makes its mix factors on the CPU even in this context.
     public.to(meta)
     with FlopCounterMode(display=False) as counter:
         run(public, replace(case, batch=1, dtype="fp32").inputs(meta))
@@ -200,7 +216,7 @@ def both_forward_flops(case: Case) -> tuple[int, int]:
 
 
 def matmul_peak(dtype: str, device: torch.device) -> float:
-    """Operations a second of the fastest of ten products of two large square matrices."""
+    """Measure operations per second, of the fastest of ten products of two large square matrices."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
     seconds = []

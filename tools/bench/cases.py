@@ -1,4 +1,4 @@
-"""What the benchmarks time, as their command lines name it: networks, clips, inputs."""
+"""Cases of the benchmarks, from the command line: networks, clips and inputs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from svd_ds.model.unet import PIXELS_PER_LATENT, UNetConfig
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""x, c_noise, context and scalars of `UNet.forward`."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table. Height and width are pixels; batch None: the largest that fits the GPU."""
+    """Network, clip and precision of one line of a table; height and width are in pixels."""
 
     widths: tuple[int, ...]
     num_frames: int
@@ -29,19 +30,22 @@ class Case:
     dtype: str
     recompute: str = "none"
     batch: int | None = 1
+    """Clips of a step; None: the largest number that fits the GPU."""
 
     @property
     def clip(self) -> str:
+        """Frames and size, as in 14 x 256x384."""
         return f"{self.num_frames} x {self.height}x{self.width}"
 
     @property
     def config(self) -> UNetConfig:
+        """Config of the network: transformers at all levels but the last, as in the released one."""
         levels = len(self.widths)
         attends = tuple(level < max(levels - 1, 1) for level in range(levels))
         return UNetConfig(widths=self.widths, attention_levels=attends, num_frames=self.num_frames)
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Latents with their conditioning, noise level, context and scalars: what both networks take."""
+        """Draw inputs of the network, the same at each call."""
         size = (self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT)
         config, batch = self.config, self.batch or 1
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(1)
@@ -58,23 +62,29 @@ class Case:
 def add_case_options(
     parser: argparse.ArgumentParser, *, size: str, frames: int, tokens: str, dtype: str
 ) -> None:
-    """The options that `read_cases` reads, and what they are where they are not given."""
+    """Add the options of `read_cases`; the arguments are their defaults."""
     add = parser.add_argument
     add(
         "--size",
         default=size,
         help=f"[FRAMESx]HEIGHTxWIDTH in pixels; like tokens and dtype, several with commas; {size}",
     )
-    add("--frames", type=int, default=frames, help=f"default {frames}")
+    add("--frames", type=int, default=frames, help=f"frames of a clip; default {frames}")
     add("--widths", default="64,128,256,256", help="channels at each level; default 64,128,256,256")
-    add("--tokens", default=tokens, help=f"of the context; default {tokens}")
-    add("--dtype", default=dtype, help=f"default {dtype}")
+    add("--tokens", default=tokens, help=f"context tokens; default {tokens}")
+    add("--dtype", default=dtype, help=f"fp32, bf16 or both; default {dtype}")
 
 
 def read_cases(arguments: argparse.Namespace, counts: Iterable[str], **common: Any) -> list[Case]:
-    """Every combination of size, tokens and dtype.
+    """Make a case of every combination of size, tokens and dtype.
 
-    counts: further options that must be at least 1; common: further fields of each case.
+    Args:
+        arguments: the parsed options.
+        counts: names of further options that must be at least 1.
+        common: further fields of all cases.
+
+    Raises:
+        ValueError: an option is invalid.
     """
     widths, tokens = read_numbers("widths", arguments.widths), read_numbers("tokens", arguments.tokens)
     for name in ("frames", *counts):
@@ -83,21 +93,26 @@ def read_cases(arguments: argparse.Namespace, counts: Iterable[str], **common: A
     dtypes = arguments.dtype.split(",")
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise ValueError(f"--dtype is {dtype!r}: choose {' or '.join(DTYPES)}")
+            raise ValueError(f"--dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
     cases = []
     for size, num_tokens, dtype in itertools.product(arguments.size.split(","), tokens, dtypes):
         sides = read_numbers("size", size, "x")
         multiple = PIXELS_PER_LATENT * 2 ** (len(widths) - 1)
         *frames, height, width = sides if len(sides) in (2, 3) else (0, 1, 1)
         if height % multiple or width % multiple:
-            raise ValueError(f"--size is {size!r}: give HEIGHTxWIDTH, multiples of {multiple} pixels here")
+            raise ValueError(f"--size is {size!r}: it must be HEIGHTxWIDTH, multiples of {multiple} pixels")
         num_frames = frames[0] if frames else arguments.frames
         cases.append(Case(widths, num_frames, height, width, num_tokens, dtype, **common))
     return cases
 
 
 def read_numbers(name: str, text: str, separator: str = ",") -> tuple[int, ...]:
+    """Parse the numbers of an option.
+
+    Raises:
+        ValueError: one of them is not a positive integer.
+    """
     parts = text.split(separator)
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--{name} is {text!r}: give whole numbers from 1, with {separator!r} between them")
+        raise ValueError(f"--{name} is {text!r}: it must be positive integers, separated by {separator!r}")
     return tuple(map(int, parts))

@@ -1,4 +1,4 @@
-"""Time training with a checkpoint a step, written behind its back or waited for, or none; and averages."""
+"""Measure the overhead of checkpoints, asynchronous and synchronous, and of averages on training steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from contestant import synchronize
+from timed_network import synchronize
 
 from svd_ds.cli import keep_freed_memory, run_cli
 from svd_ds.compose import compose
@@ -29,16 +29,17 @@ from svd_ds.training.retention import CheckpointConfig
 EXAMPLE = """example:
   python tools/launch.py -n 2 --script tools/bench/checkpoint_saves.py -- --steps 8 --rounds 5
 
-The config's own data, network and optimiser. A round is a block of steps of each kind, in turn, after one
-that is not timed: so each that is has the checkpoint of the one before behind it. A share is (with - without)
-/ without, the averages' the time in them over that of steps without checkpoints: of the rounds the median,
-with the smallest and the largest."""
-KINDS = {"none": None, "behind": True, "waited for": False}
-"""Name -> checkpoint.asynchronous, or None for no checkpoint at all."""
+Data, network and optimiser are those of the config, with a checkpoint a step. A round is a block of steps of
+each kind, after one step that is not timed: so the checkpoint of the previous step is being written during
+each timed step. The overhead of checkpoints is (with - without) / without, that of averages is the time in
+them over the time of steps without checkpoints: the median of the rounds, with the smallest and the
+largest."""
+KINDS = {"none": None, "asynchronous": True, "synchronous": False}
+"""Kind -> checkpoint.asynchronous, or None for no checkpoint."""
 
 
 class Training:
-    """The loop's step, and the checkpoints of each kind in folders of their own."""
+    """A training with a folder of checkpoints for each kind."""
 
     def __init__(self, config: RunConfig, env: Env, inputs: Inputs, task: Task, folder: Path) -> None:
         self.config, self.env, self.task = config, env, task
@@ -50,9 +51,7 @@ class Training:
         self.progress = inputs.progress
         self.ema_s = 0.0
         self.stores = {
-            kind: Checkpoints(
-                folder / kind.replace(" ", "-"), CheckpointConfig(asynchronous=flag), env, "unet"
-            )
+            kind: Checkpoints(folder / kind, CheckpointConfig(asynchronous=flag), env, "unet")
             for kind, flag in KINDS.items()
             if flag is not None
         }
@@ -60,6 +59,7 @@ class Training:
             store.start_session(0)
 
     def step(self) -> None:
+        """Take a training step, as the training loop does."""
         config, size = self.config, self.config.batch.size
         taken, accumulation = 0, 1
         while taken < accumulation:
@@ -77,7 +77,7 @@ class Training:
         self.ema_s += time.perf_counter() - started
 
     def block(self, kind: str, steps: int) -> tuple[float, float]:
-        """Seconds of some steps with checkpoints of a kind, and of them in the averages."""
+        """Time steps with checkpoints of a kind; returns their seconds, and the seconds spent in averages."""
         store = self.stores.get(kind)
         for done in range(steps + 1):
             if done == 1:
@@ -103,7 +103,7 @@ def main() -> None:
         folder = Path(broadcast_from_rank0(lambda: tempfile.mkdtemp(prefix="bench-", dir=arguments.folder)))
         training = Training(config, env, inputs, read_task(config, env, inputs), folder)
         for kind in KINDS:
-            training.block(kind, 1)  # the first is slower: memory is found, kernels are chosen
+            training.block(kind, 1)  # the first is slower: allocation, choice of kernels
         rounds = [
             {kind: training.block(kind, arguments.steps) for kind in KINDS} for _ in range(arguments.rounds)
         ]
@@ -116,7 +116,8 @@ def main() -> None:
 
 
 def report(env: Env, steps: int, rounds: list[dict[str, tuple[float, float]]], folder: Path) -> None:
-    newest = max(folder.glob("behind/step-*"))
+    """Print a table: time of a step, size of a checkpoint, overheads."""
+    newest = max(folder.glob("asynchronous/step-*"))
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     step_ms = 1e3 * statistics.median(kinds["none"][0] for kinds in rounds) / steps
     shares = {
@@ -137,10 +138,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="of the config; default: the small default")
-    add("--steps", type=int, default=8, help="in a block; default 8")
-    add("--rounds", type=int, default=5, help="default 5")
-    add("--folder", help="where the checkpoints are written; default: that of temporary files")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides; default: none")
+    add("--steps", type=int, default=8, help="steps of a block; default 8")
+    add("--rounds", type=int, default=5, help="number of rounds; default 5")
+    add("--folder", help="folder of the checkpoints; default: the system's temporary folder")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

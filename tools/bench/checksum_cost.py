@@ -1,4 +1,4 @@
-"""Time what the checksums of a checkpoint cost: alone, and as shares of a save and of a load."""
+"""Measure the cost of checkpoint checksums: their speed, and their share of a save and of a load."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ from svd_ds.weights.shards import WeightShards, rank_file_name
 EXAMPLE = """example:
   python tools/bench/checksum_cost.py --gb 1.5 --rounds 5
 
-One rank's slices of --gb in all: weights, both moments and an average, in tensors of 16 MB. Each round saves
-them as a run does, and loads them twice, verified first and not, the one or the other first in turn. Before
-each load the files are dropped from the page cache. A share is (with - without) / without; a save without
-digests is what it takes outside them. Of the rounds the median, with the smallest and the largest."""
+The checkpoint has one rank's slices of --gb in all: weights, both moments and an average, in tensors of 16
+MB. Each round saves it as a run does, and loads it with and without verification, in alternating order.
+Before each load the files are dropped from the page cache. The overhead is (with - without) / without; the
+time of a save without checksums is its time less that in them. The median of the rounds, with the smallest
+and the largest."""
 FOLDERS = ("unet", "adam-exp_avg", "adam-exp_avg_sq", "ema-power-0.050")
 NUMEL = 2**22
 """Elements of a tensor."""
 
 
 class Times(NamedTuple):
-    """In seconds."""
+    """Wall and processor time, in seconds."""
 
     wall: float
     processor: float
-    """Of all threads: on a busy machine the steadier one. It has no waiting for the disk."""
+    """CPU time of all threads, without waiting for the disk: steadier than wall time on a busy machine."""
 
     @classmethod
     def now(cls) -> Times:
+        """Read both clocks."""
         return cls(time.perf_counter(), time.process_time())
 
     def __sub__(self, other: Times) -> Times:
@@ -75,14 +77,14 @@ def main() -> None:
 
 
 def save(folder: Path, tensors: drafts.Files) -> Path:
-    """Write a checkpoint as a run does; its folder."""
+    """Write a checkpoint as a run does, and return its folder."""
     digests = drafts.write_draft(folder, tensors, {}, {})
     (folder / COMPLETE).write_text(Manifest("bench", 1, True, digests).as_json())
     return folder
 
 
 def time_save(folder: Path, tensors: drafts.Files) -> tuple[Times, Times]:
-    """Of a save with its digests, and of it without the time that it spends in them."""
+    """Time a save; returns its times, and these less the time in checksums."""
     digesting = Times(0.0, 0.0)
 
     def timed(path: Path) -> FileDigest:
@@ -101,6 +103,7 @@ def time_save(folder: Path, tensors: drafts.Files) -> tuple[Times, Times]:
 
 
 def time_load(checkpoint: Path, names: Iterable[str], checked: bool) -> Times:
+    """Time a load from disk, with verification if `checked`."""
     drop_from_cache(checkpoint)
     started = Times.now()
     if checked and (damage := find_damage(checkpoint, read_manifest(checkpoint))):
@@ -114,13 +117,14 @@ def time_load(checkpoint: Path, names: Iterable[str], checked: bool) -> Times:
 
 @contextmanager
 def patched_digest(digest: Callable[[Path], FileDigest]) -> Iterator[None]:
-    """Inside, a save computes digests by `digest`."""
+    """Replace the checksum function of saves in the context."""
     drafts.compute_digest = digest  # type: ignore[assignment]
     yield
     drafts.compute_digest = compute_digest
 
 
 def drop_from_cache(folder: Path) -> None:
+    """Drop the files of a folder from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             fsync_path(path)
@@ -130,7 +134,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def pair(turn: int, measure: Callable[[bool], Times]) -> tuple[Times, Times]:
-    """Times with checksums and without, the one or the other first."""
+    """Measure with and without checksums, in alternating order."""
     if turn % 2 == 0:
         checked = measure(True)
         return checked, measure(False)
@@ -139,6 +143,7 @@ def pair(turn: int, measure: Callable[[bool], Times]) -> tuple[Times, Times]:
 
 
 def report_speeds(values: dict[str, Tensor], checkpoint: Path, size: int) -> None:
+    """Print the speeds of checksums."""
     name = f"{FOLDERS[0]}/{rank_file_name(0, 1)}"
     memory = [value.numpy().data for value in values.values()]
     speeds = {
@@ -148,7 +153,7 @@ def report_speeds(values: dict[str, Tensor], checkpoint: Path, size: int) -> Non
         "a file in the page cache, one thread": speed(
             (checkpoint / name).stat().st_size, lambda: compute_digest(checkpoint / name)
         ),
-        "the checkpoint in the page cache, as verified": speed(
+        "verification of the checkpoint in the page cache": speed(
             size, lambda: find_damage(checkpoint, read_manifest(checkpoint))
         ),
     }
@@ -157,7 +162,7 @@ def report_speeds(values: dict[str, Tensor], checkpoint: Path, size: int) -> Non
 
 
 def speed(num_bytes: int, action: Callable[[], object], times: int = 5) -> float:
-    """GB/s, the median."""
+    """Measure the median speed of an action, in GB/s."""
     found = []
     for _ in range(times):
         started = time.perf_counter()
@@ -167,6 +172,7 @@ def speed(num_bytes: int, action: Callable[[], object], times: int = 5) -> float
 
 
 def report_shares(what: str, pairs: list[tuple[Times, Times]]) -> None:
+    """Print the overhead of checksums on saves or loads."""
     for kind in ("wall", "processor"):
         times = [(getattr(checked, kind), getattr(plain, kind)) for checked, plain in pairs]
         shares = [100 * (checked / plain - 1) for checked, plain in times]
@@ -181,9 +187,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--gb", type=float, default=1.5, help="size of what is saved; default: %(default)s")
-    add("--rounds", type=int, default=5, help="default: %(default)s")
-    add("--folder", type=Path, help="where it is saved; default: that of temporary files")
+    add("--gb", type=float, default=1.5, help="size of the checkpoint in GB; default: %(default)s")
+    add("--rounds", type=int, default=5, help="number of rounds; default: %(default)s")
+    add("--folder", type=Path, help="folder of the checkpoint; default: the system's temporary folder")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Measure loading: clips a second from the latent cache, by decoding, and by a bare PyAV loop."""
+"""Measure the loading of clips: from the latent cache, by decoding, and by a bare PyAV loop."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ EXAMPLE = """example:
   python tools/encode.py data/mine data/mine-latents --size 320x576
   python tools/bench/data_loading.py data/mine-latents --shape 14x320x576 --fps 6
 
-Each way is timed in turn, A B C A B C ..., in one process and thread, by the process's CPU time, which leaves
-out waiting for files; medians are told, of times and of the ratios turn by turn, these with the smallest and
-the largest. The bare loop opens the same files, seeks to the same frames and decodes them to RGB: no crop, no
-resize, no caption."""
+The loaders take turns, A B C A B C ..., in one process and thread. CPU time is measured, without waiting for
+files. The output has medians of the times and of the ratios turn by turn, these with the smallest and the
+largest. The bare loop opens the same files, seeks to the same frames and decodes them to RGB, without crop,
+resize and caption."""
 
 
 def main() -> None:
@@ -42,41 +42,41 @@ def main() -> None:
     decoded = DataConfig(
         str(arguments.shards), num_frames, height, width, fps=arguments.fps, crop="center", num_workers=0
     )
-    ways: dict[str, Iterator[object]] = {
-        "decoding": clips_of(decoded),
-        "bare PyAV": bare(decoded),
+    loaders: dict[str, Iterator[object]] = {
+        "decoding": load_clips(decoded),
+        "bare PyAV": decode_frames(decoded),
     }
     if any(MEMBER in sample.members for sample in Index.load(arguments.shards).samples()):
-        ways = {"latent cache": clips_of(replace(decoded, latents=True)), **ways}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for clips in ways.values():
+        loaders = {"latent cache": load_clips(replace(decoded, latents=True)), **loaders}
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    for clips in loaders.values():
         next(clips)
     for _ in range(arguments.rounds):
-        for way, clips in ways.items():
-            seconds[way].append(timed(partial(take, clips, arguments.clips)))
-    for way, times in seconds.items():
+        for name, clips in loaders.items():
+            seconds[name].append(timed(partial(take, clips, arguments.clips)))
+    for name, times in seconds.items():
         clips_per_s = arguments.clips / statistics.median(times)
-        print(f"{way:>14}: {clips_per_s:8.2f} clips/s   {1000 / clips_per_s:8.2f} ms a clip")
+        print(f"{name:>14}: {clips_per_s:8.2f} clips/s   {1000 / clips_per_s:8.2f} ms a clip")
     reached = ratio(seconds["bare PyAV"], seconds["decoding"], ".0%")
     print(f"decoding reaches {reached} of the bare loop")
-    if "latent cache" in ways:
+    if "latent cache" in loaders:
         gain = ratio(seconds["decoding"], seconds["latent cache"], ".1f")
         print(f"the latent cache gives {gain} times decoding")
 
 
 def ratio(seconds: list[float], others: list[float], form: str) -> str:
-    """Of one way's times to another's, turn by turn: median, smallest and largest."""
+    """Format the ratios of two loaders' times, turn by turn: median, smallest and largest."""
     ratios = [one / other for one, other in zip(seconds, others, strict=True)]
     return f"{statistics.median(ratios):{form}} ({min(ratios):{form}} to {max(ratios):{form}})"
 
 
-def clips_of(config: DataConfig) -> Iterator[object]:
-    """What training would read, a clip at a time."""
+def load_clips(config: DataConfig) -> Iterator[object]:
+    """Load clips as training does, one at a time."""
     return iter(Loader(config, seed=0, rank=0, world=1, batch=BatchConfig(1)))
 
 
-def bare(config: DataConfig) -> Iterator[object]:
-    """The frames of the same clips, as a script would decode them."""
+def decode_frames(config: DataConfig) -> Iterator[object]:
+    """Decode the frames of the same clips with PyAV alone."""
     loader = Loader(config, seed=0, rank=0, world=1, batch=BatchConfig(1))
     (index,) = loader.sources[0].buckets
     order = Schedule([[index.shard_sizes]], [1.0], BatchSplit(1, 1, (1,)), seed=0)
@@ -109,7 +109,7 @@ def take(clips: Iterator[object], number: int) -> None:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds of CPU time, of all threads: other users of the machine hardly change it."""
+    """Measure the CPU time of an action, of all threads, in seconds; other users hardly change it."""
     started = time.process_time()
     action()
     return time.process_time() - started
@@ -124,12 +124,12 @@ def parse_arguments() -> argparse.Namespace:
         "shards",
         type=Path,
         metavar="SHARDS",
-        help="a folder that tools/encode.py wrote, or one without latents",
+        help="folder of shards, with latents (tools/encode.py) or without",
     )
-    add("--shape", default="14x320x576", metavar="TxHxW", help="of the clips; default: %(default)s")
-    add("--fps", type=float, default=6.0, help="wanted frames a second; default: %(default)s")
-    add("--clips", type=int, default=20, metavar="N", help="clips a round; default: %(default)s")
-    add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    add("--shape", default="14x320x576", metavar="TxHxW", help="shape of the clips; default: %(default)s")
+    add("--fps", type=float, default=6.0, help="frames a second of the clips; default: %(default)s")
+    add("--clips", type=int, default=20, metavar="N", help="clips of a round; default: %(default)s")
+    add("--rounds", type=int, default=5, metavar="N", help="number of rounds; default: %(default)s")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

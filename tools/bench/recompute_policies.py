@@ -1,4 +1,4 @@
-"""Time a training step under each policy of activation checkpointing, and the memory that it takes."""
+"""Measure time and memory of a training step under each policy of activation checkpointing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 import torch
 from cases import add_case_options, read_cases
-from variants import compare
+from compare_variants import compare
 
 from svd_ds.cli import keep_freed_memory, run_cli
 from svd_ds.model.unet import UNet
@@ -15,9 +15,10 @@ from svd_ds.parallel.recompute import POLICIES, apply_recompute
 EXAMPLE = """example:
   OMP_NUM_THREADS=2 python tools/bench/recompute_policies.py --size 256x384 --frames 14
 
-A step is forward, backward and AdamW of one clip. The policies take steps in turn; a ratio is the median of a
-policy's time over that of none, turn by turn. Memory is the step's peak beyond what stays between steps: on a
-GPU what torch allocates, on a CPU what the process holds (Linux)."""
+A step is forward, backward and AdamW of one clip. The policies take turns; a ratio is the median of a
+policy's time over that of the policy none, turn by turn. Memory is the peak of a step beyond the state
+between steps: the memory that torch allocates on a GPU, or the resident memory of the process on a CPU
+(Linux)."""
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_case_options(parser, size="256x384", frames=14, tokens="1", dtype="fp32")
     add = parser.add_argument
-    add("--turns", type=int, default=3, help="of timed steps; default 3")
+    add("--turns", type=int, default=3, help="timed steps of each policy; default 3")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Time our network's training step against diffusers', side by side, and print a table in Markdown."""
+"""Compare the training step of our network with diffusers', and print a Markdown table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import statistics
 
 import torch
-from against_diffusers import Result, both_forward_flops, matmul_peak, measure
+from against_diffusers import Comparison, both_forward_flops, matmul_peak, measure
 from cases import add_case_options, read_cases, read_numbers
 from rich.console import Console
 from rich.progress import Progress
@@ -18,16 +18,16 @@ from svd_ds.parallel.recompute import POLICIES
 
 EXAMPLE = """examples:
   OMP_NUM_THREADS=2 python tools/bench/train_step.py
-  python tools/bench/train_step.py --size 128x192 --frames 8 --tokens 77 --dtype fp32 --pairs 9 --recompute blocks
+  python tools/bench/train_step.py --size 128x192 --frames 8 --tokens 77 --dtype fp32 --recompute blocks
   python tools/bench/train_step.py --full
   python tools/bench/train_step.py --flops
 
 A step is forward, backward and AdamW on float32 master weights, as in training. Both networks have the same
-weights and take steps in turn; the ratio is the median of diffusers' time over ours, pair by pair, with the
-smallest and the largest. diffusers runs in the faster of two memory formats. MFU: three times the operations
-of the network's own forward, over the step's time, as a share of the fastest matrix product measured
-beforehand. Peak: weights, the optimiser's averages and the most that a step takes beside them."""
-HEAD = (
+weights and take turns; the ratio is the median of diffusers' time over ours, pair by pair, with the smallest
+and the largest. diffusers runs in the faster of two memory formats. MFU is 3 x the operations of the
+network's own forward / (time of a step x the operations per second of a matrix product, measured first). Peak
+memory is that of weights, the optimiser's moments and a step."""
+HEADER = (
     "clip",
     "tokens",
     "dtype",
@@ -39,13 +39,14 @@ HEAD = (
     "MFU",
     "peak GiB",
 )
-FULL = {
+RELEASED = {
     "size": "256x384,320x576,576x1024,25x576x1024",
     "widths": ",".join(map(str, UNetConfig.widths)),
     "dtype": "bf16",
     "batch": "largest",
     "recompute": "blocks",
 }
+"""Options of --full."""
 
 
 def main() -> None:
@@ -62,8 +63,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peaks = {dtype: matmul_peak(dtype, device) for dtype in dict.fromkeys(case.dtype for case in cases)}
     print(describe_machine(device, peaks), end="\n\n")
-    print_row(*HEAD)
-    print_row(*["---"] * len(HEAD))
+    print_row(*HEADER)
+    print_row(*["---"] * len(HEADER))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("timing", total=len(cases) * arguments.pairs)
         for index, case in enumerate(cases):
@@ -72,7 +73,7 @@ def main() -> None:
             if result is None:
                 print_row(case.clip, case.num_tokens, case.dtype, "does not fit this GPU")
             else:
-                print_result(result, peaks[case.dtype])
+                print_comparison(result, peaks[case.dtype])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,17 +82,26 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_case_options(parser, size="256x384", frames=14, tokens="77,1", dtype="fp32,bf16")
     add = parser.add_argument
-    add("--batch", default="1", help="clips a step, or largest: as many as fit the GPU; default 1")
-    add("--recompute", default="none", choices=POLICIES, help="of ours; diffusers' own too, unless none")
-    add("--pairs", type=int, default=5, help="of timed steps; default 5")
-    add("--full", action="store_true", help="the released network at its sizes in bf16, on a GPU")
-    add("--flops", action="store_true", help="only count the released network's operations; computes nothing")
+    add("--batch", default="1", help="clips in a step, or largest: as many as fit the GPU; default 1")
+    add(
+        "--recompute",
+        default="none",
+        choices=POLICIES,
+        help="of our network; diffusers has its own, unless none",
+    )
+    add("--pairs", type=int, default=5, help="timed pairs of steps; default 5")
+    add("--full", action="store_true", help="time the released network at its sizes in bf16, on a GPU")
+    add(
+        "--flops",
+        action="store_true",
+        help="only count the operations of the released network",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
     wanted, _ = parser.parse_known_args()
     if wanted.full:
-        parser.set_defaults(**FULL)
+        parser.set_defaults(**RELEASED)
     elif wanted.flops:
-        parser.set_defaults(widths=FULL["widths"], dtype="fp32")
+        parser.set_defaults(widths=RELEASED["widths"], dtype="fp32")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.flops:
         for name, asked in (("--full", arguments.full), ("--batch largest", arguments.batch == "largest")):
@@ -100,15 +110,16 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def print_result(result: Result, peak: float) -> None:
+def print_comparison(result: Comparison, peak: float) -> None:
+    """Print a row of the table; `peak` is in operations per second."""
     case, ratios = result.case, result.ratios
     ours, theirs = result.medians
     batch = str(case.batch)
-    if result.largest is not None:
-        batch += f" ({' / '.join(map(str, result.largest))} fit)"
+    if result.largest_batch is not None:
+        batch += f" ({' / '.join(map(str, result.largest_batch))} fit)"
     cells = [
         *(case.clip, case.num_tokens, case.dtype, batch),
-        *(f"{1e3 * ours:.0f}", f"{1e3 * theirs:.0f} ({result.variant})"),
+        *(f"{1e3 * ours:.0f}", f"{1e3 * theirs:.0f} ({result.memory_format})"),
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
         " / ".join(f"{flops / 1e12:.3g}" for flops in result.flops),
         " / ".join(f"{share:.0%}" for share in result.mfu(peak)),

@@ -1,4 +1,4 @@
-"""Time a training step under ZeRO-3 against the same step on whole copies of the network, rank for rank."""
+"""Compare a training step under ZeRO-3 with DistributedDataParallel on the same ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from cases import DTYPES, Case, Inputs, add_case_options, read_cases
-from contestant import synchronize
+from timed_network import synchronize
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,11 +23,12 @@ from svd_ds.parallel.recompute import POLICIES, apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 
 EXAMPLE = """example:
-  python tools/launch.py -n 2 --script tools/bench/zero3_overhead.py -- --size 128x192 --frames 8 --recompute blocks
+  python tools/launch.py -n 2 --script tools/bench/zero3_overhead.py -- --size 128x192 --frames 8
 
-A step is forward, backward, the clipping of the gradient and AdamW, one clip a rank. The whole copies are
-torch's DistributedDataParallel with its fused AdamW, in the same precision. Steps are taken in turn; the
-ratio is the median of ZeRO-3's time over the other's, pair by pair, with the smallest and the largest."""
+A step is forward, backward, gradient clipping and AdamW, one clip a rank. DistributedDataParallel replicates
+the network on every rank, with torch's fused AdamW, in the same precision. The two take turns; the ratio is
+the median of ZeRO-3's time over DistributedDataParallel's, pair by pair, with the smallest and the
+largest."""
 GRADIENT_CLIP = 1.0
 Step = Callable[[Inputs], None]
 
@@ -55,15 +56,16 @@ def main() -> None:
 
 
 def compare(case: Case, zero: ZeroConfig, arguments: argparse.Namespace, env: Env) -> list[tuple[float, ...]]:
-    """Seconds of each pair of steps, sharded and replicated."""
+    """Time pairs of steps, sharded and replicated, in seconds."""
     steps = (sharded(case, zero, arguments.recompute, env), replicated(case, arguments.recompute, env))
     inputs = case.inputs(env.device)
     for step in steps:
-        timed(step, inputs)  # the first is slower: memory is found, kernels are chosen
+        timed(step, inputs)  # the first is slower: allocation, choice of kernels
     return [tuple(timed(step, inputs) for step in steps) for _ in range(arguments.pairs)]
 
 
 def sharded(case: Case, zero: ZeroConfig, recompute: str, env: Env) -> Step:
+    """Build the step under ZeRO-3."""
     mpu = create_groups(ParallelDims(env.world))
     config = deepspeed_config(zero, precision=case.dtype, gradient_clip=GRADIENT_CLIP)
     with Engine.sharded_init(config, mpu):
@@ -80,9 +82,10 @@ def sharded(case: Case, zero: ZeroConfig, recompute: str, env: Env) -> Step:
 
 
 def replicated(case: Case, recompute: str, env: Env) -> Step:
+    """Build the step under DistributedDataParallel."""
     unet = UNet(case.config).to(env.device, DTYPES[case.dtype])
     apply_recompute(unet, unet.blocks(), recompute)
-    # One token needs no queries and keys: static, or torch would wait for their gradients.
+    # With one token queries and keys have no gradient: without static_graph torch would wait for it.
     network: nn.Module = DistributedDataParallel(unet, gradient_as_bucket_view=True, static_graph=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
@@ -96,7 +99,7 @@ def replicated(case: Case, recompute: str, env: Env) -> Step:
 
 
 def timed(step: Step, inputs: Inputs) -> float:
-    """Seconds until every rank has taken the step."""
+    """Time a step of all ranks, in seconds."""
     environment.barrier()
     synchronize(inputs[0].device)
     started = time.perf_counter()
@@ -107,11 +110,12 @@ def timed(step: Step, inputs: Inputs) -> float:
 
 
 def report(case: Case, env: Env, pairs: list[tuple[float, ...]]) -> None:
-    zero, whole = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-    ratios = [zero_s / whole_s for zero_s, whole_s in pairs]
+    """Print a row: ranks, widths, clip, dtype, ms of ZeRO-3, ms of DistributedDataParallel, ratio."""
+    zero, replicas = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    ratios = [zero_s / replica_s for zero_s, replica_s in pairs]
     print(
         f"| {env.world} x {env.device.type} | {','.join(map(str, case.widths))} | {case.clip} | {case.dtype} "
-        f"| {1e3 * zero:.0f} | {1e3 * whole:.0f} "
+        f"| {1e3 * zero:.0f} | {1e3 * replicas:.0f} "
         f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |"
     )
 
@@ -122,12 +126,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_case_options(parser, size="128x192", frames=8, tokens="1", dtype="fp32")
     add = parser.add_argument
-    add("--recompute", default="blocks", choices=POLICIES, help="of both; default blocks")
+    add("--recompute", default="blocks", choices=POLICIES, help="policy of both; default blocks")
     add("--persistence", type=int, default=ZeroConfig.persistence_threshold, help="see parallel/zero.py")
     add("--prefetch", type=int, default=ZeroConfig.prefetch_bucket, help="see parallel/zero.py")
     add("--max-live", type=int, help="see parallel/zero.py")
     add("--reuse", type=int, default=ZeroConfig.max_reuse_distance, help="see parallel/zero.py")
-    add("--pairs", type=int, default=7, help="of timed steps; default 7")
+    add("--pairs", type=int, default=7, help="timed pairs of steps; default 7")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
-"""Softmax attention behind one function, whatever kernel computes it.
+"""Softmax attention: one function for all kernels.
 
-Layout of queries, keys and values: (..., tokens, heads, head width), last dimension contiguous, any strides
-before it. That is how the projections leave them, so nothing is moved before a kernel that reads strides.
+Queries, keys and values are (..., tokens, heads, head width), with the last dimension contiguous and any
+strides otherwise. The projections produce this layout, so a kernel that takes strides needs no copy.
 """
 
 from __future__ import annotations
@@ -18,28 +18,34 @@ from torch import Tensor
 from svd_ds.model.ops.fused import triton_installed
 
 MAX_BATCH = 65_535
-"""CUDA kernels put the batch on a grid dimension of 16 bits."""
+"""Largest batch of a kernel: CUDA has 16 bits for that grid dimension."""
 HALF = (torch.float16, torch.bfloat16)
-SHORT = 64
-"""Up to so many keys, such as a clip's frames, fused kernels mostly pad (docs/benchmarks.md)."""
+MAX_SHORT_KEYS = 64
+"""Largest number of keys, such as a clip's frames, of which fused kernels would mostly compute padding
+(docs/benchmarks.md)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(head width)) v.
+    """Compute softmax(q k^T / sqrt(head width)) v.
 
-    q is (batch, tokens, heads, width), k and v (batch, keys, heads, width); the result has q's shape.
-    With one more dimension in front, (clips, batch, tokens, heads, width), clips are taken one by one,
-    since their strides need not merge with the batch's; the result then lies in memory as (clips, tokens,
-    batch, heads, width), which is what attention over time has to hand back.
+    With a leading dimension, (clips, batch, tokens, heads, width), clips are processed one by one, for their
+    strides need not merge with the batch's. The memory order of the result is then (clips, tokens, batch,
+    heads, width), which attention over time needs.
 
     Args:
-        backend: `flash_attn`, `triton` (a kernel of ours for few tokens), `sdpa` (torch), `short` (two
-            batched products, all scores in memory), `reference` (written out), or `auto`. That is, for few
-            tokens, triton on a GPU where it is installed, and short on a CPU; for more, flash_attn where it
-            is installed and the tensors are half precision on a GPU; else sdpa.
+        q: queries, (batch, tokens, heads, width).
+        k: keys, (batch, keys, heads, width).
+        v: values, of the shape of `k`.
+        backend: one of BACKENDS: `flash_attn`; `triton` (our kernel for few tokens); `sdpa` (torch); `short`
+            (two batched products, all scores in memory); `reference` (the formula); or `auto`. For few tokens
+            auto is triton on a GPU, if installed, and short on a CPU; for more it is flash_attn for half
+            precision on a GPU, if installed, otherwise sdpa.
+
+    Returns:
+        A tensor of q's shape.
 
     Raises:
-        ValueError: a backend is asked for by name that is not installed, or cannot have such tensors.
+        ValueError: the named backend is not installed, or does not support these tensors.
     """
     backend = _choose(backend, q, k)
     if backend == "triton":
@@ -71,7 +77,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # In half precision the products would round the scores.
+    # In half precision the scores would be rounded.
     precise, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[-1])
     queries, keys, values = (tensor.transpose(1, 2).to(precise) for tensor in (q, k, v))
     weights = ((scale * queries) @ keys.transpose(2, 3)).softmax(dim=-1)
@@ -97,15 +103,21 @@ KERNELS: dict[str, Kernel] = {
     "reference": _reference,
 }
 BACKENDS = ("auto", "triton", *KERNELS)
+"""Values of model.spatial_attention and model.temporal_attention."""
 
 
 @functools.cache
 def flash_attn_installed() -> bool:
+    """Return True if flash_attn is installed."""
     return importlib.util.find_spec("flash_attn") is not None
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError where a backend is asked for by name that is not installed or cannot run there."""
+    """Check that a backend can run.
+
+    Raises:
+        ValueError: it is not installed, or cannot run on this device in this dtype.
+    """
     installed = {"flash_attn": flash_attn_installed, "triton": triton_installed}
     if backend in installed and not installed[backend]():
         raise ValueError(f"attention is to run on {backend}, which is not installed: choose auto or sdpa")
@@ -119,14 +131,14 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Non
 def _choose(backend: str, q: Tensor, k: Tensor) -> str:
     if backend == "auto":
         if not q.is_cuda:
-            return "short" if k.shape[-3] <= SHORT else "sdpa"
+            return "short" if k.shape[-3] <= MAX_SHORT_KEYS else "sdpa"
         if _triton_supports(q, k):
             return "triton"
         return "flash_attn" if q.dtype in HALF and flash_attn_installed() else "sdpa"
     check_backend(backend, q.device, q.dtype)
     if backend == "triton" and not _triton_supports(q, k):
         raise ValueError(
-            f"attention is to run on triton, which cannot have {k.shape[-3]} keys for "
+            f"attention is to run on triton, which does not support {k.shape[-3]} keys for "
             f"{q.shape[-3]} queries in {q.dtype} on {q.device}: choose auto or sdpa"
         )
     return backend

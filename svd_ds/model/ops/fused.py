@@ -1,19 +1,18 @@
-"""Operations with a backward pass of their own: convolution, group norm with SiLU, GEGLU.
+"""Operations with their own backward pass: convolution, group norm with SiLU, GEGLU.
 
-All take channels as the last dimension, move no data only to change its order, and keep nothing for the
-backward pass but their inputs: what is cheap to compute is computed again.
+All have channels as the last dimension, copy no data only to change its order, and keep only their inputs for
+the backward pass: intermediate results are recomputed.
 
-Convolution: torch reads memory that ends in channels through a permuted view, if the weight has that order
-too; it is (out, height, width, in) here. The parameter is kept, not a view of it, which ZeRO-3 could not
-free.
+Convolution: torch reads channels_last memory through a permuted view, if the weight has that order, too; here
+it is (out, height, width, in). The parameter itself is kept, not a view of it, which ZeRO-3 could not free.
 
-Group norm: torch's own wants channels first: on a GPU it copies, on a CPU it sums channels_last tensors one
-by one (errors near 1e-5 for a large frame). Here each pass over the activations is one reduction or one
-fused multiply-add, in their dtype with float32 inside, and all else is arithmetic on (N, C). Where a CPU
-spends more on starting those operations than on the numbers, it copies, too.
+Group norm: torch's own is for channels first: on a GPU it copies, on a CPU it sums channels_last tensors
+sequentially (errors near 1e-5 for a large frame). Here each pass over the activations is one reduction or one
+fused multiply-add, in their dtype with float32 inside, and the rest is arithmetic on (N, C). Small tensors on
+a CPU, for which the launch of these operations would dominate, are copied, too.
 
-On a GPU with Triton, group norm and GEGLU are those of fused_triton.py, which take fewer passes; what is here
-is their twin, which runs anywhere and which they are tested against.
+On a GPU with Triton, group norm and GEGLU are those of fused_triton.py, which take fewer passes; the versions
+here run on any device and are the reference in its tests.
 
 Shapes: N units (frames or clips), S positions, C channels; a group is C / groups channels; I, O channels in
 and out.
@@ -29,23 +28,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 2**16
-"""Up to so many elements a CPU copies for torch's own group norm in less time than our passes take to
-start."""
+SMALL_NUMEL = 2**16
+"""Largest number of elements for which a copy and torch's own group norm are faster on a CPU."""
 KERNELS = ("auto", "triton", "torch")
-"""What group norm and GEGLU run on; auto: Triton's kernels on a GPU where Triton is installed, else torch.
-float64 is torch's in any case."""
-PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
-"""What Triton's kernels take."""
+"""Kernels of group norm and GEGLU; auto: Triton's on a GPU if Triton is installed, otherwise torch's. float64
+always takes torch's."""
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of the Triton kernels."""
 
 
 @functools.cache
 def triton_installed() -> bool:
+    """Return True if Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def check_kernels(kernels: str, device: torch.device) -> None:
-    """Raises ValueError, in words, where Triton's kernels are asked for by name and cannot run."""
+    """Check that the named kernels can run on a device.
+
+    Raises:
+        ValueError: `kernels` is triton, which is not installed or cannot run on the device.
+    """
     if kernels != "triton":
         return
     if not triton_installed():
@@ -60,18 +63,29 @@ def _on_triton(kernels: str, x: Tensor) -> bool:
     check_kernels(kernels, x.device)
     if kernels == "auto":
         kernels = "triton" if x.is_cuda and triton_installed() else "torch"
-    return kernels == "triton" and x.dtype in PRECISIONS and not x.is_meta
+    return kernels == "triton" and x.dtype in TRITON_DTYPES and not x.is_meta
 
 
 def conv(
-    x_NHWI: Tensor,
-    weight_OHWI: Tensor,
-    bias_O: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     stride: int = 1,
     padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """2-D convolution over the second and third dimension: (N, H, W, O)."""
-    return _Conv.apply(x_NHWI, weight_OHWI, bias_O, stride, padding)
+    """Convolve over the second and third dimension.
+
+    Args:
+        x: (N, H, W, I).
+        weight: (O, height, width, I).
+        bias: (O,), or None.
+        stride: stride of both dimensions.
+        padding: zero padding of each dimension.
+
+    Returns:
+        (N, H', W', O).
+    """
+    return _Conv.apply(x, weight, bias, stride, padding)
 
 
 class _Conv(torch.autograd.Function):
@@ -110,32 +124,53 @@ def _channels_last(x_NCHW: Tensor) -> Tensor:
 
 
 def group_norm_silu(
-    x_NSC: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     groups: int,
     eps: float,
     silu: bool,
     kernels: str = "auto",
 ) -> Tensor:
-    """silu(group_norm(x)), or group_norm(x) alone, in x's dtype; statistics are float32 or better.
+    """Compute silu(group_norm(x)), or group_norm(x) if not `silu`; statistics are float32 or better.
 
-    kernels: one of KERNELS. Raises ValueError as `check_kernels` does.
+    Args:
+        x: (N, S, C).
+        weight: (C,).
+        bias: (C,).
+        groups: number of groups, which divides C.
+        eps: term added to the variance.
+        silu: apply SiLU.
+        kernels: one of KERNELS.
+
+    Returns:
+        (N, S, C), in x's dtype.
+
+    Raises:
+        ValueError: the kernels cannot run, see `check_kernels`.
     """
-    if _on_triton(kernels, x_NSC):
+    if _on_triton(kernels, x):
         from svd_ds.model.ops.fused_triton import GroupNormSiLU
 
-        return GroupNormSiLU.apply(x_NSC, weight_C, bias_C, groups, eps, silu)
-    if x_NSC.is_cpu and x_NSC.numel() <= FEW:
-        y_NCS = F.group_norm(x_NSC.transpose(1, 2).contiguous(), groups, weight_C, bias_C, eps)
+        return GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
+    if x.is_cpu and x.numel() <= SMALL_NUMEL:
+        y_NCS = F.group_norm(x.transpose(1, 2).contiguous(), groups, weight, bias, eps)
         return (F.silu(y_NCS) if silu else y_NCS).transpose(1, 2).contiguous()
-    return _GroupNormSiLU.apply(x_NSC, weight_C, bias_C, groups, eps, silu)
+    return _GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
 
 
 def geglu(proj: Tensor, kernels: str = "auto") -> Tensor:
-    """a gelu(b) for proj = [a, b] along the last dimension (arXiv 2002.05202).
+    """Compute a gelu(b) for proj = [a, b] along the last dimension (arXiv 2002.05202).
 
-    kernels: one of KERNELS. Raises ValueError as `check_kernels` does.
+    Args:
+        proj: (..., 2 H).
+        kernels: one of KERNELS.
+
+    Returns:
+        (..., H).
+
+    Raises:
+        ValueError: the kernels cannot run, see `check_kernels`.
     """
     if _on_triton(kernels, proj):
         from svd_ds.model.ops.fused_triton import GEGLU
@@ -166,9 +201,10 @@ class _GEGLU(torch.autograd.Function):
 
 
 def _halves(proj: Tensor) -> tuple[Tensor, Tensor]:
-    """What is gated, and the gate, as the processor's gelu likes it."""
+    """Split a projection into the hidden half and the gate, with the gate in the layout that gelu is fast
+    on."""
     hidden, gate = proj.chunk(2, dim=-1)
-    # oneDNN computes it in bfloat16, several times as fast as torch, but only from memory without gaps.
+    # oneDNN computes gelu in bfloat16, several times as fast as torch, but only from contiguous memory.
     return hidden, gate.contiguous() if gate.is_cpu and gate.dtype == torch.bfloat16 else gate
 
 
@@ -207,7 +243,7 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 def _variance(x_NSC: Tensor, mean_N1C: Tensor, groups: int) -> Tensor:
     if x_NSC.dtype in (torch.float16, torch.bfloat16):
-        # One pass that writes nothing. Its cancellation is far below what half precision resolves.
+        # One pass that writes nothing. Its cancellation error is far below the resolution of half precision.
         squares_N1C = torch.linalg.vector_norm(x_NSC, dim=1, keepdim=True, dtype=torch.float32).square()
         mean_square_N1C = _group_mean(squares_N1C, groups) / x_NSC.shape[1]
         return (mean_square_N1C - mean_N1C.square()).clamp_(min=0)
@@ -220,16 +256,16 @@ def _normed(x_NSC: Tensor, weight_C: Tensor, bias_C: Tensor, mean_N1C: Tensor, r
 
 
 def _multiply_add(x_NSC: Tensor, scale_N1C: Tensor, shift_N1C: Tensor) -> Tensor:
-    """x scale + shift in one pass, rounded once to x's dtype."""
+    """Compute x scale + shift in one pass, rounded once to x's dtype."""
     return torch.addcmul(shift_N1C, x_NSC, scale_N1C, out=torch.empty_like(x_NSC))
 
 
 def _sum(values_NSC: Tensor) -> Tensor:
-    """The sum over positions, (N, 1, C), float32 or better."""
+    """Sum over positions: (N, 1, C), float32 or better."""
     return values_NSC.sum(1, keepdim=True, dtype=torch.promote_types(values_NSC.dtype, torch.float32))
 
 
 def _group_mean(values_N1C: Tensor, groups: int) -> Tensor:
-    """The mean of each group's channels, at each of them."""
+    """Replace each channel by the mean of its group."""
     values_N1GD = values_N1C.unflatten(2, (groups, -1))
     return values_N1GD.mean(-1, keepdim=True).expand_as(values_N1GD).flatten(2)

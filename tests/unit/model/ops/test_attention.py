@@ -99,12 +99,15 @@ def test_auto_takes_what_suits_processor_and_length(
     assert module._choose("auto", q, torch.empty(1, num_keys, 1, 8)) == expected  # type: ignore[arg-type]
 
 
-def test_triton_by_name_must_be_able_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_by_name_needs_supported_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw(1, 3, 1, 16, keys=5)
-    told = {False: "triton, which is not installed", True: r"5 keys for 3 queries in torch\.float32 on cpu"}
+    expected = {
+        False: "triton, which is not installed",
+        True: r"5 keys for 3 queries in torch\.float32 on cpu",
+    }
     for installed in {False, triton_installed()}:
         monkeypatch.setattr(module, "triton_installed", lambda installed=installed: installed)
-        with pytest.raises(ValueError, match=told[installed]):
+        with pytest.raises(ValueError, match=expected[installed]):
             attention(q, k, v, "triton")
 
 

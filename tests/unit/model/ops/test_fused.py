@@ -20,13 +20,13 @@ def expected(x_NSC: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
     return F.silu(y) if silu else y
 
 
-@pytest.mark.parametrize("few", [0, fused.FEW], ids=["ours", "torch's"])
+@pytest.mark.parametrize("few", [0, fused.SMALL_NUMEL], ids=["ours", "torch's"])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shape", [(2, 30, 16), (3, 1, 8), (1, 7, 4)])
 def test_values_and_gradients_are_torchs(
     shape: tuple[int, int, int], silu: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "FEW", few)
+    monkeypatch.setattr(fused, "SMALL_NUMEL", few)
     inputs = [torch.randn(shape), torch.randn(shape[2]), torch.randn(shape[2])]
     inputs = [tensor.double().requires_grad_() for tensor in inputs]
     ours, theirs = group_norm_silu(*inputs, 4, 1e-5, silu), expected(*inputs, silu)

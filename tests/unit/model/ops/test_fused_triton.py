@@ -78,7 +78,7 @@ def assert_norm(
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((1, 300, 20), 2), ((3, 45, 96), 4), ((1, 33, 64), 32), ((9, 3, 12), 4), ((1, 1, 30), 1)],
-    ids=["stretches", "tiles of channels", "narrow groups", "many units", "one group, one position"],
+    ids=["segments", "tiles of channels", "narrow groups", "many units", "one group, one position"],
 )
 def test_group_norm(shape: tuple[int, int, int], groups: int, dtype: torch.dtype) -> None:
     assert_norm((2 * torch.randn(shape) + 1).to(dtype), groups)
@@ -94,9 +94,9 @@ def test_half_precision_with_weights_in_float32() -> None:
 
 @pytest.mark.parametrize("positions", [127, 128, 129, 500])
 def test_a_unit_in_few_long_stretches(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_triton, "STRETCH", 32)
-    monkeypatch.setattr(fused_triton, "MOST_STRETCHES", 4)
-    monkeypatch.setattr(fused_triton, "JOINED", 16)  # more stretches than are joined at once
+    monkeypatch.setattr(fused_triton, "MIN_SEGMENT", 32)
+    monkeypatch.setattr(fused_triton, "MAX_SEGMENTS", 4)
+    monkeypatch.setattr(fused_triton, "COMBINED", 16)  # more segments than are combined at once
     assert_norm(torch.randn(2, positions, 16), 2)
 
 
@@ -104,7 +104,7 @@ def test_large_means_do_not_cancel() -> None:
     """A mean of squares minus a squared mean would have no digit left."""
     means = torch.tensor([3e4, -3e4]).repeat_interleave(8)
     assert_norm(torch.randn(1, 300, 16) + means, 2, tolerance=1e-2)
-    drift = torch.linspace(-100, 100, 300)[:, None]  # stretches' means differ far more than their positions
+    drift = torch.linspace(-100, 100, 300)[:, None]  # segments' means differ far more than their positions
     assert_norm((torch.randn(1, 300, 16) + drift), 2, tolerance=1e-5)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.unit.tools.conftest import ToolResult
 
 
-def test_speeds_and_shares_are_told_and_nothing_is_left(
+def test_speeds_and_overheads_are_printed_and_no_file_is_left(
     tool_output: Callable[..., ToolResult], tmp_path: Path
 ) -> None:
     ended = tool_output("bench/checksum_cost.py", "--gb", 0.05, "--rounds", 2, "--folder", tmp_path)

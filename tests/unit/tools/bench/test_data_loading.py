@@ -1,4 +1,4 @@
-"""tools/bench/data_loading.py from the command line: it measures, and tells the ratios."""
+"""tools/bench/data_loading.py from the command line: it prints the ratios."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.unit.data.test_latents import content_of, numbered, write
 from tests.unit.tools.conftest import ToolResult
 
 
-def test_it_tells_both_ratios(tmp_path: Path, tool_output: Callable[..., ToolResult]) -> None:
+def test_both_ratios_are_printed(tmp_path: Path, tool_output: Callable[..., ToolResult]) -> None:
     write(tmp_path, {"a": content_of(numbered()), "b": content_of(numbered())})
     ended = tool_output("bench/data_loading.py", tmp_path, "--shape", "3x16x24", "--clips", 2, "--rounds", 3)
     assert ended.code == 0, ended.err

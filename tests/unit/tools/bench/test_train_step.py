@@ -18,7 +18,7 @@ Bench = Callable[..., int]
 
 
 @pytest.fixture(autouse=True)
-def _beside_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TOOLS / "bench"))
 
 
@@ -37,7 +37,7 @@ def tiny() -> Any:
     )
 
 
-def test_table(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_has_a_row_for_each_case(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     size = ("--size", "16x16", "--frames", "2", "--widths", "64", "--pairs", "1")
     assert bench(*size, "--tokens", "3,1", "--dtype", "fp32") == 0
     machine, _, head, _, *rows = capsys.readouterr().out.splitlines()
@@ -48,7 +48,7 @@ def test_table(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(float(row[4]) >= 0 and float(row[6].split()[0]) > 0 for row in cells)
 
 
-def test_both_sides_agree_and_take_turns(tiny: Any) -> None:
+def test_both_networks_agree_and_take_turns(tiny: Any) -> None:
     from against_diffusers import measure
 
     turns = []
@@ -58,70 +58,70 @@ def test_both_sides_agree_and_take_turns(tiny: Any) -> None:
     assert result.ratios[0] == result.seconds[0][1] / result.seconds[0][0]
     weights = sum(parameter.nbytes for parameter in UNet(tiny.config).parameters())
     assert all(3 * weights < peak < 20 * weights for peak in result.peak_bytes)
-    assert result.largest is None
+    assert result.largest_batch is None
 
 
-def test_a_step_trains_and_leaves_the_weights_as_they_are(tiny: Any) -> None:
-    from against_diffusers import build_networks, in_format, output_difference
-    from contestant import Contestant
+def test_step_updates_moments_and_keeps_the_weights(tiny: Any) -> None:
+    from against_diffusers import build_networks, output_difference, set_memory_format
+    from timed_network import TimedNetwork
 
     device = torch.device("cpu")
     network, public = build_networks(tiny, device)
     inputs = tiny.inputs(device)
-    for side in (network, in_format(public, "channels_last")):
-        contestant = Contestant(side)
-        contestant.step(inputs)
-        state = contestant.optimizer.state
+    for side in (network, set_memory_format(public, "channels_last")):
+        timed_network = TimedNetwork(side)
+        timed_network.step(inputs)
+        state = timed_network.optimizer.state
         assert all(state[parameter]["exp_avg"].isfinite().all() for parameter in side.parameters())
         assert state[side.conv_in.weight]["exp_avg"].any()
         weights = sum(parameter.nbytes for parameter in side.parameters())
-        assert 3 * weights <= contestant.held_bytes() < 3.01 * weights
+        assert 3 * weights <= timed_network.held_bytes() < 3.01 * weights
     assert output_difference(network, public, inputs) < 1e-5
 
 
-def test_half_precision_trains_float32_weights(tiny: Any) -> None:
-    from contestant import Contestant
+def test_half_precision_step_updates_float32_masters(tiny: Any) -> None:
+    from timed_network import TimedNetwork
 
     network = UNet(tiny.config).bfloat16()
     torch.nn.init.ones_(network.conv_out.bias)
-    contestant = Contestant(network)
-    contestant.optimizer.param_groups[0]["lr"] = 1e-5  # less than bfloat16 tells apart
+    timed_network = TimedNetwork(network)
+    timed_network.optimizer.param_groups[0]["lr"] = 1e-5  # less than bfloat16 tells apart
     before = network.conv_out.bias.clone()
     for _ in range(2):
-        contestant.step(replace(tiny, dtype="bf16").inputs(torch.device("cpu")))
+        timed_network.step(replace(tiny, dtype="bf16").inputs(torch.device("cpu")))
     names = [name for name, _ in network.named_parameters()]
-    master = dict(zip(names, contestant.masters, strict=True))["conv_out.bias"]
+    master = dict(zip(names, timed_network.masters, strict=True))["conv_out.bias"]
     assert master.dtype == torch.float32
     assert not torch.equal(master, before.float())
     assert torch.equal(network.conv_out.bias, master.bfloat16())
     weights = sum(parameter.nbytes for parameter in network.parameters())
-    assert contestant.held_bytes() >= 7 * weights, "the weights, and three float32 copies of their size"
+    assert timed_network.held_bytes() >= 7 * weights, "the weights, and three float32 copies of their size"
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 8])
-def test_the_largest_batch_is_found(tiny: Any, room: int) -> None:
-    from against_diffusers import largest_batch
-    from contestant import Contestant
+def test_largest_batch_is_found(tiny: Any, room: int) -> None:
+    from against_diffusers import find_largest_batch
+    from timed_network import TimedNetwork
 
-    class Small(Contestant):
+    class Small(TimedNetwork):
         def step(self, inputs: Any) -> float:
             if len(inputs[0]) > room:
                 raise torch.cuda.OutOfMemoryError
             return 1.0
 
     case = replace(tiny, batch=None)
-    assert largest_batch(case, Small(torch.nn.Linear(1, 1)), torch.device("cpu")) == room
+    assert find_largest_batch(case, Small(torch.nn.Linear(1, 1)), torch.device("cpu")) == room
 
 
-def test_a_size_may_have_frames_of_its_own() -> None:
+def test_size_may_have_its_own_number_of_frames() -> None:
     from cases import read_cases
-    from train_step import FULL
+    from train_step import RELEASED
 
-    arguments = SimpleNamespace(**FULL, frames=14, tokens="1")
+    arguments = SimpleNamespace(**RELEASED, frames=14, tokens="1")
     assert [case.clip for case in read_cases(arguments, ())][-2:] == ["14 x 576x1024", "25 x 576x1024"]
 
 
-def test_networks_that_differ_are_not_compared(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_with_different_outputs_are_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import against_diffusers
 
     build = against_diffusers.build_networks
@@ -136,7 +136,7 @@ def test_networks_that_differ_are_not_compared(tiny: Any, monkeypatch: pytest.Mo
         against_diffusers.measure(replace(tiny, recompute="none"), 1, torch.device("cpu"), lambda: None)
 
 
-def test_a_forward_of_the_released_network(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_operations_of_the_released_network(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """Operations at 14 x 256x384: diffusers needs 7.70 TFLOP for 77 context tokens and 6.27 for one."""
     assert bench("--flops") == 0
     rows = [row.strip("|").split("|") for row in capsys.readouterr().out.splitlines()[2:]]
@@ -151,15 +151,15 @@ def test_a_forward_of_the_released_network(bench: Bench, capsys: pytest.CaptureF
     [
         (("--full",), "--full needs a GPU"),
         (("--batch", "largest"), "--batch largest needs a GPU"),
-        (("--size", "256x100"), "--size is '256x100': give HEIGHTxWIDTH, multiples of 64 pixels here"),
+        (("--size", "256x100"), "--size is '256x100': it must be HEIGHTxWIDTH, multiples of 64 pixels"),
         (("--size", "256"), "--size is '256'"),
-        (("--tokens", "77,0"), "--tokens is '77,0': give whole numbers from 1"),
-        (("--dtype", "fp8"), "--dtype is 'fp8': choose fp32 or bf16"),
+        (("--tokens", "77,0"), "--tokens is '77,0': it must be positive integers"),
+        (("--dtype", "fp8"), "--dtype is 'fp8': it must be one of fp32, bf16"),
         (("--pairs", "0"), "--pairs is 0"),
         (("--widths", "60", "--pairs", "1"), "which 60 is not"),
     ],
 )
-def test_a_mistake_is_one_sentence(
+def test_invalid_option_is_one_sentence(
     bench: Bench, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     assert bench(*arguments) == 2

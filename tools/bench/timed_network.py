@@ -1,4 +1,4 @@
-"""What a benchmark times: a network and its optimiser, and the memory that a step of theirs takes."""
+"""A network with its optimiser whose training step is timed, and the memory of that step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from cases import Inputs
 from torch import Tensor, nn
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5)
+RESET_PEAK = "5"
+"""Value that resets VmHWM, see proc(5)."""
 
 
-class Contestant:
-    """A network and its optimiser, whose step is forward, backward and AdamW in the trainer's arithmetic:
-    on float32 weights, of which the network has copies where it computes in another dtype."""
+class TimedNetwork:
+    """A network with its optimiser. A step is forward, backward and AdamW as in training: on float32 master
+    weights, of which the network has copies if it computes in another dtype."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -28,12 +29,12 @@ class Contestant:
         self.masters = [
             weight if weight.dtype == torch.float32 else weight.detach().float() for weight in self.weights
         ]
-        # At rate 0 a step costs the same, and all steps have the same weights.
+        # With a learning rate of 0 a step costs the same, and leaves the weights unchanged.
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, fused=True)
         self.peak_bytes = 0
 
     def step(self, inputs: Inputs) -> float:
-        """Seconds of one step of a loss that pulls the output towards zero."""
+        """Take one step on the mean square of the output, and return its time in seconds."""
         device = inputs[0].device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -51,26 +52,26 @@ class Contestant:
     def _update(self) -> None:
         copies = [pair for pair in zip(self.weights, self.masters, strict=True) if pair[0] is not pair[1]]
         for weight, master in copies:
-            # One context token needs no queries and keys: they have no gradient.
+            # With one context token queries and keys have no gradient.
             master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
         self.optimizer.step()
         for weight, master in copies:
             weight.copy_(master)
         self.optimizer.zero_grad()
 
-    def forget(self) -> None:
-        """Drop the gradients of a step that did not end."""
+    def discard_gradients(self) -> None:
+        """Discard the gradients of a step that failed."""
         for tensor in (*self.weights, *self.masters):
             tensor.grad = None
 
     def held_bytes(self) -> int:
-        """What it keeps between steps: weights and the optimiser's averages."""
+        """Return the bytes of the state between steps: weights and the optimiser's moments."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
         return sum(tensor.nbytes for tensor in {*self.weights, *self.masters, *states})
 
     @contextmanager
     def resident(self, device: torch.device) -> Iterator[None]:
-        """Inside, it lies on the device: afterwards a GPU is another's, whole."""
+        """Move the network to a device in the context; afterwards free a GPU for the next network."""
         self._move(device)
         try:
             yield
@@ -89,31 +90,34 @@ class Contestant:
 
 
 def run(network: nn.Module, inputs: Inputs) -> Tensor:
+    """Run our network or diffusers', and return the output."""
     output: Any = network(*inputs)
     return output if isinstance(output, Tensor) else output.sample
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def peak_of_step(contestant: Contestant, inputs: Inputs) -> int:
-    """Bytes of a second step, when the optimiser's averages are there."""
-    contestant.step(inputs)
+def measure_step_memory(timed_network: TimedNetwork, inputs: Inputs) -> int:
+    """Measure the peak memory of a second step, when the optimiser has its moments, in bytes."""
+    timed_network.step(inputs)
     gc.collect()
     if inputs[0].is_cuda:
         before = torch.cuda.memory_allocated()
-        contestant.step(inputs)
-        return contestant.peak_bytes - before
-    # What the allocator keeps of freed memory would count as held.
+        timed_network.step(inputs)
+        return timed_network.peak_bytes - before
+    # Freed memory that the allocator keeps would count.
     ctypes.CDLL(None).malloc_trim(0)
-    before = held_bytes("VmRSS")
+    before = process_bytes("VmRSS")
     CLEAR_REFS.write_text(RESET_PEAK)
-    contestant.step(inputs)
-    return held_bytes("VmHWM") - before
+    timed_network.step(inputs)
+    return process_bytes("VmHWM") - before
 
 
-def held_bytes(field: str) -> int:
+def process_bytes(field: str) -> int:
+    """Read a memory size of this process, such as VmRSS, in bytes (Linux)."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
