@@ -76,6 +76,7 @@ class Linear(nn.Linear):
     BATCH, MIN_ROWS = 16, 512
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to (..., in)."""
         rows = x.shape[:-1].numel()
         if not x.is_cpu or x.dtype != torch.float32 or rows % self.BATCH or rows < self.MIN_ROWS:
             return super().forward(x)
