@@ -119,7 +119,7 @@ def check_elevation(config: RunConfig, loader: Loader) -> None:
 def check_trainable(config: RunConfig, layers: Mapping[str, str]) -> None:
     """Refuse to freeze what begins at random or at zero: the tags of such layers, and what they would do."""
     for tag, would in sorted(layers.items()):
-        if config.lora.rank or config.optim.rate(tag) == 0:
+        if config.lora.rank or config.optim.lr_scale(tag) == 0:
             frozen = "lora.rank freezes" if config.lora.rank else f"optim.{tag}_lr_scale=0 freezes"
             raise ValueError(f"{frozen} {tag} layers that would {would}")
 

@@ -1,4 +1,4 @@
-"""The whole of a run's settings: one dataclass, composed of the parts' own, with the checks across them."""
+"""Configuration of a run: one dataclass, composed of the components' own, with the checks across them."""
 
 from __future__ import annotations
 
@@ -26,48 +26,57 @@ from svd_ds.training.preview import PreviewConfig
 from svd_ds.training.retention import CheckpointConfig
 from svd_ds.weights.shards import NETWORKS
 
-FIELD_ALIASES = {"source": "from"}  # InitConfig declares the key as well, for its errors
-"""What users write for a field of InitConfig that cannot have the name: Python keeps the word for itself."""
+FIELD_ALIASES = {"source": "from"}  # InitConfig repeats the key, for its error messages
+"""Field of InitConfig -> its key in config files, where the key is a keyword of Python."""
 
 
 @dataclass(frozen=True)
 class RunSection(Settings, section="run"):
+    """Folder, length and seed of a run."""
+
     dir: str = location("runs/small")
-    """The run's folder; starting again with the same folder resumes."""
+    """Run folder. The same command with the same folder resumes the run."""
     steps: int = number(400, ge=1, le=10**9)
-    """Optimiser steps in all, over every life of the run."""
+    """Optimiser steps of the run, over all restarts."""
     seed: int = number(0, ge=0, le=INT64_MAX)
+    """Seed of the weights that are initialised at random, of the data order, and of all random numbers of a
+    clip."""
     resume: str = location("auto")
-    """auto (the newest checkpoint of run.dir, if any) | never (refuse a folder with checkpoints) | PATH of
-    one."""
+    """Checkpoint to resume from: auto (the newest in run.dir, if there is one) | never (a run folder that has
+    checkpoints is refused) | PATH of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class FrozenConfig(Settings, section="frozen"):
+    """Frozen models: the autoencoder and the encoders of images and text."""
+
     path: str = location("tiny")
-    """Folder in the layout of the public SVD pipeline (vae/, image_encoder/, ...) or a hub id; tiny: the
-    shipped set."""
+    """Folder in the layout of the public SVD pipeline (vae/, image_encoder/, ...), or the id of one on the
+    Hugging Face hub; tiny: the shipped tiny models."""
     chunk: int = number(14, ge=1, le=10_000)
-    """Frames that the autoencoder takes at once."""
+    """Number of frames that the autoencoder encodes or decodes at once; fewer take less memory."""
 
 
 @dataclass(frozen=True)
 class InitConfig(Settings, section="init"):
-    """Where the weights come from; null draws them at random."""
+    """Initial weights of the network."""
 
     source: str | None = location(None, key="from")
-    """The run or checkpoint folder of the stage before, a diffusers folder, or an original single
-    .safetensors. Users write it `init.from`."""
+    """Run folder or checkpoint of the previous stage, diffusers folder, or single .safetensors file in the
+    original layout; null initialises all weights at random."""
     which: str | None = text(None)
-    """Of a run: raw, or the name of an average; null takes the first average."""
+    """Weights of the run or checkpoint in init.from: raw, or the name of an average such as power-0.050; null
+    takes the first average."""
 
 
 @dataclass(frozen=True)
 class RunConfig(Settings):
+    """All settings of a run."""
+
     name: str = text("small")
-    """Of the run; its folder is named after it."""
+    """Run name; the default folder is runs/NAME."""
     task: str = choice("unet", NETWORKS)
-    """What learns: unet | decoder (the autoencoder's decoder, with its layers of time)."""
+    """Network that is trained: unet | decoder (the autoencoder's decoder, with its temporal layers)."""
     run: RunSection = field(default_factory=RunSection)
     model: UNetConfig = field(default_factory=UNetConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
@@ -75,19 +84,19 @@ class RunConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     loss: DecoderLossConfig = field(default_factory=DecoderLossConfig)
-    """Of the decoder; the UNet's is the squared error of v."""
+    """Loss of the decoder; the UNet has the squared error of v."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     init: InitConfig = field(default_factory=InitConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))
-    """Low-rank adapters, which then learn alone."""
+    """Low-rank adapters; if there are any, only they are trained."""
     parallel: ZeroConfig = field(default_factory=ZeroConfig)
     precision: str = choice("auto", ("auto", *PRECISIONS))
-    """auto (bf16 where the processor computes in it, else fp32) | bf16 | fp32."""
+    """Compute precision: auto (bf16 if the processor supports it, else fp32) | bf16 | fp32."""
     recompute: str = choice("blocks", POLICIES)
-    """Activation checkpointing: none | blocks (every residual block and transformer) | attention (blocks, but
-    what attention gave is kept) | full (a residual block and its transformer together)."""
+    """Activation checkpointing: none | blocks (every residual block and every transformer) | attention (like
+    blocks, but the outputs of attention are kept) | full (a residual block and its transformer together)."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -99,7 +108,7 @@ class RunConfig(Settings):
         super().__post_init__()
         if self.lora.rank and self.init.source is None:
             raise ValueError(
-                f"lora.rank is {self.lora.rank} and init.from null: adapters adapt trained weights"
+                f"lora.rank is {self.lora.rank} and init.from is null: adapters need trained weights"
             )
 
         if self.task == "decoder":
@@ -108,17 +117,17 @@ class RunConfig(Settings):
     def _check_decoder(self) -> None:
         if self.init.source is not None:
             raise ValueError(
-                f"init.from is {self.init.source} and task decoder: it starts from frozen.path's vae/"
+                f"init.from is {self.init.source} and task is decoder: it starts from frozen.path's vae/"
             )
         if self.data.latents:
-            raise ValueError("data.latents is true and task decoder: it learns from frames")
+            raise ValueError("data.latents is true and task is decoder: a decoder is trained on frames")
         if self.optim.spatial_lr_scale == self.optim.temporal_lr_scale == 0:
             raise ValueError(
                 "optim.spatial_lr_scale and optim.temporal_lr_scale are both 0: a decoder has no other layers"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, as config.yaml holds them."""
+        """Return plain numbers, strings, lists and dicts, as in config.yaml."""
         settings = dataclasses.asdict(self)
         settings["init"] = {FIELD_ALIASES.get(name, name): value for name, value in settings["init"].items()}
         return _plain(settings)

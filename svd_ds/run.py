@@ -49,7 +49,7 @@ from svd_ds.training.preview import Previews
 from svd_ds.training.progress import Progress
 from svd_ds.training.resume import Resume
 from svd_ds.training.shared_folder import check_shared_folder
-from svd_ds.training.usage import MfuCounter, StageTimer, peak_of, unet_forward_flops
+from svd_ds.training.usage import MfuCounter, StageTimer, device_peak_flops, unet_forward_flops
 from svd_ds.weights.restarts import restarts_damage
 
 
@@ -85,7 +85,7 @@ def _train(
     checkpoints, folder = inputs.checkpoints, inputs.folder
     damaged_restarts = broadcast_from_rank0(lambda: restarts_damage(checkpoints.folder))
     checkpoints.start_session(inputs.progress.step, resume.origin)
-    # At once: from here on an earlier process of this run writes nothing more.
+    # Immediately after it: from here on no earlier process of this run can write.
     damage = broadcast_from_rank0(
         lambda: folder.open(_settings(config, inputs), inputs.progress.step, checkpoints.check_not_fenced)
     )
@@ -136,7 +136,7 @@ def _train(
             heartbeat=session.watchdog.heartbeat if session is not None else lambda: None,
             metrics=metrics,
         )
-        # Rank 0 looks for all: a shared file system may not show every rank the same.
+        # Decided on rank 0: a shared file system may show the ranks different files.
         managed = broadcast_from_rank0(lambda: session is not None and session.is_managed_by_job())
         progress = train(components, _loop_config(config, managed), inputs.progress)
         broadcast_from_rank0(checkpoints.check_not_fenced)
@@ -159,7 +159,7 @@ def _print_from_signal_handler(text: str) -> None:
 
 def _previews(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Previews:
     return Previews(
-        inputs.preview_clips, task.preview_fn, task.measures, config.sampling.fps,
+        inputs.preview_clips, task.preview_fn, task.preview_metrics, config.sampling.fps,
         inputs.folder, env, inputs.checkpoints.check_not_fenced
     )  # fmt: skip
 
@@ -168,12 +168,12 @@ def _write_report(folder: RunFolder, metrics: NullMetrics) -> None:
     try:
         write_report([folder.path], folder.report)
     except (ValueError, OSError) as error:
-        # All steps are done and saved: the run is finished even without a report.
+        # All steps are done and saved: a missing report is no reason to fail the run.
         metrics.print_line(f"warning: {folder.report} cannot be written: {error}")
 
 
 def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """The resolved config as config.yaml and W&B hold it."""
+    """Return the resolved config for config.yaml and W&B."""
     return config.as_dict() | {"contents": inputs.contents, "code": code_version()}
 
 
@@ -192,7 +192,7 @@ def _loop_config(config: RunConfig, managed_by_job: bool) -> LoopConfig:
 def _evaluation(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Evaluation | None:
     if inputs.fixed_set is None:
         return None
-    assert isinstance(task.objective, DiffusionObjective), "only diffusion has noise levels"
+    assert isinstance(task.objective, DiffusionObjective), "only the diffusion objective has noise levels"
     return Evaluation(
         config=config.evaluation,
         fixed_set=inputs.fixed_set,
@@ -216,15 +216,15 @@ def _open_metrics(
 
 
 def _mfu_counter(config: RunConfig, env: Env) -> MfuCounter | None:
-    """The MFU counter; None for an unknown GPU, for a decoder, and where clips differ in shape."""
-    peak = peak_of(env.device)
+    """Return the MFU counter; None for an unknown GPU, for a decoder, and if clips differ in shape."""
+    peak = device_peak_flops(env.device)
     if peak is None or config.task != "unet" or config.data.buckets:
         return None
     data = config.data
     forward = unet_forward_flops(
         config.model, data.num_frames, data.height, data.width, config.conditioning.num_tokens
     )
-    return MfuCounter(clip_flops=3 * forward, peak_flops=env.world * peak)
+    return MfuCounter(flops_per_clip=3 * forward, peak_flops=env.world * peak)
 
 
 def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Engine:
@@ -232,18 +232,14 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
 
     1. process groups, before the network, whose parameters are sharded over them as they are created;
     2. LoRA adapters inside `task.build`, so that they are sharded with the network;
-    3. activation checkpointing before the engine, whose hooks must lie outside it;
+    3. activation checkpointing before the engine, whose hooks must be outside it;
     4. leaf modules inside the engine, so that the parameters of a block are gathered in one message.
 
     Args:
         precision: bf16 or fp32.
     """
     mpu = create_groups(ParallelDims(env.world), config.watchdog.patience)
-    zero = deepspeed_config(
-        config.parallel,
-        precision=precision,
-        gradient_clip=config.optim.gradient_clip,
-    )
+    zero = deepspeed_config(config.parallel, precision=precision, gradient_clip=config.optim.gradient_clip)
     torch.manual_seed(config.run.seed)
     with Engine.sharded_init(zero, mpu) if task.init_sharded else nullcontext():
         network = task.build()
@@ -261,7 +257,7 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
 
 def _optimizer_groups(config: RunConfig, network: UNet | Decoder, task: Task) -> list[dict[str, Any]]:
     with torch.device("meta"):
-        # Parameters of the sharded network have lost their shapes.
+        # ZeRO-3 has replaced the parameters of the sharded network by empty tensors.
         shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
     tags = {name: tag for name, tag in parameter_tags(network).items() if task.is_trainable(name)}
     parameters = dict(network.named_parameters())
@@ -269,7 +265,7 @@ def _optimizer_groups(config: RunConfig, network: UNet | Decoder, task: Task) ->
         {
             "name": group.name,
             "weight_decay": group.weight_decay,
-            "params": [parameters[name] for name in group.members],
+            "params": [parameters[name] for name in group.parameter_names],
         }
         for group in parameter_groups(tags, shapes, config.optim)
     ]

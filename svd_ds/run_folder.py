@@ -1,13 +1,12 @@
-"""The run folder, readable by a person:
+"""Layout of a run folder:
 
-config.yaml  metrics.jsonl  evaluation.jsonl  report.html
-checkpoints/step-0000100/  samples/step-0000100/  logs/  wandb/
+    config.yaml  metrics.jsonl  evaluation.jsonl  report.html
+    checkpoints/step-0000100/  samples/step-0000100/  logs/  wandb/
 
-In config.yaml credentials are masked, and so they are where it is compared: a renewed token makes no other
-config.
+Credentials are masked in config.yaml and are not compared: a renewed token does not make another config.
 
-logs/config.yaml is a second copy of config.yaml: with one of the two damaged the run is still checked against
-the config that it began with.
+logs/config.yaml is a copy of config.yaml: if one of the two is damaged, a resumed run is still checked
+against the config with which the run began.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ from svd_ds.fsync_io import replace_text, set_aside
 from svd_ds.json_lines import rewrite_json_lines
 from svd_ds.small_files import read_yaml
 
-# May differ between two starts of one run: how long it goes on, what it shows, where it runs, whose code it
-# is; and the guard's bounds, so that a run that it ended can go on. Where its data are as well: the cursor of
-# a checkpoint has the fingerprint of the samples and their weights, and refuses others.
 RESUME_MAY_CHANGE = (
     "code",
     "run.dir",
@@ -53,21 +49,30 @@ RESUME_MAY_CHANGE = (
     "data.cache_gb",
     "frozen.chunk",
 )
+"""Keys and sections that may differ when a run resumes.
 
-
+They set its length, its outputs and logs, the machine, and the version of the code. The bounds of the guard
+are among them, so that a run that the guard ended can resume with wider ones. The paths of the data are among
+them, because the data may move: the cursor of a checkpoint has the fingerprint of the samples and refuses
+others.
+"""
 MAY_BE_MOVED = ("frozen.path", "init.from")
-"""May differ too, where config.yaml has fingerprints of what stands there: see svd_ds.contents."""
+"""Keys that may differ as well if config.yaml has fingerprints of the files there (svd_ds.contents)."""
 CONTENTS = "contents."
+"""Prefix of the keys of these fingerprints."""
 YAML_END = "...\n"
-"""The last line of a whole config.yaml: one that was cut short may be valid YAML too."""
+"""Last line of a complete config.yaml: without it a truncated file may be valid YAML too."""
 
 
 def step_name(step: int) -> str:
+    """Return the name of the folder of a checkpoint, or of the previews, of one step."""
     return f"step-{step:07d}"
 
 
 @dataclass(frozen=True)
 class RunFolder:
+    """Paths of a run folder, and the check of its config when the run resumes."""
+
     path: Path
 
     @property
@@ -110,13 +115,17 @@ class RunFolder:
         return self.path / "samples" / step_name(step)
 
     def check_config_matches(self, config: dict[str, Any]) -> str | None:
-        """Refuse to resume in a folder that another config made.
+        """Check that the run folder belongs to this config.
+
+        Args:
+            config: resolved config of this restart.
 
         Returns:
-            A sentence about a damaged config.yaml; None where it is whole, and where the run begins here.
+            A sentence about a damaged config.yaml; None if it is intact, or if the folder is new.
 
         Raises:
-            ValueError: naming the first key that differs, with both values.
+            ValueError: the folder belongs to another config; the message has the first key that differs and
+                both values.
         """
         config = redact_tree(config)
         saved, damage = self._read_config()
@@ -136,20 +145,22 @@ class RunFolder:
         )
 
     def initial_config(self) -> dict[str, Any] | None:
-        """The config that made the folder; None where there is none that can be read."""
+        """Return the config with which the run began; None if there is none, or none that can be read."""
         return self._read_config()[0]
 
     def open(
         self, config: dict[str, Any], step: int, check_not_fenced: Callable[[], None] = lambda: None
     ) -> list[str]:
-        """Make the folder for a start of the run after `step`: the rows of later steps are dropped.
+        """Prepare the folder for a restart of the run: write config.yaml, and drop the rows of later steps.
 
         Args:
-            check_not_fenced: raises ValueError where another start has taken the folder over, so that its
-                files are not replaced.
+            config: resolved config of this restart.
+            step: step from which the run resumes; 0 for a new run.
+            check_not_fenced: raises ValueError if another restart has acquired the folder, whose files must
+                then not be replaced.
 
         Returns:
-            A sentence for each damaged file; a copy of it is kept next to it.
+            A sentence for each damaged file; a copy of the file is kept next to it.
 
         Raises:
             OSError: a file cannot be written; the message names it.
@@ -159,11 +170,11 @@ class RunFolder:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         damage = []
-        if (told := self._config_damage(config)) is not None:
+        if (found := self._config_damage(config)) is not None:
             damage.append(
-                f"{told}; it was kept as {set_aside(self.config)}" if self.config.exists() else told
+                f"{found}; it was kept as {set_aside(self.config)}" if self.config.exists() else found
             )
-        # One is on disk before the other is written: no power cut damages both.
+        # Each is on disk before the other is written: a power failure cannot damage both.
         text = yaml.safe_dump(config, sort_keys=False, explicit_end=True)
         for path in (self.config, self.config_copy):
             replace_text(path, text)
@@ -176,7 +187,7 @@ class RunFolder:
         """Drop the rows of steps after `step`.
 
         Returns:
-            A sentence for each file that was damaged; a copy of it is kept next to it.
+            A sentence for each damaged file; a copy of the file is kept next to it.
         """
         found = []
         for path in paths:
@@ -189,9 +200,10 @@ class RunFolder:
         return found
 
     def _read_config(self) -> tuple[dict[str, Any] | None, str | None]:
-        """The config that made the folder, None where none can be read; and a sentence about damage."""
+        """Return the config with which the run began, None if none can be read, and a sentence about
+        damage."""
         try:
-            return _whole_config(self.config, end_needed=self.config_copy.exists()), None
+            return _read_complete_config(self.config, end_needed=self.config_copy.exists()), None
         except FileNotFoundError:
             if not self.config_copy.exists():
                 return None, None
@@ -199,10 +211,10 @@ class RunFolder:
         except ValueError as error:
             damage = str(error)
         try:
-            copy = _whole_config(self.config_copy, end_needed=True)
-            return copy, f"{damage}; its copy {self.config_copy} was taken"
+            copy = _read_complete_config(self.config_copy, end_needed=True)
+            return copy, f"{damage}; its copy {self.config_copy} is used"
         except (ValueError, FileNotFoundError):
-            return None, f"{damage}: that the run began with this config could not be checked"
+            return None, f"{damage}: whether the run began with this config could not be checked"
 
     def _config_damage(self, config: dict[str, Any]) -> str | None:
         try:
@@ -212,31 +224,38 @@ class RunFolder:
 
     def _copy_agrees(self, config: dict[str, Any]) -> bool:
         try:
-            return _difference(_whole_config(self.config_copy, end_needed=True), config) is None
+            return _difference(_read_complete_config(self.config_copy, end_needed=True), config) is None
         except (ValueError, FileNotFoundError):
             return False
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key, of those that must not change, that differs between two configs, and both values."""
-    # One that an earlier version has written may have credentials in it.
+    """Return the first key that differs and must not, with both values; None if there is none."""
+    # A config.yaml of an earlier version may have credentials in it.
     theirs, ours = _flat(redact_tree(there)), _flat(here)
-    free = (
+    allowed = (
         RESUME_MAY_CHANGE + MAY_BE_MOVED
         if "contents" in there and "contents" in here
         else (*RESUME_MAY_CHANGE, "contents")
     )
     for key in sorted(theirs.keys() | ours.keys()):
-        if not _is_free(key, free) and theirs.get(key) != ours.get(key):
+        if not _may_change(key, allowed) and theirs.get(key) != ours.get(key):
             return key, theirs.get(key), ours.get(key)
     return None
 
 
-def _whole_config(path: Path, end_needed: bool) -> dict[str, Any]:
-    """Raises ValueError, naming the file, where it is damaged."""
+def _read_complete_config(path: Path, end_needed: bool) -> dict[str, Any]:
+    """Read a config.yaml.
+
+    Args:
+        end_needed: refuse a file without YAML_END.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
     config = read_yaml(path)
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it is {'empty' if config is None else 'no config'}")
+        raise ValueError(f"{path} is damaged: it is {'empty' if config is None else 'not a config'}")
     if end_needed and not path.read_bytes().endswith(YAML_END.encode()):
         raise ValueError(f"{path} is damaged: it was cut short")
     return config
@@ -246,12 +265,12 @@ def _has_step(row: dict[str, Any]) -> bool:
     return type(row.get("step")) is int
 
 
-def _is_free(key: str, free_keys: Sequence[str]) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in free_keys)
+def _may_change(key: str, allowed: Sequence[str]) -> bool:
+    return any(key == entry or key.startswith(entry + ".") for entry in allowed)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested dicts: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(tree, dict) or (not tree and prefix):
         return {prefix: tree}
     return {

@@ -1,6 +1,7 @@
-"""What a run trains, and to what end: what differs between training the UNet and training the decoder.
+"""Tasks: everything that differs between training the UNet and training the autoencoder's decoder.
 
-Each task is one function here, from a run's config and inputs to a Task. The rest of the trainer knows none.
+Each task is one function, from the config and the inputs of a run to a Task. The rest of the trainer does not
+depend on the task.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.env import Env
 from svd_ds.sample import frozen_folder
-from svd_ds.training.checkpoint_files import Settings
+from svd_ds.training.checkpoint_files import NetworkSettings
 from svd_ds.training.objectives.base import Objective
 from svd_ds.training.objectives.decoder import DecoderObjective, ReconstructionPreview, psnr
 from svd_ds.training.objectives.diffusion import DiffusionObjective
@@ -33,35 +34,41 @@ from svd_ds.training.preview import PreviewFn, PreviewMetrics, SamplingPreview
 
 @dataclass(frozen=True)
 class Task:
-    """What a run trains."""
+    """Network that a run trains, and its objective and previews."""
 
     build: Callable[[], UNet | Decoder]
-    """Makes the network with all that is put on it."""
+    """Builds the network, with its adapters."""
     init_sharded: bool
-    """Whether it can be made in shards. If not, each rank makes all of it before it is cut up."""
+    """True if the network can be built inside DeepSpeed's zero.Init. If False, each rank builds all of it
+    before it is sharded."""
     is_trainable: Callable[[str], bool]
-    """Whether the parameter of a name may learn; its tag's rate decides further."""
+    """Function that returns False for the names of parameters that are frozen whatever their tag."""
     weights: Iterator[tuple[str, Tensor]] | None
-    """To begin with; None leaves them to chance, or to the checkpoint."""
-    settings: Settings
-    """What a checkpoint says of the network."""
+    """Initial weights by name; None if they are random, or come from the checkpoint."""
+    settings: NetworkSettings
+    """Files in a checkpoint that describe the network: name -> content."""
     objective: Objective
     preview_fn: PreviewFn
-    """Makes the previews."""
-    measures: PreviewMetrics
-    """Of the previews."""
+    """Renders the previews."""
+    preview_metrics: PreviewMetrics
+    """Metrics of the previews against the real clips."""
     notes: tuple[str, ...] = ()
-    """What a person should know at the start."""
+    """Notes for the user, printed at the start."""
 
 
 def read_task(config: RunConfig, env: Env, inputs: Inputs) -> Task:
-    """The task of `config`. Raises ValueError or OSError with one sentence for files that it needs."""
+    """Build the task of a run.
+
+    Raises:
+        ValueError: a file that it needs is unsuitable, or the machine lacks a kernel that it needs.
+        OSError: a file that it needs cannot be read.
+    """
     return _unet(config, env, inputs) if config.task == "unet" else _decoder(config, env, inputs)
 
 
 def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
-    """Diffusion (arXiv 2311.15127 section D): the UNet, or adapters on it."""
-    assert inputs.conditioner is not None, "a UNet is conditioned"
+    """Build the diffusion task (arXiv 2311.15127 section D): the UNet, or LoRA adapters on it."""
+    assert inputs.conditioner is not None, "a UNet has a conditioner"
     check_kernels(config.model.kernels, env.device)
     dtype = torch.bfloat16 if inputs.precision == "bf16" else torch.float32
     for backend in (config.model.spatial_attention, config.model.temporal_attention):
@@ -87,43 +94,44 @@ def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
             seed=config.run.seed,
         ),
         preview_fn=SamplingPreview(config.sampling, inputs.autoencoder, inputs.conditioner),
-        measures={},
+        preview_metrics={},
     )
 
 
 def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
-    """The autoencoder's decoder, as VideoLDM trained its own (arXiv 2304.08818 section 3.1.1)."""
+    """Build the task of the autoencoder's decoder, with VideoLDM's recipe (arXiv 2304.08818 section
+    3.1.1)."""
     loss, notes, weights = config.loss, [], None
     shape = DecoderConfig.from_autoencoder(inputs.autoencoder.network)
     if inputs.resume is None:
-        # A second copy: the encoder's is in the compute precision.
-        whole = Autoencoder.load(frozen_folder(config.frozen.path)).network
-        decoder, new = build_decoder(whole, config.run.seed)
+        # A second copy in float32: the one of the encoder is in the compute precision.
+        network = Autoencoder.load(frozen_folder(config.frozen.path)).network
+        decoder, new = build_decoder(network, config.run.seed)
         weights = ((name, parameter.detach()) for name, parameter in decoder.named_parameters())
         if new:
             notes.append(
                 f"the autoencoder in {config.frozen.path} is an image model: the {len(new)} tensors of its "
-                f"decoder's layers of time start afresh, and leave its frames as they are: {new[0]}, ..."
+                f"decoder's temporal layers are initialised as the identity: {new[0]}, ..."
             )
     perceptual = None
     if loss.perceptual is not None:
         perceptual = Perceptual.load(loss.perceptual, loss.perceptual_heads).to(env.device)
     else:
         notes.append("loss.perceptual is null: the loss has no perceptual term")
-    adversary = None
+    discriminator = None
     if loss.adversarial_weight:
-        adversary = DiscriminatorTrainer(
+        discriminator = DiscriminatorTrainer(
             loss.discriminator_width, loss.discriminator_lr, config.run.seed, env.device
         )
     return Task(
         build=lambda: Decoder(shape),
-        # diffusers' AlphaBlender calls torch.Tensor([value]): inside DeepSpeed's zero.Init that is a size.
+        # diffusers' AlphaBlender calls torch.Tensor([value]), which inside zero.Init is read as a size.
         init_sharded=False,
         is_trainable=lambda name: True,
         weights=weights,
         settings={"config.json": asdict(shape)},
-        objective=DecoderObjective(loss, inputs.autoencoder, perceptual, adversary, config.run.seed),
+        objective=DecoderObjective(loss, inputs.autoencoder, perceptual, discriminator, config.run.seed),
         preview_fn=ReconstructionPreview(inputs.autoencoder),
-        measures={"psnr": psnr},
+        preview_metrics={"psnr": psnr},
         notes=tuple(notes),
     )

@@ -1,4 +1,4 @@
-"""Which clips a run sees, and how they are read: plain values, checked."""
+"""Data settings: which clips a run sees, and how they are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CROPS = ("random", "center")
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a clip: frames, and pixels a frame."""
+    """Shape of a clip: number of frames, and height and width of a frame in pixels."""
 
     num_frames: int
     height: int
@@ -21,10 +21,14 @@ class Shape:
 
     @staticmethod
     def parse(text: str) -> Shape:
-        """14x320x576 -> Shape(14, 320, 576). Raises ValueError for anything else."""
+        """Parse FRAMESxHEIGHTxWIDTH, such as 14x320x576.
+
+        Raises:
+            ValueError: the text has another form.
+        """
         match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
         if match is None or not all(map(int, match.groups())):
-            raise ValueError(f"data.buckets has {text!r}, which is no FRAMESxHEIGHTxWIDTH like 14x320x576")
+            raise ValueError(f"data.buckets has {text!r}, which is not FRAMESxHEIGHTxWIDTH like 14x320x576")
         return Shape(*map(int, match.groups()))
 
     def __str__(self) -> str:
@@ -33,55 +37,61 @@ class Shape:
 
 @dataclass(frozen=True)
 class DataConfig(Settings, section="data"):
-    """Which clips a run sees, and how they are read."""
+    """Clips that a run sees, and how they are read."""
 
     path: str = location("data/shards")
-    """Folder of shards with their index, as tools/make_shards.py writes it; or a URL, see docs/data.md."""
+    """Folder of shards with their index, written by tools/make_shards.py, or a URL (docs/data.md)."""
     num_frames: int = number(14, ge=1, le=10_000)
-    """Frames a clip, T. Samples with fewer are left out; 1 trains on images (and single frames of videos)."""
+    """Frames per clip. Samples with fewer are left out; 1 trains on images and single frames of videos."""
     # No video codec has larger frames.
     height: int = number(320, ge=1, le=16_384)
-    """Pixels. Samples that would have to be enlarged are left out."""
+    """Height of a clip in pixels. Smaller samples are left out: none is enlarged."""
     width: int = number(576, ge=1, le=16_384)
-    """Pixels."""
+    """Width of a clip in pixels. Smaller samples are left out: none is enlarged."""
     fps: float = number(6.0, ge=0, le=1000)
-    """Wanted frames a second, met as near as a whole stride comes; 0 takes every stored frame."""
+    """Frame rate of a clip in frames per second, approximated by taking every n-th stored frame; 0 takes
+    every stored frame."""
     crop: str = choice("random", CROPS)
-    """Where the window of the wanted aspect lies: "random" or "center"."""
+    """Position of the crop to the aspect ratio of the clip: random | center."""
     flip: bool = False
-    """Mirror half of the clips, but for those whose caption names left or right (in English)."""
+    """Mirror half of the clips horizontally, except those whose English caption mentions left or right."""
     mixture: dict[str, float] = number(dict, ge=0, le=1e12, path_keys=True)
-    """Folder or URL -> its share of the clips, in any unit; empty: `path` alone, else in place of it."""
+    """Folder or URL of each data set -> its weight among the clips, in any unit; replaces data.path. Empty:
+    only data.path is read."""
     buckets: dict[str, int] = number(dict, ge=1, le=2**20)
-    """Shape, 14x320x576 -> clips that a rank takes at once. A step's clips have one shape. Empty: the shape
-    above alone; else it is one of them, that of previews and evaluations."""
+    """Clip shape, such as 14x320x576 -> micro-batch size of a rank. All clips of a step have one shape. The
+    shape of data.num_frames, data.height and data.width must be among them; previews and evaluations use it.
+    Empty: all clips have that shape."""
     where: tuple[str, ...] = text(())
-    """Conditions that a sample must meet, on its index line alone: "motion>=q25", "text_area<=0.07"."""
+    """Conditions that a sample must meet, on the values in its index: "motion>=q25" (a quantile),
+    "text_area<=0.07" (a value). Empty: all samples."""
     image_share: float = number(0.0, ge=0, le=1)
-    """Share of the videos' clips that are a still image instead: one frame, repeated, which takes the image
-    path. Above 0 the data set's own images are admitted as well, and always are stills."""
+    """Fraction of the clips of videos that are replaced by a still image: one frame, repeated, which takes
+    the network's image path. Above 0 the images of the data set are read too, always as stills."""
     latents: bool = False
-    """Read what tools/encode.py cached in place of most pixels. Centred, never mirrored."""
+    """Read the latents that tools/encode.py cached, in place of most frames. It needs data.crop=center and
+    data.flip=false."""
     caption_weights: dict[str, float] = number(dict, ge=0, le=1e12)
-    """Captioner's name -> weight with which its caption is drawn. Those without one are drawn, all alike,
-    where a sample has none with one; 0 never is."""
+    """Captioner -> weight with which its caption is drawn; 0: never. Captioners that are not named are drawn,
+    with equal weights, only for samples that have no caption of a named one. Empty: equal weights for all."""
     max_quarantined: float = number(0.01, ge=0, le=1)
-    """Share of the samples that may turn out unreadable: each is replaced by the next. Beyond it the run
+    """Largest fraction of samples that cannot be read; each is replaced by the next sample. Above it the run
     stops."""
-    # A day: no clock of the system waits for ever, and no file system is waited for that long.
+    # A day: longer than any file system is waited for, and short enough for every timer of the system.
     read_timeout_seconds: float = number(600.0, gt=0, le=86_400)
-    """A read, or the fetching of a remote shard, that takes longer ends the run: the file system hangs."""
+    """Longest time in seconds for a read or for the download of a remote shard. After it the run ends: the
+    file system hangs."""
     cache: str | None = location(None)
-    """Local folder that remote shards are fetched to, in a sub-folder svd_ds-cache; needed where a path is a
-    URL."""
+    """Local folder for downloaded shards, in a sub-folder svd_ds-cache; null: none. Data sets at URLs need
+    it."""
     cache_gb: float = number(0.0, ge=0, le=1e9)
-    """Above it the fetched shards that were read least recently are removed from the cache; 0 keeps all. It
-    must hold the shards that are read from at a time."""
-    # No machine has the cores for more processes a rank, and starting them would take minutes.
+    """Size limit of the cache in GB: above it the least recently read shards are removed; 0 keeps all. It
+    must hold the shards that are read at a time."""
+    # No machine has the cores for more processes per rank, and starting them would take minutes.
     num_workers: int = number(2, ge=0, le=256)
-    """Processes that decode, for each rank; 0 decodes in the training process."""
+    """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = number(2, ge=1, le=1024)
-    """Micro-batches that each worker holds ready."""
+    """Micro-batches that each decoding process prepares ahead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,8 +99,8 @@ class DataConfig(Settings, section="data"):
             Condition.parse(condition)
         if self.latents and (self.crop != "center" or self.flip):
             raise ValueError(
-                "data.latents=true needs data.crop=center and data.flip=false, as latents are made, but they "
-                f"are {self.crop} and {str(self.flip).lower()}"
+                f"data.latents is true, data.crop is {self.crop} and data.flip is {str(self.flip).lower()}: "
+                "cached latents need data.crop=center and data.flip=false"
             )
         _check_weights("caption_weights", self.caption_weights)
         _check_weights("mixture", self.mixture)
@@ -105,22 +115,22 @@ class DataConfig(Settings, section="data"):
 
     @property
     def shape(self) -> Shape:
-        """The main shape: of previews and evaluations, and where there are no buckets of all clips."""
+        """Shape of previews and evaluations, and of all clips if there are no buckets."""
         return Shape(self.num_frames, self.height, self.width)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Of every bucket; the main shape alone where none is named."""
+        """Shape of every bucket; the main shape alone if there are no buckets."""
         return tuple(map(Shape.parse, self.buckets)) or (self.shape,)
 
     @property
     def sets(self) -> dict[str, float]:
-        """Every data set's folder or URL -> its share of the clips."""
+        """Folder or URL of every data set -> its weight among the clips."""
         return {path: weight for path, weight in self.mixture.items() if weight} or {self.path: 1.0}
 
     @property
     def set_names(self) -> str:
-        """The data sets, as errors name them; with their weights, where there are several."""
+        """Names of the data sets for error messages, with their weights if there are several."""
         if len(self.sets) == 1:
             return next(iter(self.sets))
         return " and ".join(f"{path} ({weight:g})" for path, weight in self.sets.items())

@@ -1,27 +1,28 @@
-"""Checkpoints that a killed run can trust: written under a temporary name, made durable, then renamed.
+"""Crash-safe checkpoints: written under a temporary name, fsynced, then renamed.
 
     checkpoints/step-0000100/
-        COMPLETE                the manifest: size and checksum of every other file. Without it the folder
-                                does not count
+        COMPLETE                manifest: size and checksum of every other file; a folder without it is not a
+                                checkpoint
         state.json              Progress
-        adam.json               how many steps the optimiser has taken
-        objective.safetensors   what the objective keeps, where it keeps anything: a discriminator
-        unet/config.json        UNetConfig, and lora.json where adapters are trained; decoder/ where that is
-        unet/rank-00000-of-00002.safetensors            this rank's slices of the weights, frozen ones too
-        adam-exp_avg/... adam-exp_avg_sq/...            and of the optimiser's moments
-        ema-power-0.050/...                             and of each average of those that are trained
+        adam.json               number of steps that the optimiser has taken
+        objective.safetensors   state of the objective, if it has one: the discriminator
+        unet/config.json        UNetConfig, and lora.json if adapters are trained; decoder/ for task=decoder
+        unet/rank-00000-of-00002.safetensors            this rank's shards of the weights, frozen ones too
+        adam-exp_avg/... adam-exp_avg_sq/...            this rank's shards of the optimiser's moments
+        ema-power-0.050/...                             this rank's shards of each average of trained weights
 
-Slices are flat float32 and read on any number of ranks, weights and averages without DeepSpeed too.
+Shards are flat float32. Any number of ranks can load them; weights and averages are read without DeepSpeed
+too.
 
-A save has four stages; only the first one holds the training up.
+A save has four stages; training waits only for the first.
 
-1. Every rank copies what is its own to host memory.
-2. A thread of each rank writes the copy into the draft, waits for the disk, and computes the digests. A value
-   that is not finite ends the save.
-3. At the end of each step the ranks ask each other whether all have written. So no thread waits for another
-   rank, and all ranks learn of a failure at the same place. They also wait until a step after the saved one
-   was taken: weights that the guard refuses to train on are not published.
-4. Rank 0's thread then writes the manifest, renames the draft, and removes what is old.
+1. Every rank copies its shards to host memory.
+2. A thread of each rank writes the copy into the draft folder, fsyncs it, and computes the checksums. A value
+   that is not finite aborts the save.
+3. At the end of each step the ranks exchange the status of their threads. No thread waits for another rank,
+   and all ranks learn of a failure at the same point. The ranks also wait for a step after the saved one that
+   the guard takes: weights from which no step was taken are not committed.
+4. Rank 0's thread then writes the manifest, renames the draft, and prunes old checkpoints.
 """
 
 from __future__ import annotations
@@ -43,18 +44,26 @@ from svd_ds.parallel.collectives import (
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env, restart_id
 from svd_ds.run_folder import step_name
-from svd_ds.training.checkpoint_files import Settings, elements_of, own_tensors, read_files, shared_files
-from svd_ds.training.draft import DONE, NOT_FINITE, Files, HostCopies, PendingSave, save_stage, write_draft
+from svd_ds.training.checkpoint_files import (
+    NetworkSettings,
+    num_valid_elements,
+    rank_tensors,
+    read_files,
+    shared_files,
+)
+from svd_ds.training.draft import (
+    DONE,
+    NOT_FINITE,
+    HostCopies,
+    PendingSave,
+    TensorFiles,
+    save_status,
+    write_draft,
+)
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.objectives.base import Objective
 from svd_ds.training.progress import Progress
-from svd_ds.training.retention import (
-    CheckpointConfig,
-    acquire,
-    check_not_fenced,
-    commit,
-    draft_name,
-)
+from svd_ds.training.retention import CheckpointConfig, acquire, check_not_fenced, commit, draft_name
 from svd_ds.training.verify import newest_intact_checkpoint
 from svd_ds.weights.manifest import Manifest
 from svd_ds.weights.restarts import complete_checkpoints
@@ -62,23 +71,26 @@ from svd_ds.weights.shards import checkpoint_network
 
 
 class NonFiniteError(SharedError):
-    """A save was given up, for a weight, an average or a moment is not finite; the message names it."""
+    """A save was aborted because a weight, an average or a moment is not finite; the message names it."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, seen from one rank. A context: leaving it finishes what is being saved."""
+    """Checkpoints of one run, on one rank. As a context manager it finishes the pending save at its exit."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, env: Env, network: str) -> None:
-        """network: what the run trains, unet or decoder, and so the name of the weights' folder."""
+        """
+        Args:
+            network: the trained network, unet or decoder; also the name of the folder of its weights.
+        """
         self.folder, self.config, self.env, self.network = folder, config, env, network
         self.token = ""
-        """This start's fencing token; empty before `start_session`."""
+        """Fencing token of this restart; empty before `start_session`."""
         self._host = HostCopies(env.device)
         self._pending: PendingSave | None = None
         self._unproven: int | None = None
-        """Step of the checkpoint that was loaded or published last, as long as no step after it was taken."""
+        """Step of the checkpoint that was loaded or committed last, until a step after it is taken."""
         self._good = -1
-        """Newest step of which a checkpoint is known to train: a step after it was taken."""
+        """Newest step with a good checkpoint: one after which a step was taken."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> Checkpoints:
@@ -86,79 +98,92 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            # An error that not all ranks know of leaves none to agree with: the draft then stays one.
+            # After an error on one rank no collective is possible: the pending save stays uncommitted.
             if kind is None or issubclass(kind, SharedError):
                 self.finish()
         finally:
             self._thread.shutdown()
 
     def latest(self) -> Path | None:
-        """The newest that counts. Ask on one rank: another may not see the same moment."""
+        """Return the newest complete checkpoint. Call it on one rank: at another time another may be
+        found."""
         return next(reversed(complete_checkpoints(self.folder).values()), None)
 
     def check_network(self, path: Path) -> None:
-        """Raises ValueError where a checkpoint holds another network than the run trains."""
-        held = checkpoint_network(path)
-        if held != self.network:
-            raise ValueError(f"{path} is a checkpoint of a {held}, and this run trains a {self.network}")
+        """Raise ValueError if a checkpoint is of another network than the run trains."""
+        network = checkpoint_network(path)
+        if network != self.network:
+            raise ValueError(f"{path} is a checkpoint of a {network}, and this run trains a {self.network}")
 
     def start_session(self, step: int, origin: str = "") -> None:
-        """Start the run after `step`. All ranks call it, before they save.
+        """Acquire the run folder for this restart. All ranks call it, before they save.
 
         Args:
-            origin: the checkpoint named by run.resume that this start descends from; empty without one.
+            step: step from which the run resumes; 0 for a new run.
+            origin: checkpoint named by run.resume that this restart descends from; empty without one.
+
+        Raises:
+            SharedError: another restart acquires the folder at the same moment.
         """
         self.token = broadcast_from_rank0(lambda: acquire(self.folder, step, origin, restart_id()))
 
     def check_not_fenced(self) -> None:
-        """Raise ValueError where another start has taken the run folder over: this one may not write."""
+        """Raise ValueError if another restart has acquired the run folder."""
         check_not_fenced(self.folder, self.token)
 
     def is_fenced(self) -> bool:
-        """Whether another start is known to have taken the run folder over."""
+        """Return True if another restart is known to have acquired the run folder."""
         try:
             if self.token:
                 check_not_fenced(self.folder, self.token)
         except ValueError:
             return True
         except OSError:
-            pass  # a file system that does not answer says nothing
+            pass  # a failing file system is no evidence of another restart
         return False
 
     def save(
-        self, progress: Progress, engine: Engine, ema: ShardEMA, objective: Objective, settings: Settings
+        self,
+        progress: Progress,
+        engine: Engine,
+        ema: ShardEMA,
+        objective: Objective,
+        settings: NetworkSettings,
     ) -> None:
-        """Begin a checkpoint, and train on as soon as what it will hold is copied; with
-        checkpoint.asynchronous=false, as soon as it is written. All ranks call it, after a taken step.
+        """Begin a checkpoint: copy the tensors to host memory, or write them with
+        checkpoint.asynchronous=false.
+
+        All ranks call it, after a taken step.
 
         Raises:
-            SharedError: this one or the one before cannot be written; the earlier ones stay.
-            NonFiniteError: likewise, for its values are not finite.
+            SharedError: this checkpoint or the pending one cannot be written; earlier ones are kept.
+            NonFiniteError: a value of this checkpoint or of the pending one is not finite.
         """
         self._note_taken()
-        self._wait_for_writers()
-        tensors: Files = own_tensors(self.network, self.env, engine, ema)
+        if self._pending is not None and not self._pending.written:
+            # The host copies can be overwritten only after every rank has written them.
+            wait([self._pending.job])
+            self._advance(may_commit=True)
+        tensors: TensorFiles = rank_tensors(self.network, self.env, engine, ema)
         texts: dict[str, str] = {}
         if self.env.rank == 0:
             shared, texts = shared_files(self.network, progress, engine, objective, settings)
             tensors = {**tensors, **shared}
         files = self._host.copy(tensors) if self.config.asynchronous else tensors
         draft = self.folder / draft_name(step_name(progress.step), self.token)
-        used = elements_of(self.env, engine)
-        job = self._submit(lambda: write_draft(draft, files, texts, used))
+        num_valid = num_valid_elements(self.env, engine)
+        job = self._submit(lambda: write_draft(draft, files, texts, num_valid))
         self._pending = PendingSave(progress.step, draft, job)
         if not self.config.asynchronous:
             wait([job])
-            self._advance(may_publish=False)
+            self._advance(may_commit=False)
 
     def poll_pending_save(self, taken: bool = True) -> None:
-        """Bring a save that is under way one stage further, where every rank is ready for it.
-
-        All ranks call it, at the end of a step.
+        """Advance the pending save by one stage if every rank is ready. All ranks call it, after each step.
 
         Args:
-            taken: whether the step was taken, and not skipped by the guard. A save waits for a taken step
-                after it before it is published.
+            taken: True if the step was taken, False if the guard skipped it. A save is committed only after a
+                later step was taken.
 
         Raises:
             SharedError: a rank could not write; on all ranks.
@@ -170,33 +195,36 @@ class Checkpoints:
             self._advance(self._pending.proven)
 
     def finish(self) -> None:
-        """Wait until what was saved is there, whether or not a step followed. All ranks call it; raises as
-        `poll_pending_save` does."""
+        """Wait until the pending save is committed, even if no step was taken after it. All ranks call it.
+
+        Raises:
+            SharedError, NonFiniteError: as in `poll_pending_save`.
+        """
         while self._pending is not None:
             wait([self._pending.job])
-            self._advance(may_publish=True)
+            self._advance(may_commit=True)
 
     def load(self, path: Path, engine: Engine, ema: ShardEMA, objective: Objective) -> Progress:
-        """Put a checkpoint of any number of ranks into the engine, the averages and the objective."""
+        """Load a checkpoint, saved by any number of ranks, and return its progress."""
         progress = read_files(path, self.network, self.env, engine, ema, objective)
         self._unproven = progress.step
         return progress
 
-    def reload(self, engine: Engine, ema: ShardEMA, objective: Objective, why: str) -> Progress:
-        """Put back the newest whole checkpoint that a taken step followed. All ranks call it.
+    def reload(self, engine: Engine, ema: ShardEMA, objective: Objective, reason: str) -> Progress:
+        """Load the newest intact checkpoint after which a step was taken. All ranks call it.
 
-        A newer one is kept under another name, and a save that no taken step followed is dropped.
+        Newer checkpoints are renamed and kept. A pending save is dropped if no step was taken after it.
 
         Args:
-            why: the run goes back, for the error.
+            reason: reason for the rollback, for the error.
 
         Raises:
-            SharedError: there is no checkpoint to go back to.
+            SharedError: the run has no checkpoint yet.
         """
         self._drop_unproven()
         path = newest_intact_checkpoint(self.folder, self.env, self.config.verify, self._is_good)
         if path is None:
-            raise SharedError(f"{why}; {self.folder} has no checkpoint yet to go back to")
+            raise SharedError(f"{reason}; {self.folder} has no checkpoint yet to roll back to")
         progress = self.load(path, engine, ema, objective)
         self._good = min(self._good, progress.step)
         return progress
@@ -210,35 +238,35 @@ class Checkpoints:
         if self._pending is not None:
             self._pending.proven = True
 
-    def _advance(self, may_publish: bool) -> None:
-        """Bring the save that is under way one stage further. All ranks call it, with the same argument."""
+    def _advance(self, may_commit: bool) -> None:
+        """Advance the pending save by one stage. All ranks call it, with the same argument."""
         pending = self._pending
         assert pending is not None
-        stage = all_reduce_max(save_stage(pending.job))
-        if stage >= NOT_FINITE:
-            self._give_up(pending, stage)
-        elif stage == DONE and pending.written:
+        status = all_reduce_max(save_status(pending.job))
+        if status >= NOT_FINITE:
+            self._abort(pending, status)
+        elif status == DONE and pending.written:
             self._pending = None
-        elif stage == DONE and may_publish:
-            parts = all_gather_objects([pending.job.result()])
+        elif status == DONE and may_commit:
+            digests = all_gather_objects([pending.job.result()])
             pending.written = True
             self._unproven = pending.step
             if pending.proven:
                 self._note_taken()
-            files = {name: digest for part in parts for name, digest in part.items()}
-            manifest, good = Manifest(self.token, len(parts), pending.proven, files), self._good
+            files = {name: digest for rank_files in digests for name, digest in rank_files.items()}
+            manifest, good = Manifest(self.token, len(digests), pending.proven, files), self._good
             if self.env.rank == 0:
                 pending.job = self._submit(lambda: commit(pending.draft, manifest, self.config, good))
 
-    def _give_up(self, pending: PendingSave, stage: int) -> None:
+    def _abort(self, pending: PendingSave, status: int) -> None:
         self._pending = None
         try:
-            # Who has taken over has also cleared our drafts away: that is no fault of the disk.
+            # A later restart removes our drafts: report that it owns the folder, and not a failing disk.
             broadcast_from_rank0(lambda: check_not_fenced(self.folder, self.token))
             try:
                 raise_on_all_ranks(pending.job.result)
             except SharedError as error:
-                if stage == NOT_FINITE:
+                if status == NOT_FINITE:
                     raise NonFiniteError(str(error)) from None
                 raise
         finally:
@@ -246,7 +274,7 @@ class Checkpoints:
                 shutil.rmtree(pending.draft, ignore_errors=True)
 
     def _drop_unproven(self) -> None:
-        """Drop a save that no taken step followed; bring one that was followed to its end."""
+        """Drop the pending save if no step was taken after it, else finish it."""
         if (pending := self._pending) is None:
             return
         if pending.proven or pending.written:
@@ -254,24 +282,18 @@ class Checkpoints:
                 self.finish()
             return
         wait([pending.job])
-        all_reduce_max(DONE)  # no rank writes into the draft any more
+        all_reduce_max(DONE)  # a barrier: no rank writes into the draft any more
         self._pending = None
         if self.env.rank == 0:
             shutil.rmtree(pending.draft, ignore_errors=True)
 
-    def _wait_for_writers(self) -> None:
-        """Until every rank has written the save before, whose copies are then free."""
-        if self._pending is not None and not self._pending.written:
-            wait([self._pending.job])
-            self._advance(may_publish=True)
-
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
-        """Have the thread do `work` after what it was given before, if that did not fail."""
-        before = self._pending.job if self._pending is not None else None
+        """Run `work` in the thread after its previous job; if that one failed, fail with the same error."""
+        previous = self._pending.job if self._pending is not None else None
 
         def job() -> Any:
-            if before is not None:
-                before.result()
+            if previous is not None:
+                previous.result()
             return work()
 
         return self._thread.submit(job)

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint hold: from the parts of a run to files, and back."""
+"""Files of a checkpoint: the components of a run are collected into files, and read back from them."""
 
 from __future__ import annotations
 
@@ -21,33 +21,42 @@ from svd_ds.weights.shards import WeightShards, rank_file_name
 OBJECTIVE = "objective.safetensors"
 ADAM = "adam.json"
 STATE = "state.json"
-Settings = Mapping[str, Mapping[str, Any]]
-"""The files beside a network's weights, by name: config.json, and lora.json where adapters are trained."""
+NetworkSettings = Mapping[str, Mapping[str, Any]]
+"""JSON files next to a network's weights, by name: config.json, and lora.json if adapters are trained."""
 
 
-def own_tensors(network: str, env: Env, engine: Engine, ema: ShardEMA) -> dict[str, Mapping[str, Tensor]]:
-    """This rank's files of slices: weights, moments and averages, by their names inside the checkpoint."""
-    slices: dict[str, Mapping[str, Tensor]] = {
+def rank_tensors(network: str, env: Env, engine: Engine, ema: ShardEMA) -> dict[str, Mapping[str, Tensor]]:
+    """Collect this rank's shards of the weights, the optimiser's moments and the averages.
+
+    Returns:
+        File name inside the checkpoint -> parameter name -> flat float32 shard.
+    """
+    shards_by_folder: dict[str, Mapping[str, Tensor]] = {
         network: {**engine.local_shards(), **engine.frozen_shards()},
         **{f"adam-{moment}": shards for moment, shards in engine.moments().items()},
         **{f"ema-{profile}": ema.shards(profile) for profile in ema.config.names},
     }
-    own = rank_file_name(env.rank, env.world)
-    return {f"{folder}/{own}": values for folder, values in slices.items()}
+    name = rank_file_name(env.rank, env.world)
+    return {f"{folder}/{name}": shards for folder, shards in shards_by_folder.items()}
 
 
 def shared_files(
-    network: str, progress: Progress, engine: Engine, objective: Objective, settings: Settings
+    network: str, progress: Progress, engine: Engine, objective: Objective, settings: NetworkSettings
 ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, str]]:
-    """The files that rank 0 writes for all: tensors of the objective where it keeps any, and texts."""
+    """Collect the files that rank 0 writes for all ranks.
+
+    Returns:
+        Tensor files (the state of the objective, if it has one) and text files, by name in the checkpoint.
+    """
     state = objective.state()
     tensors: dict[str, Mapping[str, Tensor]] = {OBJECTIVE: state} if state else {}
     texts = {f"{network}/{name}": _json(values) for name, values in settings.items()}
     return tensors, texts | {STATE: progress.as_json(), ADAM: _json({"updates": engine.updates})}
 
 
-def elements_of(env: Env, engine: Engine) -> dict[str, int]:
-    """Parameter -> how many elements of this rank's slice are its own, and not padding beyond its end."""
+def num_valid_elements(env: Env, engine: Engine) -> dict[str, int]:
+    """Return parameter name -> number of elements of this rank's shard before the padding; at most 0 if all
+    of it is padding."""
     return {
         name: shape.numel() - env.rank * -(-shape.numel() // env.world)
         for name, shape in engine.shapes.items()
@@ -57,26 +66,28 @@ def elements_of(env: Env, engine: Engine) -> dict[str, int]:
 def read_files(
     path: Path, network: str, env: Env, engine: Engine, ema: ShardEMA, objective: Objective
 ) -> Progress:
-    """Put a checkpoint of any number of ranks into the engine, the averages and the objective."""
-    engine.load_shards(_own_slices(path / network, env, engine, engine.shapes))
+    """Load a checkpoint, saved by any number of ranks, into the engine, the averages and the objective."""
+    engine.load_shards(_rank_shards(path / network, env, engine, engine.shapes))
     for moment, shards in engine.moments().items():
-        for name, values in _own_slices(path / f"adam-{moment}", env, engine, shards):
+        for name, values in _rank_shards(path / f"adam-{moment}", env, engine, shards):
             shards[name].copy_(values)
     engine.updates = read_json(path / ADAM)["updates"]
     for profile in ema.config.names:
-        ema.load(profile, dict(_own_slices(path / f"ema-{profile}", env, engine, ema.names)))
+        ema.load(profile, dict(_rank_shards(path / f"ema-{profile}", env, engine, ema.names)))
     if (path / OBJECTIVE).exists():
         objective.load_state(load_file(path / OBJECTIVE))
     return Progress.read(path / STATE)
 
 
-def _own_slices(folder: Path, env: Env, engine: Engine, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """This rank's slice of each parameter, whoever wrote it."""
+def _rank_shards(
+    folder: Path, env: Env, engine: Engine, names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and shard of each parameter for this rank, from files of any number of ranks."""
     files = WeightShards(folder)
     for name in names:
         numel = engine.shapes[name].numel()
-        each = -(-numel // env.world)
-        yield name, files.read(name, numel, env.rank * each, (env.rank + 1) * each)
+        shard_size = -(-numel // env.world)
+        yield name, files.read(name, numel, env.rank * shard_size, (env.rank + 1) * shard_size)
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A checkpoint while it is written: copies in host memory, the files of one rank, and their digests."""
+"""Draft of a checkpoint, while it is written: host copies, the files of one rank, and their checksums."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from svd_ds.fsync_io import write_tensors, write_text
 from svd_ds.tensor_files import is_finite
 from svd_ds.weights.manifest import FileDigest, compute_digest
 
-DONE, UNDER_WAY, NOT_FINITE, FAILED = range(4)
-"""Stages of one rank's work for a save."""
-Files = Mapping[str, Mapping[str, Tensor]]
-"""Name of a file inside the checkpoint -> the tensors in it."""
+DONE, RUNNING, NOT_FINITE, FAILED = range(4)
+"""Status of one rank's job for a save. The status of a save is the highest of its ranks."""
+TensorFiles = Mapping[str, Mapping[str, Tensor]]
+"""File name inside the checkpoint -> tensor name -> tensor."""
 
 
-class NotFinite(ValueError):
-    """A value that this rank would save is not finite."""
+class NonFiniteValueError(ValueError):
+    """A value in this rank's shards is not finite."""
 
 
 @dataclass
 class PendingSave:
-    """A save that is under way."""
+    """A save that is not committed yet."""
 
     step: int
     draft: Path
     job: Future[Any]
-    """This rank's last piece of work for it."""
+    """Last job of this rank's thread for the save."""
     proven: bool = False
-    """A step after it was taken, so that it may be published."""
+    """True if a step was taken after the saved one, so that the save may be committed."""
     written: bool = False
-    """By every rank: what is left is rank 0's."""
+    """True if every rank has written its files, so that only rank 0's commit is left."""
 
 
 class HostCopies:
-    """Copies in host memory, which is kept from one save to the next: to allocate it anew takes longer."""
+    """Copies of tensors in host memory, pinned for a GPU and reused by every save: allocation is slow."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._copies: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def copy(self, files: Files) -> dict[str, dict[str, Tensor]]:
-        """Copy the tensors of each file over what was copied before; return the copies."""
+    def copy(self, files: TensorFiles) -> dict[str, dict[str, Tensor]]:
+        """Copy the tensors of each file over the copies of the previous save, and return the copies."""
         copied = {path: self._copy(path, tensors) for path, tensors in files.items()}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -64,13 +64,19 @@ class HostCopies:
 
 
 def write_draft(
-    draft: Path, tensors: Files, texts: Mapping[str, str], used: Mapping[str, int]
+    draft: Path, tensors: TensorFiles, texts: Mapping[str, str], num_valid: Mapping[str, int]
 ) -> dict[str, FileDigest]:
-    """Write one rank's files durably; file name -> digest of what can be read back.
+    """Write one rank's files and fsync them.
 
     Args:
-        used: parameter name -> how many elements of this rank's slice belong to the parameter. The others
-            are padding.
+        draft: folder to write into.
+        tensors: tensors of each file.
+        texts: file name -> content of a text file.
+        num_valid: parameter name -> number of elements of this rank's shard before the padding; a name that
+            is missing has no padding.
+
+    Returns:
+        File name -> size and checksum, read back from the disk.
 
     Raises:
         NotFinite: a value is not finite; nothing is written.
@@ -78,9 +84,11 @@ def write_draft(
     """
     for path, values in tensors.items():
         for name, value in values.items():
-            own = value.detach().flatten()
-            if not is_finite(own[: max(used.get(name, len(own)), 0)]):
-                raise NotFinite(f"the checkpoint {draft} is given up: {name} in {path} is not finite")
+            flat = value.detach().flatten()
+            if not is_finite(flat[: max(num_valid.get(name, len(flat)), 0)]):
+                raise NonFiniteValueError(
+                    f"the checkpoint {draft} is not saved: {name} in {path} is not finite"
+                )
     try:
         for path, values in tensors.items():
             write_tensors(draft / path, values)
@@ -91,9 +99,9 @@ def write_draft(
         raise OSError(f"the checkpoint {draft} cannot be written: {error}") from error
 
 
-def save_stage(job: Future[Any]) -> int:
-    """How far this rank's work is."""
+def save_status(job: Future[Any]) -> int:
+    """Return the status of this rank's job: DONE, RUNNING, NOT_FINITE or FAILED."""
     if not job.done():
-        return UNDER_WAY
+        return RUNNING
     error = job.exception()
-    return DONE if error is None else NOT_FINITE if isinstance(error, NotFinite) else FAILED
+    return DONE if error is None else NOT_FINITE if isinstance(error, NonFiniteValueError) else FAILED

@@ -1,13 +1,14 @@
-"""How well the network does at each noise level, on a set that is the same in every run.
+"""Evaluation: the loss at each noise level, on a fixed set that is the same in every run.
 
-The set is fixed triples (clip, sigma, noise): the first clips of one order of the data, whole frames, each at
-one sigma in each of NUM_BINS equal bins of ln sigma, with one noise of its own and no condition dropped. They
-depend on the data and on the size of clips, and on nothing else of a run: not its seed, not its training
-density of sigma, not how many ranks it has. Every run is measured by one error, that of v at weight 1,
-whatever it minimises. So two members of an ablation differ here by what they learned alone.
+The set consists of fixed triples (clip, sigma, noise): the first clips of one order of the data, uncropped,
+each at one sigma in each of NUM_BINS equal bins of ln sigma, with one fixed noise and no condition dropped.
+The triples depend on the data and on the size of the clips only: not on the seed of a run, its training
+density of sigma, or its number of ranks. Every run is measured by the squared error of v at weight 1,
+whatever loss it minimises. So the results of two members of an ablation differ only because their networks
+differ.
 
-Its clips are the training data's own, which the run sees with other crops, sigmas and noises, unless
-`evaluation.path` names shards that are held out.
+The clips are from the training data, which the run sees with other crops, sigmas and noises, unless
+`evaluation.path` names held-out shards.
 
 Shape legend: B clips, T frames, S bins of sigma.
 """
@@ -30,65 +31,73 @@ from svd_ds.training.ema import ShardEMA
 from svd_ds.training.objectives.diffusion import DiffusionObjective, PreparedBatch
 
 SEED = 23
-"""Of the set: its clips, their first frames, its noises."""
+"""Seed of the fixed set: its clips, their first frames, its noises."""
 NUM_BINS = 10
+"""Number of bins of ln sigma."""
 SIGMA_MIN, SIGMA_MAX = 0.002, 700.0
-"""What sampling descends with the public weights (Stability-AI/generative-models SVD configs): each bin is a
-factor of 3.6, wide enough for every training density, and its number means the same sigmas in every run."""
+"""Range of sigma in sampling with the public weights (Stability-AI/generative-models SVD configs). A bin
+spans a factor of 3.6; the range covers every training density, so a bin means the same sigmas in every
+run."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Settings, section="evaluation"):
+    """When the network is evaluated, and on which clips."""
+
     every: int = number(1000, ge=0)
-    """Steps between evaluations; the last step always has one. 0: none at all. One costs as much as training
-    on ten times its clips, and a third more for the averaged weights."""
+    """Steps between evaluations; the last step always has one. 0 switches evaluation off. An evaluation costs
+    as much as training on ten times its clips, and a third more for the averaged weights."""
     clips: int = number(16, ge=1, le=2**20)
-    """Size of the fixed set. Runs are comparable where it is the same."""
+    """Clips in the fixed set. Only runs with the same number can be compared."""
     frame_gradients: bool = True
-    """Measure the gradient of each frame's loss too: as many further passes over the clips as these have
-    frames."""
+    """Measure the norm of the gradient of each frame's loss too. It takes one more pass over the clips for
+    each of their frames."""
     path: str | None = location(None)
-    """Folder of shards of its own, which the run does not train on; null takes the training data."""
+    """Folder or URL of held-out shards; null evaluates on clips of the training data."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One evaluation. A list has a number a bin, from the smallest sigma to the largest."""
+    """Results of one evaluation. Lists by bin run from the smallest sigma to the largest."""
 
     set: str
-    """Names the fixed set: numbers of one set can be compared."""
+    """Fingerprint of the fixed set: only results on the same set can be compared."""
     clips: int
+    """Number of clips in the set."""
     sigma: list[float]
-    """Geometric middle of each bin."""
+    """Geometric mean of each bin."""
     loss: list[float]
+    """Mean squared error of v in each bin."""
     loss_average: list[float]
-    """Of the first average of the weights, from which samples are drawn."""
+    """Loss in each bin with the first average of the weights, from which samples are drawn."""
     grad_norm: list[float]
-    """Norm over all trained parameters of the gradient of `loss`."""
+    """Norm of the gradient of the loss in each bin, over all trained parameters."""
     loss_by_frame: list[float]
-    """The mean over the bins, a number a frame."""
+    """Loss of each frame, averaged over the bins."""
     grad_norm_by_frame: list[float]
-    """Norm of the gradient of a frame's loss, a number a frame, each clip in one bin, the next clip in the
-    next. Empty without `frame_gradients`."""
+    """Norm of the gradient of each frame's loss; clip i is in bin i mod NUM_BINS. Empty if
+    evaluation.frame_gradients is false."""
 
 
 @dataclass(frozen=True)
 class FixedSet:
+    """One rank's part of the fixed set."""
+
     data: str
-    """Names the clips and how they are read."""
+    """Fingerprint of the clips and of how they are read."""
     clips: Batch
-    """This rank's, as many on every rank. Their ordinals are their numbers in the set: one beyond its end,
-    where the ranks do not divide it, counts nothing."""
+    """Clips of this rank, equally many on every rank. Their ordinals are their indices in the set; if the
+    number of ranks does not divide it, the last ranks have clips beyond its end, which are not counted."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures on the fixed set; the ranks share its clips out."""
+    """Evaluates the network on the fixed set, whose clips are divided over the ranks."""
 
     config: EvaluationConfig
     fixed_set: FixedSet
     micro_batch: int
-    """Clips that a rank takes at once."""
+    """Clips of a rank in one forward pass."""
     diffusion: DiffusionObjective
     env: Env
 
@@ -96,27 +105,32 @@ class Evaluation:
         assert self.diffusion.seed == SEED and self.diffusion.offset_noise == 0, "the set's own noise"
 
     def measure(self, engine: Engine, ema: ShardEMA) -> EvalResult:
-        """Measure the weights and their first average. All ranks call it, between two steps; the training
-        goes on as if it had not happened. The same on every rank."""
+        """Evaluate the weights and their first average. All ranks call it, between two steps.
+
+        Training is not affected.
+
+        Returns:
+            The same results on every rank.
+        """
         clips = self.fixed_set.clips
         micro_batches = [
             clips.select(range(len(clips))[start : start + self.micro_batch]).to(self.env.device)
             for start in range(0, len(clips), self.micro_batch)
         ]
         prepared = [(batch.ordinals, self.diffusion.prepare(batch)) for batch in micro_batches]
-        bins = [self._gradient(engine, prepared, s) for s in range(NUM_BINS)]
+        bins = [self._gradient(engine, prepared, index) for index in range(NUM_BINS)]
         errors_BST = torch.stack([errors_BT for errors_BT, _ in bins], dim=1)
         num_frames = errors_BST.shape[-1] if self.config.frame_gradients else 0
         frames = [self._gradient(engine, prepared, None, slice(t, t + 1)) for t in range(num_frames)]
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
             average_BST = torch.stack(
-                [torch.cat([self._errors(engine, *part, s) for part in prepared]) for s in range(NUM_BINS)], 1
+                [torch.cat([self._errors(engine, *part, i) for part in prepared]) for i in range(NUM_BINS)], 1
             )
         losses_ST, averages_ST = self._mean_over_clips(errors_BST), self._mean_over_clips(average_BST)
         return EvalResult(
             set=self._name(),
             clips=self.config.clips,
-            sigma=[sigma_at(s, 0.5) for s in range(NUM_BINS)],
+            sigma=[sigma_in_bin(index, 0.5) for index in range(NUM_BINS)],
             loss=losses_ST.mean(dim=1).tolist(),
             loss_average=averages_ST.mean(dim=1).tolist(),
             grad_norm=[norm for _, norm in bins],
@@ -128,16 +142,24 @@ class Evaluation:
         self,
         engine: Engine,
         prepared: list[tuple[tuple[int, ...], PreparedBatch]],
-        s: int | None,
+        bin_index: int | None,
         frames: slice = slice(None),
     ) -> tuple[Tensor, float]:
-        """Errors of this rank's clips in bin `s`, (B, T), and the norm of the gradient of the whole set's
-        loss at `frames`. None: each clip in one bin, the next clip in the next."""
-        # The engine averages over ranks and micro-batches, and they may hold clips that do not count.
+        """Compute errors and the norm of their gradient in one bin.
+
+        Args:
+            prepared: (ordinals, prepared batch) of each micro-batch of this rank.
+            bin_index: bin of sigma; None puts clip i into bin i mod NUM_BINS.
+            frames: frames whose errors make up the loss.
+
+        Returns:
+            Errors of this rank's clips, (B, T), and the gradient norm of the mean loss of the whole set.
+        """
+        # The engine averages over ranks and micro-batches, which may hold clips beyond the end of the set.
         share = self.env.world * len(prepared) / self.config.clips
         parts = []
-        for ordinals, known in prepared:
-            errors_BT = self._errors(engine, ordinals, known, s)
+        for ordinals, batch in prepared:
+            errors_BT = self._errors(engine, ordinals, batch, bin_index)
             counts_B = errors_BT.new_tensor([ordinal < self.config.clips for ordinal in ordinals])
             loss = share * (counts_B * errors_BT[:, frames].mean(dim=1)).sum()
             engine.backward(loss, len(prepared))
@@ -147,16 +169,19 @@ class Evaluation:
         return torch.cat(parts), norm
 
     def _errors(
-        self, engine: Engine, ordinals: tuple[int, ...], known: PreparedBatch, s: int | None
+        self, engine: Engine, ordinals: tuple[int, ...], batch: PreparedBatch, bin_index: int | None
     ) -> Tensor:
-        # Each clip stands elsewhere in the bin, so that together they fill it evenly.
-        places = [((ordinal % self.config.clips) + 0.5) / self.config.clips for ordinal in ordinals]
-        bins = [ordinal % NUM_BINS if s is None else s for ordinal in ordinals]
-        sigma_B = known.u_B.new_tensor([sigma_at(*at) for at in zip(bins, places, strict=True)])
-        return self.diffusion.errors(engine, known, sigma_B)
+        # Each clip has another sigma within the bin, so that the clips together cover the bin evenly.
+        fractions = [((ordinal % self.config.clips) + 0.5) / self.config.clips for ordinal in ordinals]
+        bins = [ordinal % NUM_BINS if bin_index is None else bin_index for ordinal in ordinals]
+        sigmas = [sigma_in_bin(index, fraction) for index, fraction in zip(bins, fractions, strict=True)]
+        return self.diffusion.errors(engine, batch, batch.u_B.new_tensor(sigmas))
 
     def _mean_over_clips(self, errors_BST: Tensor) -> Tensor:
-        """This rank's errors -> (S, T), in float64, summed in the order of the set on any number of ranks."""
+        """Average the errors of all ranks to (S, T), in float64.
+
+        Clips are summed in the order of the set, so the result does not depend on the number of ranks.
+        """
         device = errors_BST.device
         ordinals = all_gather_cat(torch.tensor(self.fixed_set.clips.ordinals, device=device))
         order = ordinals.argsort()[: self.config.clips]
@@ -168,13 +193,13 @@ class Evaluation:
 
 
 def as_eval_objective(diffusion: DiffusionObjective) -> DiffusionObjective:
-    """A run's diffusion with the set's noises, and no condition dropped."""
+    """Return a run's diffusion objective with the noises of the fixed set, and no condition dropped."""
     conditioner = diffusion.conditioner
     undropped = replace(conditioner.config, drop_context=0.0, drop_text=0.0, drop_concat=0.0, drop_scalars={})
     return replace(diffusion, offset_noise=0.0, seed=SEED, conditioner=conditioner.configured(undropped))
 
 
-def sigma_at(s: int, place: float) -> float:
-    """The sigma at `place`, from 0 to 1, of bin `s`."""
+def sigma_in_bin(index: int, fraction: float) -> float:
+    """Return the sigma at a fraction (0 to 1) of the width of a bin of ln sigma."""
     low, high = math.log(SIGMA_MIN), math.log(SIGMA_MAX)
-    return math.exp(low + (high - low) * (s + place) / NUM_BINS)
+    return math.exp(low + (high - low) * (index + fraction) / NUM_BINS)

@@ -1,14 +1,15 @@
-"""Why a step lies out of the guard's bounds: its data, or a machine that computes wrongly.
+"""Cause of a step that is out of the guard's bounds: its data, or failing hardware.
 
-The step is computed once more, from the same clips, noise and weights. A computation that comes out the same
-is one of bad clips, or of bad weights. One that does not is one of failing hardware.
+The step is computed again, from the same clips, noise and weights. If both computations give the same
+numbers, the clips or the weights are bad; if not, the hardware fails.
 
-"The same" is not bitwise: on GPUs some kernels add in an order that changes (atomics), so the last bits of a
-healthy one differ too. Two computations differ where one has a number that is not finite and the other has
-not, or where they lie further apart than guard.recompute_tolerance, a share of the larger one.
+"The same" is not bitwise: some GPU kernels add in varying order (atomics), so the last bits differ on healthy
+hardware too. Two computations differ if one has a number that is not finite and the other has not, or if
+their relative difference is above guard.recompute_tolerance.
 
-Each rank computes its losses alone, so that a wrong one names its rank, and the rank's host. The norm of the
-gradient is of all ranks, and names none; `LocalNorm` keeps each rank's own, once it has been needed.
+Each rank computes its losses alone, so a wrong loss identifies the rank and its host. The gradient norm is
+over all ranks and identifies none; after the first hardware fault `LocalNorm` records the norm of each rank's
+own gradient.
 """
 
 from __future__ import annotations
@@ -21,68 +22,74 @@ from statistics import fmean
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What one rank computed of a step, the first and the second time."""
+    """Numbers of one rank from the first and the second computation of a step."""
 
     rank: int
     host: str
     clips: tuple[str, ...]
+    """Ids of the rank's clips."""
     losses: tuple[tuple[float, ...], tuple[float, ...]]
-    """Of each clip."""
+    """Loss of each clip, in the first and in the second computation."""
     norms: tuple[float, float] | None = None
-    """Of the rank's own gradient; None where it is not known."""
+    """Norm of the rank's own gradient in both computations; None if it was not recorded."""
 
-    def difference(self, tolerance: float) -> str:
-        """How the two differ, in words; "" where they are the same."""
-        if differ(*self.losses, tolerance):
+    def describe_difference(self, tolerance: float) -> str:
+        """Return a sentence about how the computations differ, "" if they are the same."""
+        if is_different(*self.losses, tolerance):
             return f"computed a loss of {_show(*map(fmean, self.losses))}, from the same clips"
-        if self.norms is not None and differ(self.norms[:1], self.norms[1:], tolerance):
+        if self.norms is not None and is_different(self.norms[:1], self.norms[1:], tolerance):
             return f"computed a gradient of norm {_show(*self.norms)}, from the same clips"
         return ""
 
 
 @dataclass(frozen=True)
 class FaultCause:
-    """What the second computation of a step says of the first, the same on all ranks."""
+    """Result of comparing two computations of a step, the same on all ranks."""
 
     hardware: bool
+    """True if the computations differ."""
     message: str
     nodes: dict[str, str] = field(default_factory=dict)
-    """The hosts that computed wrongly, and what; empty where none can be told from the others."""
+    """Failing host -> description of its wrong numbers; empty if the failing host cannot be identified."""
 
 
 def find_cause(ranks: Sequence[Recomputation], norms: tuple[float, float], tolerance: float) -> FaultCause:
     """Compare two computations of a step.
 
     Args:
-        ranks: every rank's.
-        norms: of the gradient over all ranks.
+        ranks: numbers of every rank.
+        norms: gradient norm over all ranks, in the first and in the second computation.
         tolerance: guard.recompute_tolerance.
     """
-    wrong = [(it, words) for it in ranks if (words := it.difference(tolerance))]
-    hosts = {it.host for it in ranks}
-    if not wrong and not differ(norms[:1], norms[1:], tolerance):
-        return FaultCause(False, "; ".join(["computed again it comes out the same", *_worst_clips(ranks)]))
+    wrong = [(entry, text) for entry in ranks if (text := entry.describe_difference(tolerance))]
+    hosts = {entry.host for entry in ranks}
+    if not wrong and not is_different(norms[:1], norms[1:], tolerance):
+        return FaultCause(
+            False, "; ".join(["computing it again gives the same numbers", *_worst_clips(ranks)])
+        )
     if not wrong:
-        words = f"computed again its gradient has norm {norms[1]:.4g}, and every rank has the same loss"
+        message = (
+            f"computing it again gives a gradient norm of {norms[1]:.4g} and the same loss on every rank"
+        )
         if len(hosts) == 1:
             host, *_ = hosts
             return FaultCause(
-                True, f"{words}, on {host}", {host: f"computed a gradient of norm {_show(*norms)}"}
+                True, f"{message}, on {host}", {host: f"computed a gradient of norm {_show(*norms)}"}
             )
-        return FaultCause(True, f"{words}: no node can be told from the others")
-    words = "; ".join(f"rank {it.rank} on {it.host} {difference}" for it, difference in wrong)
-    if len({it.host for it, _ in wrong}) == len(hosts) > 1:
-        # What they share may be wrong: the network, or the part of the weights that one has sent to all.
-        return FaultCause(True, f"{words}: no node can be told from the others")
+        return FaultCause(True, f"{message}: the failing node cannot be identified")
+    message = "; ".join(f"rank {entry.rank} on {entry.host} {text}" for entry, text in wrong)
+    if len({entry.host for entry, _ in wrong}) == len(hosts) > 1:
+        # The fault may be in what all nodes share: the network, or a shard of the weights that one node sent.
+        return FaultCause(True, f"{message}: the failing node cannot be identified")
     nodes: dict[str, str] = {}
-    for it, difference in wrong:
-        told = f"{difference} (rank {it.rank})"
-        nodes[it.host] = f"{nodes[it.host]}, and {told}" if it.host in nodes else told
-    return FaultCause(True, words, nodes)
+    for entry, text in wrong:
+        fault = f"{text} (rank {entry.rank})"
+        nodes[entry.host] = f"{nodes[entry.host]}, and {fault}" if entry.host in nodes else fault
+    return FaultCause(True, message, nodes)
 
 
-def differ(first: Sequence[float], second: Sequence[float], tolerance: float) -> bool:
-    """Whether two computations of the same numbers differ by more than `tolerance`, a share of the larger."""
+def is_different(first: Sequence[float], second: Sequence[float], tolerance: float) -> bool:
+    """Return True if two computations of the same numbers differ by more than a relative tolerance."""
     pairs = list(zip(first, second, strict=True))
     if any(math.isfinite(a) != math.isfinite(b) for a, b in pairs):
         return True
@@ -92,18 +99,20 @@ def differ(first: Sequence[float], second: Sequence[float], tolerance: float) ->
 
 
 def _worst_clips(ranks: Sequence[Recomputation]) -> list[str]:
-    """Which clips stand out, in words: those without a finite loss, else the one of the highest. With their
-    ranks: a GPU that is always wrong in the same way shows as bad clips of one rank."""
+    """Return a sentence about the clips whose loss is not finite, else about the clip with the highest loss.
+
+    It names their ranks: a GPU that always computes the same wrong number shows as bad clips of one rank.
+    """
     losses = [
-        (f"{clip} (rank {it.rank} on {it.host})", loss)
-        for it in ranks
-        for clip, loss in zip(it.clips, it.losses[1], strict=True)
+        (f"{clip} (rank {entry.rank} on {entry.host})", loss)
+        for entry in ranks
+        for clip, loss in zip(entry.clips, entry.losses[1], strict=True)
     ]
     if bad := [clip for clip, loss in losses if not math.isfinite(loss)]:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        return [f"no finite loss has {', '.join(bad[:5])}{more}"]
+        return [f"the loss is not finite for {', '.join(bad[:5])}{more}"]
     clip, loss = max(losses, key=lambda pair: pair[1])
-    return [f"the highest loss, {loss:.4g}, is that of {clip}"]
+    return [f"the highest loss is {loss:.4g}, of {clip}"]
 
 
 def _show(first: float, second: float) -> str:

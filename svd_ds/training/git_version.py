@@ -1,4 +1,4 @@
-"""Which code made a run."""
+"""Version of the code that makes a run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def code_version(package: Path = PACKAGE) -> dict[str, Any]:
-    """version, commit, and dirty: whether tracked files differ from the commit. The last two are None where
-    the package is no part of a checkout."""
-    told: dict[str, Any] = {"version": version("svd_ds"), "commit": None, "dirty": None}
+    """Return the version of the package, its git commit, and dirty: True if tracked files differ from the
+    commit.
+
+    commit and dirty are None if the package is not in a git checkout of its own.
+    """
+    found: dict[str, Any] = {"version": version("svd_ds"), "commit": None, "dirty": None}
     try:
-        # An installed package may lie in another project's checkout.
+        # An installed package may be inside another project's checkout.
         _git(package, "ls-files", "--error-unmatch", "__init__.py")
         commit = _git(package, "rev-parse", "HEAD")
         changed = _git(package, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return told
-    return told | {"commit": commit, "dirty": changed != ""}
+        return found
+    return found | {"commit": commit, "dirty": changed != ""}
 
 
 def _git(folder: Path, *words: str) -> str:

@@ -1,11 +1,11 @@
-"""The guard against loss spikes: a step that lies far above the run's recent level is left out. After too
-many in a row the run goes back to its last checkpoint, and on behind the clips that it has seen since.
+"""Guard against loss spikes: it skips steps whose loss or gradient norm is far above the recent median.
 
-A step out of bounds is computed again (cause.py): only one that comes out the same is left out for its clips.
+After too many skipped steps in a row the run rolls back to its last good checkpoint and continues with new
+clips. A step that is out of bounds is computed again (fault_cause.py); if the second computation differs and
+is within the bounds, the step is taken with it.
 
-It judges a step after its last backward and before the optimiser, from two numbers that are the same on all
-ranks: the loss and the gradient's norm. What it remembers is part of `Progress`, so a resumed run decides the
-same.
+A step is checked after its last backward pass and before the optimiser step, by two numbers that are the same
+on all ranks. The guard's state is part of `Progress`, so a resumed run decides the same.
 """
 
 from __future__ import annotations
@@ -20,48 +20,52 @@ from svd_ds.settings import Settings, number
 
 @dataclass(frozen=True)
 class GuardConfig(Settings, section="guard"):
-    """A step that is not finite is always skipped."""
+    """Bounds of the guard. A step whose loss or gradient norm is not finite is always skipped."""
 
     loss_factor: float = number(20.0, gt=1, off=0)
-    """Skip a step whose loss is above so many times the recent median; 0 never does. A network that says
-    nothing has a v-space loss of about 1 at every noise level: at 20 times a good median, 0.05, all that was
-    learned is lost."""
+    """Multiple of the recent median loss above which a step is skipped; 0 sets no bound. A network that
+    outputs zero has a v-space loss of about 1 at every noise level: 20 times a good median, 0.05, means that
+    everything learned is lost."""
     norm_factor: float = number(50.0, gt=1, off=0)
-    """The same for the gradient's norm before clipping; 0 never does. It moves far more than the loss."""
+    """Multiple of the recent median gradient norm, before clipping, above which a step is skipped; 0 sets no
+    bound. The norm varies far more than the loss."""
     recompute_tolerance: float = number(0.01, gt=0, lt=1, off=0)
-    """A step out of bounds is computed again. Losses or gradient norms that then differ by more than this
-    share are failing hardware's (svd_ds/training/fault_cause.py). It must lie far above what the order of a GPU's
-    sums changes, and below what the factors let pass. 0 computes nothing again."""
-    # Its numbers are written with every checkpoint.
+    """Relative difference above which two computations of one step mean failing hardware. A step out of
+    bounds is computed again for the comparison; 0 computes no step again. Choose it far above the differences
+    by the order of a GPU's sums."""
+    # The state of the guard is written with every checkpoint: the window is bounded.
     window: int = number(100, ge=1, le=100_000)
-    """Steps of which the median is taken. As long as there are fewer, only what is not finite is skipped."""
+    """Number of taken steps over which the median is computed. Before there are as many, only steps that are
+    not finite are skipped."""
     max_skips: int = number(5, ge=0)
-    """When more steps than these are skipped in a row, the run goes back to its last checkpoint."""
+    """Largest number of consecutive skipped steps; one more rolls the run back to its last checkpoint."""
     max_rollbacks: int = number(3, ge=0)
-    """The run ends when it would go back more often than this."""
+    """Largest number of rollbacks of a run; instead of one more the run ends with an error."""
 
 
 @dataclass(frozen=True)
 class GuardState:
-    """What the guard remembers of the steps before."""
+    """State of the guard: the recent levels, and counts over the run."""
 
     losses: tuple[float, ...] = ()
-    """Of the last steps that were taken, oldest first, at most a window of them."""
+    """Losses of the last taken steps, oldest first, at most guard.window of them."""
     norms: tuple[float, ...] = ()
+    """Gradient norms of the same steps."""
     skipped: int = 0
-    """Steps skipped in all."""
+    """Number of skipped steps of the run."""
     consecutive_skips: int = 0
-    """Steps skipped since the last that was taken."""
+    """Number of skipped steps since the last taken one."""
     rollbacks: int = 0
-    """How often the run went back."""
+    """Number of rollbacks of the run."""
     hardware_faults: int = 0
-    """Steps that came out otherwise when they were computed again."""
+    """Number of steps whose second computation differed from the first."""
 
     def with_hardware_fault(self) -> GuardState:
+        """Return the state with one more hardware fault."""
         return replace(self, hardware_faults=self.hardware_faults + 1)
 
     def rolled_back(self, saved: GuardState) -> GuardState:
-        """After going back to what it was when the checkpoint was saved."""
+        """Return the state after a rollback: levels as `saved` in the checkpoint, counts of the whole run."""
         return replace(
             saved,
             skipped=self.skipped,
@@ -73,10 +77,16 @@ class GuardState:
 
 @dataclass(frozen=True)
 class Guard:
+    """Decides which steps are taken; it has no state of its own."""
+
     config: GuardConfig
 
     def check(self, state: GuardState, loss: float, norm: float) -> tuple[str | None, GuardState]:
-        """What is wrong with a step of this loss and gradient norm, None if nothing; the state after it."""
+        """Check the loss and the gradient norm of a step.
+
+        Returns:
+            The reason why the step is out of bounds, None if it is not; and the state after the step.
+        """
         fault = self._fault("loss", loss, state.losses, self.config.loss_factor) or self._fault(
             "gradient norm", norm, state.norms, self.config.norm_factor
         )
@@ -87,9 +97,11 @@ class Guard:
         return fault, replace(state, skipped=state.skipped + 1, consecutive_skips=state.consecutive_skips + 1)
 
     def should_roll_back(self, state: GuardState) -> bool:
-        """Whether too many steps in a row were skipped.
+        """Return True if more than guard.max_skips steps in a row were skipped.
 
-        Raises SharedError when the run has gone back too often: all ranks see the same numbers.
+        Raises:
+            SharedError: the run has already rolled back guard.max_rollbacks times; on all ranks, which see
+                the same numbers.
         """
         if state.consecutive_skips <= self.config.max_skips:
             return False
@@ -100,12 +112,20 @@ class Guard:
         )
         return True
 
-    def check_may_roll_back(self, state: GuardState, why: str) -> None:
-        """Raises SharedError when the run has gone back too often, with the reason for one more time."""
+    def check_may_roll_back(self, state: GuardState, reason: str) -> None:
+        """Check that one more rollback is allowed.
+
+        Args:
+            reason: reason for the rollback, for the error.
+
+        Raises:
+            SharedError: the run has already rolled back guard.max_rollbacks times.
+        """
         if state.rollbacks >= self.config.max_rollbacks:
             raise SharedError(
-                f"{why}, and the run has gone back {state.rollbacks} of "
-                f"guard.max_rollbacks={self.config.max_rollbacks} times; logs/skipped.jsonl has what was skipped"
+                f"{reason}, and the run has rolled back {state.rollbacks} of "
+                f"guard.max_rollbacks={self.config.max_rollbacks} times; "
+                "logs/skipped.jsonl lists the skipped steps"
             )
 
     def _fault(self, name: str, value: float, recent: tuple[float, ...], factor: float) -> str | None:

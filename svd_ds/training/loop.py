@@ -20,7 +20,7 @@ from svd_ds.parallel.collectives import (
 )
 from svd_ds.parallel.engine import Engine
 from svd_ds.training.checkpoint import Checkpoints, NonFiniteError
-from svd_ds.training.checkpoint_files import Settings
+from svd_ds.training.checkpoint_files import NetworkSettings
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation
 from svd_ds.training.fault_cause import FaultCause
@@ -71,7 +71,7 @@ class TrainingComponents:
     """Damaged samples of all ranks."""
     guard: Guard
     checkpoints: Checkpoints
-    settings: Settings
+    settings: NetworkSettings
     """What a checkpoint says about the network."""
     evaluation: Evaluation | None
     """None without evaluation."""

@@ -87,7 +87,7 @@ class Metrics(NullMetrics):
         self.jsonl = LineFile(folder.metrics)
         self.lines = LineFile(folder.logs / "train.log")
         self.recent: deque[StepMetrics] = deque(maxlen=RATE_WINDOW)
-        self.goodput = Goodput.of(folder)
+        self.goodput = Goodput.from_run_folder(folder)
         self.mfu_counter = mfu_counter
         self.tags = tags or {}
         self.tracker = open_tracker(
@@ -112,7 +112,7 @@ class Metrics(NullMetrics):
         self._append_to_log(text)
 
     def wandb_status(self) -> str:
-        return self.tracker.where() if self.tracker is not None else "W&B: disabled"
+        return self.tracker.status() if self.tracker is not None else "W&B: disabled"
 
     def _append_to_log(self, line: str) -> None:
         # A copy of the console: a full disk ends a run only where metrics or checkpoints would be lost.
@@ -182,7 +182,7 @@ class Metrics(NullMetrics):
         self.jsonl.close()
         damage = self.folder.truncate_after(step, self.folder.metrics, self.folder.evaluation)
         self.jsonl = LineFile(self.folder.metrics)
-        self.goodput = Goodput.of(self.folder)
+        self.goodput = Goodput.from_run_folder(self.folder)
         for sentence in damage:
             self.print_line(f"warning: {sentence}")
         self.print_line(
@@ -212,7 +212,7 @@ class Metrics(NullMetrics):
         self.tracker.log_weights(step, histograms)
 
     def log_preview(self, step: int, preview: Preview) -> None:
-        metrics = "".join(f", {name} {value:.2f}" for name, value in preview.measured.items())
+        metrics = "".join(f", {name} {value:.2f}" for name, value in preview.metrics.items())
         self.print_line(f"step {step}  made {len(preview.videos)} videos{metrics}: {preview.sheet}")
         if self.tracker is not None:
             self.tracker.log_preview(step, preview)

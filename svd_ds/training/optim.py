@@ -1,7 +1,7 @@
-"""Which parameters learn, how fast, and when.
+"""Optimiser settings: parameter groups, and the learning rate schedule.
 
-The paper gives the optimiser (AdamW) and the rates, and says nothing of betas, decay, warm-up or clipping.
-Schedules are pure functions of the number of samples seen, so that they do not depend on the number of ranks.
+The paper gives the optimiser (AdamW) and the learning rates, but no betas, weight decay, warm-up or clipping.
+Schedules are pure functions of the number of samples seen, so they do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -13,46 +13,54 @@ from dataclasses import dataclass
 from svd_ds.settings import Settings, choice, number
 
 TAGS = ("spatial", "temporal", "embedding", "condition")
-"""As the networks have them on their parameters (svd_ds/model/unet.py, `parameter_tags`)."""
+"""Tags of the networks' parameters (svd_ds/model/unet.py, `parameter_tags`)."""
 
 SCHEDULES = ("constant", "cosine", "zero")
 
 
 @dataclass(frozen=True)
 class OptimConfig(Settings, section="optim"):
+    """AdamW, its learning rate for each part of the network, and the schedule."""
+
     lr: float = number(
         1e-4, gt=0, le=100, hint="optim.schedule=zero moves no weight: it only evaluates and samples"
     )
-    """Peak learning rate, multiplied per group by the rates below."""
+    """Peak learning rate. Each part of the network has this rate times its lr_scale."""
     spatial_lr_scale: float = number(1.0, ge=0, le=10_000)
-    """Multiplier for the layers that an image model has; 0 freezes them."""
+    """Multiplier of optim.lr for the spatial layers, those of the image model; 0 freezes them."""
     temporal_lr_scale: float = number(1.0, ge=0, le=10_000)
-    """Multiplier for the layers that video adds; 0 freezes them."""
+    """Multiplier of optim.lr for the temporal layers; 0 freezes them."""
     embedding_lr_scale: float = number(1.0, ge=0, le=10_000)
-    """Multiplier for the embedding of the noise level, which an image model has as well; 0 freezes it."""
+    """Multiplier of optim.lr for the embedding of the noise level, which the image model has too; 0 freezes
+    it."""
     condition_lr_scale: float = number(1.0, ge=0, le=10_000)
-    """Multiplier for the embeddings of scalars and mask, which video adds; 0 freezes them."""
+    """Multiplier of optim.lr for the embeddings of scalars and mask, which the image model has not; 0 freezes
+    them."""
     beta1: float = number(0.9, ge=0, lt=1)
+    """Decay per step of AdamW's first moment."""
     beta2: float = number(0.999, ge=0, lt=1)
+    """Decay per step of AdamW's second moment."""
     eps: float = number(1e-8, gt=0, le=1)
+    """Term added to AdamW's denominator."""
     weight_decay: float = number(0.01, ge=0, le=100)
-    """Decoupled decay of matrices and kernels; norms, biases and mix factors have none."""
+    """Decoupled weight decay of matrices and kernels; norms, biases and mix factors have none."""
     gradient_clip: float = number(1.0, gt=0)
-    """Largest global gradient norm."""
+    """Largest global gradient norm; larger gradients are scaled down to it."""
     schedule: str = choice("constant", SCHEDULES)
-    """constant | cosine, after the warm-up | zero (no weight moves: a run only evaluates and samples)."""
+    """Learning rate after the warm-up: constant | cosine (down to optim.final_lr_scale) | zero (weights do
+    not change: the run only evaluates and samples)."""
     warmup_samples: int = number(0, ge=0)
-    """The rate rises linearly over this many clips."""
+    """Clips over which the learning rate rises linearly from 0; 0 is no warm-up."""
     final_lr_scale: float = number(0.0, ge=0, le=1)
-    """Where cosine ends, as a share of the peak."""
+    """Learning rate at the end of the cosine schedule, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not any(self.rate(tag) > 0 for tag in TAGS):
+        if not any(self.lr_scale(tag) > 0 for tag in TAGS):
             raise ValueError(f"optim freezes everything: {'_lr_scale, '.join(TAGS)}_lr_scale are all 0")
 
-    def rate(self, tag: str) -> float:
-        """The multiplier for parameters of `tag`, one of TAGS."""
+    def lr_scale(self, tag: str) -> float:
+        """Return the multiplier of the learning rate for parameters with a tag, one of TAGS."""
         return getattr(self, f"{tag}_lr_scale")
 
 
@@ -62,46 +70,49 @@ class ParameterGroup:
 
     name: str
     weight_decay: float
-    members: tuple[str, ...]
-    """Names of parameters."""
+    parameter_names: tuple[str, ...]
+    """Names of the parameters in the group."""
 
 
 def parameter_groups(
     tags: Mapping[str, str], shapes: Mapping[str, Sequence[int]], config: OptimConfig
 ) -> list[ParameterGroup]:
-    """Sort parameters into groups by tag and by whether they decay; frozen ones are in no group.
+    """Group parameters by tag and by weight decay; frozen parameters are in no group.
 
-    tags: parameter name -> one of TAGS. shapes: parameter name -> full shape.
+    Args:
+        tags: parameter name -> one of TAGS.
+        shapes: parameter name -> full shape.
     """
-    members: dict[tuple[str, bool], list[str]] = {}
+    names_by_group: dict[tuple[str, bool], list[str]] = {}
     for name, tag in tags.items():
-        if config.rate(tag) > 0:
+        if config.lr_scale(tag) > 0:
             decays = len(shapes[name]) > 1
-            members.setdefault((tag, decays), []).append(name)
+            names_by_group.setdefault((tag, decays), []).append(name)
     return [
         ParameterGroup(
             name=_group_name(tag, decays),
             weight_decay=config.weight_decay if decays else 0.0,
-            members=tuple(names),
+            parameter_names=tuple(names),
         )
-        for (tag, decays), names in sorted(members.items())
+        for (tag, decays), names in sorted(names_by_group.items())
     ]
 
 
 def group_lrs(config: OptimConfig, peak: float) -> dict[str, float]:
-    """Group name -> learning rate, when the peak group has `peak`."""
+    """Return group name -> learning rate, which is `peak` times the lr_scale of the group's tag."""
     return {
-        name: peak * config.rate(tag)
+        name: peak * config.lr_scale(tag)
         for tag in TAGS
         for name in (_group_name(tag, True), _group_name(tag, False))
     }
 
 
 def learning_rate(config: OptimConfig, samples: int, total_samples: int) -> float:
-    """The peak rate once `samples` clips of a run of `total_samples` have been seen.
+    """Return the learning rate, before lr_scale, of the step after which `samples` clips have been seen.
 
-    A step asks with the count that it will have reached at its end, so that the first step of a warm-up
-    moves.
+    Args:
+        samples: clips seen at the end of the step, so that the first step of a warm-up changes weights.
+        total_samples: clips of the whole run.
     """
     if config.schedule == "zero":
         return 0.0

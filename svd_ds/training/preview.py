@@ -1,4 +1,4 @@
-"""Videos made during training, from the averaged weights, so that one sees what is being learned."""
+"""Preview videos during training, sampled with the averaged weights."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ from svd_ds.video import contact_sheet, from_uint8, to_uint8, write_mp4
 
 @dataclass(frozen=True)
 class PreviewConfig(SampleConfig):
+    """Previews during training, and how they are sampled."""
+
     every: int = number(1000, ge=1)
-    """Steps between previews; the last step always leaves one."""
+    """Steps between previews; the last step always has one."""
     num_videos: int = number(4, ge=1, le=10_000)
-    """Fixed clips whose first frames (last frames, captions) are the conditions."""
+    """Number of preview videos. Each is sampled from the conditions of a fixed training clip: its first
+    frame, its last frame, its caption, as the network takes them."""
 
 
 PreviewFn = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]
-"""(network, clips, their numbers) -> frames in [-1, 1], (B, T, 3, H, W)."""
+"""(network, clips, ordinals that seed the noise) -> frames in [-1, 1], (B, T, 3, H, W)."""
 PreviewMetrics = Mapping[str, Callable[[Tensor, Tensor], float]]
-"""Name -> (made, real), both uint8 (B, T, 3, H, W), -> a number that says how close they are."""
+"""Metric name -> function of generated and real videos, both uint8 (B, T, 3, H, W)."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What was written at one step, and how close the videos come to the real clips."""
+    """Files of the previews of one step, and their metrics against the real clips."""
 
     videos: list[Path]
     sheet: Path
-    measured: dict[str, float]
+    """Contact sheet (png)."""
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
 class SamplingPreview:
-    """Renders a clip anew from its first frame, its two ends, or its caption."""
+    """PreviewFn that samples clips from their first frames, both ends, or captions."""
 
     config: PreviewConfig
     autoencoder: Autoencoder
@@ -73,30 +77,33 @@ class SamplingPreview:
 
 @dataclass(frozen=True)
 class Previews:
-    """Renders the same clips each time; the ranks share them out."""
+    """Renders previews of the same clips each time; the clips are divided over the ranks."""
 
     clips: Batch
     preview_fn: PreviewFn
-    measures: PreviewMetrics
+    metrics: PreviewMetrics
     fps: float
-    """Of the files."""
+    """Frame rate of the video files."""
     folder: RunFolder
     env: Env
     check_not_fenced: Callable[[], None] = lambda: None
-    """Raises ValueError where another start of the run has taken the folder over."""
+    """Raises ValueError if another restart has acquired the run folder."""
 
     def make(self, step: int, engine: Engine, ema: ShardEMA) -> Preview | None:
-        """Render with the first average and write `samples/step-.../` in the run folder. All ranks call it.
+        """Render with the first average of the weights and write `samples/step-N/`. All ranks call it.
 
-        There: video-0.mp4 and on, and contact_sheet.png, in which each video stands below its real clip.
-        And measures.json, where there are measures. Returns what it wrote on rank 0, None elsewhere.
+        The folder has video-0.mp4, video-1.mp4, ...; contact_sheet.png, with each video below its real clip;
+        and measures.json with the metrics, if there are any.
+
+        Returns:
+            The preview on rank 0, None on the others.
         """
         per_rank = -(-len(self.clips) // self.env.world)
         # Every rank must run the sharded network equally often: the last ones may sample a clip again.
-        mine = [min(self.env.rank * per_rank + i, len(self.clips) - 1) for i in range(per_rank)]
-        clips = self.clips.select(mine).to(self.env.device)
+        indices = [min(self.env.rank * per_rank + i, len(self.clips) - 1) for i in range(per_rank)]
+        clips = self.clips.select(indices).to(self.env.device)
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
-            frames_BTCHW = self.preview_fn(engine, clips, mine)
+            frames_BTCHW = self.preview_fn(engine, clips, indices)
         videos = all_gather_cat(to_uint8(frames_BTCHW))[: len(self.clips)]
         return raise_on_all_ranks(lambda: self._write(step, videos) if self.env.rank == 0 else None)
 
@@ -109,7 +116,7 @@ class Previews:
             for path, frames_TCHW in zip(paths, videos_BTCHW, strict=True):
                 write_mp4(frames_TCHW, path, self.fps)
             contact_sheet([row for pair in zip(real_BTCHW, videos_BTCHW, strict=True) for row in pair], sheet)
-        measured = {name: measure(videos_BTCHW, real_BTCHW) for name, measure in self.measures.items()}
-        if measured:
-            replace_text(folder / "measures.json", json.dumps(measured, indent=1) + "\n")
-        return Preview(paths, sheet, measured)
+        metrics = {name: metric(videos_BTCHW, real_BTCHW) for name, metric in self.metrics.items()}
+        if metrics:
+            replace_text(folder / "measures.json", json.dumps(metrics, indent=1) + "\n")
+        return Preview(paths, sheet, metrics)

@@ -1,7 +1,6 @@
-"""Where a run stands, as numbers: all that a checkpoint needs besides tensors.
+"""Progress of a run: everything that a checkpoint holds besides tensors.
 
-There is no random state here. Everything random about a clip comes from (seed, its position in the global
-order).
+It has no state of random generators: all random numbers of a clip are drawn from (seed, sample ordinal).
 """
 
 from __future__ import annotations
@@ -17,29 +16,41 @@ from svd_ds.training.guard import GuardState
 
 @dataclass(frozen=True)
 class Progress:
+    """Progress of a run after a step, the same on all ranks."""
+
     cursor: Cursor
-    """Position of the whole run's data."""
+    """Next sample ordinal of the data, over all ranks."""
     step: int = 0
-    """Steps done, those that the guard skipped among them."""
+    """Number of steps done, including those that the guard skipped."""
     samples: int = 0
-    """Clips seen by all ranks together."""
+    """Number of clips seen by all ranks together."""
     guard: GuardState = field(default_factory=GuardState)
 
     def advance(self, cursor: Cursor, batch: int, guard: GuardState) -> Progress:
-        """After one more step over `batch` clips."""
+        """Return the progress after one more step.
+
+        Args:
+            cursor: cursor after the step.
+            batch: number of clips in the step, over all ranks.
+            guard: state of the guard after the step.
+        """
         return Progress(cursor, self.step + 1, self.samples + batch, guard)
 
     def rolled_back(self, saved: Progress) -> Progress:
-        """At a checkpoint's step again, but behind all clips that were seen since."""
+        """Return the progress after a rollback: the step of the checkpoint, with the data order continued."""
         return replace(saved, cursor=self.cursor, guard=self.guard.rolled_back(saved.guard))
 
     def as_json(self) -> str:
-        """What `read` reads."""
+        """Return the content of state.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @staticmethod
     def read(path: Path) -> Progress:
-        """Read state.json. Raises ValueError, naming the file, where it is damaged."""
+        """Read state.json.
+
+        Raises:
+            ValueError: the file is damaged; the message names it.
+        """
         values = read_json(path)
         try:
             guard = {**values["guard"], **{key: tuple(values["guard"][key]) for key in ("losses", "norms")}}
@@ -50,4 +61,4 @@ class Progress:
                 guard=GuardState(**guard),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: it is no state of a run ({error!r})") from error
+            raise ValueError(f"{path} is damaged: it is not the state of a run ({error!r})") from error

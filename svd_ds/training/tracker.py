@@ -1,7 +1,8 @@
 """Weights & Biases. The only import of wandb.
 
-Rank 0 alone speaks to it. A run folder is one W&B run for all its lives: the id is kept in logs/wandb-run-id.
-Steps are ours ("train/step"), because W&B's own counts on where a killed life's last upload ended.
+Only rank 0 uses it. A run folder is one W&B run over all restarts: its id is in logs/wandb-run-id. The step
+axis is our own "train/step": W&B's step continues from the last upload before a kill, not from the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -24,84 +25,94 @@ from svd_ds.training.evaluate import EvalResult
 from svd_ds.training.preview import Preview
 
 MODES = ("auto", "online", "offline", "disabled")
-START_S, FINISH_S = 30, 60
-"""For W&B's client to start a run, and to send what is left at its end. Slurm gives a job 300 s to leave in
-(slurm/stage2.sh), a checkpoint among it."""
+INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 30, 60
+"""Seconds that the W&B client may take to start a run, and to send the remaining data at its end. Slurm gives
+a job 300 s to stop (slurm/stage2.sh), including a checkpoint."""
 RUN_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 CLIENT_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)")
-"""What the client names a folder in wandb/: the time of a start, and the run's id."""
+"""Name of a folder of the client in wandb/: time of a start, and id of the run."""
 
 
 class Tracker:
-    """An open W&B run. Its client is a process of its own, which may die: training goes on without it."""
+    """An open W&B run. Its client is a separate process; if it dies, training continues without it."""
 
-    def __init__(self, run: Any, say: Callable[[str], None]) -> None:
-        self.run, self.print_line, self.lost = run, say, False
-        # A resumed run repeats W&B's own step: ours is the axis.
-        self._tell(lambda: self.run.define_metric("train/step"))
-        self._tell(lambda: self.run.define_metric("*", step_metric="train/step"))
+    def __init__(self, run: Any, print_line: Callable[[str], None]) -> None:
+        """
+        Args:
+            run: run that `wandb.init` returned.
+            print_line: prints a warning for the user.
+        """
+        self.run, self.print_line, self.lost = run, print_line, False
+        # W&B's own step is not that of a resumed run: use ours as the axis.
+        self._send(lambda: self.run.define_metric("train/step"))
+        self._send(lambda: self.run.define_metric("*", step_metric="train/step"))
 
-    def where(self) -> str:
-        """Where the run is shown, in words."""
+    def status(self) -> str:
+        """Return one line: the URL of the run, or the command that uploads an offline run."""
         if not self.run.offline:
             return f"W&B: online, {self.run.url}"
         folder = Path(self.run.dir).parent
         return f"W&B: offline; after `wandb login`, `wandb sync {folder}` uploads it"
 
     def log(self, numbers: Mapping[str, float]) -> None:
-        """What is known of a step, its number among it."""
-        told = {f"train/{name}": value for name, value in numbers.items()}
-        self._tell(lambda: self.run.log(told))
+        """Log the numbers of a step by name; they include "step"."""
+        row = {f"train/{name}": value for name, value in numbers.items()}
+        self._send(lambda: self.run.log(row))
 
-    def log_evaluation(self, step: int, measured: EvalResult) -> None:
-        told = {"loss": fmean(measured.loss), "loss_average": fmean(measured.loss_average)}
+    def log_evaluation(self, step: int, result: EvalResult) -> None:
+        """Log an evaluation: means, and each list with the index of its bin or frame in the name."""
+        row = {"loss": fmean(result.loss), "loss_average": fmean(result.loss_average)}
         for name in ("loss", "loss_average", "grad_norm"):
-            told |= {f"{name}/sigma-{i}": x for i, x in enumerate(getattr(measured, name))}
-        told |= {f"loss/frame-{t}": x for t, x in enumerate(measured.loss_by_frame)}
-        told |= {f"grad_norm/frame-{t}": x for t, x in enumerate(measured.grad_norm_by_frame)}
-        self._log_at(step, "evaluation", told)
+            row |= {f"{name}/sigma-{i}": x for i, x in enumerate(getattr(result, name))}
+        row |= {f"loss/frame-{t}": x for t, x in enumerate(result.loss_by_frame)}
+        row |= {f"grad_norm/frame-{t}": x for t, x in enumerate(result.grad_norm_by_frame)}
+        self._log_at(step, "evaluation", row)
 
     def log_weights(self, step: int, histograms: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """By name: counts, and the edges between them."""
+        """Log histograms of weights.
+
+        Args:
+            histograms: name -> counts and bin edges, as numpy.histogram returns them.
+        """
         import wandb
 
-        told = {name: wandb.Histogram(np_histogram=histogram) for name, histogram in histograms.items()}
-        self._log_at(step, "weights", told)
+        row = {name: wandb.Histogram(np_histogram=histogram) for name, histogram in histograms.items()}
+        self._log_at(step, "weights", row)
 
     def log_preview(self, step: int, preview: Preview) -> None:
-        """Its contact sheet, its videos and what was measured of them."""
+        """Log the contact sheet, the videos and the metrics of a preview."""
         import wandb
 
-        told: dict[str, Any] = {"contact_sheet": wandb.Image(str(preview.sheet)), **preview.measured}
-        told |= {path.stem: wandb.Video(str(path), format="mp4") for path in preview.videos}
-        self._log_at(step, "samples", told)
+        row: dict[str, Any] = {"contact_sheet": wandb.Image(str(preview.sheet)), **preview.metrics}
+        row |= {path.stem: wandb.Video(str(path), format="mp4") for path in preview.videos}
+        self._log_at(step, "samples", row)
 
     def alert(self, title: str, text: str) -> None:
-        """Tell the person now, by what W&B knows of them (mail, Slack)."""
-        self._tell(lambda: self.run.alert(title, text))
+        """Send an alert to the user, by mail or Slack as configured in W&B."""
+        self._send(lambda: self.run.alert(title, text))
 
     def finish(self, failed: bool) -> None:
-        """Send what is left, for at most FINISH_S."""
-        self._tell(lambda: self.run.finish(exit_code=int(failed)))
+        """Send the remaining data, for at most FINISH_TIMEOUT_S seconds, and close the run."""
+        self._send(lambda: self.run.finish(exit_code=int(failed)))
         if self.lost:
-            # Or it tries once more as the interpreter ends, and puts a traceback on the console.
-            _end_client()
+            # Otherwise it tries once more when the interpreter exits, and prints a traceback.
+            _shut_down_client()
 
-    def _log_at(self, step: int, room: str, told: Mapping[str, Any]) -> None:
-        row = {f"{room}/{name}": value for name, value in told.items()} | {"train/step": step}
-        self._tell(lambda: self.run.log(row))
+    def _log_at(self, step: int, section: str, values: Mapping[str, Any]) -> None:
+        row = {f"{section}/{name}": value for name, value in values.items()} | {"train/step": step}
+        self._send(lambda: self.run.log(row))
 
-    def _tell(self, message: Callable[[], object]) -> None:
-        """Give the client a message; from the first that fails on, none."""
+    def _send(self, call: Callable[[], object]) -> None:
+        """Call the client; after the first call that fails, call it no more."""
         if self.lost:
             return
         try:
-            message()
-        except Exception as error:  # its kinds have no common base, and none is worth a run
+            call()
+        except Exception as error:  # wandb's errors have no common base, and none may end a run
             self.lost = True
             self.print_line(
-                f"warning: W&B is lost ({_words(error)}); this run goes on without it, and what was not sent "
-                "is in its folder wandb/, for `wandb sync`"
+                f"warning: W&B is lost ({_one_line(error)}); this run continues without it, and the data "
+                "that was not sent is in its folder wandb/, for `wandb sync`"
             )
 
 
@@ -111,17 +122,27 @@ def open_tracker(
     project: str,
     entity: str | None,
     settings: Mapping[str, Any],
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
     on_stop: Callable[[], None],
 ) -> Tracker | None:
-    """Start or take up the folder's W&B run; None when disabled. Where it cannot be online it is offline, and
-    where not even that, None; either is said once, and so is a damaged file of the run's id.
+    """Start or resume the W&B run of a run folder.
 
-    mode: one of MODES; settings: what the run's config is to show; on_stop: called, in a thread of W&B's,
-    when the run is stopped there, by its button or by a sweep. Raises ValueError for a WANDB_MODE that is
-    none.
+    If it cannot be online, it is offline. A warning is printed for each failed mode and for a damaged run id.
+
+    Args:
+        mode: one of MODES.
+        settings: resolved config of the run.
+        print_line: prints a warning for the user.
+        on_stop: called in a thread of W&B's client when the run is stopped in W&B, by its button or by a
+            sweep.
+
+    Returns:
+        The tracker; None if W&B is disabled or cannot be used at all.
+
+    Raises:
+        ValueError: WANDB_MODE is not a mode.
     """
-    resolved = _resolve(mode)
+    resolved = _resolve_mode(mode)
     if resolved == "disabled":
         return None
     import wandb
@@ -129,7 +150,7 @@ def open_tracker(
     options: dict[str, Any] = {
         "project": project,
         "entity": entity,
-        "id": _run_id(folder, say),
+        "id": _run_id(folder, print_line),
         "name": redact(folder.path.name),
         "dir": str(folder.path),
         "config": redact_tree(dict(settings)),
@@ -137,53 +158,55 @@ def open_tracker(
         "settings": wandb.Settings(
             console="off",
             silent=True,
-            init_timeout=START_S,
-            finish_timeout=FINISH_S,
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
             finish_timeout_raises=True,
-            # Its own way is an interrupt at once, which leaves no checkpoint.
+            # By default W&B interrupts the process at once, without a checkpoint.
             stop_fn=on_stop,
         ),
     }
-    for way in dict.fromkeys((resolved, "offline")):
+    for attempted in dict.fromkeys((resolved, "offline")):
         try:
-            return Tracker(wandb.init(mode=way, **options), say)
+            return Tracker(wandb.init(mode=attempted, **options), print_line)
         except Exception as error:  # as in Tracker
-            instead = "logged offline in its folder wandb/" if way == "online" else "not logged there"
-            say(f"warning: W&B cannot be used {way} ({_words(error)}); this run is {instead}")
-            # It holds the run's id for used.
-            _end_client()
+            instead = "logged offline in its folder wandb/" if attempted == "online" else "not logged to W&B"
+            print_line(f"warning: W&B cannot be used {attempted} ({_one_line(error)}); this run is {instead}")
+            # The client considers the run id as in use until it is shut down.
+            _shut_down_client()
     return None
 
 
-def _end_client() -> None:
+def _shut_down_client() -> None:
     import wandb
 
-    # What it has failed at is told.
+    # Its failure has already been reported.
     with suppress(Exception):
         wandb.teardown()
 
 
-def _words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _resolve(mode: str) -> Any:
-    """auto is what WANDB_MODE says, or online where a key is at hand."""
-    told = os.environ.get("WANDB_MODE")
-    if told and told not in MODES[1:]:
-        # Whatever the mode: the client reads it too.
-        raise ValueError(f"WANDB_MODE is {told!r}: choose {', '.join(MODES[1:])}")
+def _resolve_mode(mode: str) -> Any:
+    """Resolve auto to WANDB_MODE, else to online if the client has an API key, else to offline."""
+    env_mode = os.environ.get("WANDB_MODE")
+    if env_mode and env_mode not in MODES[1:]:
+        # Checked for every mode, because the client reads the variable too.
+        raise ValueError(f"WANDB_MODE is {env_mode!r}: it must be one of {', '.join(MODES[1:])}")
     if mode != "auto":
         return mode
-    if told:
-        return told
+    if env_mode:
+        return env_mode
     return _client_mode()
 
 
 def _client_mode() -> str:
-    """What W&B's own client would do, by its settings and credentials: WANDB_API_KEY, WANDB_BASE_URL, NETRC
-    or ~/.netrc (`wandb login`), ~/.config/wandb/settings (`wandb login --host`, `wandb offline`). Neither the
-    server nor a person is asked."""
+    """Return the mode that W&B's client would use, by its settings and credentials.
+
+    They are WANDB_API_KEY, WANDB_BASE_URL, NETRC or ~/.netrc (`wandb login`), and ~/.config/wandb/settings
+    (`wandb login --host`, `wandb offline`). Nothing is sent to the server, and there is no prompt.
+    """
     from wandb.errors import AuthenticationError
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
@@ -199,26 +222,31 @@ def _client_mode() -> str:
             update_session=False,
         )
     except (AuthenticationError, ValueError):
-        # There is a key, or a server, that is none: `wandb.init` says what is wrong with it.
+        # The key or the server address is malformed: `wandb.init` reports what is wrong with it.
         return "online"
     return "online" if found is not None else "offline"
 
 
-def _run_id(folder: RunFolder, say: Callable[[str], None]) -> str:
-    """The id of the folder's W&B run, made at its first start; a damaged one is found in wandb/ again."""
+def _run_id(folder: RunFolder, print_line: Callable[[str], None]) -> str:
+    """Return the id of the folder's W&B run, created at its first start.
+
+    If the file of the id is damaged, the id is recovered from the newest folder in wandb/.
+    """
     path = folder.logs / "wandb-run-id"
-    told = ""
+    damage = ""
     if path.exists():
         found = path.read_bytes().decode("utf-8", "replace")
         if RUN_ID.fullmatch(found):
             return found
-        told = f"warning: {path} is damaged: it is no id of a W&B run; it was kept as {set_aside(path)}"
-    known = _newest_id(folder.path / "wandb") if told else None
+        damage = (
+            f"warning: {path} is damaged: it is not the id of a W&B run; it was kept as {set_aside(path)}"
+        )
+    known = _newest_id(folder.path / "wandb") if damage else None
     run_id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     replace_text(path, run_id)
-    if told:
+    if damage:
         source = "is taken from the newest folder in wandb/" if known else "is new: another W&B run begins"
-        say(f"{told}, and the id {run_id} {source}")
+        print_line(f"{damage}, and the id {run_id} {source}")
     return run_id
 
 

@@ -1,4 +1,4 @@
-"""What a run makes of its machine: wall time, memory, arithmetic."""
+"""Goodput, MFU and peak memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from svd_ds.run_folder import RunFolder
 from svd_ds.weights.restarts import read_acquired_restarts
 
 OVERHEADS = ("data", "checkpoint", "evaluation", "preview")
-"""What a rank does besides computing steps."""
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A800": 312e12, "L40S": 362e12}
-"""Dense bfloat16 operations a second by the vendor's data sheet, of the form with the largest: a part of the
-device's name -> peak. A PCIe card reaches less of it."""
+"""Stages of a run besides the computation of steps."""
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A800": 312e12, "L40S": 362e12}
+"""Part of a GPU's name -> its peak FLOP/s in dense bfloat16, by the vendor's data sheet, of the fastest
+variant of that name. A PCIe card has a lower peak."""
 
 
 class StageTimer:
-    """Times a rank's waits. `with clock("data"): ...` adds to one of WAITS."""
+    """Timer of a rank's overheads: `with timer("data"): ...` adds to one of OVERHEADS."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(OVERHEADS, 0.0)
@@ -37,24 +37,25 @@ class StageTimer:
         self._seconds[kind] += time.perf_counter() - started
 
     def lap(self) -> dict[str, float]:
-        """Seconds of each kind since the last lap."""
+        """Return the seconds of each overhead since the last call."""
         seconds, self._seconds = self._seconds, dict.fromkeys(OVERHEADS, 0.0)
         return seconds
 
 
 @dataclass
 class Goodput:
-    """How the wall time since a run was first started divides, over all its lives."""
+    """Division of a run's wall time since its first start, over all restarts."""
 
     started: float
-    """Seconds since the epoch."""
+    """First start of the run, in seconds since the epoch."""
     compute_s: float
-    """In the steps that count: one that was lost and done again counts once."""
+    """Seconds of computation; a step that was lost and done again counts once."""
     overheads_s: dict[str, float]
+    """Seconds of each of OVERHEADS."""
 
     @staticmethod
-    def of(folder: RunFolder) -> Goodput:
-        """As far as the folder's files tell; of a run without a life until now, it starts now."""
+    def from_run_folder(folder: RunFolder) -> Goodput:
+        """Read the times of a run so far from its restarts.jsonl and metrics.jsonl."""
         restarts = read_acquired_restarts(folder.checkpoints)
         started = restarts[0].time if restarts else time.time()
         goodput = Goodput(started, 0.0, dict.fromkeys(OVERHEADS, 0.0))
@@ -63,14 +64,22 @@ class Goodput:
         return goodput
 
     def add(self, step_s: float, overheads_s: Mapping[str, float]) -> None:
-        """One more step. `step_s` holds the wait for data and none of the others."""
+        """Add the times of one step.
+
+        Args:
+            step_s: seconds of the step, including its wait for data and no other overhead.
+            overheads_s: seconds of each of OVERHEADS.
+        """
         self.compute_s += step_s - overheads_s["data"]
         for kind, seconds in overheads_s.items():
             self.overheads_s[kind] += seconds
 
     def shares(self, now: float) -> dict[str, float]:
-        """Shares of the wall time until `now`, 1 in all: compute, each wait, and restart, which is the rest:
-        queues, starts, steps that were lost."""
+        """Return the fractions of the wall time until `now`, whose sum is 1.
+
+        They are `compute` (the goodput), each of OVERHEADS, and `restart`, the remainder: time in the queue,
+        starting up, and in steps that were lost.
+        """
         wall_s = max(now - self.started, 1e-9)
         shares = {"compute": self.compute_s / wall_s}
         shares |= {kind: seconds / wall_s for kind, seconds in self.overheads_s.items()}
@@ -79,31 +88,42 @@ class Goodput:
 
 @dataclass(frozen=True)
 class MfuCounter:
-    """What the ranks' arithmetic is measured by."""
+    """Computes the model FLOPs utilisation (MFU) from the throughput."""
 
-    clip_flops: float
-    """Of a step: three times a forward pass, whatever is frozen or recomputed."""
+    flops_per_clip: float
+    """Floating-point operations per clip and training step: three times the forward pass, one for it and two
+    for the backward pass. Recomputed activations do not count, and frozen layers count like trained ones."""
     peak_flops: float
-    """Of all ranks together, a second."""
+    """Peak FLOP/s in bfloat16 of all ranks together."""
 
     def mfu(self, clips_per_s: float) -> float:
-        """Model FLOPs utilisation (arXiv 2204.02311, appendix B)."""
-        return self.clip_flops * clips_per_s / self.peak_flops
+        """Return the MFU (PaLM, arXiv 2204.02311, appendix B): achieved over peak FLOP/s.
+
+        Args:
+            clips_per_s: throughput of all ranks together.
+        """
+        return self.flops_per_clip * clips_per_s / self.peak_flops
 
 
-def peak_of(device: torch.device) -> float | None:
-    """A GPU's bfloat16 operations a second; None for a CPU or a GPU that is not in PEAKS."""
+def device_peak_flops(device: torch.device) -> float | None:
+    """Return the peak FLOP/s of a GPU in bfloat16; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 @torch.no_grad()
 def unet_forward_flops(config: UNetConfig, num_frames: int, height: int, width: int, num_tokens: int) -> int:
-    """Operations of one clip's forward pass, counted on the meta device; height and width in pixels.
+    """Count the floating-point operations of the forward pass of one clip, on the meta device.
 
-    A multiplication and its sum are two.
+    torch's FlopCounterMode counts matrix products and convolutions; a multiplication and an addition are two
+    operations.
+
+    Args:
+        height: height of a frame in pixels.
+        width: width of a frame in pixels.
+        num_tokens: number of context tokens.
     """
     with torch.device("meta"):
         unet = UNet(config)
@@ -124,7 +144,11 @@ def _has_times(row: dict[str, Any]) -> bool:
 
 
 def peak_memory_gib() -> float:
-    """The most that this rank held so far: on its GPU where it has one, else in the host's memory."""
+    """Return the peak memory of this rank so far, in GiB.
+
+    On a GPU it is the peak of tensors allocated by torch, without the allocator's cache and without what
+    other libraries such as NCCL allocate. On a CPU it is the peak resident set size of the process.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""Every file under conf/ composes to a RunConfig and builds its network; what is misspelt is refused."""
+"""Every file under conf/ composes to a RunConfig and builds its network; misspelt keys are refused."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CHOICES = sorted(
     for path in CONF.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "debug", "sweep")
 )
-# What an experiment leaves to the site: its data, its frozen parts, the run of the stage before.
-SITE = ["data.path=data/quickstart", "frozen.path=tiny", "init.from=runs/before"]
+# Settings that every user must give: data, frozen models, run of the previous stage.
+REQUIRED = ["data.path=data/quickstart", "frozen.path=tiny", "init.from=runs/before"]
 
 
 def build(config: RunConfig) -> UNet:
@@ -34,16 +34,16 @@ def build(config: RunConfig) -> UNet:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda part: part)
 def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
-    unet = build(compose([f"{group}={choice}", *SITE]))
+    unet = build(compose([f"{group}={choice}", *REQUIRED]))
     assert all(parameter.is_meta for parameter in unet.parameters())
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("debug", [[], ["debug=tiny"]], ids=["full", "tiny"])
 def test_every_experiment_composes_and_builds(experiment: str, debug: list[str]) -> None:
-    # A decoder starts from the frozen parts, and has no stage before.
-    site = SITE[:2] if experiment == "temporal_decoder" else SITE
-    config = compose([f"+experiment={experiment}", *debug, *site])
+    # A decoder starts from the frozen models, and has no previous stage.
+    required = REQUIRED[:2] if experiment == "temporal_decoder" else REQUIRED
+    config = compose([f"+experiment={experiment}", *debug, *required])
     unet = build(config)
     channels = {"none": 4, "image": 8, "ends": 9}[config.conditioning.concat]
     assert unet.config.in_channels == channels
@@ -72,15 +72,15 @@ def test_every_group_has_a_test() -> None:
     assert groups == {group for group, _ in CHOICES} | {"experiment", "debug"}
 
 
-def test_debug_lies_over_any_experiment_and_below_the_command_line() -> None:
+def test_debug_overrides_experiments_and_the_command_line_overrides_debug() -> None:
     config = compose(["debug=tiny", "+experiment=stage2"])
     assert config.batch.size == 12
     assert config.model.widths == (32, 64)
-    assert config.model.in_channels == 4, "the experiment's own shape stays"
+    assert config.model.in_channels == 4, "the number of input channels is the experiment's"
     assert compose(["debug=tiny", "+experiment=stage2", "run.steps=3"]).run.steps == 3
 
 
-def test_runs_of_members_have_folders_of_their_own() -> None:
+def test_members_of_an_ablation_have_separate_run_folders() -> None:
     one, two = (compose(["+experiment=noise_schedule", f"noise={noise}"]) for noise in ("edm", "svd_base"))
     assert one.run.dir == "runs/noise_schedule-edm"
     assert two.run.dir == "runs/noise_schedule-svd_base"
@@ -106,7 +106,7 @@ def test_runs_of_members_have_folders_of_their_own() -> None:
         ("init=runs/stage1", "init is 'runs/stage1': it must have the keys from, which"),
     ],
 )
-def test_a_mistake_is_named(override: str, named: str) -> None:
+def test_mistakes_are_named(override: str, named: str) -> None:
     with pytest.raises((HydraException, ValueError)) as caught:
         compose([override])
     assert named in explain(caught.value)
@@ -118,28 +118,28 @@ def test_a_mistake_is_named(override: str, named: str) -> None:
     [
         ("task=vae", "task is 'vae': it must be one of unet, decoder"),
         ("init.from=runs/stage1", "it starts from frozen.path's vae/"),
-        ("data.latents=true data.crop=center", "it learns from frames"),
+        ("data.latents=true data.crop=center", "a decoder is trained on frames"),
         ("optim.spatial_lr_scale=0 optim.temporal_lr_scale=0", "a decoder has no other layers"),
         ("loss.adversarial_start=-1", "loss.adversarial_start is -1"),
     ],
 )
-def test_a_decoder_has_rules_of_its_own(override: str, named: str) -> None:
+def test_decoder_settings_are_checked(override: str, named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
-        compose(["+experiment=temporal_decoder", *SITE[:2], *override.split()])
+        compose(["+experiment=temporal_decoder", *REQUIRED[:2], *override.split()])
 
 
-def test_a_stage_starts_from_another_by_one_key() -> None:
+def test_init_from_is_the_only_key_of_the_previous_stage() -> None:
     config = compose(["init.from=runs/stage1", "init.which=raw"])
     assert (config.init.source, config.init.which) == ("runs/stage1", "raw")
-    assert config.as_dict()["init"] == {"from": "runs/stage1", "which": "raw"}, "as it is written everywhere"
+    assert config.as_dict()["init"] == {"from": "runs/stage1", "which": "raw"}, "with the key of config files"
 
 
-def test_debug_goes_to_the_end() -> None:
+def test_debug_is_moved_to_the_end() -> None:
     assert debug_last(["debug=tiny", "+experiment=a", "x=1"]) == ["+experiment=a", "x=1", "+debug=tiny"]
     assert debug_last(["debug=tiny", "x=1", "+debug=tiny"]) == ["x=1", "+debug=tiny"]
 
 
-def test_batch_size_is_kept_or_refused() -> None:
+def test_batch_size_is_exact_or_refused() -> None:
     batch = compose(["batch.size=12", "batch.micro=2"]).batch
     assert [batch.split(ranks).num_micro_batches(0) for ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
     with pytest.raises(ValueError, match=r"batch.size 12 cannot be split over 5 ranks; start 4 or 6"):
@@ -148,7 +148,7 @@ def test_batch_size_is_kept_or_refused() -> None:
         batch.split(4)
 
 
-def test_what_a_config_writes_is_plain(tmp_path: Path) -> None:
+def test_config_as_dict_is_plain(tmp_path: Path) -> None:
     import yaml
 
     settings = compose().as_dict()
@@ -162,5 +162,5 @@ def test_buckets_and_mixtures_are_given_on_the_command_line() -> None:
     assert config.data.sets == {"data/a": 3.0, "data/b": 1.0}
     with pytest.raises(ValueError, match=r"data\.buckets has 6x64x64, but not the shape .*, 6x128x160"):
         compose(["data.buckets={6x64x64:2}"])
-    with pytest.raises(ValueError, match="'6x64', which is no FRAMESxHEIGHTxWIDTH"):
+    with pytest.raises(ValueError, match="'6x64', which is not FRAMESxHEIGHTxWIDTH"):
         compose(["data.buckets={6x64:2}"])

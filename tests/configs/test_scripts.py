@@ -61,7 +61,7 @@ def trained(script: str, *arguments: str) -> str:
     return words
 
 
-def test_other_scripts_hand_their_arguments_on() -> None:
+def test_other_scripts_pass_their_arguments() -> None:
     encode = started("encode.sh", "in", "out", "--size", "8x8").splitlines()
     assert encode == [CHECKED, "echo tools/encode.py in out --size 8x8"]
     assert started("curate.sh", "in", "out").endswith("in out --workers 1")
@@ -80,38 +80,36 @@ def test_other_scripts_hand_their_arguments_on() -> None:
         ("2", "RUNNING", "0", False),
     ],
 )
-def test_a_task_that_dies_is_started_again_a_few_times(
-    code: str, state: str, restarts: str, again: bool
-) -> None:
+def test_failed_task_is_restarted_a_few_times(code: str, state: str, restarts: str, again: bool) -> None:
     life = {"CODE": code, "STATE": state, "SLURM_RESTART_COUNT": restarts}
-    told = shell("(. slurm/encode.sh in out); echo $?", **life).splitlines()
+    output = shell("(. slurm/encode.sh in out); echo $?", **life).splitlines()
     queued = [f"job 1 is queued again: srun ended with {code}", "scontrol requeue 1"] if again else []
     checked = [CHECKED] if restarts == "0" else []
-    assert told == [*checked, "echo tools/encode.py in out", *queued, code]
+    assert output == [*checked, "echo tools/encode.py in out", *queued, code]
 
 
 def test_tasks_do_not_start_on_nodes_that_fail() -> None:
     assert shell("(. slurm/encode.sh in out); echo $?", SVD_DS_PYTHON="false") == "1"
 
 
-def test_a_part_that_is_submitted_again_is_the_same_part() -> None:
+def test_requeued_array_task_has_the_same_part() -> None:
     words = ("a b", "out", "--part", "%a/4")
     for array in ({"SLURM_ARRAY_TASK_COUNT": "4"}, {"SLURM_ARRAY_TASK_COUNT": "1"}):
-        told = started("curate.sh", *words, SLURM_ARRAY_TASK_ID="3", **array)
-        assert told.endswith("a b out --part 3/4 --workers 1")
+        output = started("curate.sh", *words, SLURM_ARRAY_TASK_ID="3", **array)
+        assert output.endswith("a b out --part 3/4 --workers 1")
     with pytest.raises(subprocess.CalledProcessError) as refused:
         started("curate.sh", "in", "out", SLURM_ARRAY_TASK_ID="3")
     assert "needs --part %a/N" in refused.value.stderr
 
 
-def test_a_life_has_a_port_of_its_own_below_those_of_the_system() -> None:
+def test_each_restart_has_its_own_port_below_the_ephemeral_ports() -> None:
     lives = ({"SLURM_RESTART_COUNT": "0"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "99999999"})
     ports = [int(shell(". slurm/lib.sh; echo $MASTER_PORT", **life)) for life in lives]
     assert len(set(ports)) == 3
     assert all(15000 <= port < 30000 for port in ports)
 
 
-def test_a_sites_settings_may_read_what_nobody_has_set(tmp_path: Path) -> None:
+def test_site_settings_may_read_unset_variables(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "site.env").write_text("module() { SITE=$CONDA_SHLVL$1; }\nmodule load cuda\n")
     command = ". slurm/lib.sh; echo $SITE; echo $NOTHING"
@@ -120,9 +118,9 @@ def test_a_sites_settings_may_read_what_nobody_has_set(tmp_path: Path) -> None:
     assert ended.value.stdout == "load\n", "our own words are still checked"
 
 
-def test_usr1_queues_a_job_again_that_has_not_begun() -> None:
-    told = shell(". slurm/lib.sh; kill -USR1 $$; run_training x")
-    assert told.startswith("scontrol requeue 1\ntools/job.py ")
+def test_usr1_requeues_a_job_that_has_not_started() -> None:
+    output = shell(". slurm/lib.sh; kill -USR1 $$; run_training x")
+    assert output.startswith("scontrol requeue 1\ntools/job.py ")
 
 
 def test_job_scripts_start_experiments_that_exist() -> None:

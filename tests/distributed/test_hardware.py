@@ -83,8 +83,8 @@ def test_bad_clip_is_skipped_and_named(run_ranks: RunRanks, shards: Path, tmp_pa
     assert rows, "the clip was seen"
     for row in rows:
         assert (row["cause"], row["taken"], len(row["clips"])) == ("data", False, BATCH)
-        named = rf"no finite loss has clip03 \(rank [01] on {re.escape(host())}\)"
-        assert re.fullmatch(f"computed again it comes out the same; {named}", row["message"])
+        named = rf"the loss is not finite for clip03 \(rank [01] on {re.escape(host())}\)"
+        assert re.fullmatch(f"computing it again gives the same numbers; {named}", row["message"])
         assert "clip03" in row["clips"]
         assert f"step {row['step']}  skipped: the loss is nan; {row['message']}" in ended.stdout
     last = metrics(run)[-1]

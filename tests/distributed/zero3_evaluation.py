@@ -12,7 +12,7 @@ from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
 from svd_ds.sample import TINY
 from svd_ds.training.ema import EMAConfig, ShardEMA
-from svd_ds.training.evaluate import Evaluation, EvaluationConfig, FixedSet, as_eval_objective, sigma_at
+from svd_ds.training.evaluate import Evaluation, EvaluationConfig, FixedSet, as_eval_objective, sigma_in_bin
 from svd_ds.training.objectives.diffusion import DiffusionObjective
 from tests.distributed.zero3_harness import Ranks, gathered, plain_unet
 
@@ -54,7 +54,7 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
     for scale, losses in ((1.0, measured.loss), (0.5, measured.loss_average)):
         unet, frame_errors = plain_unet({name: scale * value for name, value in weights.items()}), []
         for s, loss in enumerate(losses):
-            sigma_B = torch.tensor([sigma_at(s, (i + 0.5) / 3) for i in range(3)])
+            sigma_B = torch.tensor([sigma_in_bin(s, (i + 0.5) / 3) for i in range(3)])
             errors_BT = as_eval_objective(diffusion).errors(unet, known, sigma_B)
             assert abs(errors_BT.mean().item() - loss) < 1e-5 * loss, (s, loss)
             frame_errors.append(errors_BT.detach().mean(dim=0))
@@ -63,7 +63,7 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
                 assert abs(measured.grad_norm[s] - norm) < 1e-4 * norm, (s, norm)
         if scale == 1.0:
             assert len(measured.grad_norm_by_frame) == known.x0_BTChw.shape[1]
-            sigma_B = torch.tensor([sigma_at(i, (i + 0.5) / 3) for i in range(3)])
+            sigma_B = torch.tensor([sigma_in_bin(i, (i + 0.5) / 3) for i in range(3)])
             for t, found in enumerate(measured.grad_norm_by_frame):
                 norm = gradient_norm(
                     unet, as_eval_objective(diffusion).errors(unet, known, sigma_B)[:, t].mean()

@@ -1,4 +1,4 @@
-"""A task is refused before its network is made where the machine cannot run it."""
+"""A task that the machine cannot run is refused before its network is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from svd_ds.model.ops import attention, fused
 from svd_ds.tasks import read_task
 
 
-def test_kernels_that_the_machine_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_the_machine_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs: Any = SimpleNamespace(conditioner="any")
     env: Any = SimpleNamespace(device=torch.device("cpu"))
     config = compose(["debug=tiny", "model.kernels=triton"])
@@ -32,7 +32,7 @@ def test_kernels_that_the_machine_lacks_are_refused(monkeypatch: pytest.MonkeyPa
     ],
 )
 @pytest.mark.parametrize("site", ["spatial_attention", "temporal_attention"])
-def test_attention_that_the_machine_lacks_is_refused(
+def test_attention_that_the_machine_cannot_run_is_refused(
     site: str, installed: bool, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs: Any = SimpleNamespace(conditioner="any", precision="fp32")

@@ -76,14 +76,14 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save(folder: Path, tensors: drafts.Files) -> Path:
+def save(folder: Path, tensors: drafts.TensorFiles) -> Path:
     """Write a checkpoint as a run does, and return its folder."""
     digests = drafts.write_draft(folder, tensors, {}, {})
     (folder / COMPLETE).write_text(Manifest("bench", 1, True, digests).as_json())
     return folder
 
 
-def time_save(folder: Path, tensors: drafts.Files) -> tuple[Times, Times]:
+def time_save(folder: Path, tensors: drafts.TensorFiles) -> tuple[Times, Times]:
     """Time a save; returns its times, and these less the time in checksums."""
     digesting = Times(0.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""What a run's network learns: a loss a clip, and what goes along with it."""
+"""Interface of training objectives: the loss of each clip, and its own state."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from svd_ds.batch import Batch
 
 
 class Objective(ABC):
-    """The loop asks for the loss of each micro-batch, and ends the step when the network's has been taken."""
+    """Training objective of a network.
+
+    The loop calls `loss` for each micro-batch of a step, and `end_step` after the optimiser step.
+    """
 
     @abstractmethod
     def loss(self, net: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """One number a clip, (B,) float32; differentiable in the network's parameters."""
+        """Return the loss of each clip, (B,) float32, differentiable in the network's parameters."""
 
     def end_step(self) -> dict[str, float]:
-        """What the step's loss was made of, by name, over all ranks: nothing, unless told. All call it."""
+        """End a step, and return the terms of its loss by name, averaged over all ranks. All ranks call
+        it."""
         return {}
 
     def discard(self) -> None:
-        """Forget what the losses since the last `end_step` have left here: the step is computed again."""
+        """Discard the effects of `loss` since the last `end_step`, because the step is computed again."""
         return
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps for `load_state`: the same on every rank."""
+        """Return the tensors to save in a checkpoint, the same on every rank."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Load the tensors that `state` returned."""
         assert not state, "this objective has no state"

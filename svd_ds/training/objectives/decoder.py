@@ -1,13 +1,13 @@
-"""From a batch of clips to the decoder's loss: how far its frames are from those that were encoded.
+"""Objective of the autoencoder's decoder: reconstruction of the encoded frames.
 
-    frames -> latents               (the frozen encoder; its posterior sampled)
+    frames -> latents               (the frozen encoder; a sample of its posterior)
     latents -> frames               (the network)
-    |difference| + perceptual distance + what the discriminator thinks
+    loss = |difference| + perceptual distance + adversarial loss
 
-The SVD paper gives no recipe for its decoder. VideoLDM's (arXiv 2304.08818 section 3.1.1): the decoder alone,
-on video, with a discriminator over space and time and none for single images. The pixel term is L1, as in the
-losses of Stable Diffusion's autoencoders (CompVis/latent-diffusion contperceptual.py): L2 rewards blur, the
-mean of all that may be there.
+The SVD paper gives no recipe for its decoder. This is VideoLDM's (arXiv 2304.08818 section 3.1.1): the
+decoder alone is trained, on video, with a discriminator over space and time and none for single images. The
+pixel term is L1, as in the losses of Stable Diffusion's autoencoders (CompVis/latent-diffusion
+contperceptual.py): L2 rewards blur, the mean of all plausible images.
 
 Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels.
 """
@@ -33,20 +33,23 @@ from svd_ds.video import from_uint8
 
 @dataclass(frozen=True)
 class DecoderLossConfig(Settings, section="loss"):
-    """Weights of terms are relative to the mean absolute difference of pixels in [-1, 1]."""
+    """Loss of the decoder (task=decoder). Weights of terms are relative to the mean absolute difference of
+    pixels in [-1, 1]."""
 
     perceptual: str | None = location(None)
-    """File of a torchvision VGG16's weights (safetensors); null: no perceptual term."""
+    """File with the weights of torchvision's VGG16 (safetensors); null: no perceptual term."""
     perceptual_heads: str | None = location(None)
-    """File of LPIPS' linear heads for it (safetensors); null: every channel counts one."""
+    """File with the linear heads of LPIPS for VGG16 (safetensors); null weights all channels equally."""
     perceptual_weight: float = number(1.0, ge=0, le=1e6)
+    """Weight of the perceptual term, which is there if loss.perceptual is set."""
     adversarial_weight: float = number(0.0, ge=0, le=1e6)
-    """0: no discriminator."""
+    """Weight of the adversarial term; 0: no discriminator is trained."""
     adversarial_start: int = number(0, ge=0)
-    """Clips seen before there is a discriminator: it and its term begin there."""
+    """Clips of the run before the discriminator and the adversarial term begin; 0: from the first clip on."""
     discriminator_width: int = number(64, ge=1, le=4096)
-    """Channels of its first level."""
+    """Channels of the first level of the discriminator."""
     discriminator_lr: float = number(1e-4, gt=0, le=100)
+    """Learning rate of the discriminator, constant over the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,73 +58,73 @@ class DecoderLossConfig(Settings, section="loss"):
 
 
 class DecoderObjective(Objective):
-    """The decoder's objective: everything that its loss needs besides the network and the batch."""
+    """Objective of the decoder, with the terms of its loss and its discriminator."""
 
     def __init__(
         self,
         config: DecoderLossConfig,
         autoencoder: Autoencoder,
         perceptual: Perceptual | None,
-        adversary: DiscriminatorTrainer | None,
+        discriminator: DiscriminatorTrainer | None,
         seed: int,
     ) -> None:
         self.config = config
         self.autoencoder = autoencoder
         self.perceptual = perceptual
-        self.adversary = adversary
+        self.discriminator = discriminator
         self.seed = seed
         self._sums: dict[str, float] = {}
         self._clips: dict[str, int] = {}
 
     def loss(self, net: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """Weighted error of each clip, (B,) float32; differentiable in the network's parameters.
+        """Return the weighted loss of each clip, (B,) float32, differentiable in the network's parameters.
 
-        With a discriminator: adds the micro-batch to its gradients, too.
+        It also accumulates the gradients of the discriminator, if there is one.
         """
         frames_BTCHW = from_uint8(batch.frames_BTCHW)
-        made_BTCHW = net(self._latents(batch.ordinals, frames_BTCHW)).float()
-        loss_B = (made_BTCHW - frames_BTCHW).abs().mean(dim=(1, 2, 3, 4))
-        self._note("reconstruction", loss_B)
+        decoded_BTCHW = net(self._latents(batch.ordinals, frames_BTCHW)).float()
+        loss_B = (decoded_BTCHW - frames_BTCHW).abs().mean(dim=(1, 2, 3, 4))
+        self._add_term("reconstruction", loss_B)
         if self.perceptual is not None:
-            distance_N = self.perceptual(made_BTCHW.flatten(0, 1), frames_BTCHW.flatten(0, 1))
-            distance_B = distance_N.unflatten(0, made_BTCHW.shape[:2]).mean(dim=1)
-            self._note("perceptual", distance_B)
+            distance_N = self.perceptual(decoded_BTCHW.flatten(0, 1), frames_BTCHW.flatten(0, 1))
+            distance_B = distance_N.unflatten(0, decoded_BTCHW.shape[:2]).mean(dim=1)
+            self._add_term("perceptual", distance_B)
             loss_B = loss_B + self.config.perceptual_weight * distance_B
-        if self.adversary is not None:
-            loss_B = loss_B + self.config.adversarial_weight * self._adversarial(
-                self.adversary, batch.ordinals, frames_BTCHW, made_BTCHW
+        if self.discriminator is not None:
+            loss_B = loss_B + self.config.adversarial_weight * self._adversarial_term(
+                self.discriminator, batch.ordinals, frames_BTCHW, decoded_BTCHW
             )
         return loss_B
 
     def end_step(self) -> dict[str, float]:
-        """Let the discriminator take its step; the mean of each term over the step's clips."""
-        if self.adversary is not None:
-            self.adversary.step()
-        names = self._names()
+        """Take the discriminator's optimiser step, and return the mean of each term over the step's clips."""
+        if self.discriminator is not None:
+            self.discriminator.step()
+        names = self._term_names()
         sums = all_reduce_mean([self._sums.get(name, 0.0) for name in names])
         clips = all_reduce_mean([float(self._clips.get(name, 0)) for name in names])
         self._clear()
-        # The discriminator's terms are not there before it begins.
+        # Before loss.adversarial_start the adversarial terms have no clips.
         return {name: a / b for name, a, b in zip(names, sums, clips, strict=True) if b > 0}
 
     def discard(self) -> None:
-        if self.adversary is not None:
-            self.adversary.discard_gradients()
+        if self.discriminator is not None:
+            self.discriminator.discard_gradients()
         self._clear()
 
     def state(self) -> dict[str, Tensor]:
-        return self.adversary.state() if self.adversary is not None else {}
+        return self.discriminator.state() if self.discriminator is not None else {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        assert self.adversary is not None, "only a discriminator leaves a state"
-        self.adversary.load_state(state)
+        assert self.discriminator is not None, "only a discriminator has state"
+        self.discriminator.load_state(state)
 
-    def _names(self) -> list[str]:
-        """Of every term there may be: each rank has the same."""
+    def _term_names(self) -> list[str]:
+        """Return the names of all terms that may occur, the same on every rank."""
         names = ["reconstruction"]
         if self.perceptual is not None:
             names.append("perceptual")
-        if self.adversary is not None:
+        if self.discriminator is not None:
             names += ["adversarial", "discriminator"]
         return names
 
@@ -129,46 +132,46 @@ class DecoderObjective(Objective):
         self._sums.clear()
         self._clips.clear()
 
-    def _note(self, name: str, values_B: Tensor) -> None:
+    def _add_term(self, name: str, values_B: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + values_B.detach().sum().item()
         self._clips[name] = self._clips.get(name, 0) + len(values_B)
 
-    def _adversarial(
+    def _adversarial_term(
         self,
-        adversary: DiscriminatorTrainer,
+        discriminator: DiscriminatorTrainer,
         ordinals: Sequence[int],
         frames_BTCHW: Tensor,
-        made_BTCHW: Tensor,
+        decoded_BTCHW: Tensor,
     ) -> Tensor:
-        """The discriminator's term, (B,): 0 for clips that come before it begins."""
+        """Return the adversarial term, (B,), which is 0 for clips before loss.adversarial_start."""
         term_B = frames_BTCHW.new_zeros(len(ordinals))
-        # By a clip's place in the order: whatever the ranks and micro-batches, it begins at the same clip.
-        begun = [row for row, ordinal in enumerate(ordinals) if ordinal >= self.config.adversarial_start]
-        if begun:
-            self._note(
+        # By sample ordinal, so that the start does not depend on the number of ranks and micro-batches.
+        rows = [row for row, ordinal in enumerate(ordinals) if ordinal >= self.config.adversarial_start]
+        if rows:
+            self._add_term(
                 "discriminator",
-                adversary.accumulate_discriminator_grads(frames_BTCHW[begun], made_BTCHW[begun]),
+                discriminator.accumulate_discriminator_grads(frames_BTCHW[rows], decoded_BTCHW[rows]),
             )
-            judged = adversary.generator_loss(made_BTCHW[begun])
-            self._note("adversarial", judged)
-            term_B = term_B.index_put((torch.tensor(begun, device=term_B.device),), judged)
+            loss_B = discriminator.generator_loss(decoded_BTCHW[rows])
+            self._add_term("adversarial", loss_B)
+            term_B = term_B.index_put((torch.tensor(rows, device=term_B.device),), loss_B)
         return term_B
 
     @torch.no_grad()
     def _latents(self, ordinals: Sequence[int], frames_BTCHW: Tensor) -> Tensor:
-        """A draw from the encoder's posterior, not scaled, (B, T, C, h, w)."""
+        """Sample the encoder's posterior: latents without the scaling factor, (B, T, C, h, w)."""
         H, W = frames_BTCHW.shape[-2:]
         f = self.autoencoder.downsampling
         moments_BTMhw = self.autoencoder.encode_clips(frames_BTCHW)
         latent_shape = (frames_BTCHW.shape[1], self.autoencoder.latent_channels, H // f, W // f)
-        # No frame is given to the decoder besides the latents: no noise for any.
+        # The decoder has no frames as conditions, so none get noise.
         draws = draw(self.seed, ordinals, latent_shape, (0, 3, H, W), frames_BTCHW.device)
         return posterior(moments_BTMhw, draws.posterior_noise_BTChw)
 
 
 @dataclass(frozen=True)
 class ReconstructionPreview:
-    """Renders a clip anew from its own latents, the posterior's means."""
+    """PreviewFn that reconstructs clips from their own latents, the means of the posterior."""
 
     autoencoder: Autoencoder
 
@@ -178,7 +181,8 @@ class ReconstructionPreview:
         return torch.cat([net(latents_TChw[None]).float() for latents_TChw in latents_BTChw])
 
 
-def psnr(made: Tensor, real: Tensor) -> float:
-    """Peak signal to noise of uint8 pictures, in dB, over all their pixels; infinite where they are equal."""
-    squared = (made.float() - real.float()).square().mean().double()
+def psnr(generated: Tensor, real: Tensor) -> float:
+    """Return the peak signal-to-noise ratio of uint8 images in dB, over all pixels; infinite if they are
+    equal."""
+    squared = (generated.float() - real.float()).square().mean().double()
     return float(10 * torch.log10(255**2 / squared))

@@ -1,6 +1,7 @@
-"""The discriminator as it learns beside the decoder: its own AdamW, the same on every rank.
+"""Training of the discriminator next to the decoder, with its own AdamW optimiser.
 
-It is small, so every rank has all of it. Gradients are summed over the ranks, so the copies stay equal.
+The discriminator is small and replicated on every rank. Gradients are summed over the ranks, so the replicas
+stay equal.
 
 Shape legend: B clips, T frames, C = 3 channels, H x W pixels.
 """
@@ -17,12 +18,14 @@ from svd_ds.model.discriminator import Discriminator, hinge_loss
 from svd_ds.parallel.collectives import all_reduce_sum
 
 BETAS = (0.5, 0.9)
-"""Of the discriminators of Stable Diffusion's own autoencoders (CompVis/latent-diffusion autoencoder.py)."""
+"""AdamW's betas for the discriminators of Stable Diffusion's autoencoders (CompVis/latent-diffusion
+autoencoder.py)."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""Entries of AdamW's state of a parameter."""
 
 
 class DiscriminatorTrainer:
-    """A discriminator, its optimiser, and how many clips its gradients hold."""
+    """A discriminator with its optimiser, and the number of clips in its gradients."""
 
     def __init__(self, width: int, lr: float, seed: int, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -33,38 +36,54 @@ class DiscriminatorTrainer:
         self.clips = torch.zeros((), device=device)
         self.discard_gradients()
 
-    def generator_loss(self, made_BTCHW: Tensor) -> Tensor:
-        """The decoder's loss a clip, (B,): low where its frames pass for real ones. Trains nothing here."""
-        fixed = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        return -functional_call(self.network, fixed, (made_BTCHW,)).mean(dim=1)
+    def generator_loss(self, generated: Tensor) -> Tensor:
+        """Return the adversarial loss of the decoder for each clip, without gradients of the discriminator.
 
-    def accumulate_discriminator_grads(self, real_BTCHW: Tensor, made_BTCHW: Tensor) -> Tensor:
-        """Add the gradients of a micro-batch; returns the discriminator's loss a clip, (B,)."""
-        loss_B = hinge_loss(self.network(real_BTCHW), self.network(made_BTCHW.detach()))
+        Args:
+            generated: frames of the decoder, (B, T, 3, H, W) in [-1, 1].
+
+        Returns:
+            (B,), the negative mean of the discriminator's logits.
+        """
+        fixed = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return -functional_call(self.network, fixed, (generated,)).mean(dim=1)
+
+    def accumulate_discriminator_grads(self, real: Tensor, generated: Tensor) -> Tensor:
+        """Add the gradients of a micro-batch.
+
+        Args:
+            real: real frames, (B, T, 3, H, W) in [-1, 1].
+            generated: frames of the decoder, of the same shape.
+
+        Returns:
+            The hinge loss of the discriminator for each clip, (B,).
+        """
+        loss_B = hinge_loss(self.network(real), self.network(generated.detach()))
         loss_B.sum().backward()
         self.clips += len(loss_B)
         return loss_B.detach()
 
     def step(self) -> None:
-        """Take the step of the mean over every clip on every rank, if there are any. All ranks call it."""
+        """Take an optimiser step on the mean over all clips of all ranks, if there are any. All ranks call
+        it."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         all_reduce_sum([*gradients, self.clips])
         if self.clips > 0:
             torch._foreach_div_(gradients, self.clips)
-            # As the engine does: a batch whose gradient is not finite changes nothing.
+            # Like the engine, skip a step whose gradient is not finite.
             if torch.stack([gradient.norm() for gradient in gradients]).isfinite().all():
                 self.optimizer.step()
         self.discard_gradients()
 
     def discard_gradients(self) -> None:
-        """Drop the gradients since the last step."""
-        # Zeros, and not None: every rank has the same gradients to sum, whatever clips it had.
+        """Discard the gradients since the last step."""
+        # Zeros, and not None: every rank must all-reduce the same gradients, even if it had no clips.
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         self.clips.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and moments by name, as `load_state` takes them."""
+        """Return weights and moments by name, for `load_state`."""
         state = {f"weights.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for moment, value in self.optimizer.state.get(parameter, {}).items():
@@ -73,11 +92,12 @@ class DiscriminatorTrainer:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load the weights and moments that `state` returned."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"weights.{name}"])
             moments = {m: state[f"{m}.{name}"] for m in MOMENTS if f"{m}.{name}" in state}
             if moments:
-                # The count of steps lives on the CPU, wherever the moments do.
+                # AdamW keeps the number of steps on the CPU, and the moments on the parameter's device.
                 self.optimizer.state[parameter] = {
                     m: value.clone() if m == "step" else value.to(parameter.device, copy=True)
                     for m, value in moments.items()

@@ -42,8 +42,8 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-class Adversary(Objective):
-    """An objective that keeps something of its own."""
+class StatefulObjective(Objective):
+    """Objective with a state."""
 
     def __init__(self, value: float) -> None:
         self.value = torch.tensor([value])
@@ -59,7 +59,7 @@ class Adversary(Objective):
 
 
 class Shards:
-    """What a checkpoint asks of the engine."""
+    """Stub of the engine, with everything that a checkpoint needs of it."""
 
     def __init__(self, world: int = 1) -> None:
         self.shapes, self.updates = SHAPES, 7
@@ -99,12 +99,12 @@ def progress(step: int) -> Progress:
 def begin_save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
     engine = engine or Shards()
     ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
-    store.save(progress(step), engine, ema, Adversary(3.0), {"config.json": {"widths": [32]}})
+    store.save(progress(step), engine, ema, StatefulObjective(3.0), {"config.json": {"widths": [32]}})
     return ema
 
 
 def save(store: Checkpoints, step: int, engine: Any = None) -> ShardEMA:
-    """A save that a taken step follows."""
+    """Save a checkpoint, after which a step is taken."""
     ema = begin_save(store, step, engine)
     store.poll_pending_save(taken=True)
     store.finish()
@@ -119,14 +119,14 @@ def test_save_and_load_round_trip(folder: Path, asynchronous: bool) -> None:
     assert path == folder / "step-0000005"
     assert json.loads((path / "unet" / "config.json").read_text()) == {"widths": [32]}
     assert load_file(path / "ema-power-0.100" / "rank-00000-of-00001.safetensors").keys() == {"a", "b"}, (
-        "what does not learn has no average"
+        "frozen parameters have no average"
     )
 
-    other, adversary = Shards(), Adversary(0.0)
+    other, objective = Shards(), StatefulObjective(0.0)
     other.updates = 0
     average = ShardEMA(EMAConfig(lengths=(0.1,)), other.local_shards())
-    assert store.load(path, other, average, adversary) == progress(5)  # type: ignore[arg-type]
-    assert adversary.value.tolist() == [3.0]
+    assert store.load(path, other, average, objective) == progress(5)  # type: ignore[arg-type]
+    assert objective.value.tolist() == [3.0]
     assert other.updates == 7
     for theirs, ours in (
         (other.weights, engine.weights),
@@ -138,13 +138,13 @@ def test_save_and_load_round_trip(folder: Path, asynchronous: bool) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 5])
-def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int) -> None:
-    """Three ranks wrote; some of those that read have nothing but padding of the small ones."""
-    whole = {name: torch.arange(1.0, 1 + shape.numel()) for name, shape in SHAPES.items()}
+def test_checkpoint_loads_on_another_number_of_ranks(tmp_path: Path, ranks: int) -> None:
+    """Three ranks write; some of the reading ranks have only padding of the small tensors."""
+    full = {name: torch.arange(1.0, 1 + shape.numel()) for name, shape in SHAPES.items()}
 
     def shards(rank: int, world: int) -> Shards:
         engine = Shards(world)
-        for name, values in whole.items():
+        for name, values in full.items():
             n = len(engine.weights[name])
             padded = torch.cat([values, torch.zeros(n * world - len(values))])
             engine.weights[name].copy_(padded[rank * n : (rank + 1) * n])
@@ -177,7 +177,7 @@ def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int
         ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
         path = reader.latest()
         assert path is not None
-        reader.load(path, engine, ema, Adversary(0.0))  # type: ignore[arg-type]
+        reader.load(path, engine, ema, StatefulObjective(0.0))  # type: ignore[arg-type]
         for name in SHAPES:
             assert torch.equal(engine.weights[name], wanted.weights[name]), (rank, name)
         for name in TRAINED:
@@ -186,10 +186,12 @@ def test_another_number_of_ranks_takes_its_own_slices(tmp_path: Path, ranks: int
                 assert torch.equal(engine.adam[moment][name], wanted.adam[moment][name]), (rank, name)
 
 
-def test_training_goes_on_while_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What changes meanwhile is not in it, and it does not count before it is all there."""
+def test_training_continues_while_a_checkpoint_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later changes are not in the checkpoint, and it is incomplete until everything is written."""
     disk, write = threading.Event(), drafts.write_tensors
-    monkeypatch.setattr(drafts, "write_tensors", lambda *told: disk.wait() and write(*told))
+    monkeypatch.setattr(drafts, "write_tensors", lambda *args: disk.wait() and write(*args))
     store, engine = checkpoints(folder), Shards()
     wanted = {name: values.clone() for name, values in engine.weights.items()}
     begin_save(store, 5, engine)
@@ -203,7 +205,7 @@ def test_training_goes_on_while_it_is_written(folder: Path, monkeypatch: pytest.
     assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
 
 
-def test_leaving_the_run_waits_for_what_is_being_saved(folder: Path) -> None:
+def test_end_of_the_run_waits_for_the_pending_save(folder: Path) -> None:
     with checkpoints(folder, start_session=0) as store:
         begin_save(store, 1)
     assert store.latest() == folder / "step-0000001"
@@ -213,7 +215,7 @@ def test_leaving_the_run_waits_for_what_is_being_saved(folder: Path) -> None:
     assert store.latest() == folder / "step-0000002"
 
 
-def test_half_written_checkpoints_do_not_count(folder: Path) -> None:
+def test_incomplete_checkpoints_are_ignored(folder: Path) -> None:
     (folder / "step-0000002.0123.tmp").mkdir()
     (folder / "step-0000003").mkdir()
     store = checkpoints(folder)
@@ -224,7 +226,7 @@ def test_half_written_checkpoints_do_not_count(folder: Path) -> None:
     assert not list(folder.glob("*.tmp")), "leftovers are cleared"
 
 
-def test_a_full_disk_fails_the_save_and_leaves_the_earlier_ones(folder: Path) -> None:
+def test_full_disk_fails_the_save_and_keeps_earlier_checkpoints(folder: Path) -> None:
     store = checkpoints(folder)
     save(store, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -235,13 +237,13 @@ def test_a_full_disk_fails_the_save_and_leaves_the_earlier_ones(folder: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert store.latest() == folder / "step-0000001"
-    assert not list(folder.glob("*.tmp")), "it takes no room from what comes next"
+    assert not list(folder.glob("*.tmp")), "the draft is removed"
     save(store, 3)
     assert store.latest() == folder / "step-0000003"
 
 
 @pytest.mark.parametrize("moment", ["before the draft", "before the renaming"])
-def test_two_starts_at_the_same_moment_leave_one_owner(
+def test_two_restarts_at_the_same_moment_leave_one_owner(
     moment: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others: list[Checkpoints] = []
@@ -269,7 +271,7 @@ def test_two_starts_at_the_same_moment_leave_one_owner(
     assert [path.name for path in folder.iterdir()] == ["step-0000002"]
 
 
-def test_the_next_save_tells_that_the_one_before_failed(
+def test_next_save_reports_that_the_previous_one_failed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = checkpoints(folder)
@@ -283,7 +285,7 @@ def test_the_next_save_tells_that_the_one_before_failed(
         begin_save(store, 2)
 
 
-def test_old_ones_go_and_every_nth_stays(folder: Path) -> None:
+def test_old_checkpoints_are_pruned_and_every_nth_is_kept(folder: Path) -> None:
     store = checkpoints(folder, keep_last=2, keep_every=4)
     for step in range(1, 8):
         begin_save(store, step)
@@ -292,7 +294,7 @@ def test_old_ones_go_and_every_nth_stays(folder: Path) -> None:
     assert sorted(path.name for path in folder.glob("step-*")) == [f"step-000000{step}" for step in (4, 6, 7)]
 
 
-def test_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
+def test_averages_of_pruned_checkpoints_are_kept(tmp_path: Path) -> None:
     store = checkpoints(tmp_path / "checkpoints", keep_last=1, keep_averages=2)
     for step in range(1, 6):
         save(store, step)
@@ -310,10 +312,10 @@ def test_averages_outlive_their_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("removed", range(5))
-def test_a_prune_that_is_cut_short_loses_no_averages(
+def test_interrupted_prune_loses_no_averages(
     removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After it removed so many folders."""
+    """The prune is interrupted after it removed `removed` folders."""
     store = checkpoints(tmp_path / "checkpoints", keep_last=1, keep_averages=2)
     for step in (1, 2):
         save(store, step)
@@ -342,7 +344,7 @@ def test_stale_process_cannot_overwrite_checkpoint(folder: Path) -> None:
     new = checkpoints(folder, start_session=4)
     with pytest.raises(SharedError, match="another restart of this run has taken over"):
         old.finish()
-    assert new.latest() == folder / "step-0000004", "what it was made from"
+    assert new.latest() == folder / "step-0000004", "it was committed before the restart"
     begin_save(new, 6)
     with pytest.raises(SharedError, match="another restart of this run has taken over"):
         save(old, 8)
@@ -402,7 +404,7 @@ def test_stale_process_that_wakes_after_a_check_removes_nothing_of_the_next_rest
     assert (folder / "step-0000006/unet/rank-00000-of-00001.safetensors").exists()
 
 
-def test_a_run_sent_back_to_an_earlier_step_leaves_its_later_ones_behind(folder: Path) -> None:
+def test_run_resumed_from_an_earlier_step_ignores_later_checkpoints(folder: Path) -> None:
     first = checkpoints(folder, keep_last=5)
     for step in (2, 4, 6):
         save(first, step)
@@ -412,7 +414,7 @@ def test_a_run_sent_back_to_an_earlier_step_leaves_its_later_ones_behind(folder:
     assert list(complete_checkpoints(folder)) == [2, 4]
 
 
-def test_a_checkpoint_of_another_network_is_refused(folder: Path) -> None:
+def test_checkpoint_of_another_network_is_refused(folder: Path) -> None:
     store = checkpoints(folder)
     save(store, 1)
     path = folder / "step-0000001"
@@ -422,27 +424,27 @@ def test_a_checkpoint_of_another_network_is_refused(folder: Path) -> None:
         store.check_network(path)
 
 
-def test_a_network_of_other_widths_is_refused_with_both_numbers(folder: Path) -> None:
+def test_checkpoint_of_other_widths_is_refused_with_both_numbers(folder: Path) -> None:
     store = checkpoints(folder)
     ema = save(store, 1)
-    for shapes, told in (
+    for shapes, message in (
         ({**SHAPES, "a": torch.Size((9,))}, "has 7 elements of a, and of this run's network it would have 9"),
         ({**SHAPES, "d": torch.Size((1,))}, "lacks d, which this run's network has"),
     ):
         engine = Shards()
         engine.shapes = shapes
-        with pytest.raises(ValueError, match=told):
-            store.load(folder / "step-0000001", engine, ema, Adversary(0.0))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            store.load(folder / "step-0000001", engine, ema, StatefulObjective(0.0))  # type: ignore[arg-type]
 
 
-def test_nonsense_is_refused() -> None:
+def test_config_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"checkpoint.every is 0: it must be at least 1"):
         CheckpointConfig(every=0)
     with pytest.raises(ValueError, match=r"checkpoint.keep_every is -1: it must be at least 0"):
         CheckpointConfig(keep_every=-1)
 
 
-def test_value_that_is_not_finite_is_never_published(folder: Path) -> None:
+def test_checkpoint_with_a_non_finite_value_is_never_committed(folder: Path) -> None:
     store, engine = checkpoints(folder), Shards()
     save(store, 1, engine)
     engine.adam["exp_avg"]["a"][2] = torch.nan
@@ -452,17 +454,17 @@ def test_value_that_is_not_finite_is_never_published(folder: Path) -> None:
     assert not list(folder.glob("*.tmp"))
 
 
-def test_save_in_doubt_is_not_gone_back_to(folder: Path) -> None:
+def test_rollback_ignores_a_save_after_which_no_step_was_taken(folder: Path) -> None:
     store, engine = checkpoints(folder), Shards()
     ema = save(store, 1, engine)
     begin_save(store, 2, engine)
     store.poll_pending_save(taken=False)
-    found = store.reload(engine, ema, Adversary(0.0), "skipped")  # type: ignore[arg-type]
+    found = store.reload(engine, ema, StatefulObjective(0.0), "skipped")  # type: ignore[arg-type]
     assert found.step == 1
     assert list(complete_checkpoints(folder)) == [1]
 
 
-def test_unproven_checkpoint_prunes_none(folder: Path) -> None:
+def test_unproven_checkpoint_prunes_nothing(folder: Path) -> None:
     store = checkpoints(folder, keep_last=1)
     save(store, 1)
     begin_save(store, 2)

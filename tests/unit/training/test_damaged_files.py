@@ -67,7 +67,7 @@ def restart(folder: RunFolder) -> None:
     folder.open(CONFIG, step=3)
     folder.metrics.touch()
     Quarantine(1.0, 9, folder.quarantine)
-    Goodput.of(folder)
+    Goodput.from_run_folder(folder)
     read_run(folder.path)
 
 

@@ -7,8 +7,7 @@ from svd_ds.training.ema import EMAConfig, ShardEMA
 
 
 def test_power_average_weighs_the_past_by_a_power_function() -> None:
-    """The average of n steps has the weights t^gamma, whose relative standard deviation is the length asked
-    for."""
+    """The average of n steps has the weights t^gamma, whose relative standard deviation is the length."""
     num_steps, batch = 2000, 4
     profile = EMAConfig(lengths=(0.10,), decays=())
     shards = {"w": torch.zeros(num_steps, dtype=torch.float64)}
@@ -34,7 +33,7 @@ def test_constant_decay() -> None:
     assert ema.shards("decay-0.9")["w"].tolist() == pytest.approx([1.1] * 3)
 
 
-def test_load_puts_back_what_shards_gave() -> None:
+def test_load_restores_the_shards() -> None:
     shards = {"a": torch.randn(3), "b": torch.randn(2)}
     ema = ShardEMA(EMAConfig(lengths=(0.05,)), shards)
     stored = {name: value.clone() for name, value in ema.shards("power-0.050").items()}
@@ -45,10 +44,10 @@ def test_load_puts_back_what_shards_gave() -> None:
 
 
 @pytest.mark.parametrize("config", [{"lengths": (0.5,)}, {"decays": (1.0,)}, {"lengths": ()}])
-def test_nonsense_is_refused(config: dict) -> None:
+def test_config_out_of_range_is_refused(config: dict) -> None:
     with pytest.raises(ValueError, match="ema"):
         EMAConfig(**config)
 
 
-def test_a_name_tells_the_whole_length() -> None:
+def test_names_have_all_digits_of_the_length() -> None:
     assert EMAConfig(lengths=(0.05, 0.0125)).names == ("power-0.050", "power-0.0125")

@@ -10,7 +10,7 @@ from svd_ds.training.git_version import code_version
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """In a checkout, not yet of it."""
+    """Package inside a git checkout that does not track it yet."""
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("x = 1\n")
@@ -32,7 +32,7 @@ def commit(folder: Path, path: str) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
-def test_a_package_of_a_checkout_has_its_commit(package: Path) -> None:
+def test_package_in_a_checkout_has_its_commit(package: Path) -> None:
     unknown = {"version": "0.1.0", "commit": None, "dirty": None}
     assert code_version(package) == unknown, "another project's checkout"
     head = commit(package.parent, "package")
@@ -43,7 +43,9 @@ def test_a_package_of_a_checkout_has_its_commit(package: Path) -> None:
     assert code_version(package) == {"version": "0.1.0", "commit": head, "dirty": True}
 
 
-def test_outside_of_any_there_is_a_version_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_outside_a_checkout_has_only_a_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert code_version(tmp_path)["commit"] is None
     monkeypatch.setenv("PATH", "")  # nor is there a git
     assert code_version(tmp_path)["commit"] is None

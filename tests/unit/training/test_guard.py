@@ -22,7 +22,7 @@ def after(values: list[tuple[float, float]], guard: Guard = GUARD) -> GuardState
     return state
 
 
-def test_a_spike_is_skipped_and_named() -> None:
+def test_spike_is_skipped_with_a_reason() -> None:
     calm = after([(0.5, 1.0), (0.4, 2.0), (0.6, 1.0), (0.5, 1.0)])
     assert GUARD.check(calm, 1.49, 9.9)[0] is None
     fault, state = GUARD.check(calm, 1.6, 1.0)
@@ -37,13 +37,13 @@ def test_a_spike_is_skipped_and_named() -> None:
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (0.5, math.inf)])
-def test_what_is_not_finite_is_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
+def test_non_finite_step_is_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
     fault, state = Guard(GuardConfig(loss_factor=0, norm_factor=0)).check(GuardState(), loss, norm)
     assert fault is not None and ("nan" in fault or "inf" in fault)
     assert state == GuardState(skipped=1, consecutive_skips=1)
 
 
-def test_no_level_no_bound() -> None:
+def test_without_enough_steps_there_is_no_bound() -> None:
     unknown = after([(0.5, 1.0), (50.0, 1.0), (0.5, 500.0)])
     assert (unknown.skipped, unknown.losses) == (0, (0.5, 50.0, 0.5))
     off = Guard(GuardConfig(loss_factor=0, norm_factor=0, window=4))
@@ -51,7 +51,7 @@ def test_no_level_no_bound() -> None:
     assert (unbounded.skipped, unbounded.norms[-1]) == (0, 500.0)
 
 
-def test_after_too_many_in_a_row_the_run_goes_back_so_often_and_ends() -> None:
+def test_too_many_consecutive_skips_roll_back_until_the_limit_ends_the_run() -> None:
     config = GuardConfig(loss_factor=3.0, window=2, max_skips=1, max_rollbacks=1)
     guard, saved = Guard(config), GuardState((0.5, 0.5), (1.0, 1.0), skipped=7, consecutive_skips=1)
     progress = Progress(Cursor(16, "f"), step=2, samples=16, guard=saved)
@@ -70,7 +70,7 @@ def test_after_too_many_in_a_row_the_run_goes_back_so_often_and_ends() -> None:
         guard.should_roll_back(state)
 
 
-def test_what_it_remembers_survives_a_checkpoint(tmp_path: Path) -> None:
+def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
     state = after([(0.1 + 0.2, 1 / 3), (1e-17, 3e8)])
     progress = Progress(Cursor(16, "f")).advance(Cursor(24, "f"), 8, state)
     (tmp_path / "state.json").write_text(progress.as_json())
@@ -93,6 +93,6 @@ def test_what_it_remembers_survives_a_checkpoint(tmp_path: Path) -> None:
         ("recompute_tolerance", -0.1),
     ],
 )
-def test_nonsense_is_refused(field: str, value: float) -> None:
+def test_config_out_of_range_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"guard\.{field} "):
         GuardConfig(**{field: value})  # type: ignore[arg-type]

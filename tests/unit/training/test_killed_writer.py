@@ -1,4 +1,4 @@
-"""A writer of checkpoints that ends before any one of its operations on files loses nothing that counted."""
+"""A process that is killed before any file operation of a save loses no complete checkpoint."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from svd_ds.training.retention import CheckpointConfig
 from svd_ds.training.verify import newest_intact_checkpoint
 from svd_ds.weights.manifest import check_checkpoint
 from tests.forked import fork_server
-from tests.unit.training.test_checkpoint import Adversary, Shards, progress
+from tests.unit.training.test_checkpoint import Shards, StatefulObjective, progress
 
 KILLED = 77
-"""Exit code of a writer that was ended."""
+"""Exit code of a killed writer."""
 CONFIG = CheckpointConfig(keep_last=1, keep_averages=2)
 WATCHED = ("fsync", "replace", "unlink", "rmdir", "mkdir")
-"""Functions of os, each call of which is an operation."""
+"""Functions of os whose calls count as operations."""
 
 
 def save(folder: Path, begin: int, step: int) -> None:
     """A restart of the run after step `begin`, which saves one checkpoint whose weights are all `step`."""
-    engine, objective = Shards(), Adversary(float(step))
+    engine, objective = Shards(), StatefulObjective(float(step))
     for values in (engine.weights, *engine.adam.values()):
         for value in values.values():
             value.fill_(step)
@@ -43,8 +43,8 @@ def save(folder: Path, begin: int, step: int) -> None:
 
 
 def load(path: Path) -> tuple[int, set[float]]:
-    """Step of a checkpoint, and the values in it."""
-    engine, objective = Shards(), Adversary(0.0)
+    """Return the step of a checkpoint, and the values in it."""
+    engine, objective = Shards(), StatefulObjective(0.0)
     ema = ShardEMA(EMAConfig(lengths=(0.1,)), engine.local_shards())
     store = Checkpoints(path.parent, CONFIG, Env.read({}), "unet")
     loaded = store.load(path, engine, ema, objective)  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def load(path: Path) -> tuple[int, set[float]]:
 
 
 def killed_save(folder: Path, begin: int, step: int, operation: int) -> None:
-    """In a process of its own: `save`, ended before its n-th operation on files, or half way through it."""
+    """Call `save` in a process that exits before its n-th file operation, or half way through it."""
     left = iter(range(operation))
 
     def count() -> None:
@@ -95,7 +95,7 @@ def server() -> Any:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the averages of step 2 to be kept, and a checkpoint of step 3 that the next one prunes."""
+    """Run folder with kept averages of step 2, and a checkpoint of step 3 that the next one prunes."""
     run = tmp_path_factory.mktemp("killed") / "run"
     (run / "checkpoints").mkdir(parents=True)
     for step in (2, 3):
@@ -104,7 +104,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def end_and_resume(server: Any, base: Path, run: Path, operation: int) -> bool:
-    """End a save of step 4 before its n-th operation, and resume; whether it came to that operation."""
+    """Kill a save of step 4 before its n-th operation, and resume; return True if it was killed."""
     shutil.copytree(base, run)
     folder = run / "checkpoints"
     writer = server.Process(target=killed_save, args=(folder, 3, 4, operation))
@@ -120,7 +120,7 @@ def end_and_resume(server: Any, base: Path, run: Path, operation: int) -> bool:
     newest = newest_intact_checkpoint(folder, Env.read({}), checksums=True)
     assert newest is not None and load(newest) == (step + 1, {float(step + 1)}), operation
     left = {path.name for path in folder.iterdir() if path.is_dir()}
-    assert left == {newest.name}, f"{operation}: what was cut short is cleared away"
+    assert left == {newest.name}, f"{operation}: incomplete folders are removed"
     for kept in (run / "averages").iterdir():
         check_checkpoint(kept, ["state.json", "ema-power-0.100/rank-00000-of-00001.safetensors"])
     shutil.rmtree(run)
@@ -128,17 +128,13 @@ def end_and_resume(server: Any, base: Path, run: Path, operation: int) -> bool:
 
 
 @pytest.mark.parametrize("operation", [0, 9, 28])
-def test_save_that_is_cut_short_loses_nothing(
-    server: Any, base: Path, tmp_path: Path, operation: int
-) -> None:
+def test_killed_save_loses_nothing(server: Any, base: Path, tmp_path: Path, operation: int) -> None:
     assert end_and_resume(server, base, tmp_path / "run", operation)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_save_that_is_cut_short_before_any_operation_loses_nothing(
-    server: Any, base: Path, tmp_path: Path
-) -> None:
+def test_save_killed_before_any_operation_loses_nothing(server: Any, base: Path, tmp_path: Path) -> None:
     operation = 0
     while end_and_resume(server, base, tmp_path / "run", operation):
         operation += 1

@@ -31,7 +31,7 @@ def folder(path: Path) -> RunFolder:
     return run
 
 
-def test_every_step_is_a_line_of_json_and_some_are_told(
+def test_every_step_is_a_row_of_metrics_and_some_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = folder(tmp_path)
@@ -42,13 +42,13 @@ def test_every_step_is_a_line_of_json_and_some_are_told(
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[2]["clips_per_s"] == 4.0
     assert rows[2]["data_s"] == 0.1 and rows[2]["preview_s"] == 0.5
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert [line.split()[1] for line in told] == ["1/5", "2/5", "4/5", "5/5"]
-    assert "loss 0.5000  lr 1.00e-03  grad 1.000  4.00 clips/s  2.00 s/step  eta 0:02" in told[2]
-    assert (run.logs / "train.log").read_text().splitlines() == told
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split()[1] for line in printed] == ["1/5", "2/5", "4/5", "5/5"]
+    assert "loss 0.5000  lr 1.00e-03  grad 1.000  4.00 clips/s  2.00 s/step  eta 0:02" in printed[2]
+    assert (run.logs / "train.log").read_text().splitlines() == printed
 
 
-def test_steps_that_a_run_goes_back_behind_are_no_goodput(tmp_path: Path) -> None:
+def test_steps_lost_to_a_rollback_are_no_goodput(tmp_path: Path) -> None:
     run = folder(tmp_path)
     with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics:
         for number in (1, 2, 3):
@@ -60,23 +60,23 @@ def test_steps_that_a_run_goes_back_behind_are_no_goodput(tmp_path: Path) -> Non
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
 
 
-def measured(loss: float) -> EvalResult:
+def evaluation(loss: float) -> EvalResult:
     return EvalResult(
         "set", 4, [0.1, 1.0], [loss, loss], [loss + 1, loss + 1], [2.0, 3.0], [loss] * 4, [2.0] * 4
     )
 
 
-def test_evaluations_and_skipped_steps_are_lines_and_a_resumed_run_drops_the_later(
+def test_evaluations_and_skipped_steps_are_rows_and_a_resumed_run_drops_later_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = folder(tmp_path)
     with Metrics(run, LoggerConfig(wandb="offline"), {}, total_steps=5, step=0) as metrics:
         for number in (1, 3):
-            metrics.log_evaluation(number, 8 * number, measured(0.5))
+            metrics.log_evaluation(number, 8 * number, evaluation(0.5))
             metrics.log_fault(number + 1, "the loss is nan", ["a", "b"])
-    told = capsys.readouterr().out
-    assert "step 3  fixed set: loss 0.5000, with averaged weights 1.5000" in told
-    assert "step 4  skipped: the loss is nan" in told
+    printed = capsys.readouterr().out
+    assert "step 3  fixed set: loss 0.5000, with averaged weights 1.5000" in printed
+    assert "step 4  skipped: the loss is nan" in printed
     run.open({}, step=3)
     rows = [json.loads(line) for line in run.evaluation.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 3]
@@ -110,7 +110,7 @@ def test_wandb_goes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("field", "value"), [("wandb", "loud"), ("every", 0)])
-def test_nonsense_is_refused(field: str, value: object) -> None:
+def test_config_out_of_range_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"logger.{field} is {value!r}"):
         LoggerConfig(**{field: value})  # type: ignore[arg-type]
 
@@ -125,11 +125,11 @@ def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path, name: str) ->
         metrics.jsonl = LineFile(run.metrics)
         with pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"):
             metrics.log(step(1))
-            metrics.log_evaluation(1, 8, measured(0.5))
+            metrics.log_evaluation(1, 8, evaluation(0.5))
             metrics.log_fault(1, "the loss is nan", ["a"])
 
 
-def test_full_disk_costs_a_line_of_train_log_and_no_run(
+def test_full_disk_drops_a_line_of_train_log_and_the_run_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = folder(tmp_path)
@@ -140,7 +140,7 @@ def test_full_disk_costs_a_line_of_train_log_and_no_run(
     assert capsys.readouterr().out.endswith("done: 1 steps\n")
 
 
-def test_going_back_sets_a_damaged_line_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rollback_keeps_a_copy_of_a_damaged_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = folder(tmp_path)
     with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics:
         for number in (1, 2):

@@ -26,7 +26,7 @@ from svd_ds.training.usage import OVERHEADS, MfuCounter
 
 
 class Recorder:
-    """Stands for wandb's Run."""
+    """Stub of wandb's Run."""
 
     def __init__(self) -> None:
         self.axes: dict[str, str | None] = {}
@@ -52,7 +52,7 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return found
 
 
-def test_every_row_is_told_at_our_step(recorder: Recorder, tmp_path: Path) -> None:
+def test_every_row_is_logged_at_our_step(recorder: Recorder, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open({}, step=0)
     numbers = StepMetrics(
@@ -79,19 +79,19 @@ def test_every_row_is_told_at_our_step(recorder: Recorder, tmp_path: Path) -> No
     assert end == {"exit": 0}
 
 
-def test_failing_hardware_is_an_alert_and_bad_data_is_none(recorder: Recorder, tmp_path: Path) -> None:
+def test_failing_hardware_is_an_alert_and_bad_data_is_not(recorder: Recorder, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open({}, step=0)
-    words = "rank 1 on node7 computed a loss of nan, then 0.5, from the same clips"
+    message = "rank 1 on node7 computed a loss of nan, then 0.5, from the same clips"
     with Metrics(folder, LoggerConfig(), {}, 5, 0) as metrics:
         metrics.log_fault(
-            3, "the loss is nan", ["a"], FaultCause(False, "computed again it comes out the same")
+            3, "the loss is nan", ["a"], FaultCause(False, "computing it again gives the same numbers")
         )
-        metrics.log_fault(4, "the loss is nan", ["a"], FaultCause(True, words, {"node7": ""}), taken=True)
-    assert recorder.rows == [{"failing hardware": f"step 4: the loss is nan; {words}"}, {"exit": 0}]
+        metrics.log_fault(4, "the loss is nan", ["a"], FaultCause(True, message, {"node7": ""}), taken=True)
+    assert recorder.rows == [{"failing hardware": f"step 4: the loss is nan; {message}"}, {"exit": 0}]
 
 
-def test_a_run_that_fails_says_so(recorder: Recorder, tmp_path: Path) -> None:
+def test_failed_run_has_exit_code_1(recorder: Recorder, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open({}, step=0)
     with pytest.raises(RuntimeError), Metrics(folder, LoggerConfig(), {}, 5, 0):
@@ -99,22 +99,22 @@ def test_a_run_that_fails_says_so(recorder: Recorder, tmp_path: Path) -> None:
     assert recorder.rows == [{"exit": 1}]
 
 
-# --- the real client, and a server that is there, leaves, or never was
+# --- the real client, with a server that answers, dies, or does not exist
 
 SERVER = Path(__file__).parents[2] / "cluster" / "wandb_server.py"
 
 
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
-    """A folder for a run of W&B's client, which knows nothing of other tests', and its patience short."""
+    """Run folder for W&B's client, isolated from other tests, with short timeouts."""
     wandb.teardown()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(module, "START_S", 3)
-    monkeypatch.setattr(module, "FINISH_S", 2)
+    monkeypatch.setattr(module, "INIT_TIMEOUT_S", 3)
+    monkeypatch.setattr(module, "FINISH_TIMEOUT_S", 2)
     folder = RunFolder(tmp_path / "run")
     folder.open({}, step=0)
     yield folder
@@ -123,7 +123,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolde
 
 @pytest.fixture
 def server(client: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen]:
-    """The stand-in, where the client looks for W&B."""
+    """Stand-in for the W&B server, with the client configured for it."""
     port_file = tmp_path / "port"
     process = subprocess.Popen([sys.executable, str(SERVER), "127.0.0.1", str(port_file)])
     while not port_file.exists():
@@ -136,34 +136,34 @@ def server(client: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     process.wait()
 
 
-def opened(folder: RunFolder, mode: str, told: list[str]) -> Tracker | None:
-    return open_tracker(folder, mode, "p", None, {"a": 1}, told.append, lambda: told.append("stop"))
+def opened(folder: RunFolder, mode: str, lines: list[str]) -> Tracker | None:
+    return open_tracker(folder, mode, "p", None, {"a": 1}, lines.append, lambda: lines.append("stop"))
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_in_wandb_is_asked_and_not_interrupted(
+def test_run_stopped_in_wandb_is_asked_to_stop_and_not_interrupted(
     client: RunFolder, server: subprocess.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
-    told: list[str] = []
-    tracker = opened(client, "auto", told)
+    lines: list[str] = []
+    tracker = opened(client, "auto", lines)
     assert tracker is not None
     urllib.request.urlopen(f"{os.environ['WANDB_BASE_URL']}/stop/{tracker.run.id}")
     deadline = time.monotonic() + 60
-    while not told:
+    while not lines:
         assert time.monotonic() < deadline
         tracker.log({"step": 1})
         time.sleep(0.2)
     tracker.finish(failed=False)
-    assert told == ["stop"]
+    assert lines == ["stop"]
 
 
 @pytest.mark.slow
-def test_a_server_that_leaves_holds_the_end_up_no_longer_than_it_may(
+def test_dead_server_delays_the_end_at_most_by_the_timeout(
     client: RunFolder, server: subprocess.Popen
 ) -> None:
-    told: list[str] = []
-    tracker = opened(client, "auto", told)
+    lines: list[str] = []
+    tracker = opened(client, "auto", lines)
     assert tracker is not None and not tracker.run.offline
     tracker.log({"step": 1, "loss": 0.5})
     server.kill()
@@ -171,26 +171,26 @@ def test_a_server_that_leaves_holds_the_end_up_no_longer_than_it_may(
     started = time.monotonic()
     tracker.finish(failed=False)
     assert time.monotonic() - started < 10
-    assert len(told) == 1 and "warning: W&B is lost (TimeoutError: " in told[0], told
+    assert len(lines) == 1 and "warning: W&B is lost (TimeoutError: " in lines[0], lines
 
 
-def test_a_client_that_dies_is_told_once_and_training_goes_on(client: RunFolder) -> None:
-    told: list[str] = []
-    tracker = opened(client, "offline", told)
+def test_dead_client_is_reported_once_and_training_continues(client: RunFolder) -> None:
+    lines: list[str] = []
+    tracker = opened(client, "offline", lines)
     assert tracker is not None
     for core in core_processes():
         os.kill(core, signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while not told:
+    while not lines:
         assert time.monotonic() < deadline
         tracker.log({"step": 1})
     tracker.log_evaluation(3, EvalResult("set", 4, [1.0], [0.5], [0.6], [2.0], [0.5, 0.7], [2.0, 3.0]))
     tracker.finish(failed=False)
-    assert len(told) == 1 and "warning: W&B is lost (ConnectionResetError: " in told[0], told
+    assert len(lines) == 1 and "warning: W&B is lost (ConnectionResetError: " in lines[0], lines
 
 
 def core_processes() -> list[int]:
-    """Of W&B's client, which are children of this process."""
+    """Return the ids of the processes of W&B's client, children of this process."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     found = [int(child) for child in children if "wandb-core" in Path(f"/proc/{child}/comm").read_text()]
     assert found
@@ -198,39 +198,41 @@ def core_processes() -> list[int]:
 
 
 @pytest.mark.parametrize("key", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_where_it_cannot_be_online_it_is_offline(
+def test_run_is_offline_if_it_cannot_be_online(
     key: bool, client: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if key:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    told: list[str] = []
-    tracker = opened(client, "online", told)
+    lines: list[str] = []
+    tracker = opened(client, "online", lines)
     assert tracker is not None and tracker.run.offline
     tracker.log({"step": 1})
     tracker.finish(failed=False)
     assert len(list(client.path.glob("wandb/offline-run-*"))) == 1
-    assert len(told) == 1 and "warning: W&B cannot be used online (" in told[0], told
-    assert told[0].endswith("this run is logged offline in its folder wandb/")
+    assert len(lines) == 1 and "warning: W&B cannot be used online (" in lines[0], lines
+    assert lines[0].endswith("this run is logged offline in its folder wandb/")
 
 
-def test_where_it_cannot_be_at_all_a_run_goes_on(client: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_continues_without_wandb(client: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(**_: object) -> None:
         raise wandb.errors.errors.WandbCoreNotAvailableError("no binary")
 
     monkeypatch.setattr(wandb, "init", absent)
-    told: list[str] = []
-    assert opened(client, "online", told) is None
-    assert ["no binary" in line for line in told] == [True, True]
+    lines: list[str] = []
+    assert opened(client, "online", lines) is None
+    assert ["no binary" in line for line in lines] == [True, True]
 
 
-def test_a_mode_that_is_none_is_refused(client: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_wandb_mode_is_refused(client: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "onlin")
     for mode in ("auto", "offline"):
-        with pytest.raises(ValueError, match=r"WANDB_MODE is 'onlin': choose online, offline, disabled"):
+        with pytest.raises(
+            ValueError, match=r"WANDB_MODE is 'onlin': it must be one of online, offline, disabled"
+        ):
             opened(client, mode, [])
 
 
-# --- logged in as the client sees it
+# --- credentials, as the client finds them
 
 KEY = "a" * 40
 
@@ -242,7 +244,7 @@ def netrc_entry(path: Path, machine: str, mode: int = 0o600) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, client: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without credentials, for the client's own server, and no server to be reached from here."""
+    """Home folder without credentials; any network connection fails the test."""
     monkeypatch.delenv("WANDB_BASE_URL")
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / ".config"))
@@ -267,71 +269,71 @@ def test_key_in_a_netrc_file_means_online(
     netrc_entry(home / name, machine, mode)
     if name != ".netrc":
         monkeypatch.setenv("NETRC", str(home / name))
-    assert module._resolve("auto") == "online"
+    assert module._resolve_mode("auto") == "online"
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8099", "https://wandb.example.org", "http://host:80/"])
-def test_key_of_an_own_server_means_online_there_alone(
+def test_key_of_an_own_server_means_online_only_there(
     home: Path, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     netrc_entry(home / ".netrc", url.removesuffix("/").partition("//")[2])
-    assert module._resolve("auto") == "offline"
+    assert module._resolve_mode("auto") == "offline"
     wandb.teardown()
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert module._resolve("auto") == "online"
+    assert module._resolve_mode("auto") == "online"
 
 
-def test_server_of_the_settings_file_is_the_clients(home: Path) -> None:
+def test_server_of_the_settings_file_is_used(home: Path) -> None:
     settings_file(home, base_url="http://127.0.0.1:8099")
     netrc_entry(home / ".netrc", "127.0.0.1:8099")
-    assert module._resolve("auto") == "online"
+    assert module._resolve_mode("auto") == "online"
 
 
 def test_wandb_offline_in_the_settings_file_is_respected(home: Path) -> None:
     settings_file(home, mode="offline")
     netrc_entry(home / ".netrc", "api.wandb.ai")
-    assert module._resolve("auto") == "offline"
+    assert module._resolve_mode("auto") == "offline"
 
 
 def test_key_in_the_environment_means_online(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._resolve("auto") == "offline"
+    assert module._resolve_mode("auto") == "offline"
     wandb.teardown()
     monkeypatch.setenv("WANDB_API_KEY", "too short")
-    assert module._resolve("auto") == "online", "wandb.init says what is wrong with it"
+    assert module._resolve_mode("auto") == "online", "wandb.init says what is wrong with it"
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert module._resolve("auto") == "online"
+    assert module._resolve_mode("auto") == "online"
 
 
 @pytest.mark.parametrize("content", ["", "machine\n", "machine api.wandb.ai login user\n", "\0\0"])
 def test_netrc_file_without_a_key_means_offline(home: Path, content: str) -> None:
     (home / ".netrc").write_text(content)
-    assert module._resolve("auto") == "offline"
+    assert module._resolve_mode("auto") == "offline"
 
 
-def test_start_says_where_the_run_is_shown(client: RunFolder) -> None:
+def test_status_of_an_offline_run_has_the_sync_command(client: RunFolder) -> None:
     with Metrics(client, LoggerConfig(wandb="offline"), {}, 5, 0) as metrics:
-        told = metrics.wandb_status()
+        status = metrics.wandb_status()
         (folder,) = client.path.glob("wandb/offline-run-*")
-        assert told == f"W&B: offline; after `wandb login`, `wandb sync {folder}` uploads it"
+        assert status == f"W&B: offline; after `wandb login`, `wandb sync {folder}` uploads it"
     with Metrics(client, LoggerConfig(wandb="disabled"), {}, 5, 0) as metrics:
         assert metrics.wandb_status() == "W&B: disabled"
 
 
-def test_start_says_the_runs_address() -> None:
+def test_status_of_an_online_run_has_its_url() -> None:
     run = Recorder()
     run.offline, run.url = False, "https://wandb.example.org/me/p/runs/1"
-    assert Tracker(run, pytest.fail).where() == "W&B: online, https://wandb.example.org/me/p/runs/1"
+    assert Tracker(run, pytest.fail).status() == "W&B: online, https://wandb.example.org/me/p/runs/1"
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff\xfe", b"a b", b"x" * 200, b"../up"])
 @pytest.mark.parametrize("known", [False, True])
-def test_damaged_run_id_is_found_again(client: RunFolder, content: bytes, known: bool) -> None:
+def test_damaged_run_id_is_recovered(client: RunFolder, content: bytes, known: bool) -> None:
     (client.logs / "wandb-run-id").write_bytes(content)
     if known:
         for name in ("run-20260101_000000-first", "offline-run-20260102_000000-second", "latest-run"):
             (client.path / "wandb" / name).mkdir(parents=True)
-    told: list[str] = []
-    found = module._run_id(client, told.append)
+    lines: list[str] = []
+    found = module._run_id(client, lines.append)
     assert (found == "second") == known
-    assert "wandb-run-id is damaged" in told[0] and "wandb-run-id.damaged-1" in told[0]
+    assert "wandb-run-id is damaged" in lines[0] and "wandb-run-id.damaged-1" in lines[0]
     assert module._run_id(client, pytest.fail) == found

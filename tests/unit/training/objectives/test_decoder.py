@@ -1,4 +1,4 @@
-"""The decoder's objective, its adversary, and how exactly both go on."""
+"""Objective of the decoder with its discriminator, and bitwise resume of both."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def clips(*ordinals: int, size: int = 32) -> Batch:
     return Batch.from_clips(made)
 
 
-def reconstruction(autoencoder: Autoencoder, perceptual: Any = None, **settings: Any) -> DecoderObjective:
+def decoder_objective(autoencoder: Autoencoder, perceptual: Any = None, **settings: Any) -> DecoderObjective:
     config = DecoderLossConfig(discriminator_width=4, **settings)
-    adversary = (
+    discriminator = (
         DiscriminatorTrainer(4, 1e-3, seed=0, device=torch.device("cpu"))
         if config.adversarial_weight
         else None
     )
-    return DecoderObjective(config, autoencoder, perceptual, adversary, seed=0)
+    return DecoderObjective(config, autoencoder, perceptual, discriminator, seed=0)
 
 
 class Painter:
-    """A network that gives one colour, and remembers the latents."""
+    """Network that outputs one colour and records its latents."""
 
     def __init__(self, colour: float) -> None:
         self.colour = torch.tensor(colour, requires_grad=True)
@@ -68,10 +68,10 @@ class Painter:
         return self.colour.expand(B, T, 3, 8 * h, 8 * w)
 
 
-def test_the_loss_is_what_its_terms_say(autoencoder: Autoencoder) -> None:
+def test_loss_is_the_sum_of_its_terms(autoencoder: Autoencoder) -> None:
     batch, net = clips(3, 9), Painter(0.25)
     perceptual = Perceptual(widths=(2, 2, 2, 2, 2)).requires_grad_(False)
-    objective = reconstruction(autoencoder, perceptual, perceptual_weight=0.5)
+    objective = decoder_objective(autoencoder, perceptual, perceptual_weight=0.5)
     loss_B = objective.loss(net, batch)
     real = batch.frames_BTCHW / 127.5 - 1
     pixels = (real - 0.25).abs().mean(dim=(1, 2, 3, 4))
@@ -87,12 +87,12 @@ def test_the_loss_is_what_its_terms_say(autoencoder: Autoencoder) -> None:
     assert 0.8 < spread.std() < 1.2, "the posterior is sampled, and not scaled"
     latents = net.latents
     objective.loss(net, clips(9))
-    assert torch.allclose(net.latents[0], latents[1], atol=1e-4), "and belongs to the clip"
+    assert torch.allclose(net.latents[0], latents[1], atol=1e-4), "and depends on the clip only"
 
 
 def test_one_clip_can_be_overfitted(autoencoder: Autoencoder) -> None:
     decoder, _ = build_decoder(autoencoder.network)
-    objective, optimizer = reconstruction(autoencoder), torch.optim.Adam(decoder.parameters(), lr=4e-3)
+    objective, optimizer = decoder_objective(autoencoder), torch.optim.Adam(decoder.parameters(), lr=4e-3)
     still = clips(0, size=16)
     losses = []
     for step in range(24):
@@ -104,13 +104,15 @@ def test_one_clip_can_be_overfitted(autoencoder: Autoencoder) -> None:
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4]), losses
 
 
-def test_the_adversary_begins_at_a_clip(autoencoder: Autoencoder) -> None:
-    objective = reconstruction(autoencoder, adversarial_weight=1.0, adversarial_start=5)
-    plain = reconstruction(autoencoder)
+def test_discriminator_starts_at_a_sample_ordinal(autoencoder: Autoencoder) -> None:
+    objective = decoder_objective(autoencoder, adversarial_weight=1.0, adversarial_start=5)
+    plain = decoder_objective(autoencoder)
     before = {name: value.clone() for name, value in objective.state().items()}
     objective.loss(Painter(0.0), clips(3, 4))
     assert objective.end_step().keys() == {"reconstruction"}
-    assert all(before[name].equal(value) for name, value in objective.state().items()), "nor does it decay"
+    assert all(before[name].equal(value) for name, value in objective.state().items()), (
+        "without weight decay either"
+    )
 
     net, batch = Painter(0.0), clips(4, 5)
     difference_B = objective.loss(net, batch) - plain.loss(net, batch)
@@ -120,24 +122,26 @@ def test_the_adversary_begins_at_a_clip(autoencoder: Autoencoder) -> None:
     assert any(changed)
 
 
-def test_the_adversary_learns_to_tell_and_is_not_moved_by_the_decoder(autoencoder: Autoencoder) -> None:
-    objective = reconstruction(autoencoder, adversarial_weight=1.0)
-    told = []
+def test_discriminator_is_trained_and_gets_no_gradients_of_the_decoder_loss(autoencoder: Autoencoder) -> None:
+    objective = decoder_objective(autoencoder, adversarial_weight=1.0)
+    terms = []
     for step in range(15):
         net = Painter(0.0)
         loss = objective.loss(net, clips(2 * step, 2 * step + 1)).mean()
-        assert objective.adversary is not None
-        gradients = [p.grad.clone() for p in objective.adversary.network.parameters() if p.grad is not None]
+        assert objective.discriminator is not None
+        gradients = [
+            p.grad.clone() for p in objective.discriminator.network.parameters() if p.grad is not None
+        ]
         loss.backward()
-        after = [p.grad for p in objective.adversary.network.parameters()]
+        after = [p.grad for p in objective.discriminator.network.parameters()]
         assert all(a.equal(b) for a, b in zip(gradients, after, strict=True) if b is not None)
         assert net.colour.grad is not None and net.colour.grad.isfinite()
-        told.append(objective.end_step()["discriminator"])
-    assert told[-1] < 0.8 * told[0]
+        terms.append(objective.end_step()["discriminator"])
+    assert terms[-1] < 0.8 * terms[0]
 
 
-def test_micro_batches_make_no_difference_to_the_adversary(autoencoder: Autoencoder) -> None:
-    together, apart = (reconstruction(autoencoder, adversarial_weight=1.0) for _ in range(2))
+def test_discriminator_does_not_depend_on_micro_batches(autoencoder: Autoencoder) -> None:
+    together, apart = (decoder_objective(autoencoder, adversarial_weight=1.0) for _ in range(2))
     together.loss(Painter(0.1), clips(0, 1, 2))
     apart.loss(Painter(0.1), clips(0))
     apart.loss(Painter(0.1), clips(1, 2))
@@ -146,18 +150,18 @@ def test_micro_batches_make_no_difference_to_the_adversary(autoencoder: Autoenco
         assert torch.allclose(value, apart.state()[name], rtol=1e-3, atol=1e-6), name
 
 
-def test_a_step_that_is_discarded_leaves_nothing(autoencoder: Autoencoder) -> None:
-    """Behind it a step comes out bitwise as it does without it: the guard computes steps again."""
-    once, again = (reconstruction(autoencoder, adversarial_weight=1.0) for _ in range(2))
+def test_discarded_step_leaves_no_trace(autoencoder: Autoencoder) -> None:
+    """The next step is bitwise the same as without it, because the guard computes steps again."""
+    once, again = (decoder_objective(autoencoder, adversarial_weight=1.0) for _ in range(2))
     for number in range(2):
         again.loss(Painter(torch.nan), clips(7))
         again.loss(Painter(0.3), clips(8, 9))
         again.discard()
-        told = []
+        terms = []
         for objective in (once, again):
             losses = [objective.loss(Painter(0.1), clips(number, ordinal)) for ordinal in (3, 4)]
-            told.append((torch.cat(losses).tolist(), objective.end_step()))
-        assert told[0] == told[1]
+            terms.append((torch.cat(losses).tolist(), objective.end_step()))
+        assert terms[0] == terms[1]
     assert all(value.equal(again.state()[name]) for name, value in once.state().items())
     before = {name: value.clone() for name, value in once.state().items()}
     once.loss(Painter(0.2), clips(5))
@@ -166,32 +170,32 @@ def test_a_step_that_is_discarded_leaves_nothing(autoencoder: Autoencoder) -> No
     assert all(value.equal(before[name]) for name, value in once.state().items()), "no step is taken of it"
 
 
-def test_a_resumed_adversary_goes_on_bitwise(autoencoder: Autoencoder) -> None:
+def test_resumed_discriminator_is_bitwise_the_same(autoencoder: Autoencoder) -> None:
     def steps(objective: DecoderObjective, numbers: range) -> list[dict[str, float]]:
-        told = []
+        terms = []
         for number in numbers:
             objective.loss(Painter(0.1), clips(number))
-            told.append(objective.end_step())
-        return told
+            terms.append(objective.end_step())
+        return terms
 
-    whole = reconstruction(autoencoder, adversarial_weight=1.0)
-    steps(whole, range(2))
-    state = {name: value.clone() for name, value in whole.state().items()}
-    resumed = reconstruction(autoencoder, adversarial_weight=1.0)
+    uninterrupted = decoder_objective(autoencoder, adversarial_weight=1.0)
+    steps(uninterrupted, range(2))
+    state = {name: value.clone() for name, value in uninterrupted.state().items()}
+    resumed = decoder_objective(autoencoder, adversarial_weight=1.0)
     resumed.load_state(state)
-    assert steps(whole, range(2, 5)) == steps(resumed, range(2, 5))
-    assert all(value.equal(resumed.state()[name]) for name, value in whole.state().items())
+    assert steps(uninterrupted, range(2, 5)) == steps(resumed, range(2, 5))
+    assert all(value.equal(resumed.state()[name]) for name, value in uninterrupted.state().items())
 
 
-def test_a_batch_that_is_not_finite_leaves_the_adversary_alone(autoencoder: Autoencoder) -> None:
-    objective = reconstruction(autoencoder, adversarial_weight=1.0)
+def test_non_finite_batch_does_not_change_the_discriminator(autoencoder: Autoencoder) -> None:
+    objective = decoder_objective(autoencoder, adversarial_weight=1.0)
     before = {name: value.clone() for name, value in objective.state().items()}
     objective.loss(Painter(float("nan")), clips(0))
     objective.end_step()
     assert all(value.equal(before[name]) for name, value in objective.state().items())
 
 
-def test_previews_are_decoded_from_the_means(autoencoder: Autoencoder) -> None:
+def test_previews_are_decoded_from_posterior_means(autoencoder: Autoencoder) -> None:
     decoder, _ = build_decoder(autoencoder.network)
     batch = clips(0, 1)
     with torch.no_grad():
@@ -206,7 +210,7 @@ def test_psnr() -> None:
     assert psnr(real + 255 // 100, real) == pytest.approx(20 * torch.log10(torch.tensor(255 / 2)).item())
 
 
-def test_nonsense_is_refused() -> None:
+def test_config_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss\.adversarial_weight is -1"):
         DecoderLossConfig(adversarial_weight=-1)
     with pytest.raises(ValueError, match=r"loss\.perceptual_heads is a, and loss\.perceptual is null"):
