@@ -79,7 +79,7 @@ def write_draft(
         File name -> size and checksum, read back from the disk.
 
     Raises:
-        NotFinite: a value is not finite; nothing is written.
+        NonFiniteValueError: a value is not finite; nothing is written.
         OSError: a file cannot be written.
     """
     for path, values in tensors.items():
