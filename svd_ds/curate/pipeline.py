@@ -52,7 +52,7 @@ class CurationSettings:
 
     def __post_init__(self) -> None:
         if self.llm and not (self.coca and self.video_blip):
-            raise ValueError("llm joins the captions of coca and video_blip: give both, or no llm")
+            raise ValueError("llm merges the captions of coca and video_blip: give both models, or no llm")
 
     def stages(self) -> list[Stage]:
         """The per-file stages, each after the stages that it depends on."""
@@ -134,7 +134,7 @@ def write_curated_shards(runner: Runner, settings: CurationSettings, shards: Pat
     kept = [clip for clip in clips if clip.reason is None]
     if not kept:
         raise ValueError(
-            f"none of the {len(clips)} clips is kept; {clips[0].id} is removed by {clips[0].reason}"
+            f"none of the {len(clips)} clips is kept; the reason of {clips[0].id} is {clips[0].reason}"
         )
     task = runner.progress.add_task("shards", total=len(kept))
     write_shards(kept, runner.out, shards, settings.shards, lambda: runner.progress.advance(task))
@@ -170,5 +170,6 @@ def write_refused(runner: Runner, path: Path) -> None:
 
 
 def progress_bar(console: Console | None = None) -> Progress:
+    """Progress bars with counts and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)
