@@ -1,4 +1,4 @@
-"""The public UNets as references: diffusers' classes, with random weights in every tensor."""
+"""Fixtures of reference networks: diffusers' UNets, with random weights in every tensor."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.networks import SMALL
 
 
 @pytest.fixture(autouse=True)
-def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks, too, compute as large ones and GPUs do."""
+def use_kernels_of_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute small tensors as large ones and GPUs do."""
     monkeypatch.setattr(fused, "SMALL_NUMEL", 0)
 
 
 @pytest.fixture
 def randomize() -> Callable[[nn.Module], nn.Module]:
-    """Random values for every parameter, those that start at zero and the mix factors among them."""
+    """Fill every parameter with random values, including mix factors and zeros."""
 
     def fill(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
@@ -78,7 +78,7 @@ def image_unet(randomize: Callable[[nn.Module], nn.Module]) -> Callable[[UNetCon
 
 @pytest.fixture
 def from_public() -> Callable[[UNetConfig, dict[str, Tensor]], dict[str, Tensor]]:
-    """Tensors under diffusers' names (weights or gradients) as ours, by name."""
+    """Convert tensors under diffusers' names (weights or gradients) to ours."""
 
     def convert(config: UNetConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         modules = public_modules(config, "diffusers")

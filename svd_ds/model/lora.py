@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685), attached to a network's attention layers from outside.
 
 An adapted layer computes W x + (alpha / rank) B A x. B starts at zero, so attaching an adapter changes no
-output. If one layer stands for several public ones (queries, keys and values), each of these has its own A
+output. If one layer combines several public ones (queries, keys and values), each of these has its own A
 and B. Their A matrices are joined into one, so that there is one product for all of them:
 
     a.weight (parts * rank, in)      b (parts, out / parts, rank)
@@ -30,7 +30,7 @@ TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "attention": (TemporalAttention, SpatialAttention, CrossAttention),
 }
 NUM_PARTS = {"q": 1, "kv": 2, "qkv": 3, "out": 1}
-"""Linear layers of an attention -> number of public layers that each stands for."""
+"""Linear layers of an attention -> number of public layers that each of them combines."""
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(written)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has a header {HEADER} that is no JSON: {error}") from error
+        raise ValueError(f"{path} has a header {HEADER} that is not JSON: {error}") from error
     if not settings and config_file.is_file():
         source, settings = config_file, read_json(config_file)
     if not isinstance(settings, dict):

@@ -1,4 +1,4 @@
-"""Tests of what only a GPU runs: skipped, saying so, where there is none."""
+"""Tests that need a GPU; they are skipped without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a GPU, every backend and hand-written layer agrees with float64, values and gradients."""
+"""On a GPU, every attention backend and custom layer agrees with float64, values and gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NORMS = {
     "the lowest level": (28, 5 * 9, 2560),
     "a clip at the lowest level": (2, 14 * 5 * 9, 1280),
 }
-"""Of the released network: frames or clips, positions, channels."""
+"""Shapes in the released network: frames or clips, positions, channels."""
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -119,7 +119,7 @@ def test_on_another_gpu_than_the_current_one() -> None:
 
 @pytest.mark.parametrize("layer", ["norm", "geglu"])
 def test_more_elements_than_32_bits_count(layer: str) -> None:
-    """The last unit, which lies behind them, is as it is alone."""
+    """The last unit, after 2^31 elements, equals the unit on its own."""
     if not triton_installed() or torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs Triton and 40 GiB of GPU memory")
     weight, bias = torch.randn(2, 256, dtype=torch.bfloat16, device="cuda")

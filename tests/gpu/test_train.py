@@ -12,7 +12,7 @@ from tests.runs import metrics
 
 
 @pytest.mark.parametrize("settings", [(), ("ema.on_host=true",)], ids=["", "averages on the host"])
-def test_a_run_trains_and_goes_on(settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_run_trains_and_resumes(settings: tuple[str, ...], tmp_path: Path) -> None:
     for steps in (2, 4):
         command = [sys.executable, "-m", "svd_ds.train", "debug=tiny", f"run.dir={tmp_path}", *settings]
         subprocess.run([*command, f"run.steps={steps}", "checkpoint.every=2"], check=True)

@@ -22,7 +22,7 @@ def test_scalings_are_the_papers() -> None:
     assert abs(c_noise[0].item() - -1.5537) < 1e-4 and abs(c_noise[-1].item() - 1.6378) < 1e-4
 
 
-def test_the_network_sees_scaled_latents_then_the_plain_concat() -> None:
+def test_network_input_is_scaled_latents_then_unscaled_concat() -> None:
     seen = {}
 
     def net(

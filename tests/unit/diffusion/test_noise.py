@@ -40,7 +40,7 @@ def test_sampled_quantiles_are_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_file_is_a_rising_finite_density(name: str) -> None:
+def test_quantiles_of_every_config_file_are_finite_and_increasing(name: str) -> None:
     noise = build_noise(load(name), 576, 1024)
     u = torch.linspace(1e-9, 1 - 1e-9, 1001, dtype=torch.float64)
     sigma = noise.quantile(u)
@@ -82,7 +82,7 @@ def test_shifted_cosine_moves_log_snr_by_the_resolution(height: int, width: int)
     )
 
 
-def test_interpolated_cosine_joins_two_shifts_and_keeps_its_ends() -> None:
+def test_interpolated_cosine_combines_two_shifts_and_keeps_its_bounds() -> None:
     config = NoiseConfig(
         "interpolated_cosine", reference=32, reference_clean=256, sigma_min=1e-3, sigma_max=1e3
     )
@@ -94,7 +94,7 @@ def test_interpolated_cosine_joins_two_shifts_and_keeps_its_ends() -> None:
     assert -2 * middle.log().item() == pytest.approx(math.log(32 / 512) + math.log(256 / 512), abs=0.05)
 
 
-def test_the_weight_makes_the_error_of_v_the_error_of_epsilon() -> None:
+def test_weighted_error_of_v_is_the_error_of_epsilon() -> None:
     sigma = torch.logspace(-2, 2, 9, dtype=torch.float64)
     x0, n, v_error = torch.randn(3, 9, dtype=torch.float64)
     x = x0 + sigma * n
@@ -125,7 +125,7 @@ def test_karras_sigmas_span_the_public_range() -> None:
         ({"offset_noise": -0.1}, ["noise.offset_noise", "-0.1"]),
     ],
 )
-def test_wrong_settings_are_named(fields: dict, names: list[str]) -> None:
+def test_invalid_settings_are_named(fields: dict, names: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         NoiseConfig(**fields)
     assert all(name in str(error.value) for name in names)

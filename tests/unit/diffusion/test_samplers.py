@@ -25,21 +25,21 @@ def start(num: int, sigmas: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_point_is_hit_exactly(name: str) -> None:
+def test_point_distribution_is_recovered_exactly(name: str) -> None:
     point = torch.randn(4, 2, 3, dtype=torch.float64)
     sigmas = karras_sigmas(5)
     result = SAMPLERS[name](lambda x, sigma_B: point, 700 * torch.randn_like(point), sigmas, None)
     torch.testing.assert_close(result, point)
 
 
-def test_a_gaussian_is_recovered() -> None:
+def test_gaussian_is_recovered() -> None:
     sigmas = karras_sigmas(60)
     x = heun(denoise_gaussian, start(20_000, sigmas), sigmas)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert x.std().item() == pytest.approx(STD, abs=0.01)
 
 
-def test_heun_is_of_second_order_and_euler_of_first() -> None:
+def test_heun_has_order_two_and_euler_order_one() -> None:
     """Against the exact flow, which maps the start by (x - MEAN) * STD / sqrt(STD^2 + sigma_0^2)."""
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     errors = {}
@@ -72,7 +72,7 @@ def test_progress_counts_steps_and_the_denoiser_sees_every_sigma() -> None:
     assert len(seen) == 2 * 6 - 1
 
 
-def test_euler_goes_where_the_public_pipeline_goes() -> None:
+def test_euler_equals_the_public_pipeline() -> None:
     """diffusers' EulerDiscreteScheduler as stable-video-diffusion-img2vid configures it, around the same
     network."""
     from diffusers import EulerDiscreteScheduler

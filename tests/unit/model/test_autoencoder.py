@@ -15,7 +15,7 @@ TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"
 
 
 @pytest.fixture(scope="module")
-def theirs() -> AutoencoderKLTemporalDecoder:
+def public() -> AutoencoderKLTemporalDecoder:
     return AutoencoderKLTemporalDecoder.from_pretrained(
         TINY, subfolder="vae", torch_dtype=torch.float32
     ).eval()
@@ -32,8 +32,8 @@ def frames_NCHW() -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_moments_are_those_of_diffusers_whatever_the_chunk(ours, theirs, frames_NCHW):
-    distribution = theirs.encode(frames_NCHW).latent_dist
+def test_moments_are_those_of_diffusers_whatever_the_chunk(ours, public, frames_NCHW):
+    distribution = public.encode(frames_NCHW).latent_dist
     moments = ours.encode(frames_NCHW)
     assert moments.shape == (7, 8, 4, 6)
     torch.testing.assert_close(moments, distribution.parameters, rtol=1e-4, atol=1e-4)
@@ -50,17 +50,17 @@ def test_posterior_mean_and_draw_are_those_of_diffusers():
 
 
 @torch.no_grad()
-def test_decode_undoes_the_scaling_and_never_mixes_chunks_or_clips(ours, theirs):
+def test_decode_undoes_the_scaling_and_never_mixes_chunks_or_clips(ours, public):
     latents = torch.randn(2, 5, 4, 4, 6, generator=torch.Generator().manual_seed(0))
     decoded = ours.decode(latents)
     assert decoded.shape == (2, 5, 3, 32, 48)
     assert decoded.abs().max() <= 1
     for clip, frames in zip(latents, decoded, strict=True):
-        expected = [theirs.decode(few / 0.18215, num_frames=len(few)).sample for few in (clip[:3], clip[3:])]
+        expected = [public.decode(few / 0.18215, num_frames=len(few)).sample for few in (clip[:3], clip[3:])]
         torch.testing.assert_close(frames, torch.cat(expected).clamp(-1, 1), rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_frozen_and_keeps_no_graph(ours, frames_NCHW):
+def test_network_is_frozen_and_keeps_no_graph(ours, frames_NCHW):
     frames_NCHW.requires_grad_()
     assert not any(parameter.requires_grad for parameter in ours.network.parameters())
     assert not ours.network.training
@@ -69,11 +69,11 @@ def test_it_is_frozen_and_keeps_no_graph(ours, frames_NCHW):
     assert not ours.decode(posterior(moments)[None]).requires_grad
 
 
-def test_its_properties(ours):
+def test_properties_of_the_tiny_autoencoder(ours):
     assert (ours.scaling_factor, ours.latent_channels, ours.downsampling) == (0.18215, 4, 8)
 
 
-def test_the_fingerprint_names_the_encoder_at_any_precision(ours):
+def test_fingerprint_depends_on_the_encoder_alone_at_any_precision(ours):
     fingerprint = ours.fingerprint()
     assert len(fingerprint) == 12 and int(fingerprint, 16) >= 0
     other = Autoencoder.load(TINY, dtype=torch.bfloat16)
@@ -84,7 +84,7 @@ def test_the_fingerprint_names_the_encoder_at_any_precision(ours):
     assert other.fingerprint() != fingerprint
 
 
-def test_a_network_that_overflows_in_float16_stays_in_float32(frames_NCHW):
+def test_network_that_overflows_in_float16_stays_in_float32(frames_NCHW):
     half, bfloat = Autoencoder.load(TINY, dtype=torch.float16), Autoencoder.load(TINY, dtype=torch.bfloat16)
     assert half.network.dtype == torch.float32
     assert bfloat.network.dtype == torch.bfloat16
@@ -92,12 +92,12 @@ def test_a_network_that_overflows_in_float16_stays_in_float32(frames_NCHW):
     assert half.encode(frames_NCHW[:1].half()).dtype == torch.float32
 
 
-def test_a_size_that_is_no_multiple_of_eight_is_refused_with_both_numbers(ours):
+def test_size_that_is_no_multiple_of_eight_is_refused_with_both_numbers(ours):
     with pytest.raises(ValueError, match=r"36x48.*multiples of 8"):
         ours.encode(torch.zeros(1, 3, 36, 48))
 
 
-def test_a_chunk_of_no_frames_is_refused():
+def test_chunk_of_no_frames_is_refused():
     with pytest.raises(ValueError, match="chunk is 0"):
         Autoencoder.load(TINY, chunk=0)
 
@@ -114,7 +114,7 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
         Autoencoder.load(tmp_path)
 
 
-def test_a_folder_with_the_half_precision_variant_alone_is_read(tmp_path, ours):
+def test_folder_with_only_the_half_precision_variant_is_read(tmp_path, ours):
     shutil.copytree(TINY / "vae", tmp_path / "vae")
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
@@ -122,7 +122,7 @@ def test_a_folder_with_the_half_precision_variant_alone_is_read(tmp_path, ours):
     assert torch.equal(kernel, ours.network.quant_conv.weight)
 
 
-def test_a_hub_id_is_passed_on_and_its_failure_told_in_our_words(monkeypatch):
+def test_hub_id_is_passed_on_and_its_failure_is_one_sentence(monkeypatch):
     asked = []
 
     def no_network(path, **options):
@@ -146,7 +146,7 @@ def test_a_hub_id_is_passed_on_and_its_failure_told_in_our_words(monkeypatch):
         Autoencoder.load("some/model")
 
 
-def test_another_class_is_refused(tmp_path):
+def test_autoencoder_of_another_class_is_refused(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
     with pytest.raises(ValueError, match="is AutoencoderTiny: it must be one of AutoencoderKL"):

@@ -1,4 +1,4 @@
-"""The network without layers of time is the image path of the one that has them."""
+"""The network without temporal layers is the image path of the video network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.networks import SMALL
 IMAGE = replace(SMALL, in_channels=4, num_scalars=0, temporal="none")
 
 
-def test_a_video_network_gives_images_what_it_gives(randomize: Callable[[nn.Module], UNet]) -> None:
+def test_video_network_equals_it_on_images(randomize: Callable[[nn.Module], UNet]) -> None:
     image, video = randomize(UNet(IMAGE)), UNet(replace(IMAGE, temporal="svd"))
     missing, unexpected = video.load_state_dict(image.state_dict(), strict=False)
     assert not unexpected and {parameter_tags(video)[name] for name in missing} == {"temporal"}
@@ -26,13 +26,13 @@ def test_a_video_network_gives_images_what_it_gives(randomize: Callable[[nn.Modu
     torch.testing.assert_close(video(*inputs, images), image(*inputs))
 
 
-def test_frames_do_not_know_of_each_other(randomize: Callable[[nn.Module], UNet]) -> None:
+def test_frames_are_independent(randomize: Callable[[nn.Module], UNet]) -> None:
     unet = randomize(UNet(IMAGE))
     x, *others = torch.randn(1, 3, 4, 8, 8), torch.randn(1), torch.randn(1, 5, 48), torch.zeros(1, 0)
     torch.testing.assert_close(unet(x, *others)[:, 1:2], unet(x[:, 1:2], *others))
 
 
-def test_has_the_original_layout_alone(randomize: Callable[[nn.Module], UNet], tmp_path: Path) -> None:
+def test_only_the_original_layout_holds_it(randomize: Callable[[nn.Module], UNet], tmp_path: Path) -> None:
     unet = randomize(UNet(IMAGE))
     save_unet(unet, tmp_path / "image.safetensors", "original")
     found = load_unet(tmp_path / "image.safetensors")

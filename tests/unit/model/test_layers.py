@@ -53,7 +53,7 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("layer", [FrameConv(C, C), TemporalConv(C, C), Linear(C, C)])
-def test_convolutions_neither_copy_nor_leave_the_layout(layer: nn.Module, x_BTHWC: Tensor) -> None:
+def test_convolutions_do_not_copy_and_keep_the_layout(layer: nn.Module, x_BTHWC: Tensor) -> None:
     with Copies(x_BTHWC.numel()) as copies, torch.no_grad():
         y = layer(x_BTHWC)
         assert not copies.names

@@ -1,4 +1,4 @@
-"""The perceptual distance, on small weights made here."""
+"""The perceptual distance, with small random weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from svd_ds.model.perceptual import Perceptual
 
 WIDTHS = (4, 5, 6, 7, 8)
-PLACES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""Of the convolutions in torchvision's vgg16().features."""
+INDICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+"""Indices of the convolutions in torchvision's vgg16().features."""
 
 
 def made_weights() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A VGG16's and its heads', as torchvision and LPIPS name them."""
+    """Random weights of VGG16 and of its heads, with torchvision's and LPIPS' names."""
     features, width = {"classifier.0.weight": torch.zeros(2, 2)}, 3
-    for places, wider in zip(PLACES, WIDTHS, strict=True):
+    for places, wider in zip(INDICES, WIDTHS, strict=True):
         for place in places:
             features[f"features.{place}.weight"] = torch.randn(wider, width, 3, 3) * 0.3
             features[f"features.{place}.bias"] = torch.randn(wider) * 0.1
@@ -36,12 +36,12 @@ def write(folder: Path, features: dict[str, Tensor], heads: dict[str, Tensor]) -
 
 
 def straightforward(a: Tensor, b: Tensor, features: dict[str, Tensor], heads: dict[str, Tensor]) -> Tensor:
-    """As LPIPS writes it: the row of torchvision's layers from 0 to 29, with a tap after each group."""
+    """LPIPS' own formulation: torchvision's layers 0 to 29 in order, with an output after each group."""
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     distance = torch.zeros(len(a))
     states = [((x + 1) / 2 - mean) / deviation for x in (a, b)]
-    for group, places in enumerate(PLACES):
+    for group, places in enumerate(INDICES):
         for place in places:
             weight, bias = features[f"features.{place}.weight"], features[f"features.{place}.bias"]
             states = [F.conv2d(x, weight, bias, padding=1).clamp(min=0) for x in states]
@@ -52,7 +52,7 @@ def straightforward(a: Tensor, b: Tensor, features: dict[str, Tensor], heads: di
     return distance
 
 
-def test_it_is_lpips(tmp_path: Path) -> None:
+def test_distance_equals_lpips(tmp_path: Path) -> None:
     features, heads = made_weights()
     files = write(tmp_path, features, heads)
     a, b = torch.rand(2, 2, 3, 32, 48) * 2 - 1
@@ -65,7 +65,7 @@ def test_it_is_lpips(tmp_path: Path) -> None:
     assert torch.allclose(unweighted, straightforward(a, b, features, ones), rtol=0.02)
 
 
-def test_it_is_zero_for_one_picture_and_its_gradient_is_finite_there(tmp_path: Path) -> None:
+def test_distance_of_equal_images_is_zero_with_a_finite_gradient(tmp_path: Path) -> None:
     network = Perceptual.load(*write(tmp_path, *made_weights()), widths=WIDTHS)
     a = torch.rand(1, 3, 16, 16)
     b = a.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Make-A-Video's layers of time: inserted they change nothing, and then they look along time."""
+"""Make-A-Video's temporal layers: they start as the identity, and mix frames after training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_FRAMES = 3
 
 @pytest.fixture
 def unet() -> UNet:
-    """As it starts on a trained image model: random everywhere but in the layers of time."""
+    """A network that starts from a trained image model: random values except in the temporal layers."""
     unet = UNet(CONFIG)
     tags = parameter_tags(unet)
     for name, parameter in unet.named_parameters():
@@ -42,7 +42,7 @@ def image_only(value: bool) -> Tensor:
     return torch.full((2, NUM_FRAMES), value)
 
 
-def test_at_first_it_is_the_image_model_bit_for_bit(unet: UNet) -> None:
+def test_network_starts_as_the_image_model_bit_for_bit(unet: UNet) -> None:
     clip = inputs()
     output = unet(*clip)
     assert output.std() > 0.1
@@ -52,7 +52,7 @@ def test_at_first_it_is_the_image_model_bit_for_bit(unet: UNet) -> None:
     torch.testing.assert_close(svd(*clip, image_only(True)), output, rtol=1e-5, atol=1e-5)
 
 
-def test_its_image_half_has_the_names_of_svds(unet: UNet) -> None:
+def test_spatial_parameters_have_the_names_of_svds(unet: UNet) -> None:
     def image_half(network: UNet) -> dict[str, str]:
         return {name: tag for name, tag in parameter_tags(network).items() if tag != "temporal"}
 
@@ -60,7 +60,7 @@ def test_its_image_half_has_the_names_of_svds(unet: UNet) -> None:
     assert unet.blocks().keys() == UNet(SVD).blocks().keys()
 
 
-def test_every_layer_of_time_learns_and_joins_the_frames(
+def test_every_temporal_layer_gets_gradients_and_mixes_frames(
     unet: UNet, randomize: Callable[[nn.Module], nn.Module]
 ) -> None:
     randomize(unet)
@@ -79,7 +79,7 @@ def test_every_layer_of_time_learns_and_joins_the_frames(
         assert torch.equal(unet(*clip, image_only(False)), before)
 
 
-def test_it_starts_from_an_image_model(
+def test_weights_of_an_image_model_are_loaded(
     unet: UNet, image_unet: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     image_unet(SVD).save_pretrained(tmp_path / "unet")
@@ -89,12 +89,12 @@ def test_it_starts_from_an_image_model(
 
 
 @pytest.mark.parametrize(("layout", "name"), [("diffusers", "folder"), ("original", "x.safetensors")])
-def test_no_public_layout_holds_it(unet: UNet, layout: str, name: str, tmp_path: Path) -> None:
+def test_no_public_layout_can_hold_it(unet: UNet, layout: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kind make_a_video have no public layout"):
         save_unet(unet, tmp_path / name, layout)
     assert not (tmp_path / name).exists()
 
 
-def test_another_kind_is_refused() -> None:
+def test_unknown_variant_is_refused() -> None:
     with pytest.raises(ValueError, match="temporal is 'mochi': it must be one of svd, make_a_video, none"):
         replace(SVD, temporal="mochi")

@@ -107,7 +107,7 @@ class TestAgainstDiffusers:
     def test_every_gradient_in_double_precision(
         self, clips: int, tokens: int, depth: int, pair_of: Any, compare: Any
     ) -> None:
-        """One that is a small sum of large terms, a mix factor's, tells little in single precision."""
+        """Single precision is too coarse for a mix factor's gradient, a small sum of large terms."""
         config = replace(
             SMALL, widths=(32, 64), attention_levels=(True, False), num_layers=1, transformer_depth=depth
         )
@@ -118,7 +118,7 @@ class TestAgainstDiffusers:
         for name, (found, expected) in grads.items():
             assert (found - expected).norm() < 1e-10 * expected.norm() + 1e-13 * scale, name
 
-    def test_images_among_frames(self, pair_of: Any) -> None:
+    def test_images_among_video_frames(self, pair_of: Any) -> None:
         """diffusers' UNet takes no image_only, but its blocks do."""
         ours, theirs = pair_of(SMALL)
         clips, frames, width = 2, 3, SMALL.widths[0]
@@ -145,7 +145,7 @@ def test_blocks_are_the_16_transformers_and_22_residual_blocks() -> None:
 
 class TestImages:
     def test_image_only_is_the_image_model(self, image_unet: Any, randomize: Any) -> None:
-        """With image_only, each frame is what the image UNet makes of it: no temporal layer has a say."""
+        """With image_only the output equals the image UNet's: temporal layers have no effect."""
         config = replace(SMALL, in_channels=4, num_scalars=0)
         theirs = image_unet(config)
         for name, module in theirs.named_modules():
@@ -177,14 +177,14 @@ class TestImages:
         )[0]
         assert relative(found.flatten(0, 1), expected) < 1e-5
 
-    def test_a_video_is_not(self, randomize: Any) -> None:
+    def test_video_differs_from_the_image_model(self, randomize: Any) -> None:
         ours, inputs = randomize(UNet(SMALL)), draw_inputs(SMALL, 1, 3, 1, 8, 8)
         images = ours(*inputs.values(), image_only=torch.ones(1, 3, dtype=torch.bool))
         assert relative(ours(*inputs.values()), images) > 1e-2
 
 
 class TestMask:
-    """Nine channels: four noisy, four of the given frames, one that says which are given."""
+    """Input channels: four noisy, four of the given frames, one mask."""
 
     CONFIG = replace(SMALL, in_channels=9, masked=True)
 
@@ -198,14 +198,14 @@ class TestMask:
         return inputs
 
     @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 6)])
-    def test_the_embedding_stands_where_no_frame_is_given(self, height: int, width: int, unet: UNet) -> None:
+    def test_embedding_replaces_latents_of_other_frames(self, height: int, width: int, unet: UNet) -> None:
         inputs = self.inputs([1, 0, 0, 1], height, width)
         found = unet(*inputs.values())
         changed = {name: value.clone() for name, value in inputs.items()}
         changed["x"][:, 1:3, 4:8] = 100.0
-        assert torch.equal(unet(*changed.values()), found), "what lies under the mask is not looked at"
+        assert torch.equal(unet(*changed.values()), found), "latents under the mask have no effect"
         changed["x"][:, 3, 4:8] += 1.0
-        assert not torch.equal(unet(*changed.values()), found), "what is given is"
+        assert not torch.equal(unet(*changed.values()), found), "given latents have an effect"
 
         plain = UNet(replace(self.CONFIG, masked=False))
         plain.load_state_dict(
@@ -214,7 +214,7 @@ class TestMask:
         inputs["x"][:, 1:3, 4:8] = unet.mask_embedding.weight.detach().view(4, 1, 1)
         assert torch.equal(plain(*inputs.values()), found)
 
-    def test_the_embedding_learns_from_the_frames_that_are_not_given(self, unet: UNet) -> None:
+    def test_embedding_gets_gradients_from_frames_that_are_not_given(self, unet: UNet) -> None:
         unet(*self.inputs([1, 0, 1]).values()).square().sum().backward()
         assert unet.mask_embedding.weight.grad.all()
         unet.zero_grad()
@@ -234,18 +234,18 @@ class TestForward:
         assert torch.equal(unet.encoder[0].residual(x, torch.randn(1, 256)), x)
         assert torch.equal(unet.encoder[0].transformer(x, torch.randn(1, 1, 48)), x)
 
-    def test_a_scalar_that_is_withheld_has_no_embedding(self, randomize: Any) -> None:
+    def test_dropped_scalar_has_no_embedding(self, randomize: Any) -> None:
         unet = randomize(UNet(SMALL))
         width = SMALL.scalar_width
         inputs = draw_inputs(SMALL, 2, 2, 1, 8, 8)
-        told = unet(*inputs.values())
+        full = unet(*inputs.values())
         inputs["scalars"][0, 1] = torch.nan
-        withheld = unet(*inputs.values())
-        assert torch.equal(withheld[1], told[1]) and not torch.equal(withheld[0], told[0])
+        dropped = unet(*inputs.values())
+        assert torch.equal(dropped[1], full[1]) and not torch.equal(dropped[0], full[0])
         with torch.no_grad():
             unet.embedding.scalars.linear1.weight[:, width : 2 * width] = 0
         inputs["scalars"][0, 1] = 30.0
-        torch.testing.assert_close(unet(*inputs.values())[0], withheld[0])
+        torch.testing.assert_close(unet(*inputs.values())[0], dropped[0])
 
     def test_the_output_is_contiguous_in_the_dtype_of_the_weights(self) -> None:
         out = UNet(SMALL).bfloat16()(*draw_inputs(SMALL, 1, 2, 1, 8, 8).values())
@@ -272,7 +272,7 @@ class TestForward:
             ({"image_only": (2, 4)}, r"image_only must have the shape \(2, 3\), not \(2, 4\)"),
         ],
     )
-    def test_refuses_what_does_not_fit(self, change: dict[str, tuple[int, ...]], words: str) -> None:
+    def test_inputs_of_wrong_shapes_are_refused(self, change: dict[str, tuple[int, ...]], words: str) -> None:
         inputs: dict[str, Tensor | None] = {**draw_inputs(SMALL, 2, 3, 1, 8, 8), "image_only": None}
         inputs |= {name: torch.zeros(shape) for name, shape in change.items()}
         with pytest.raises(ValueError, match=words):
@@ -292,12 +292,12 @@ class TestForward:
         ({"kernels": "cuda"}, "kernels is 'cuda': it must be one of auto, triton, torch"),
     ],
 )
-def test_config_refuses_what_cannot_be(changes: dict[str, Any], words: str) -> None:
+def test_invalid_configs_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         replace(FULL, **changes)
 
 
-def test_tags_survive_no_matter_where_parameters_lie() -> None:
+def test_each_parameter_has_the_tag_of_its_innermost_module() -> None:
     tags = parameter_tags(meta(SMALL))
     assert tags["conv_in.weight"] == tags["encoder.0.transformer.proj_in.weight"] == "spatial"
     assert tags["encoder.0.residual.spatial.time_projection.weight"] == "spatial"

@@ -26,7 +26,7 @@ from tests.networks import SMALL, assert_same, save_checkpoint
 
 ROOT = Path(__file__).parents[3]
 PUBLIC_HEADS = replace(SMALL, widths=(64, 128), head_width=64, scalar_width=256, num_frames=14)
-"""What shapes alone tell: heads and scalar embeddings as wide as the public models have them."""
+"""Config that shapes determine: widths of heads and scalar embeddings are the public models'."""
 
 
 class TestPublicLayouts:
@@ -44,10 +44,10 @@ class TestPublicLayouts:
         assert_same(load_unet(path), masked)
 
     @pytest.mark.parametrize("in_channels", [4, 8])
-    def test_a_masked_network_begins_as_the_one_it_comes_from(
+    def test_masked_network_starts_with_the_output_of_its_initial_weights(
         self, in_channels: int, randomize: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """It computes the same while all it is given is new to it."""
+        """The outputs are equal if every frame is given."""
         before = randomize(UNet(replace(SMALL, in_channels=in_channels)))
         save_unet(before, tmp_path)
         unet = load_unet(tmp_path, config=replace(SMALL, in_channels=9, masked=True))
@@ -61,7 +61,7 @@ class TestPublicLayouts:
         rest = (torch.randn(1), torch.randn(1, 2, 48), torch.tensor([[6.0, 127.0, 0.02]]))
         torch.testing.assert_close(unet(wide, *rest), before(x, *rest))
 
-    def test_from_one_layout_to_the_other_and_back(self, unet: UNet, tmp_path: Path) -> None:
+    def test_conversion_to_the_other_layout_and_back_is_exact(self, unet: UNet, tmp_path: Path) -> None:
         save_unet(unet, tmp_path / "a.safetensors", "original")
         write_weights(*read_weights(tmp_path / "a.safetensors"), tmp_path / "b", "diffusers")
         write_weights(*read_weights(tmp_path / "b"), tmp_path / "c.safetensors", "original")
@@ -119,7 +119,7 @@ class TestPublicLayouts:
 
 
 class TestImageModel:
-    """Stable Diffusion 2.1 is a part of the network; the rest is new."""
+    """Weights of Stable Diffusion 2.1 are a part of the network's; the others are new."""
 
     @pytest.fixture
     def image_model(self, image_unet: Any) -> nn.Module:
@@ -146,7 +146,7 @@ class TestImageModel:
         save_file(tensors, path)
         return path
 
-    def test_is_read_into_the_spatial_half(
+    def test_image_model_is_read_into_the_spatial_layers(
         self, path: Path, image_model: nn.Module, caplog: pytest.LogCaptureFixture
     ) -> None:
         unet = load_unet(path)
@@ -160,7 +160,7 @@ class TestImageModel:
         assert all(p.isfinite().all() for p in unet.parameters())
         assert unet.encoder[0].residual.alpha.mix_factor.item() == 0.5
 
-    def test_fills_a_wider_network_with_zeros(self, path: Path, image_model: nn.Module) -> None:
+    def test_added_inputs_are_zero(self, path: Path, image_model: nn.Module) -> None:
         config, tensors = read_weights(path, config=PUBLIC_HEADS)
         weight = dict(tensors)["conv_in.weight"]
         assert config == PUBLIC_HEADS
@@ -179,22 +179,22 @@ class TestImageModel:
 
 
 @pytest.mark.parametrize("write", ["weights", "adapters"])
-def test_a_full_disk_leaves_no_half_written_file(
+def test_full_disk_leaves_no_partial_file(
     unet: UNet, write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        Path(path).write_bytes(b"half of them")
+        Path(path).write_bytes(b"half of it")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     path = tmp_path / "x.safetensors"
-    path.write_text("what was there before")
+    path.write_text("previous content")
     monkeypatch.setattr(fsync_io, "save_file", fill)
     if write == "adapters":
         add_lora(unet, LoraConfig(rank=2))
     with pytest.raises(OSError, match=r"x\.safetensors.* cannot be written: .*No space left"):
         save_lora(unet, path) if write == "adapters" else save_unet(unet, path, "original")
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
-    assert path.read_text() == "what was there before"
+    assert path.read_text() == "previous content"
 
 
 PEAKS = """
@@ -237,7 +237,7 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells private memory from mapped files")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports private memory apart")
 def test_reading_and_converting_take_little_more_memory_than_the_weights(
     image_unet: Any, tmp_path: Path
 ) -> None:
@@ -251,8 +251,8 @@ def test_reading_and_converting_take_little_more_memory_than_the_weights(
     save_unet(unet.half(), tmp_path / "half")
     forms = ("folder", "file.safetensors", "raw", "average", "image", "half")
     command = [sys.executable, "-c", PEAKS, *(str(tmp_path / form) for form in forms)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr
-    shares = {what: float(share) for what, share in re.findall(r"^peak (.+) (.+)$", told, re.MULTILINE)}
+    errors = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr
+    shares = {name: float(share) for name, share in re.findall(r"^peak (.+) (.+)$", errors, re.MULTILINE)}
     assert len(shares) == 2 * len(forms) - 1
     assert all(share < 1.3 for share in shares.values()), shares
     assert all(share > 0.9 for form, share in shares.items() if form.startswith("load")), shares

@@ -1,4 +1,4 @@
-"""LoRA files of other trainers: each layout gives the same network, and others are refused by name."""
+"""LoRA files of other trainers: each format gives the same network, and others are refused by name."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_halves_that_are_no_adapter_are_refused_by_tensor(unet: UNet, kind: str, tmp_path: Path) -> None:
+def test_invalid_matrices_are_refused_by_tensor(unet: UNet, kind: str, tmp_path: Path) -> None:
     halves, words = WRONG[kind]
     path = tmp_path / "lora.safetensors"
     save_file({f"{ALONE}.{name}.weight": value for name, value in halves.items()}, path)
@@ -228,7 +228,7 @@ def test_an_alpha_without_its_adapter_is_refused(unet: UNet, pairs: Pairs, tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
-def test_adapters_of_few_bits_are_added_at_full_precision(
+def test_low_precision_adapters_are_added_at_full_precision(
     unet: UNet, pairs: Pairs, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     stored = {layer: (a.to(dtype), b.to(dtype)) for layer, (a, b) in pairs.items()}

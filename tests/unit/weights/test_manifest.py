@@ -1,4 +1,4 @@
-"""COMPLETE: what it lists, what proves it, and what of it is refused."""
+"""The manifest COMPLETE detects damage of the checkpoint and of itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.networks import seal
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """With the slices of two ranks."""
+    """A checkpoint of two ranks."""
     folder = tmp_path / "step-0000001"
     (folder / "unet").mkdir(parents=True)
     for rank in range(2):
@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_whole_checkpoint_has_no_damage(checkpoint: Path) -> None:
+def test_intact_checkpoint_has_no_damage(checkpoint: Path) -> None:
     check_checkpoint(checkpoint)
     assert read_manifest(checkpoint).world_size == 2
     assert WeightShards(checkpoint / "unet").read("a", 4, 1, 3).tolist() == [0.0, 1.0]
@@ -49,7 +49,7 @@ def test_file_outside_the_checkpoint_is_refused(checkpoint: Path, name: str) -> 
         read_manifest(checkpoint)
 
 
-def test_manifest_of_another_version_is_told_from_a_damaged_one(
+def test_manifest_of_another_version_is_not_called_damaged(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -62,7 +62,7 @@ def test_manifest_of_another_version_is_told_from_a_damaged_one(
 
 
 @pytest.mark.parametrize("content", ["5f0c12abc", "[]", "null", "{}", '{"xxh3_128": 1}'])
-def test_what_is_no_manifest_is_damage_that_is_named(checkpoint: Path, content: str) -> None:
+def test_invalid_manifest_is_named_as_damaged(checkpoint: Path, content: str) -> None:
     (checkpoint / COMPLETE).write_text(content)
     with pytest.raises(ValueError, match="step-0000001/COMPLETE is damaged"):
         read_manifest(checkpoint)
@@ -78,7 +78,7 @@ def test_changed_value_is_damage(checkpoint: Path, key: str) -> None:
 
 
 def test_files_of_another_number_of_ranks_are_not_read(checkpoint: Path) -> None:
-    """As they lie there where one checkpoint was copied over another."""
+    """Such files exist if one checkpoint was copied over another."""
     for rank in range(3):
         save_file({"a": torch.full((2,), 9.0)}, checkpoint / f"unet/rank-{rank:05d}-of-00003.safetensors")
     check_checkpoint(checkpoint)

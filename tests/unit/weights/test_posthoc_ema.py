@@ -1,4 +1,4 @@
-"""Another length of average after the run, against the one that would have been kept as it went."""
+"""Post-hoc averages of another length equal averages that are kept during the run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_overlap_is_the_integral_of_the_product(a: tuple[int, float], b: tuple[i
     assert profile_inner_product(Profile(*a), Profile(*b)) == pytest.approx(product.sum() / 200, rel=1e-4)
 
 
-def test_what_is_kept_is_taken_as_it_is() -> None:
+def test_kept_average_has_the_weight_one() -> None:
     kept = [Profile(500, 0.05), Profile(1000, 0.05), Profile(1000, 0.1)]
     weights, misfit = posthoc_weights(kept, Profile(1000, 0.1))
     assert weights == pytest.approx([0, 0, 1], abs=1e-6)
@@ -53,7 +53,7 @@ def test_two_lengths_at_thirty_moments_give_the_others(length: float) -> None:
 
 
 class TestAfterTheRun:
-    """A parameter walks at random; its run keeps two lengths, and its ranks change."""
+    """A parameter is a random walk; its run keeps averages of two lengths, at changing numbers of ranks."""
 
     @pytest.fixture
     def run(self, tmp_path: Path) -> Path:
@@ -81,22 +81,22 @@ class TestAfterTheRun:
         return tmp_path
 
     @pytest.mark.parametrize("length", ["0.070", "0.150"])
-    def test_another_length_is_as_if_it_had_been_kept(self, length: str, run: Path) -> None:
+    def test_other_length_equals_one_kept_during_the_run(self, length: str, run: Path) -> None:
         found, expected = read(run, length), load(run, length)
         # Two neighbouring lengths are apart by some of the walk: the error is a small share of that.
         scale = (load(run, "0.070") - load(run, "0.150")).norm()
         assert (found - expected).norm() < 0.02 * scale
 
-    def test_what_came_after_the_checkpoint_does_not_count(self, run: Path) -> None:
+    def test_later_checkpoints_have_no_effect(self, run: Path) -> None:
         earlier = run / "checkpoints" / f"step-{NUM_STEPS - EVERY:07d}"
         expected = read(earlier, "0.07")
         shutil.rmtree(run / "checkpoints" / f"step-{NUM_STEPS:07d}")
         assert torch.equal(read(earlier, "0.07"), expected)
 
-    def test_a_kept_length_is_read_and_not_made(self, run: Path) -> None:
+    def test_kept_length_is_read(self, run: Path) -> None:
         assert torch.allclose(read(run, "0.1"), read(run, "power-0.100"), rtol=1e-5)
 
-    def test_what_was_kept_does_not_give_is_refused(self, run: Path) -> None:
+    def test_length_with_a_large_misfit_is_refused(self, run: Path) -> None:
         shutil.rmtree(run / KEPT_AVERAGES)
         with pytest.raises(ValueError, match=r"the 4 averages .* length 0.25 with an error of \d+%, .* 10%"):
             read(run, "0.25")
@@ -105,7 +105,7 @@ class TestAfterTheRun:
 
 
 def save(flat: Tensor, folder: Path, ranks: int) -> None:
-    """As a run saves it: each rank's slice, padded; what pads must not matter."""
+    """Save as a run does: each rank's slice, padded; the padding must have no effect."""
     folder.mkdir(parents=True)
     length = -(-len(flat) // ranks)
     padded = torch.cat([flat, torch.full((length * ranks - len(flat),), torch.nan)])

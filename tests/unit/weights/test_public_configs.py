@@ -1,4 +1,4 @@
-"""A network's config through what the public layouts say of it, and back."""
+"""Configs are converted to the public layouts and back."""
 
 from __future__ import annotations
 
@@ -74,6 +74,6 @@ def test_from_the_original_shapes(changes: dict[str, int]) -> None:
         ({"_class_name": "UNet2DConditionModel"}, "its use_linear_projection is false"),
     ],
 )
-def test_what_no_config_describes(changes: dict[str, Any], words: str) -> None:
+def test_networks_without_a_config_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config_from_diffusers(config_to_diffusers(SMALL) | changes)

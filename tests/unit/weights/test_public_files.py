@@ -1,4 +1,4 @@
-"""Files of weights from strangers: where an index may lead, and headers that are no sound ones."""
+"""Weight files of unknown origin: indices that leave their folder, and invalid headers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 ADAPTED = "unet.mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q"
 
 
-def in_folder(folder: Path) -> None:
-    """Everything that an index of a stranger may name."""
+def make_targets(folder: Path) -> None:
+    """Create files that a malicious index may name."""
     (folder / "pipe.safetensors").unlink(missing_ok=True)
     os.mkfifo(folder / "pipe.safetensors")
     (folder / "endless.safetensors").symlink_to("/dev/zero")
@@ -47,15 +47,15 @@ OUTSIDE = (
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: str) -> None:
+def test_index_may_only_name_files_in_its_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "vae"
     folder.mkdir()
-    in_folder(folder)
+    make_targets(folder)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
     with pytest.raises(ValueError, match=r"index\.json lists .*, which is no file in"):
         index_files(index)
-    # Parts that a library opens by itself are looked at before.
+    # Parts of a pipeline that a library loads are checked first.
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json lists|is no regular file"):
         load_frozen(AutoencoderKLTemporalDecoder, tmp_path, "vae", "cpu", torch.float32)
@@ -67,7 +67,7 @@ def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_among_weights_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_among_weights_is_refused_without_waiting(tmp_path: Path) -> None:
     folder = tmp_path / "vae"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -78,7 +78,7 @@ def test_a_pipe_among_weights_is_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_config_brings_no_code_of_a_hub(tmp_path: Path, key: str, inside: bool) -> None:
+def test_config_that_names_hub_code_is_refused(tmp_path: Path, key: str, inside: bool) -> None:
     folder = tmp_path / "image_encoder"
     folder.mkdir()
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
@@ -118,7 +118,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_unsound_headers_are_refused_by_file(tmp_path: Path, kind: str) -> None:
+def test_invalid_headers_are_refused_by_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(HEADERS[kind])
     with pytest.raises(ValueError, match=rf"{path} is not a safetensors file"):
@@ -137,7 +137,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_a_description_in_a_header_is_checked(tmp_path: Path, kind: str) -> None:
+def test_config_in_a_header_is_checked(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.safetensors"
     save_file({FIRST: torch.zeros(1)}, path, {CONFIG_KEY: TEXTS[kind]})
     with pytest.raises(ValueError, match=rf"^{path}"):
@@ -146,7 +146,7 @@ def test_a_description_in_a_header_is_checked(tmp_path: Path, kind: str) -> None
 
 @pytest.mark.parametrize("fields", [[], {}, {"_class_name": "X"}, {"_class_name": None, "in_channels": []}])
 @pytest.mark.parametrize("class_name", ["UNetSpatioTemporalConditionModel", "UNet2DConditionModel", None])
-def test_a_config_that_lacks_fields_is_refused_by_file(
+def test_config_without_required_fields_is_refused_by_file(
     tmp_path: Path, fields: Any, class_name: str | None
 ) -> None:
     if class_name and isinstance(fields, dict):
@@ -157,8 +157,8 @@ def test_a_config_that_lacks_fields_is_refused_by_file(
 
 
 SETTINGS = {
-    "deeply nested": ("[" * 100_000, "is no JSON"),
-    "no json": ("{", "is no JSON"),
+    "deeply nested": ("[" * 100_000, "is not JSON"),
+    "no json": ("{", "is not JSON"),
     "no object": ("[1]", "no settings of adapters by name"),
     "alpha is a text": ('{"unet.lora_alpha": "8"}', "is 8, and must be a finite number"),
     "alpha is a list": ('{"lora_alpha": [1]}', r"is \[1\], and must be a finite"),
@@ -170,19 +170,19 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-@pytest.mark.parametrize("beside", [False, True])
-def test_settings_of_adapters_are_checked(tmp_path: Path, kind: str, beside: bool) -> None:
+@pytest.mark.parametrize("separate", [False, True])
+def test_settings_of_adapters_are_checked(tmp_path: Path, kind: str, separate: bool) -> None:
     path, (text, words) = tmp_path / "x.safetensors", SETTINGS[kind]
     state = {f"{ADAPTED}.lora_A.weight": torch.zeros(1, 64), f"{ADAPTED}.lora_B.weight": torch.zeros(64, 1)}
-    save_file(state, path, None if beside else {HEADER: text})
-    if beside:
+    save_file(state, path, None if separate else {HEADER: text})
+    if separate:
         (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"{tmp_path}/.*{words}"):
         merge_lora_file(UNet(SMALL), path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
-def test_weights_of_few_bits_are_read_exactly(unet: UNet, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_low_precision_weights_are_read_exactly(unet: UNet, dtype: torch.dtype, tmp_path: Path) -> None:
     save_unet(unet, tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
@@ -197,7 +197,7 @@ def test_weights_of_few_bits_are_read_exactly(unet: UNet, dtype: torch.dtype, tm
         (lambda tensor: tensor.index_fill(0, torch.tensor([1]), float("inf")), "is not finite"),
     ],
 )
-def test_values_that_are_no_weights_are_refused(
+def test_integers_and_values_that_are_not_finite_are_refused(
     unet: UNet, change: Callable[[Tensor], Tensor], words: str, tmp_path: Path
 ) -> None:
     save_unet(unet, tmp_path)

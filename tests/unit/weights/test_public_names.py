@@ -1,4 +1,4 @@
-"""Every public tensor is named once, in its public shape, in both layouts; the counts are the public ones."""
+"""Names, shapes and counts of public tensors in both layouts."""
 
 from __future__ import annotations
 

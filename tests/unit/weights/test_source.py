@@ -1,4 +1,4 @@
-"""A run's shards are joined into weights; files that are not this network's are refused by name."""
+"""A run's shards are joined to weights; files of another network are refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TestRuns:
         save_checkpoint(tmp_path, unet, ranks)
         assert_same(load_unet(tmp_path), unet)
 
-    def test_layers_of_time_without_a_public_layout_come_back(self, randomize: Any, tmp_path: Path) -> None:
+    def test_temporal_layers_without_a_public_layout(self, randomize: Any, tmp_path: Path) -> None:
         unet = randomize(UNet(replace(SMALL, temporal="make_a_video")))
         save_checkpoint(tmp_path, unet, 2)
         assert_same(load_unet(tmp_path), unet)
@@ -53,7 +53,7 @@ class TestRuns:
         with pytest.raises(ValueError, match=r"has raw, power-0.050, power-0.100, and no '0.9999'"):
             load_unet(tmp_path, "0.9999")
 
-    def test_an_average_takes_what_is_frozen_from_the_weights(self, unet: UNet, tmp_path: Path) -> None:
+    def test_average_takes_frozen_parameters_from_the_weights(self, unet: UNet, tmp_path: Path) -> None:
         save_checkpoint(tmp_path, unet, 2)
         nn.init.constant_(unet.conv_in.bias, 5.0)
         save_checkpoint(tmp_path, unet, 2, "power-0.050")
@@ -65,7 +65,7 @@ class TestRuns:
         assert_same(load_unet(tmp_path), unet)
         assert load_unet(tmp_path, "raw").conv_in.bias[0] != 5.0
 
-    def test_a_rank_that_is_missing_is_noticed(self, unet: UNet, tmp_path: Path) -> None:
+    def test_missing_file_of_a_rank_is_an_error(self, unet: UNet, tmp_path: Path) -> None:
         save_checkpoint(tmp_path, unet, 3)
         (tmp_path / "unet/rank-00001-of-00003.safetensors").unlink()
         with pytest.raises(ValueError, match=r"damaged: unet/rank-00001-of-00003.safetensors is missing"):
@@ -78,7 +78,8 @@ class TestRuns:
 
 
 class TestHandOver:
-    """A stage starts from the one before: what is there is taken, what is added begins at zero or anew."""
+    """A stage starts from the previous one: existing weights are loaded, added ones are zero or initial
+    values."""
 
     @pytest.fixture(params=["diffusers", "checkpoint"])
     def stage(self, request: pytest.FixtureRequest, unet: UNet, tmp_path: Path) -> Path:
@@ -145,7 +146,7 @@ class TestWrongFiles:
             load_unet(path)
 
     @pytest.mark.parametrize(
-        ("changes", "told"),
+        ("changes", "words"),
         [
             (
                 {"in_channels": 4},
@@ -161,16 +162,16 @@ class TestWrongFiles:
     )
     @pytest.mark.parametrize("form", ["diffusers", "checkpoint"])
     def test_another_network_asked_for(
-        self, unet: UNet, tmp_path: Path, form: str, changes: dict[str, Any], told: str
+        self, unet: UNet, tmp_path: Path, form: str, changes: dict[str, Any], words: str
     ) -> None:
         if form == "diffusers":
             save_unet(unet, tmp_path)
         else:
             save_checkpoint(tmp_path, unet, 2)
-        with pytest.raises(ValueError, match=f"{tmp_path} has {told}"):
+        with pytest.raises(ValueError, match=f"{tmp_path} has {words}"):
             load_unet(tmp_path, config=replace(SMALL, **changes))
 
-    def test_not_weights_at_all(self, tmp_path: Path) -> None:
+    def test_paths_without_weights_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"nothing at .*absent"):
             load_unet(tmp_path / "absent")
         with pytest.raises(ValueError, match="neither a diffusers folder, nor a run"):
@@ -203,7 +204,7 @@ class TestFilesOfOthers:
         found = load_unet(tmp_path)
         assert torch.equal(found.conv_in.weight.permute(0, 3, 1, 2), network.conv_in.weight)
 
-    def test_of_two_variants_none_is_guessed(self, unet: UNet, tmp_path: Path) -> None:
+    def test_two_variants_are_ambiguous(self, unet: UNet, tmp_path: Path) -> None:
         save_unet(unet, tmp_path)
         file = tmp_path / "diffusion_pytorch_model.safetensors"
         for variant in ("fp16", "non_ema"):
@@ -265,9 +266,7 @@ class TestFilesOfOthers:
             (b"<!DOCTYPE html><html></html>", "HTML page"),
         ],
     )
-    def test_what_is_no_safetensors_is_called_by_its_name(
-        self, content: bytes, words: str, tmp_path: Path
-    ) -> None:
+    def test_other_file_formats_are_named(self, content: bytes, words: str, tmp_path: Path) -> None:
         (tmp_path / "x.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match=rf"x\.safetensors is not a safetensors file: .*{words}"):
             load_unet(tmp_path / "x.safetensors")

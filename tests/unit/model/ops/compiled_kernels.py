@@ -1,8 +1,8 @@
-"""Compiles every kernel of the UNet for GPUs that need not be here, and prints what came of each.
+"""Compile every kernel of the UNet for GPUs that the machine need not have, and print a report.
 
     python compiled_kernels.py ARCHITECTURE ...     80: A100, 90: H100
 
-A line of json a kernel: its name, the GPU, how wide it reads, and the bytes of registers that it spills.
+One line of JSON a kernel: its name, the GPU, the number of 16-byte reads, and the bytes of spilled registers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def pretend(architecture: int) -> None:
-    """Have Triton see a GPU of this architecture; its number is that of the architecture, too."""
+    """Make Triton see a GPU of an architecture, with the architecture as its device number."""
     driver = SimpleNamespace(
         get_current_device=lambda: architecture,
         get_current_stream=lambda device: 0,
@@ -53,7 +53,7 @@ def pretend(architecture: int) -> None:
 
 
 def compile_only(kernel: JITFunction, grid: Any) -> Callable[..., None]:
-    """In place of starting `kernel` on the GPU."""
+    """Return a function that compiles `kernel` instead of launching it."""
 
     def compile_for(*arguments: Any, **options: Any) -> None:
         compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs: most of what Triton's interpreter does not see goes wrong here."""
+"""The Triton kernels compile for GPUs, which finds most errors that Triton's interpreter does not."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process's memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak memory of a process")
 def test_every_policy_has_a_row(tool_output: Callable[..., ToolResult]) -> None:
     *_, head, _, none, _, _, _ = lines = tool_output(
         "bench/recompute_policies.py", *TINY, "--turns", 1

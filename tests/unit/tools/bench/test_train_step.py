@@ -85,7 +85,7 @@ def test_half_precision_step_updates_float32_masters(tiny: Any) -> None:
     network = UNet(tiny.config).bfloat16()
     torch.nn.init.ones_(network.conv_out.bias)
     timed_network = TimedNetwork(network)
-    timed_network.optimizer.param_groups[0]["lr"] = 1e-5  # less than bfloat16 tells apart
+    timed_network.optimizer.param_groups[0]["lr"] = 1e-5  # below the resolution of bfloat16
     before = network.conv_out.bias.clone()
     for _ in range(2):
         timed_network.step(replace(tiny, dtype="bf16").inputs(torch.device("cpu")))
