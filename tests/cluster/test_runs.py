@@ -80,7 +80,7 @@ HARMS = [ask_to_end, preempt, kill_a_rank, hang_a_rank, power_off_a_node, power_
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_run_goes_on_after(harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path) -> None:
+def test_run_resumes_after(harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     checked = {"SVD_DS_JOB_OPTIONS": ""} if harm is ask_to_end else {}
     watched = ["watchdog.minutes=0.2", "watchdog.first_minutes=3"] if harm is hang_a_rank else []

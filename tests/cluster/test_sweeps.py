@@ -41,7 +41,7 @@ def check_trial(run: dict[str, Any], folder: Path, noise: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_agent_runs_three_trials(wandb_server: WandbServer, tmp_path: Path) -> None:
+def test_agent_runs_three_trials(wandb_server: WandbServer, tmp_path: Path) -> None:
     sweep = wandb_server.sweep(small(tmp_path))
     wandb_server.reach("wandb", "agent", "--count", "3", sweep, **wandb_server.environment)
     runs = wandb_server.ask("state")["runs"]

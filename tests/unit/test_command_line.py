@@ -81,7 +81,7 @@ def test_job_starts_exactly_one_run(words: list[str], message: str) -> None:
         compose(words)
 
 
-def test_a_runs_own_config_starts_another_run(tmp_path: Path) -> None:
+def test_config_of_a_run_starts_another_run(tmp_path: Path) -> None:
     told = compose(["run.seed=5", "debug=tiny"])
     settings = told.as_dict() | {"code": {"commit": "1a2b"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))

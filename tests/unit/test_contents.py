@@ -71,7 +71,7 @@ def begin(run: Path, places: Path, word: str, resume: Path | None = None) -> Inp
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_was_moved_is_the_same_and_what_was_replaced_is_not(
+def test_moved_weights_are_accepted_and_replaced_ones_are_not(
     places: Path, tmp_path: Path, case: str
 ) -> None:
     word, other, message = CASES[case]
@@ -93,7 +93,7 @@ def test_fixed_set_is_the_same_where_it_was_moved(places: Path, tmp_path: Path) 
     assert there == moved != other
 
 
-def test_what_is_replaced_in_its_place_is_refused(places: Path, tmp_path: Path) -> None:
+def test_weights_replaced_in_place_are_refused(places: Path, tmp_path: Path) -> None:
     shutil.copytree(places / "frozen", tmp_path / "parts")
     begin(tmp_path / "run", places, f"frozen.path={tmp_path / 'parts'}")
     shutil.rmtree(tmp_path / "parts")

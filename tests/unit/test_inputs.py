@@ -63,7 +63,7 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
         read_inputs(config, env, None)
 
 
-def test_the_fixed_set_is_the_same_in_every_run_of_the_data(
+def test_fixed_set_is_the_same_in_every_run_of_a_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder, seeds in (("data", range(5)), ("held_out", range(9, 12))):
@@ -150,7 +150,7 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
         ((), IMAGES_ALONE, "has temporal svd, and the network that would start from it none"),
     ],
 )  # fmt: skip
-def test_a_wrong_chain_is_refused_in_words(
+def test_wrong_order_of_stages_is_refused(
     tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...], message: str
 ) -> None:
     stage(tmp_path / "before", *before)
@@ -159,7 +159,7 @@ def test_a_wrong_chain_is_refused_in_words(
         read_inputs(compose(["debug=tiny", *start, *after]), CPU, None)
 
 
-def test_a_video_stage_starts_from_the_image_stage(tmp_path: Path) -> None:
+def test_video_stage_starts_from_the_image_stage(tmp_path: Path) -> None:
     stage(tmp_path / "before", *IMAGES_ALONE)
     start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]
     inputs = read_inputs(compose(["debug=tiny", *start]), CPU, None)
@@ -169,7 +169,7 @@ def test_a_video_stage_starts_from_the_image_stage(tmp_path: Path) -> None:
     assert not any("temporal" in name or "scalars" in name for name in taken)
 
 
-def test_an_image_network_without_scalars_may_be_given_any(tmp_path: Path) -> None:
+def test_image_network_without_scalars_accepts_any_new_ones(tmp_path: Path) -> None:
     stage(tmp_path / "before", *IMAGES_ALONE)
     (tmp_path / "before" / "config.yaml").unlink()
     start = [f"init.from={tmp_path / 'before' / 'weights.safetensors'}", f"run.dir={tmp_path / 'after'}"]

@@ -8,7 +8,7 @@ import pytest
 from svd_ds.json_lines import read_json_lines, rewrite_json_lines
 
 
-def test_an_unreadable_tail_of_json_lines_is_reported_and_left_out(tmp_path: Path) -> None:
+def test_unreadable_tail_is_reported_and_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_json_lines(path).rows == []
     for tail in (b'{"step": 2', b"\0" * 30, b"\xff\xff\n", b"[1]\n"):
@@ -20,7 +20,7 @@ def test_an_unreadable_tail_of_json_lines_is_reported_and_left_out(tmp_path: Pat
     assert read_json_lines(path).damage is None
 
 
-def test_a_bad_line_between_good_ones_is_an_error_with_its_number(tmp_path: Path) -> None:
+def test_bad_line_between_good_ones_is_an_error_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "restarts.jsonl"
     path.write_bytes(b'{"step": 1}\nhalf\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"restarts\.jsonl is damaged: line 2"):

@@ -155,7 +155,7 @@ def test_markup_of_strangers_is_text_in_a_data_card(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["contact_sheet.png", "video-0.mp4", "measures.json"])
 @pytest.mark.timeout(30)
-def test_a_link_in_a_run_brings_no_other_file_into_its_report(tmp_path: Path, name: str) -> None:
+def test_link_in_a_run_adds_no_other_file_to_its_report(tmp_path: Path, name: str) -> None:
     run, secret = tmp_path / "run", tmp_path / "id_rsa"
     folder = run / "samples" / "step-0000001"
     folder.mkdir(parents=True)
@@ -237,7 +237,7 @@ def test_names_of_members_lead_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_a_compressed_tar_is_not_unpacked(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+def test_compressed_tar_is_not_unpacked(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     """A gibibyte of zeros has a mebibyte in it."""
     (tmp_path / "a.tar").write_bytes(pack(bytes(2**24)))
     (found,) = probe_shard(tmp_path / "a.tar", "a.tar", None)

@@ -137,9 +137,7 @@ def test_no_text_is_empty(tree: DictConfig, setting: Setting) -> None:
         ("checkpoint.keep_every", -1, "checkpoint.keep_every is -1: it must be at least 0"),
     ],
 )
-def test_a_refusal_names_the_key_the_value_and_the_range(
-    tree: DictConfig, key: str, value: Any, sentence: str
-) -> None:
+def test_error_names_key_value_and_range(tree: DictConfig, key: str, value: Any, sentence: str) -> None:
     node = tree.copy()
     OmegaConf.update(node, key, value, merge=False)
     with pytest.raises(ValueError, match=sentence):
@@ -189,7 +187,7 @@ def test_extremes_that_are_taken_can_be_computed_with() -> None:
         assert torch.isfinite(karras_sigmas(10, 1e-6, 1e6, rho)).all()
 
 
-def test_a_rule_holds_in_a_subclass_and_for_each_element() -> None:
+def test_rule_applies_in_a_subclass_and_to_each_element() -> None:
     @dataclass(frozen=True)
     class Part(Settings, section="part"):
         numbers: tuple[float, ...] = number((), gt=0)

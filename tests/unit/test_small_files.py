@@ -44,7 +44,7 @@ def test_pipes_and_devices_are_refused_at_once(
         read(path)
 
 
-def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
+def test_link_to_a_file_is_read(tmp_path: Path) -> None:
     """The cache of a hub client, and data sets on several disks, consist of links."""
     (tmp_path / "there.json").write_text("[1]")
     (tmp_path / "here.json").symlink_to(tmp_path / "there.json")

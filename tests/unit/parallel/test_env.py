@@ -62,12 +62,12 @@ def test_srun_counts_the_tasks_of_its_own_step() -> None:
     assert Env.read(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}).address == "10.0.0.1"
 
 
-def test_a_batch_shell_is_one_rank() -> None:
+def test_batch_shell_is_one_rank() -> None:
     shell = {name: value for name, value in SRUN.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
     assert place(Env.read(shell)) == (0, 1, 0, 1, "127.0.0.1")
 
 
-def test_an_interactive_shell_is_one_rank() -> None:
+def test_interactive_shell_is_one_rank() -> None:
     shell = SRUN | {
         "SLURM_STEP_ID": "4294967290",
         "SLURM_STEP_NUM_TASKS": "1",
