@@ -138,8 +138,7 @@ class Engine:
         self._engine.backward(loss / self._due, scale_wrt_gas=False)
 
     def gradient_norm(self) -> float:
-        """Return the global norm of the mean gradient since the last step, which `step` clips; inf where it
-        is not finite.
+        """Return the global norm of the mean gradient since the last step, inf where it is not finite.
 
         All ranks call it, after at least one `backward`.
         """
@@ -172,18 +171,14 @@ class Engine:
         self._backwards = 0
 
     def local_shards(self) -> dict[str, Tensor]:
-        """Return name -> this rank's flat shard of the float32 master weights, for every trained parameter.
+        """Return name -> this rank's flat shard of the float32 master weights of trained parameters.
 
-        They are views of the optimiser's buffers, in host memory where it is offloaded. To change weights use
-        `load_full`, which also updates the copy in the compute precision.
+        They are views of the optimiser's buffers; `load_full` also updates the copy in the compute precision.
         """
         return dict(self._masters)
 
     def frozen_shards(self) -> dict[str, Tensor]:
-        """Return name -> this rank's flat float32 shard of every frozen parameter, as it was loaded.
-
-        They are in host memory, next to the shards in the compute precision.
-        """
+        """Return name -> this rank's flat float32 shard, in host memory, of every frozen parameter."""
         return dict(self._frozen)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
@@ -209,9 +204,7 @@ class Engine:
         return full[: shape.numel()].view(shape)
 
     def load_full(self, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Load weights from a stream of full tensors, of which each rank keeps its shard.
-
-        All ranks call it with the same stream. The float32 master weights equal the tensors exactly.
+        """Load float32 weights from a stream of full tensors; each rank keeps its shard. All ranks call it.
 
         Returns:
             Names of parameters that the stream lacks.
@@ -235,11 +228,7 @@ class Engine:
 
     @contextmanager
     def weights(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
-        """Replace weights inside the context, for instance by averages. No step may be taken inside.
-
-        Args:
-            shards: name -> this rank's flat shard, for any of the parameters.
-        """
+        """Replace weights inside the context by the flat `shards` of any parameters, such as averages."""
         own = {name: self._parameters[name].ds_tensor.clone() for name in shards}
         self._set_compute_shards(shards)
         try:
