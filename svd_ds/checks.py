@@ -1,6 +1,6 @@
-"""Whether a network fits its frozen parts, conditions, data and the stage before; refused before it computes.
+"""Checks that a network fits its frozen parts, conditions, data and the previous stage, before it computes.
 
-Each check raises ValueError with one sentence that names the setting and both numbers.
+Each check raises ValueError with one sentence that names the config key and both numbers.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from svd_ds.data.config import Shape
 from svd_ds.data.loader import Loader
 from svd_ds.diffusion.noise import SHIFTED
 from svd_ds.model.autoencoder import Autoencoder
-from svd_ds.model.conditioner import RELEASED_SCALARS, Conditioner
+from svd_ds.model.conditioner import Conditioner
 from svd_ds.model.frozen import fingerprint
 from svd_ds.sample import frozen_folder, run_settings
+from svd_ds.scalars import RELEASED_SCALARS, SCALARS
 
 
 def check_config_fits(
     config: RunConfig, loader: Loader, autoencoder: Autoencoder, conditioner: Conditioner | None
 ) -> None:
-    """Refuse a network that does not fit its frozen parts, conditions or data, with both numbers."""
+    """Check that the network fits its frozen parts, conditions and data.
+
+    Args:
+        conditioner: None for a task without conditions.
+
+    Raises:
+        ValueError: it does not fit.
+    """
     multiple = autoencoder.downsampling
     if conditioner is not None:
         _check_unet(config, autoencoder, conditioner)
@@ -37,29 +45,31 @@ def check_config_fits(
     _check_cache(config, loader, autoencoder)
     sizes = {shape.height * shape.width for shape in config.data.shapes}
     if len(sizes) > 1 and config.noise.kind in SHIFTED:
-        told = f"noise.kind is {config.noise.kind}, which depends on the size of the clips"
-        raise ValueError(f"{told}, and data.buckets has {len(sizes)} sizes")
+        raise ValueError(
+            f"noise.kind is {config.noise.kind}, which depends on the size of the clips, and data.buckets "
+            f"has {len(sizes)} sizes"
+        )
 
 
 def _check_cache(config: RunConfig, loader: Loader, autoencoder: Autoencoder) -> None:
-    """Refuse what other networks than those of frozen.path have made."""
+    """Check that cached latents and CLIP embeddings were computed by the networks of frozen.path."""
     for source in loader.sources:
         origin = source.latents_origin
         if origin is not None and origin.autoencoder != (ours := autoencoder.fingerprint()):
             raise ValueError(
                 f"the latents in {source.path} are of the autoencoder {origin.autoencoder}, and the one in "
-                f"{config.frozen.path} is {ours}; tools/encode.py --frozen makes others"
+                f"frozen.path={config.frozen.path} is {ours}; tools/encode.py --frozen makes others"
             )
     if (context := loader.context) is None:
         return
     part = "text_encoder" if context == "text" else "image_encoder"
     encoder = fingerprint(frozen_folder(config.frozen.path), part)
     for source in loader.sources:
-        assert source.embeddings_origin is not None, "states are read where all have them"
+        assert source.embeddings_origin is not None, "embeddings are read if all sources have them"
         if encoder is not None and encoder != (theirs := source.embeddings_origin.encoder(context)):
             raise ValueError(
-                f"the CLIP states in {source.path} are of the {part} {theirs}, and the one in "
-                f"{config.frozen.path} is {encoder}; tools/encode.py --frozen makes others"
+                f"the CLIP embeddings in {source.path} are of the {part} {theirs}, and the one in "
+                f"frozen.path={config.frozen.path} is {encoder}; tools/encode.py --frozen makes others"
             )
 
 
@@ -72,8 +82,8 @@ def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Condit
         )
     if config.model.context_width != conditioner.context_width:
         raise ValueError(
-            f"model.context_width is {config.model.context_width}, but the encoder in {config.frozen.path} "
-            f"gives tokens of width {conditioner.context_width}"
+            f"model.context_width is {config.model.context_width}, but the encoder in "
+            f"frozen.path={config.frozen.path} gives tokens of width {conditioner.context_width}"
         )
     if config.model.num_scalars != conditioner.num_scalars:
         raise ValueError(
@@ -83,55 +93,86 @@ def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Condit
 
 
 def _check_num_frames(config: RunConfig, shape: Shape) -> None:
-    """Refuse clips of a length that the network or its conditions cannot have."""
+    """Check that the network and its conditions can have clips of this length."""
     named = f"data.buckets.{shape}" if shape != config.data.shape else "data.num_frames"
     main = config.data.num_frames
     if (main == 1) != (config.model.temporal == "none") or (main == 1 < shape.num_frames):
         raise ValueError(
             f"{named} is {shape.num_frames} and model.temporal {config.model.temporal}: "
-            "images, clips of one frame, go with temporal=none, and videos with layers of time"
+            "images, clips of one frame, need temporal=none, and videos temporal layers"
         )
     if config.conditioning.uses_last_frame and shape.num_frames < 3:
         raise ValueError(f"{named} is {shape.num_frames}, but a clip whose ends condition it has at least 3")
 
 
 def _check_conditions(config: RunConfig, loader: Loader) -> None:
-    """Refuse signals that the network has no place for, or that the data do not hold."""
-    told = config.conditioning
-    if config.model.masked != (told.concat == "ends"):
+    """Check that the network has inputs for its signals, and that the data and `sampling` have values."""
+    concat = config.conditioning.concat
+    if config.model.masked != (concat == "ends"):
         raise ValueError(
-            f"model.masked is {str(config.model.masked).lower()} and conditioning.concat {told.concat}: a "
-            "mask comes with ends, and with nothing else"
+            f"model.masked is {str(config.model.masked).lower()} and conditioning.concat {concat}: a mask is "
+            "needed with ends, and with nothing else"
         )
-    check_elevation(config, loader)
+    for name in config.conditioning.scalars:
+        if name not in config.sampling.scalar_values():
+            raise ValueError(f"conditioning.scalars names {name}, and sampling.scalars.{name} is not given")
+    check_sample_scalars(config, loader)
 
 
-def check_elevation(config: RunConfig, loader: Loader) -> None:
-    if "elevation" in config.conditioning.scalars:
-        for sample in loader.samples():
-            if sample.elevation is None:
+def check_sample_scalars(config: RunConfig, loader: Loader) -> None:
+    """Check that every sample has the scalars of `conditioning.scalars` that are read from samples.
+
+    Raises:
+        ValueError: a sample lacks one that has no default, or its value is outside the scalar's range.
+    """
+    read = [SCALARS[name] for name in config.conditioning.scalars if SCALARS[name].sample_field]
+    for sample in loader.samples() if read else ():
+        for scalar in read:
+            assert scalar.sample_field is not None
+            value, data = sample.number(scalar.sample_field), loader.config.set_names
+            unit = f", in {scalar.unit}" if scalar.unit else ""
+            if value is None and scalar.sample_default is None:
                 raise ValueError(
-                    f"conditioning.scalars names elevation, which sample {sample.id} in "
-                    f'{loader.config.set_names} does not have: its json needs the key "elevation", in degrees'
+                    f"conditioning.scalars names {scalar.name}, which sample {sample.id} in {data} does not "
+                    f'have: its json needs the key "{scalar.sample_field}"{unit}'
+                )
+            if value is not None and (wrong := scalar.check(value)):
+                raise ValueError(
+                    f"conditioning.scalars names {scalar.name}, and {scalar.sample_field} of sample "
+                    f"{sample.id} in {data} is {value:g}: it must be {wrong}{unit}"
                 )
 
 
 def check_trainable(config: RunConfig, layers: Mapping[str, str]) -> None:
-    """Refuse to freeze what begins at random or at zero: the tags of such layers, and what they would do."""
+    """Check that no layer is frozen that starts at random or at zero.
+
+    Args:
+        layers: tag of such layers -> end of the sentence "... layers that would".
+
+    Raises:
+        ValueError: `lora.rank` or a learning rate scale of 0 freezes such layers.
+    """
     for tag, would in sorted(layers.items()):
         if config.lora.rank or config.optim.lr_scale(tag) == 0:
             frozen = "lora.rank freezes" if config.lora.rank else f"optim.{tag}_lr_scale=0 freezes"
             raise ValueError(f"{frozen} {tag} layers that would {would}")
 
 
-def check_scalars(config: RunConfig, path: Path, num_scalars: int) -> None:
-    """Scalars are told apart by their place alone: those of the stage before, `num_scalars` of them, come
-    first, in its order."""
+def check_scalar_order(config: RunConfig, path: Path, num_scalars: int) -> None:
+    """Check that the scalars of the previous stage come first, in its order: weights know only their order.
+
+    Args:
+        path: previous stage, init.from.
+        num_scalars: number of its scalars.
+
+    Raises:
+        ValueError: `conditioning.scalars` has another order.
+    """
     settings = run_settings(path)
     theirs = tuple(settings["conditioning"]["scalars"]) if settings else RELEASED_SCALARS[:num_scalars]
     ours = config.conditioning.scalars
     if any(before != now for before, now in zip(theirs, ours, strict=False)):
         raise ValueError(
             f"{path} takes the scalars {', '.join(theirs)}, and conditioning.scalars is {', '.join(ours)}: "
-            "new ones come after those of the stage before, in its order"
+            "new ones must come after those of the previous stage, in its order"
         )

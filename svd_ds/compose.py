@@ -41,7 +41,8 @@ ADDED = ("code", "contents")
 
 
 def register() -> None:
-    """Register the schema with Hydra, which then refuses unknown keys and wrong types."""
+    """Register the schema with Hydra, which then refuses unknown keys and wrong types, and `${len:LIST}`."""
+    OmegaConf.register_new_resolver("len", len, replace=True)
     ConfigStore.instance().store(name="schema", node=_schema())
 
 

@@ -27,7 +27,7 @@ from svd_ds.data.quarantine import (
     is_out_of_memory,
     refused_csv_lines,
 )
-from svd_ds.data.reader import captions_of
+from svd_ds.data.reader import read_captions
 from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
 from svd_ds.data.writer import complete_members, pack_shard, remove_shards, shard_name, write_index
 from svd_ds.fsync_io import replace_bytes
@@ -71,7 +71,7 @@ class Encoders:
             image_TD = None if self.image is None else self._embed_frames(self.image, pixels_TCHW)
             texts_LD = {}
             if self.text is not None:
-                captions = captions_of(read, sample)
+                captions = read_captions(read, sample)
                 texts_LD = dict(zip(captions, self.text(list(captions.values())), strict=True))
             members[clip_embeddings.MEMBER] = clip_embeddings.pack(image_TD, texts_LD, self.embeddings_origin)
         return members
@@ -175,7 +175,7 @@ def _encoded(
         try:
             with source.open(sample) as read:
                 contents = {member: read(member) for member in sample.members if member not in CACHED}
-                captions_of(read, sample)  # A sample with unreadable captions is refused.
+                read_captions(read, sample)  # A sample with unreadable captions is refused.
                 if covers((sample.height, sample.width), encoders.size):
                     contents |= encoders.encode(read, sample)
             yield sample.id, contents
@@ -205,7 +205,7 @@ def count_uncaptioned(index: Index) -> int:
     count = 0
     for sample in index.samples():
         with index.open(sample) as read:
-            count += not any(captions_of(read, sample).values())
+            count += not any(read_captions(read, sample).values())
     return count
 
 

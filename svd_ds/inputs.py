@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch
-from svd_ds.checks import check_config_fits, check_elevation, check_scalars, check_trainable
+from svd_ds.checks import check_config_fits, check_sample_scalars, check_scalar_order, check_trainable
 from svd_ds.config import RunConfig
 from svd_ds.contents import contents_of
 from svd_ds.data.batching import BatchConfig
@@ -151,7 +151,7 @@ def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
     path = Path(config.init.source)
     source = open_weights(path, config.init.which)
     new = source.check(config.model)
-    check_scalars(config, path, source.config.num_scalars)
+    check_scalar_order(config, path, source.config.num_scalars)
     network = network_parameters(config.model, source.lora)
     reason = f"begin at random, for {path} lacks {len(new)} tensors"
     check_trainable(config, {network[name].tag: reason for name in new})
@@ -202,7 +202,7 @@ def _fixed_set(config: RunConfig, env: Env, like: Loader, autoencoder: Autoencod
         data = replace(data, path=config.evaluation.path, mixture={})
     per_rank = -(-config.evaluation.clips // env.world)
     loader = _fixed_loader(data, like, SEED, per_rank * env.world, env.rank, env.world)
-    check_elevation(config, loader)
+    check_sample_scalars(config, loader)
     clips, _ = next(iter(loader))
     read = (data.num_frames, data.height, data.width, data.fps)
     return FixedSet(f"{loader.fingerprint} {read} {autoencoder.fingerprint()}", clips)

@@ -1,7 +1,7 @@
-"""From a first frame, or a caption, to a video.
+"""Sampling: a first frame, or a caption, to a video.
 
     first frame -> Conditioning    (clean to CLIP; noised, encoded, repeated to all frames; scalars)
-    or both ends                   (likewise, each in its own place: the network interpolates)
+    or both ends                   (likewise, each on its own frame: the network interpolates)
     noise -> latents               (a guided denoiser, Euler or Heun down the sigmas)
     latents -> frames              (the decoder)
 
@@ -28,24 +28,25 @@ from svd_ds.diffusion.samplers import SAMPLERS, Progress
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
+from svd_ds.scalars import AUGMENTATION, FPS, MOTION_BUCKET, RELEASED_SCALARS, SCALARS
 from svd_ds.settings import INT64_MAX, Settings, choice, number
 from svd_ds.small_files import read_yaml
 from svd_ds.weights.io import load_unet, merge_lora_file
 
 TINY = Path(__file__).parent / "assets" / "tiny_svd"
-"""The frozen parts that ship with the package: what a run calls frozen.path=tiny."""
+"""Frozen parts that ship with the package: frozen.path=tiny."""
 RELEASED_SIZE = (576, 1024)
-"""Height and width of the public SVD and SVD-XT, whose folders do not say it."""
+"""Height and width of the public SVD and SVD-XT; their folders do not have them."""
 
 
 def frozen_folder(path: str) -> str:
-    """What a setting like `frozen.path` means: a folder, a hub id, or `tiny` for the parts that ship."""
+    """Resolve a setting like `frozen.path`: a folder, a hub id, or `tiny` for the parts that ship."""
     return str(TINY) if path == "tiny" else path
 
 
 @dataclass(frozen=True)
 class SampleConfig(Settings, section="sampling"):
-    """How to sample. The defaults are the released SVD's (Stability-AI/generative-models
+    """Settings of sampling. The defaults are the released SVD's (Stability-AI/generative-models
     simple_video_sample.py)."""
 
     num_steps: int = number(25, ge=1, le=10_000)
@@ -60,14 +61,14 @@ class SampleConfig(Settings, section="sampling"):
     guidance_min: float = number(1.0, ge=-1000, le=1000)
     """Scale at the first frame; a constant guidance has only the maximum."""
     guidance_max: float = number(2.5, ge=-1000, le=1000)
-    fps: float = number(7.0, ge=0.01, le=1000, hint="conf/train.yaml takes data.fps")
-    """Of the video. The network is told fps - 1, as in training: the 6 of simple_video_sample.py."""
-    motion_bucket: float = number(127.0, ge=0, le=255)
-    """0 to 255: how much should move."""
-    augmentation: float = number(0.02, ge=0, le=1000)
+    fps: float = number(FPS.sampling_default, ge=FPS.low, le=FPS.high, hint="conf/train.yaml takes data.fps")
+    """Frames per second of the video. The network embeds fps - 1, as in training."""
+    motion_bucket: float = number(MOTION_BUCKET.sampling_default, ge=MOTION_BUCKET.low, le=MOTION_BUCKET.high)
+    """Amount of motion, 0 to 255."""
+    augmentation: float = number(AUGMENTATION.sampling_default, ge=AUGMENTATION.low, le=AUGMENTATION.high)
     """Sigma of the noise put on the given frames."""
-    elevation: float = number(10.0, ge=-90, le=90)
-    """Of the camera, in degrees, for networks that orbit an object; the default is SV3D's (there as well)."""
+    scalars: dict[str, float] = number(dict)
+    """Further scalar (svd_ds/scalars.py) -> value; those without an entry have their default."""
     seed: int = number(0, ge=0, le=INT64_MAX)
 
     def __post_init__(self) -> None:
@@ -77,6 +78,20 @@ class SampleConfig(Settings, section="sampling"):
                 f"sampling.sigma_min is {self.sigma_min}: it must be below sampling.sigma_max, "
                 f"{self.sigma_max}"
             )
+        for name, value in self.scalars.items():
+            if name in RELEASED_SCALARS:
+                raise ValueError(f"sampling.scalars names {name}: sampling.{name} must be set instead")
+            if name not in SCALARS:
+                others = ", ".join(name for name in SCALARS if name not in RELEASED_SCALARS)
+                raise ValueError(f"sampling.scalars names {name}: it must be one of {others}")
+            if wrong := SCALARS[name].check(value):
+                raise ValueError(f"sampling.scalars.{name} is {value}: it must be {wrong}")
+
+    def scalar_values(self) -> dict[str, float]:
+        """Collect the value of every scalar; one without a default that is not set has none."""
+        values = {name: scalar.sampling_default for name, scalar in SCALARS.items()}
+        values |= {name: getattr(self, name) for name in RELEASED_SCALARS} | self.scalars
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @torch.no_grad()
@@ -84,28 +99,35 @@ def sample_video(
     net: Network,
     autoencoder: Autoencoder,
     conditioner: Conditioner,
-    first_frame_BCHW: Tensor,
+    first_frame: Tensor,
     num_frames: int,
     config: SampleConfig,
     captions: Sequence[str] | None = None,
     ordinals: Sequence[int] | None = None,
     progress: Progress | None = None,
-    last_frame_BCHW: Tensor | None = None,
-    context_BLD: Tensor | None = None,
+    last_frame: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> Tensor:
-    """Sample a video for each first frame: (B, T, 3, H, W), float32 in [-1, 1].
+    """Sample a video for each first frame.
 
-    first_frame_BCHW: in [-1, 1], on the network's device. It gives the video its size, and where the
-    conditioner takes text alone, nothing else. last_frame_BCHW: likewise, needed where the conditioner takes
-    both ends of a clip, and not looked at elsewhere. context_BLD: as `Conditioner` takes it. captions: one a
-    video, none by default. ordinals: which of the seed's noises each video starts from, the first B by
-    default.
+    Args:
+        first_frame: (B, 3, H, W) in [-1, 1], on the network's device. It gives the video its size; a
+            conditioner that takes text alone uses nothing else of it.
+        captions: one for each video; empty by default.
+        ordinals: number of the noise of `config.seed` that each video starts from; by default 0 to B - 1.
+        progress: called after each step with the number of steps so far.
+        last_frame: (B, 3, H, W) in [-1, 1]; needed only where the conditioner takes both ends of a clip.
+        context: cached output of the conditioner's encoder, (B, L, D).
 
-    Raises ValueError for a size that is no multiple of the autoencoder's cells, too few frames, or a last
-    frame that is missing.
+    Returns:
+        (B, T, 3, H, W), float32 in [-1, 1].
+
+    Raises:
+        ValueError: the size is no multiple of the autoencoder's downsampling, there are too few frames, or a
+            last frame or the value of a scalar is missing.
     """
-    batch_size, _, height, width = first_frame_BCHW.shape
-    cell, device = autoencoder.downsampling, first_frame_BCHW.device
+    batch_size, _, height, width = first_frame.shape
+    cell, device = autoencoder.downsampling, first_frame.device
     if height % cell or width % cell:
         raise ValueError(
             f"a video of {height}x{width} pixels cannot be sampled: both must be multiples of {cell}"
@@ -116,21 +138,18 @@ def sample_video(
     given_shape = conditioner.noise_shape(autoencoder, height, width)
     draws = draw(config.seed, ordinals or range(batch_size), latent_shape, given_shape, device)
 
-    def every_video(value: float) -> Tensor:
-        return torch.full((batch_size,), value, device=device)
-
     cond = conditioner(
         autoencoder,
-        first_frame_BCHW=first_frame_BCHW,
+        first_frame=first_frame,
         captions=captions or [""] * batch_size,
         num_frames=num_frames,
-        fps_B=every_video(config.fps),
-        motion_bucket_B=every_video(config.motion_bucket),
-        augmentation_sigma_B=every_video(config.augmentation),
-        elevation_B=every_video(config.elevation),
-        noise_BKCHW=draws.given_noise_BKCHW,
-        last_frame_BCHW=last_frame_BCHW,
-        context_BLD=context_BLD,
+        scalars={
+            name: torch.full((batch_size,), value, device=device)
+            for name, value in config.scalar_values().items()
+        },
+        noise=draws.given_noise_BKCHW,
+        last_frame=last_frame,
+        context=context,
     )
     scale_T = guidance_scale(config.guidance, config.guidance_min, config.guidance_max, num_frames)
     guided_denoise = guided(partial(denoise, net), scale_T)
@@ -144,7 +163,7 @@ def sample_video(
 
 @dataclass(frozen=True)
 class Pipeline:
-    """All that sampling needs, the shape that the network was trained on, and how it is sampled."""
+    """Networks and settings of sampling, and the shape of the clips that the UNet was trained on."""
 
     unet: UNet
     autoencoder: Autoencoder
@@ -153,7 +172,7 @@ class Pipeline:
     height: int
     width: int
     sampling: SampleConfig
-    """A run's own, of its previews: it may have learned few noise levels. Else the released SVD's."""
+    """Settings of the run's previews, which may have learned few noise levels; else the released SVD's."""
 
 
 def load_pipeline(
@@ -166,10 +185,14 @@ def load_pipeline(
 ) -> Pipeline:
     """Read a run's or a checkpoint's folder, a diffusers pipeline, or an original single file.
 
-    which: of a run, the name of an average, or raw; its first average by default. frozen: where vae/ and the
-    encoders are, a folder or a hub id; by default where the run had them, or the pipeline itself. lora: a
-    LoRA file, and the scale at which its updates are added to the weights.
-    Raises FileNotFoundError or ValueError where a part is missing.
+    Args:
+        which: name of an average of a run, or raw; by default its first average.
+        frozen: folder or hub id of vae/ and the encoders; by default the run's own, or the pipeline itself.
+        lora: LoRA file, and the scale at which its updates are added to the weights.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: a part is missing or damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no run and no pipeline {path}")
@@ -205,7 +228,10 @@ def load_pipeline(
 
 
 def run_settings(path: Path) -> dict[str, Any] | None:
-    """config.yaml of the run that `path` is, or is a checkpoint of; its copy in logs/ where it is damaged.
+    """Read config.yaml of a run, given its folder or a checkpoint's; its copy in logs/ if it is damaged.
+
+    Returns:
+        None if `path` belongs to no run.
 
     Raises:
         ValueError: both are damaged; the message names config.yaml.
@@ -214,15 +240,15 @@ def run_settings(path: Path) -> dict[str, Any] | None:
         file, copy = folder / "config.yaml", folder / "logs" / "config.yaml"
         if file.is_file():
             try:
-                return _whole_settings(file)
+                return _read_settings(file)
             except ValueError:
                 if not copy.is_file():
                     raise
-                return _whole_settings(copy)
+                return _read_settings(copy)
     return None
 
 
-def _whole_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is damaged: it is no config of a run")

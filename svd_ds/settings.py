@@ -68,7 +68,8 @@ class Range:
 class Choice:
     """Words that a field accepts."""
 
-    options: tuple[str, ...]
+    options: Collection[str]
+    """May grow: a registry's names."""
 
     def check(self, value: Any) -> str:
         return "" if value in self.options else self.describe()
@@ -118,7 +119,7 @@ def number(
 
 def choice(default: Any, options: Collection[str]) -> Any:
     """Declare a dataclass field for one of the options, or for a tuple of them."""
-    return _field(default, Choice(tuple(options)))
+    return _field(default, Choice(options))
 
 
 def text(default: Any) -> Any:

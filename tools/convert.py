@@ -19,9 +19,9 @@ from torch import Tensor
 
 from svd_ds.cli import print_line, run_cli
 from svd_ds.fsync_io import replace_file
-from svd_ds.model.conditioner import RELEASED_SCALARS
 from svd_ds.model.unet import UNetConfig
 from svd_ds.sample import frozen_folder, run_settings
+from svd_ds.scalars import RELEASED_SCALARS
 from svd_ds.small_files import read_json
 from svd_ds.weights.decoder import load_decoder, save_pipeline_parts
 from svd_ds.weights.io import load_unet, read_weights, write_weights

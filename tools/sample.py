@@ -19,6 +19,7 @@ from svd_ds.diffusion.guidance import KINDS as GUIDANCE_KINDS
 from svd_ds.diffusion.samplers import SAMPLERS
 from svd_ds.model.conditioner import ConditionerConfig
 from svd_ds.sample import SampleConfig, load_pipeline, sample_video
+from svd_ds.scalars import RELEASED_SCALARS, SCALARS
 from svd_ds.video import contact_sheet, from_uint8, read_image, to_uint8, write_mp4
 
 EXAMPLE = """examples:
@@ -36,10 +37,11 @@ def main() -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lora = (arguments.lora, arguments.lora_scale) if arguments.lora else None
     pipeline = load_pipeline(arguments.run, device, dtype, arguments.ema, arguments.frozen, lora)
-    config = replace(pipeline.sampling, **sampling_options(arguments))
+    conditioning = pipeline.conditioner.config
+    config = replace(pipeline.sampling, **sampling_options(arguments, conditioning, pipeline.sampling))
     height, width = arguments.size or (pipeline.height, pipeline.width)
     num_frames = arguments.frames or pipeline.num_frames
-    requests = make_requests(arguments, pipeline.conditioner.config, height, width)
+    requests = make_requests(arguments, conditioning, height, width)
 
     videos = []
     with Progress() as bar:
@@ -55,7 +57,7 @@ def main() -> None:
                 captions=[caption],
                 ordinals=[i],
                 progress=lambda step: bar.advance(task),
-                last_frame_BCHW=last_frame_CHW[None].to(device),
+                last_frame=last_frame_CHW[None].to(device),
             )
             videos.append(to_uint8(frames_BTCHW[0]))
             write_mp4(videos[-1], arguments.out / f"{i}-{name}.mp4", config.fps)
@@ -65,9 +67,25 @@ def main() -> None:
     )
 
 
-def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of SampleConfig that the command line sets."""
+def sampling_options(
+    arguments: argparse.Namespace, conditioning: ConditionerConfig, sampling: SampleConfig
+) -> dict[str, Any]:
+    """Return the fields of SampleConfig that the command line sets.
+
+    Raises:
+        ValueError: a scalar is given that the network does not take.
+    """
     given = {name: getattr(arguments, name, None) for name in (entry.name for entry in fields(SampleConfig))}
+    scalars = dict(arguments.scalar)
+    if arguments.elevation is not None:
+        scalars["elevation"] = arguments.elevation
+    for name in scalars:
+        if name in SCALARS and name not in conditioning.scalars:
+            raise ValueError(
+                f"{arguments.run} takes no scalar {name}; it takes {', '.join(conditioning.scalars)}"
+            )
+    given |= {name: scalars.pop(name) for name in RELEASED_SCALARS if name in scalars}
+    given["scalars"] = sampling.scalars | scalars
     if arguments.guidance_scale is not None:
         given["guidance_min"], given["guidance_max"] = arguments.guidance_scale
     return {name: value for name, value in given.items() if value is not None}
@@ -130,7 +148,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--fps", type=float)
     add("--motion-bucket", type=float, metavar="M", help="amount of motion, 0 to 255")
     add("--augmentation", type=float, metavar="SIGMA", help="noise level of the conditioning frames")
-    add("--elevation", type=float, metavar="DEGREES", help="elevation of the camera")
+    add("--elevation", type=float, metavar="DEGREES", help="short for --scalar elevation=DEGREES")
+    add(
+        "--scalar",
+        type=parse_scalar,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any scalar condition of the network (svd_ds/scalars.py); may be repeated",
+    )
     add("--seed", type=int)
     add(
         "--ema",
@@ -155,6 +181,12 @@ def parse_guidance(text: str) -> tuple[float, float]:
     """Parse 1:2.5 to (1.0, 2.5)."""
     minimum, maximum = text.split(":")
     return float(minimum), float(maximum)
+
+
+def parse_scalar(text: str) -> tuple[str, float]:
+    """elevation=20 -> ("elevation", 20.0)."""
+    name, value = text.split("=")
+    return name, float(value)
 
 
 if __name__ == "__main__":

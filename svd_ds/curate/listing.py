@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from svd_ds.data.sidecar import CAPTION_KEYS, clean_text, decode_text, parse_captions, parse_json
+from svd_ds.scalars import SAMPLE_FIELDS
 from svd_ds.small_files import is_number
 
 TABLES = ("metadata.csv", "metadata.jsonl")
@@ -150,7 +151,7 @@ def _table_rows(path: Path, faults: list[str]) -> Iterator[tuple[str, Metadata]]
         metadata = {
             key.strip(): value
             for key, value in rest.items()
-            if key.strip().lower() in (*CAPTION_KEYS, "elevation")
+            if key.strip().lower() in (*CAPTION_KEYS, *SAMPLE_FIELDS)
         }
         given = rest.get("annotations")
         numbers = dict(given) if isinstance(given, dict) else {}
@@ -158,8 +159,7 @@ def _table_rows(path: Path, faults: list[str]) -> Iterator[tuple[str, Metadata]]
         numbers |= {key: _number(value) for key, value in others.items()}
         if numbers := {key: value for key, value in numbers.items() if value is not None}:
             metadata["annotations"] = numbers
-        if "elevation" in metadata:
-            metadata["elevation"] = _number(metadata["elevation"])
+        metadata |= {field: _number(metadata[field]) for field in SAMPLE_FIELDS if field in metadata}
         yield value.strip(), metadata
 
 

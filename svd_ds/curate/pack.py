@@ -90,5 +90,5 @@ def sample_json(clip: ClipRecord) -> dict[str, Any]:
         "start_frame": clip.start_frame,
         "end_frame": clip.end_frame,
         **({"annotations": annotations} if annotations else {}),
-        **({} if clip.elevation is None else {"elevation": clip.elevation}),
+        **clip.scalars,
     }

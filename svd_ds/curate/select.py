@@ -20,6 +20,8 @@ from svd_ds.curate.sidecars import FILE_NAME_CAPTIONER
 from svd_ds.curate.stages import RowsByFile, valid_rows
 from svd_ds.curate.table import Row, write_parquet
 from svd_ds.data.filters import Condition
+from svd_ds.data.sample import NUMBERS
+from svd_ds.scalars import SAMPLE_FIELDS
 
 ANNOTATIONS = ("text_area", "aesthetic", "clip_similarity")
 """Measures of the stages other than motion, under the names that the conditions of training use."""
@@ -50,7 +52,8 @@ class ClipRecord:
     motion: float | None
     annotations: dict[str, float | None]
     captions: dict[str, str]
-    elevation: float | None
+    scalars: dict[str, float] = field(default_factory=dict)
+    """Field of a scalar condition (svd_ds/scalars.py) -> number, for those that its sidecar has."""
     hashes: list[int] = field(default_factory=list)
     embeddings: list[list[float]] = field(default_factory=list)
     duplicate_of: str | None = None
@@ -66,10 +69,10 @@ class ClipRecord:
         return self.num_frames / self.fps
 
     def numeric_field(self, name: str) -> float | None:
-        """Return the number that a condition compares, a field or an annotation; None if it is unknown."""
-        if name in ("motion", "num_frames", "fps", "height", "width", "elevation"):
+        """Return the number that a condition compares: a field, scalar or annotation; None if unknown."""
+        if name in NUMBERS:
             return getattr(self, name)
-        return self.annotations.get(name)
+        return self.scalars.get(name, self.annotations.get(name))
 
 
 def join_tables(files: Sequence[RawFile], results: Mapping[str, RowsByFile]) -> list[ClipRecord]:
@@ -106,7 +109,7 @@ def join_tables(files: Sequence[RawFile], results: Mapping[str, RowsByFile]) -> 
                     motion=values.get("motion"),
                     annotations=annotations,
                     captions=captions | generated,
-                    elevation=metadata.get("elevation"),
+                    scalars={name: metadata[name] for name in SAMPLE_FIELDS if name in metadata},
                     hashes=values.get("hashes") or [],
                     embeddings=values.get("embeddings") or [],
                 )

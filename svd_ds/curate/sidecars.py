@@ -1,4 +1,4 @@
-"""Sidecar files next to a raw file: captions, annotations, elevation."""
+"""Sidecar files next to a raw file: captions, annotations, scalars."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from svd_ds.data.sidecar import (
     parse_captions,
     parse_json,
 )
+from svd_ds.scalars import SAMPLE_FIELDS
 from svd_ds.small_files import is_number
 
 FILE_NAME_CAPTIONER = "name"
@@ -58,19 +59,19 @@ def _find_sidecar(path: Path, suffix: str, is_file: Callable[[str], bool]) -> Pa
 
 
 def read_metadata(path: Path, listed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the captions, annotations and elevation of a raw file, in the layout of a sample's json.
+    """Return the captions, annotations and scalars of a raw file, in the layout of a sample's json.
 
-    A json sidecar may contain captions, annotations (svd_ds/data/sidecar.py has the rules) and "elevation",
-    the camera's elevation in degrees; a text sidecar is a caption. The captions of the first source that has
-    any count: the sidecars in order of precedence, then `listed`, then the file name.
+    A json sidecar may contain captions, annotations (svd_ds/data/sidecar.py has the rules) and the fields of
+    scalar conditions (svd_ds/scalars.py), such as "elevation"; a text sidecar is a caption. The captions of
+    the first source that has any count: the sidecars in order of precedence, then `listed`, then the file
+    name.
 
     Args:
         path: the raw file.
         listed: the file's row in a list of the folder's files (svd_ds/curate/listing.py).
 
     Raises:
-        ValueError: a sidecar is unreadable and no other source has a caption, or the elevation is out of
-            range.
+        ValueError: a sidecar is unreadable and no other source has a caption, or a scalar is out of range.
     """
     row = dict(listed or {})
     content: Any = {}
@@ -97,12 +98,14 @@ def read_metadata(path: Path, listed: Mapping[str, Any] | None = None) -> dict[s
         captions = {FILE_NAME_CAPTIONER: re.sub(r"[\W_]+", " ", clean_text(path.stem)).strip()}
     metadata: dict[str, Any] = {"captions": captions}
 
-    elevation = (row | content if isinstance(content, dict) else row).get("elevation")
-    if elevation is not None:
-        if not is_number(elevation) or not -90 <= elevation <= 90:
-            name = clean_text(path.with_suffix(JSON).name)
-            raise ValueError(f'"elevation" is {elevation!r} in {name}: it must be from -90 to 90 degrees')
-        metadata["elevation"] = float(elevation)
+    fields = row | content if isinstance(content, dict) else row
+    for field, scalar in SAMPLE_FIELDS.items():
+        if (value := fields.get(field)) is not None:
+            if not is_number(value) or scalar.check(value):
+                name, bounds = clean_text(path.with_suffix(JSON).name), f"{scalar.low:g} to {scalar.high:g}"
+                unit = f" {scalar.unit}" if scalar.unit else ""
+                raise ValueError(f'"{field}" is {value!r} in {name}: it must be from {bounds}{unit}')
+            metadata[field] = float(value)
     annotations = parse_annotations(row)[0] | parse_annotations(content)[0]
     if annotations:
         metadata["annotations"] = annotations

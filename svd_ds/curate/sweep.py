@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from svd_ds.curate.select import ANNOTATIONS, DUPLICATE, UNREADABLE
-from svd_ds.data.filters import number_of, satisfies
+from svd_ds.data.filters import select_samples
 from svd_ds.data.shards import INDEX_NAME, Index
 from svd_ds.fsync_io import replace_bytes
 
@@ -69,7 +69,7 @@ def write_subsets(out: Path) -> tuple[list[Subset], list[str]]:
     notes = []
     others = {name for sample in samples for name in sample.annotations} - {*ANNOTATIONS}
     for name in ("motion", *ANNOTATIONS, *sorted(others)):
-        lacking = sum(number_of(sample, name) is None for sample in samples)
+        lacking = sum(sample.number(name) is None for sample in samples)
         if lacking == len(samples):
             notes.append(f"{name}: no subsets, because no clip has it")
             continue
@@ -77,7 +77,7 @@ def write_subsets(out: Path) -> tuple[list[Subset], list[str]]:
             notes.append(f"{name}: {lacking} of {len(samples)} clips lack it and are in none of its subsets")
         for share in SHARES:
             worse = f"{name}<=q{100 - share:g}" if name in HIGH_IS_WORSE else f"{name}>=q{share:g}"
-            keep = satisfies([worse], index)
+            keep = select_samples([worse], index)
             subsets.append(Subset(f"{name}-{share:g}", (worse,), sum(map(keep, samples))))
     folder = out / "thresholds" / GROUP
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -126,7 +126,7 @@ def _probe(path: Path, members: Members, sample_id: str, motion: ScoreMotion | N
         motion=round(score, 6),
         annotations=annotations,
     )
-    return ProbedSample(parse_sample(asdict(sample)), dict(+notes))
+    return ProbedSample(parse_sample(sample.as_row()), dict(+notes))
 
 
 def choose_media(members: Iterable[str]) -> str:

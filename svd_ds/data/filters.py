@@ -1,10 +1,10 @@
-"""Conditions on what the index says of a sample: `motion>=q25`, `text_area<=0.07`.
+"""Filters on the numbers of a sample in the index: `motion>=q25`, `text_area<=0.07`.
 
-A condition compares one number of the sample, which is a field of its index line or one of its annotations,
-with a number, or with a quantile: q25 is the value that a quarter of the data set's samples lie below. So
-the filters of arXiv 2311.15127 section 3.3 ("drop the 25 % most static") are conditions, and a training on a
-subset needs no second copy of the shards. Quantiles are those of the whole data set, whatever else is
-filtered: each axis can be studied by itself, as the paper does. A sample that lacks the number is left out.
+A condition compares one number of the sample, a field of its index line or one of its annotations, with a
+number, or with a quantile: q25 is the value that a quarter of the data set's samples are below. So the
+filters of arXiv 2311.15127 section 3.3 ("drop the 25 % most static") are conditions, and training on a subset
+needs no second copy of the shards. Quantiles are taken over the complete data set, whatever else is filtered:
+each axis can be studied by itself, as in the paper. A sample that lacks the number is left out.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from svd_ds.data.sample import Sample
+from svd_ds.data.sample import NUMBERS, Sample
 from svd_ds.data.shards import Index
+from svd_ds.scalars import SAMPLE_FIELDS
 
-FIELDS = ("motion", "num_frames", "fps", "height", "width", "elevation")
-"""What every index line may be asked for, beside the annotations that its data set has."""
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -47,7 +46,14 @@ class Condition:
 
     @staticmethod
     def parse(text: str, where: str = "data.where") -> Condition:
-        """Read NAME>=NUMBER or NAME>=qPERCENT (or <=, >, <); ValueError, with `where`, for anything else."""
+        """Read NAME>=NUMBER or NAME>=qPERCENT (or <=, >, <).
+
+        Args:
+            where: config key or option of the text, for error messages.
+
+        Raises:
+            ValueError: the text is no condition.
+        """
         match = GRAMMAR.fullmatch(text)
         if match is None:
             raise ValueError(
@@ -61,10 +67,13 @@ class Condition:
         return Condition(name, comparison, float(number), bool(quantile))
 
     def limit(self, numbers: Iterable[float | None]) -> float | None:
-        """What the condition compares with: its number, or its quantile of the samples that have one.
+        """Compute the limit: the condition's number, or its quantile of the samples' `numbers`.
 
-        None where none of them has one. A sample without the number, or with NaN, is left out, and not
-        counted: tools/curate.py and data.where agree on that.
+        A sample without the number, or with NaN, is left out and not counted, in tools/curate.py as in
+        data.where.
+
+        Returns:
+            None if no sample has the number.
         """
         known = array("d", (number for number in numbers if number is not None and math.isfinite(number)))
         if not known:
@@ -72,51 +81,47 @@ class Condition:
         return float(np.quantile(known, self.value / 100)) if self.is_quantile else self.value
 
     def accepts(self, number: float | None, limit: float) -> bool:
-        """Whether a sample with that number meets the condition; one without it does not."""
+        """Return True if a sample with that number meets the condition; one without it does not."""
         return number is not None and COMPARISONS[self.comparison](number, limit)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which samples of an index meet all of some conditions."""
+    """Filter of an index's samples: those that meet all conditions."""
 
     limits: tuple[tuple[Condition, float], ...]
+    """Each condition with its limit."""
     notes: tuple[str, ...]
-    """One sentence for each number that some samples lack."""
+    """Sentences, one for each number that some samples lack."""
 
     def __call__(self, sample: Sample) -> bool:
         return all(
-            condition.accepts(number_of(sample, condition.name), limit) for condition, limit in self.limits
+            condition.accepts(sample.number(condition.name), limit) for condition, limit in self.limits
         )
 
 
-def number_of(sample: Sample, name: str) -> float | None:
-    """A sample's field or annotation; None where it has none."""
-    return getattr(sample, name) if name in FIELDS else sample.annotations.get(name)
-
-
-def satisfies(conditions: Sequence[str], index: Index) -> Selection:
-    """The samples of `index` that meet every condition.
+def select_samples(conditions: Sequence[str], index: Index) -> Selection:
+    """Build the filter of the samples of `index` that meet every condition.
 
     Raises:
         ValueError: a text is no condition, or names a number that no sample has.
     """
     parsed = [Condition.parse(text) for text in conditions]
     numbers = {condition.name: array("d") for condition in parsed}
-    known = set(FIELDS)
-    # The index is read once for all conditions. NaN is what a sample lacks: no number of an index is NaN.
+    fields = (*NUMBERS, *SAMPLE_FIELDS)
+    annotations: set[str] = set()
+    # The index is read once for all conditions. NaN marks a number that a sample lacks: an index has no NaN.
     for sample in index.samples() if parsed else ():
-        known |= sample.annotations.keys()
+        annotations |= sample.annotations.keys()
         for name, values in numbers.items():
-            number = number_of(sample, name)
+            number = sample.number(name)
             values.append(math.nan if number is None else number)
     limits, notes = [], []
     for condition in parsed:
         limit = condition.limit(numbers[condition.name])
         if limit is None:
-            others = ", ".join(
-                name for name in (*FIELDS, *sorted(known - set(FIELDS))) if name != condition.name
-            )
+            names = (*fields, *sorted(annotations - set(fields)))
+            others = ", ".join(name for name in names if name != condition.name)
             raise ValueError(
                 f"data.where asks for {condition.name}, which no sample in {index.folder} has; they have "
                 f"{others}"

@@ -199,7 +199,12 @@ def _read_part(path: Path, state: _ShardState) -> list[ProbedSample | Fault] | N
 
 def _write_part(path: Path, state: _ShardState, items: Iterable[ProbedSample | Fault]) -> None:
     """Write a part file: the state of the shard, then a line for each sample or fault."""
-    found = [{"fault": asdict(item)} if isinstance(item, Fault) else asdict(item) for item in items]
+    found = [
+        {"fault": asdict(item)}
+        if isinstance(item, Fault)
+        else {"sample": item.sample.as_row(), "notes": item.notes}
+        for item in items
+    ]
     rows = [asdict(state), *found]
     replace_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 

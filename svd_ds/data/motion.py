@@ -1,9 +1,9 @@
-"""From a motion score to the motion bucket that conditions the network, and back.
+"""Motion map: motion score -> motion bucket, the scalar condition, and back.
 
-The released model is told a bucket of 0 to 255, but how it follows from the optical flow is not published
+The released model is conditioned on a bucket of 0 to 255; its relation to the optical flow is not published
 (arXiv 2311.15127, section D.2). Here it is the clip's rank among the data set's scores: quantiles of the
-scores are laid evenly over 0 to 255, linear in log flow between them. So bucket 127 asks for the median
-motion of the data that the model saw, and no part of the range is left untrained.
+scores are spread evenly over 0 to 255, linear in log flow between them. So bucket 127 is the median motion of
+the training data, and every part of the range is trained.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import numpy as np
 
 MAX_BUCKET = 255.0
 MIN_SCORE = 1e-4
-"""Scores below, in shortest sides a second, are standstill: a tenth of a pixel a second at 1080 lines."""
+"""Score of a standstill, in shortest sides per second: a tenth of a pixel per second at 1080 lines."""
 NUM_QUANTILES = 17
 
 
 @dataclass(frozen=True)
 class MotionMap:
-    """A monotone map from motion scores (`flow.motion_score`) to buckets, kept in the index's header."""
+    """Monotone map from motion scores (`flow.motion_score`) to buckets, kept in the index's header."""
 
     scores: tuple[float, ...]
-    """Ascending, at least MIN_SCORE."""
+    """Knots of the map, ascending, at least MIN_SCORE."""
     buckets: tuple[float, ...]
-    """Of each score, ascending, 0 to 255."""
+    """Bucket of each score, ascending, 0 to 255."""
 
     @staticmethod
     def calibrate(scores: Sequence[float]) -> MotionMap:
-        """The map under which `scores` spread evenly over 0 to 255. Without scores, all are standstill."""
+        """Build the map that spreads `scores` evenly over 0 to 255. Without scores, all are standstill."""
         floored = np.maximum(np.asarray([*scores] or [MIN_SCORE], dtype=np.float64), MIN_SCORE)
         levels = np.linspace(0.0, 1.0, NUM_QUANTILES)
         quantiles = np.quantile(floored, levels)
@@ -41,10 +41,10 @@ class MotionMap:
 
     @staticmethod
     def mixture(maps: Sequence[MotionMap], weights: Sequence[float]) -> MotionMap:
-        """The map of several data sets together, of which a clip is drawn by these weights.
+        """Build the map of a mixture of data sets, given their maps and the weights of drawing from them.
 
         A rank in the mixture is the weighted mean of the ranks in its parts. A part without motion, such as
-        images, has a map of a single knot, which ranks nothing: it counts only where all are such.
+        images, has a map of a single knot and no ranks: it counts only if no part has motion.
         """
         ranking = [(m, w) for m, w in zip(maps, weights, strict=True) if len(m.scores) > 1]
         if len(ranking) < 2:
@@ -55,9 +55,9 @@ class MotionMap:
         return MotionMap(tuple(knots), tuple(ranks))
 
     def bucket(self, score: float) -> float:
-        """The bucket of a score; scores outside the calibrated range take the nearest end's."""
+        """Return the bucket of a score; scores outside the calibrated range have the nearest end's."""
         return float(np.interp(np.log(max(score, MIN_SCORE)), np.log(self.scores), self.buckets))
 
     def score(self, bucket: float) -> float:
-        """The score that has `bucket`: the inverse of `bucket` inside the calibrated range."""
+        """Return the score of a bucket: the inverse of `bucket` inside the calibrated range."""
         return float(np.exp(np.interp(bucket, self.buckets, np.log(self.scores))))

@@ -1,12 +1,12 @@
-"""From a sample of one data set to a clip of one shape: what it needs is read, in time, then decoded.
+"""Reader: turns a sample of one data set into a clip of one shape.
 
-From a latent cache (latents.py) come the clip's moments and the pixels of its given frames, and from cached
-CLIP states (states.py) what the cross-attention sees. What is random is the same with and without them.
+Its bytes are read within a time limit, then decoded. A latent cache (latents.py) gives the clip's moments and
+the pixels of its conditioning frames; cached CLIP embeddings (clip_embeddings.py) give the input of the
+cross-attention. Random choices are the same with and without these caches.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,16 +29,17 @@ from svd_ds.data.sample import Sample
 from svd_ds.data.shards import Index, ReadMember
 from svd_ds.data.sidecar import DEFAULT_CAPTIONER, decode_caption, parse_captions, parse_json
 from svd_ds.data.sources import DatasetSource
+from svd_ds.scalars import ClipProperties, clip_scalars
 
 SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
-"""What a caption says that a mirror would make untrue."""
+"""Words of a caption that mirroring the clip would make wrong."""
 CODED_MARGIN = 128
-"""Pixels by which a decoder's frame may be higher and wider than what is shown of it."""
+"""Pixels by which a decoded frame may be higher and wider than its visible part."""
 NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
 class UnreadableError(Exception):
-    """A sample that cannot be made a clip of."""
+    """A sample that cannot be read as a clip."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault)
@@ -47,51 +48,53 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the samples that a data set has in a bucket."""
+    """Reads the samples of one data set in one bucket."""
 
     config: DataConfig
     shape: Shape
     source: DatasetSource
     index: Index
-    """The source's samples of that shape."""
+    """Samples of the source in that bucket."""
     motion_map: MotionMap
-    """Of all the run's data sets together."""
+    """Motion map of all the run's data sets together."""
     seed: int
     context: str | None
-    """Which cached states are read: image, ends or text; None: none."""
+    """Kind of cached CLIP embeddings to read: image, ends or text; None: none."""
     ends: bool
-    """Whether the last frame's pixels come with the first's, beside latents."""
+    """True if the last frame's pixels are read as well as the first's, next to latents."""
 
     def read(self, number: int, ordinal: int) -> Clip:
-        """Sample `number` as the run's `ordinal`-th clip.
+        """Read sample `number` as the clip at the sample ordinal `ordinal`.
 
-        Raises UnreadableError where it cannot be read, ReadTimeoutError where that takes too long.
+        Raises:
+            UnreadableError: the sample cannot be read.
+            ReadTimeoutError: reading takes too long.
         """
         shard = self.index.shard_location(number)
         seconds = self.config.read_timeout_seconds
         hung = f"a read of {shard} has hung for data.read_timeout_seconds={seconds:g}"
         take = with_timeout(lambda: self._take(number, ordinal), seconds, hung)
-        with _faults_of(take.clip.id, shard):
+        with _as_unreadable(take.clip.id, shard):
             return take.clip if take.media is None else self._decode(take, take.media)
 
     def _take(self, number: int, ordinal: int) -> _Take:
-        """Read from the file system what the clip needs."""
+        """Read the clip's bytes from the file system."""
         shard = self.index.shard_location(number)
-        with _faults_of(f"number {number}", shard, is_retryable):
+        with _as_unreadable(f"number {number}", shard, is_retryable):
             sample = self.index.sample(number)
-        with _faults_of(sample.id, shard, is_retryable), self.index.open(sample) as read:
+        with _as_unreadable(sample.id, shard, is_retryable), self.index.open(sample) as read:
             return self._take_from(read, sample, ordinal)
 
     def _take_from(self, read: ReadMember, sample: Sample, ordinal: int) -> _Take:
         config, draws = self.config, ClipDraws.draw(self.seed, ordinal)
-        # Where videos are learned from, a single frame is a still: it takes the image path.
+        # In a run on videos, a single frame is a still: it takes the image path.
         still = config.num_frames > 1 and (
             sample.num_frames == 1 or self.shape.num_frames == 1 or draws.still < config.image_share
         )
         num_frames = 1 if still else self.shape.num_frames
         timing = Timing.choose(sample.num_frames, sample.fps, num_frames, config.fps, draws.start)
         wanted = timing.frame_numbers(num_frames)
-        captions = captions_of(read, sample)
+        captions = read_captions(read, sample)
         captioner = choose_captioner(captions, config.caption_weights, draws.caption)
         media, moments, frames = None, None, NO_FRAMES
         if self.source.latents_origin is None:
@@ -108,10 +111,15 @@ class Reader:
             ordinal=ordinal,
             frames_TCHW=frames,
             caption=captions[captioner],
-            fps=timing.fps,
-            motion_bucket=self.motion_map.bucket(0.0 if still else sample.motion),
-            elevation=math.nan if sample.elevation is None else sample.elevation,
-            # T lessons of one image, in the shape of a clip: each of the T gets noise of its own.
+            scalars=clip_scalars(
+                ClipProperties(
+                    fps=timing.fps,
+                    num_frames=num_frames,
+                    motion_bucket=self.motion_map.bucket(0.0 if still else sample.motion),
+                ),
+                sample.number,
+            ),
+            # One image T times, in the shape of a clip: each of the T gets noise of its own.
             moments_TMhw=None if moments is None else moments.expand(self.shape.num_frames, -1, -1, -1),
             context_LD=self._context(read, wanted, captioner),
             still=still,
@@ -124,12 +132,12 @@ class Reader:
             return None
         file = TensorFile(partial(read, clip_embeddings.MEMBER), clip_embeddings.MEMBER)
         if (other := clip_embeddings.read_origin(file)) != (ours := self.source.embeddings_origin):
-            raise ValueError(f"its states are {other}, and the first sample's {ours}")
+            raise ValueError(f"its CLIP embeddings are {other}, and the first sample's {ours}")
         ours_shape = self.source.embeddings_shapes[self.context]
-        _check_shape("states", clip_embeddings.embedding_shape(file, self.context), ours_shape)
+        _check_shape("CLIP embeddings", clip_embeddings.embedding_shape(file, self.context), ours_shape)
         found_LD = clip_embeddings.read(file, self.context, wanted, captioner)
-        if self.context == "text":  # Each caption has states of its own.
-            _check_shape("states", tuple(found_LD.shape), ours_shape)
+        if self.context == "text":  # Each caption has embeddings of its own.
+            _check_shape("CLIP embeddings", tuple(found_LD.shape), ours_shape)
         return found_LD
 
     def _decode(self, take: _Take, media: bytes) -> Clip:
@@ -143,33 +151,37 @@ class Reader:
 
 @dataclass(frozen=True)
 class _Take:
-    """What was read of a sample: a clip, still without its frames where they are in `media`."""
+    """Contents of a sample: a clip, without its frames if these are still to be decoded from `media`."""
 
     clip: Clip
     media: bytes | None
     wanted: range
-    """Numbers of the clip's frames among the stored ones."""
+    """Indices of the clip's frames among the stored ones."""
     draws: ClipDraws
     max_pixels: int
-    """Pixels that a frame in `media` may have, by the index."""
+    """Largest number of pixels of a frame in `media`, by the index."""
 
 
 def _check_shape(what: str, shape: tuple[int, ...], ours: tuple[int, ...]) -> None:
-    """Raises ValueError where a sample's tensors cannot be in one batch with the others'."""
+    """Check that a sample's tensors can be in one batch with the others'.
+
+    Raises:
+        ValueError: they have another shape than the first sample's.
+    """
     if shape != ours:
         raise ValueError(f"its {what} have shape {shape}, and the first sample's {ours}")
 
 
 @contextmanager
-def _faults_of(
-    sample_id: str, shard: str, passes: Callable[[BaseException], bool] = lambda error: False
+def _as_unreadable(
+    sample_id: str, shard: str, is_transient: Callable[[BaseException], bool] = lambda error: False
 ) -> Iterator[None]:
-    """Make UnreadableError of whatever a sample's bytes make a library raise: one sample never ends a run.
+    """Turn the errors that a library raises for a sample's bytes into UnreadableError: no sample ends a run.
 
-    Our own assertions, and a machine out of memory, do.
+    Our own assertions, and a machine out of memory, still do.
 
     Args:
-        passes: whether the sample may be readable another time.
+        is_transient: returns True for an error after which the sample may be readable another time.
     """
     try:
         yield
@@ -179,15 +191,15 @@ def _faults_of(
         if is_out_of_memory(error):
             raise
         cause = str(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
-        fault = Fault(sample_id, shard, " ".join(cause.split()) or type(error).__name__, passes(error))
+        fault = Fault(sample_id, shard, " ".join(cause.split()) or type(error).__name__, is_transient(error))
         raise UnreadableError(fault) from error
 
 
-def captions_of(read: ReadMember, sample: Sample) -> dict[str, str]:
-    """Captioner -> caption; of an external sample with neither json nor txt one that is empty.
+def read_captions(read: ReadMember, sample: Sample) -> dict[str, str]:
+    """Read the captions of a sample: captioner -> caption; an empty one if it has neither json nor txt.
 
     Raises:
-        ValueError: its json has no captions, or its text cannot be decoded.
+        ValueError: the json has no captions, or the text cannot be decoded.
     """
     if "json" in sample.members:
         captions = parse_captions(parse_json(read("json")))

@@ -1,8 +1,8 @@
-"""What an index says of a data set: the types, and the one place where each value is checked.
+"""Types of an index's contents, and the one place where each value is checked.
 
-An index may come from a stranger, or from a disk that failed. Every value is checked where it is read: a
-header that is wrong is refused, a sample that is wrong is one unreadable sample. Whoever parses an index
-line, of whatever format, calls `parse_sample`.
+An index may come from an untrusted source, or from a disk that failed. Every value is checked when it is
+read: a wrong header is refused, and a wrong sample is one unreadable sample. Every parser of an index line,
+of any format, calls `parse_sample`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import Any
 
 from svd_ds.data.motion import MAX_BUCKET, MotionMap
 from svd_ds.pixels.still import MAX_PIXELS
+from svd_ds.scalars import SAMPLE_FIELDS
 from svd_ds.small_files import is_number
 
 FORMAT = "svd_ds shards"
 VERSION = 1
 MEDIA = ("mp4", "jpg", "mov", "mkv", "webm", "avi", "m4v", "jpeg", "png", "webp")
-"""Extensions of a sample's pixels. Ours are the first two, a clip, and a still image as a clip of one frame;
-foreign shards may have the others."""
+"""Extensions of a sample's pixels. Our shards have the first two: a video, or an image as a clip of one
+frame. External shards may have the others."""
 STILLS = ("jpg", "jpeg", "png", "webp")
-"""Those of them that are images."""
+"""Extensions of images."""
 ID = re.compile(r"[\w-]+")
 EXTENSION = re.compile(r"\w[\w.-]*")
 TEXTS = ("json", "txt")
 MAX_TEXT = 2**24
-"""Bytes of a caption, or of a sample's json."""
+"""Largest caption or json of a sample, in bytes."""
 TAR_BLOCK = 512
-"""Bytes: a tar's members begin at multiples of it, after a header of that size."""
+"""Block size of a tar in bytes: members begin at multiples of it, after a header of that size."""
 MAX_SIDE = 65_535
 MAX_FRAMES = 2**31
 MAX_BYTES = 2**62
 MAX_RATE = 1e6
-"""Frames a second: finite in every float type that the value goes through."""
+"""Largest frame rate: finite in every float type that the value is stored in."""
 MAX_SCORE = 1e6
 
 
@@ -50,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the index knows of one sample."""
+    """One sample, as the index describes it."""
 
     id: str
     shard: int
@@ -63,34 +64,48 @@ class Sample:
     width: int
     motion: float
     """See `flow.motion_score`."""
-    elevation: float | None = None
-    """Of the camera, in degrees, where the sample says it."""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """Field of a scalar condition (svd_ds/scalars.py) -> number, for those that the sample has."""
     annotations: dict[str, float] = field(default_factory=dict)
-    """Further numbers that the sample's json gives, by name: text_area, aesthetic, ..."""
+    """Further numbers in the sample's json, by name: text_area, aesthetic, ..."""
 
     @property
     def media(self) -> str:
-        """The extension of the sample's pixels."""
+        """Extension of the sample's pixels."""
         return next(name for name in MEDIA if name in self.members)
 
+    def number(self, name: str) -> float | None:
+        """Return the sample's field, scalar or annotation `name`; None if it has none."""
+        if name in NUMBERS:
+            return getattr(self, name)
+        return self.scalars.get(name, self.annotations.get(name))
 
-OPTIONAL = {"elevation", "annotations"}
-REQUIRED = Sample.__dataclass_fields__.keys() - OPTIONAL
+    def as_row(self) -> dict[str, Any]:
+        """Return the fields as an index line has them, without empty ones; `parse_sample` reads them."""
+        row = {name: getattr(self, name) for name in REQUIRED_FIELDS} | self.scalars
+        return row | ({"annotations": self.annotations} if self.annotations else {})
+
+
+NUMBERS = ("motion", "num_frames", "fps", "height", "width")
+"""Numbers that every sample has."""
+REQUIRED_FIELDS = tuple(
+    name for name in Sample.__dataclass_fields__ if name not in ("scalars", "annotations")
+)
 
 
 def parse_sample(fields: Any, shards: Sequence[Shard] | None = None, shard: int | None = None) -> Sample:
-    """Check a sample's fields, as JSON has them, and make a `Sample` of them.
+    """Check a sample's fields, as JSON has them, and build a `Sample`.
 
     Annotations that are no finite number are left out: the sample lacks them.
 
     Args:
-        shards: of the index, within which the members must lie; None: their sizes are not known yet.
-        shard: number of the shard that the sample's place in the index belongs to.
+        shards: shards of the index, within which the members must lie; None: their sizes are not known yet.
+        shard: number of the shard to which the line belongs.
 
     Raises:
         ValueError: a value that no sample can have; the message names the field.
     """
-    _check_keys(fields, REQUIRED, OPTIONAL)
+    _check_keys(fields, set(REQUIRED_FIELDS), {"annotations", *SAMPLE_FIELDS})
     sample = Sample(
         id=_id(fields["id"]),
         shard=_integer("shard", fields["shard"], 0, MAX_FRAMES if shards is None else len(shards) - 1),
@@ -100,9 +115,11 @@ def parse_sample(fields: Any, shards: Sequence[Shard] | None = None, shard: int 
         height=_integer("height", fields["height"], 1, MAX_SIDE),
         width=_integer("width", fields["width"], 1, MAX_SIDE),
         motion=_number("motion", fields["motion"], 0, MAX_SCORE),
-        elevation=None
-        if fields.get("elevation") is None
-        else _number("elevation", fields["elevation"], -90, 90),
+        scalars={
+            name: _number(name, fields[name], scalar.low, scalar.high)
+            for name, scalar in SAMPLE_FIELDS.items()
+            if fields.get(name) is not None
+        },
         annotations=_annotations(fields.get("annotations")),
     )
     if not sample.fps:
@@ -112,7 +129,7 @@ def parse_sample(fields: Any, shards: Sequence[Shard] | None = None, shard: int 
             f"height x width is {sample.height} x {sample.width}, and a frame may have {MAX_PIXELS} pixels"
         )
     if shard is not None and sample.shard != shard:
-        raise ValueError(f"shard is {sample.shard}, and its place in the index is in shard {shard}")
+        raise ValueError(f"shard is {sample.shard}, and its line in the index belongs to shard {shard}")
     if shards is not None:
         end, num_bytes = (
             max(offset + size for offset, size in sample.members.values()),
@@ -131,14 +148,17 @@ def parse_header(header: Any, check_name: Callable[[str], None]) -> tuple[tuple[
     Args:
         check_name: raises ValueError for the name of a shard that must not be opened.
 
+    Returns:
+        The shards and the motion map.
+
     Raises:
-        ValueError: it is no header of this version; the message says why.
+        ValueError: the header is damaged or has another version.
     """
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"does not begin with the header of an index of {FORMAT}")
     version = header.get("version")
     if isinstance(version, bool) or version != VERSION:
-        raise ValueError(f"has format version {_shown(version)}; this program reads {VERSION}")
+        raise ValueError(f"has format version {_format(version)}; this program reads {VERSION}")
     try:
         _check_keys(header, {"format", "version", "motion_map", "shards"}, set())
         if not isinstance(header["shards"], list) or not header["shards"]:
@@ -146,43 +166,43 @@ def parse_header(header: Any, check_name: Callable[[str], None]) -> tuple[tuple[
         shards = tuple(_shard(fields, check_name) for fields in header["shards"])
         name, times = Counter(shard.name for shard in shards).most_common(1)[0]
         if times > 1:
-            raise ValueError(f"lists shard {_shown(name)} {times} times")
+            raise ValueError(f"lists shard {_format(name)} {times} times")
         return shards, _motion_map(header["motion_map"])
     except ValueError as error:
         raise ValueError(f"has a header that is damaged: {error}") from error
 
 
 def check_local_name(name: Any) -> None:
-    """Check that a file's name, which an index gives, lies within the folder that it is relative to.
+    """Check that a file name of an index is inside the folder that it is relative to.
 
     Raises:
-        ValueError: it does not, or is no file name.
+        ValueError: it is outside, or is no file name.
     """
     if (
         not isinstance(name, str)
         or not name
         or any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
     ):
-        raise ValueError(f"shard name {_shown(name)} is no file name")
+        raise ValueError(f"shard name {_format(name)} is no file name")
     if name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
         raise ValueError(
-            f"shard name {_shown(name)} leads out of the folder of the index, or is no file name"
+            f"shard name {_format(name)} leads out of the folder of the index, or is no file name"
         )
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"shard name {_shown(name)} is no UTF-8") from None
+        raise ValueError(f"shard name {_format(name)} is no UTF-8") from None
 
 
 def _check_keys(fields: Any, required: set[str], optional: set[str]) -> None:
     if not isinstance(fields, dict):
-        raise ValueError(f"it is {_shown(fields)}, and must be a JSON object")
+        raise ValueError(f"it is {_format(fields)}, and must be a JSON object")
     if not fields.keys() >= required:
         raise ValueError(f"it has no {min(required - fields.keys())}")
     if len(fields) > len(required) and (unknown := fields.keys() - required - optional):
         raise ValueError(
-            f"it has a field {_shown(min(unknown))}, which this version of svd_ds does not know: a newer one "
-            "wrote it"
+            f"it has a field {_format(min(unknown))}, which this version of svd_ds does not know: a newer "
+            "one wrote it, or its scalar is not registered (svd_ds/scalars.py)"
         )
 
 
@@ -197,7 +217,7 @@ def _shard(fields: Any, check_name: Callable[[str], None]) -> Shard:
 def _motion_map(fields: Any) -> MotionMap:
     _check_keys(fields, set(asdict(MotionMap((), ()))), set())
     if not all(isinstance(values, list) and values for values in fields.values()):
-        raise ValueError(f"motion_map is {_shown(fields)}, and must hold lists of numbers")
+        raise ValueError(f"motion_map is {_format(fields)}, and must hold lists of numbers")
     scores = tuple(_number("motion_map.scores", score, 0, MAX_SCORE) for score in fields["scores"])
     buckets = tuple(_number("motion_map.buckets", bucket, 0, MAX_BUCKET) for bucket in fields["buckets"])
     ascending = list(scores) == sorted(set(scores)) and list(buckets) == sorted(buckets)
@@ -208,27 +228,27 @@ def _motion_map(fields: Any) -> MotionMap:
 
 def _id(value: Any) -> str:
     if not isinstance(value, str) or not ID.fullmatch(value):
-        raise ValueError(f"id is {_shown(value)}, and must be of letters, digits, _ and -")
+        raise ValueError(f"id is {_format(value)}, and must be of letters, digits, _ and -")
     return value
 
 
 def _members(value: Any) -> dict[str, tuple[int, int]]:
     if not isinstance(value, dict) or not all(map(EXTENSION.fullmatch, value)):
-        raise ValueError(f"members is {_shown(value)}, and must map extensions to [offset, size]")
+        raise ValueError(f"members is {_format(value)}, and must map extensions to [offset, size]")
     if value.keys().isdisjoint(MEDIA):
         raise ValueError(f"members has no video or image, but {', '.join(value) or 'nothing'}")
     members = {}
     for name, span in value.items():
         if not isinstance(span, list | tuple) or len(span) != 2:
-            raise ValueError(f"members.{name} is {_shown(span)}, and must be [offset, size]")
+            raise ValueError(f"members.{name} is {_format(span)}, and must be [offset, size]")
         offset, size = span
         if type(offset) is not int or offset % TAR_BLOCK or not TAR_BLOCK <= offset <= MAX_BYTES:
             raise ValueError(
-                f"members.{name}[0] is {_shown(offset)}, and must be a place in a tar: a multiple of "
+                f"members.{name}[0] is {_format(offset)}, and must be an offset in a tar: a multiple of "
                 f"{TAR_BLOCK}"
             )
         if type(size) is not int or not 0 <= size <= MAX_BYTES:
-            raise ValueError(f"members.{name}[1] is {_shown(size)}, and must be a number of bytes")
+            raise ValueError(f"members.{name}[1] is {_format(size)}, and must be a number of bytes")
         if name in TEXTS and size > MAX_TEXT:
             raise ValueError(f"members.{name}[1] is {size}, and a text may have {MAX_TEXT} bytes")
         members[name] = (offset, size)
@@ -239,25 +259,25 @@ def _annotations(value: Any) -> dict[str, float]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"annotations is {_shown(value)}, and must map names to numbers")
+        raise ValueError(f"annotations is {_format(value)}, and must map names to numbers")
     return {name: number for name, number in value.items() if is_number(number)}
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} is {_shown(value)}, and must be an integer from {low} to {high}")
+        raise ValueError(f"{name} is {_format(value)}, and must be an integer from {low} to {high}")
     return value
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    # NaN lies in no range.
+    # NaN is in no range.
     if type(value) not in (int, float) or not low <= value <= high:
-        raise ValueError(f"{name} is {_shown(value)}, and must be a number from {low:g} to {high:g}")
+        raise ValueError(f"{name} is {_format(value)}, and must be a number from {low:g} to {high:g}")
     return value
 
 
-def _shown(value: Any) -> str:
-    """A value for an error message: short, and printable on any terminal."""
+def _format(value: Any) -> str:
+    """Format a value for an error message: short, and printable on any terminal."""
     try:
         text = ascii(value)
     except (ValueError, RecursionError):  # An integer of more digits than Python prints.

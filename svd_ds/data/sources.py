@@ -11,7 +11,7 @@ from svd_ds.data import clip_embeddings, latents
 from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.clips import covers
 from svd_ds.data.config import DataConfig, Shape
-from svd_ds.data.filters import satisfies
+from svd_ds.data.filters import select_samples
 from svd_ds.data.folders import INDEX_NAME, Folder
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault, Quarantine
@@ -77,7 +77,7 @@ def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -
     hung = f"reading {folder.location(INDEX_NAME)} has hung for data.read_timeout_seconds={seconds:g}"
     loaded = with_timeout(lambda: Index.load(folder), seconds, hung)
     everything, faults = loaded.drop_damaged(Quarantine(config.max_quarantined, len(loaded)))
-    selection = satisfies(config.where, everything)
+    selection = select_samples(config.where, everything)
     chosen = everything.keep(selection) if config.where else everything
     if not len(chosen):
         raise ValueError(

@@ -16,6 +16,7 @@ from svd_ds.data.folders import INDEX_NAME
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.sample import FORMAT, VERSION, Sample, Shard
 from svd_ds.fsync_io import replace_bytes
+from svd_ds.scalars import SAMPLE_FIELDS
 
 
 class ShardWriter:
@@ -202,7 +203,7 @@ def write_index(
         "motion_map": asdict(motion_map),
         "shards": [asdict(shard) for shard in shards],
     }
-    lines = [json.dumps(line) for line in (header, *map(_index_fields, samples))]
+    lines = [json.dumps(line) for line in (header, *(sample.as_row() for sample in samples))]
     replace_bytes(folder / INDEX_NAME, "".join(f"{line}\n" for line in lines).encode())
 
 
@@ -218,11 +219,6 @@ def _read_samples(path: Path, shard: int) -> Iterator[Sample]:
                 shard=shard,
                 members=members,
                 **{name: about[name] for name in ("num_frames", "fps", "height", "width", "motion")},
-                elevation=about.get("elevation"),
+                scalars={name: about[name] for name in SAMPLE_FIELDS if about.get(name) is not None},
                 annotations=about.get("annotations", {}),
             )
-
-
-def _index_fields(sample: Sample) -> dict[str, Any]:
-    """Return the fields of a sample's index line: those that are neither None nor empty."""
-    return {name: value for name, value in asdict(sample).items() if value not in (None, {})}

@@ -1,11 +1,10 @@
-"""Everything random about a batch, drawn a clip at a time from a generator seeded by (seed, ordinal).
+"""Random numbers of a batch, drawn clip by clip from a generator seeded by (seed, sample ordinal).
 
-A clip's ordinal is its place in the run's global order, so these numbers do not depend on how the clips are
-dealt to ranks or cut into micro-batches. Within a clip they are drawn in the order of the fields of `Draws`,
-offset noise last.
+So they do not depend on which rank or micro-batch a clip belongs to. Within a clip they are drawn in the
+order of the fields of `Draws`, offset noise last.
 
-Shape legend: B clips, T frames, K given frames, C channels, H x W pixels or latent pixels, h x w latent
-pixels.
+Shape legend: B clips, T frames, K conditioning frames, C channels, H x W pixels or latent pixels, h x w
+latent pixels, N conditioning signals.
 """
 
 from __future__ import annotations
@@ -17,29 +16,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svd_ds.scalars import OTHER_SIGNALS, SCALARS
+
 NUM_SIGNALS = 8
-"""Columns of `drop_BS`: more than there are signals to drop, so that a new one does not move the old ones."""
+"""Columns of `drop_BN` that come from the clip's generator. Further ones have a generator of their own, so
+that a new signal does not change any other number."""
 
 TAIL = 2.0**-32
-"""u keeps this far from 0 and 1, where a quantile may be infinite: 6.2 standard deviations of a normal."""
+"""Distance of u from 0 and 1, where a quantile may be infinite: 6.2 standard deviations of a normal."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Standard numbers: what they are turned into is decided where they are used."""
+    """Standard uniform and normal numbers of a batch; their users scale them."""
 
     u_B: Tensor
     """float64, uniform in (0, 1): becomes sigma through `Noise.quantile`."""
     augmentation_B: Tensor
-    """float64, standard normal: becomes ln of the conditioning frame's noise level."""
-    drop_BS: Tensor
-    """float64, uniform in [0, 1): a conditioning signal is dropped where its column is below its rate."""
+    """float64, standard normal: becomes ln of the conditioning frames' noise level."""
+    drop_BN: Tensor
+    """float64, uniform in [0, 1): a column for each of `signal_names`, then unused ones."""
     noise_BTChw: Tensor
     """float32, standard normal (plus offset noise): the n of x = x0 + sigma n."""
     posterior_noise_BTChw: Tensor
     """float32, standard normal: samples the autoencoder's posterior."""
     given_noise_BKCHW: Tensor
-    """float32, standard normal: the noise put on the given frames, their pixels or their latents."""
+    """float32, standard normal: noise of the conditioning frames, on their pixels or their latents."""
+
+    def drop(self, signal: str, rate: float) -> Tensor:
+        """Choose the clips whose `signal` is dropped, a share `rate` of all clips: bool, (B,)."""
+        return self.drop_BN[:, signal_names().index(signal)] < rate
+
+
+def signal_names() -> tuple[str, ...]:
+    """Names of the conditioning signals that can be dropped, in the order of their draws."""
+    return (*OTHER_SIGNALS, *SCALARS)
 
 
 def draw(
@@ -50,10 +61,15 @@ def draw(
     device: torch.device | str = "cpu",
     offset_noise: float = 0.0,
 ) -> Draws:
-    """Draw for the clips at `ordinals`; latent_shape (T, C, h, w), given_shape (K, C, H, W).
+    """Draw the random numbers of the clips at `ordinals`.
 
-    Offset noise (https://www.crosslabs.org/blog/diffusion-with-offset-noise) is one normal number a channel,
-    the same for all frames and pixels of the clip as in Stability-AI/generative-models, times `offset_noise`.
+    Args:
+        ordinals: sample ordinals, one for each clip.
+        latent_shape: (T, C, h, w) of a clip's latents.
+        given_shape: (K, C, H, W) of a clip's conditioning frames, pixels or latents.
+        offset_noise: scale of one more normal number for each channel, the same for all frames and pixels of
+            a clip (https://www.crosslabs.org/blog/diffusion-with-offset-noise, and Stability-AI's
+            generative-models).
     """
     clips = [_draw_clip(seed, ordinal, latent_shape, given_shape, offset_noise) for ordinal in ordinals]
     u, augmentation, drop, noise, posterior_noise, given_noise = (
@@ -75,6 +91,9 @@ def _draw_clip(
     u = np.asarray(generator.uniform(TAIL, 1 - TAIL))
     augmentation = np.asarray(generator.standard_normal())
     drop = generator.random(NUM_SIGNALS)
+    if (more := len(signal_names()) - NUM_SIGNALS) > 0:
+        # A spawned generator leaves this one's stream as it is.
+        drop = np.concatenate([drop, generator.spawn(1)[0].random(more)])
     noise = generator.standard_normal(latent_shape, dtype=np.float32)
     posterior_noise = generator.standard_normal(latent_shape, dtype=np.float32)
     given_noise = generator.standard_normal(given_shape, dtype=np.float32)

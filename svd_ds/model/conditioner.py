@@ -1,15 +1,15 @@
-"""What the UNet is told besides the noisy latents: text or image, frame rate, motion, noise augmentation.
+"""Conditioning signals of the UNet: text or image, frame rate, motion, noise augmentation and other scalars.
 
     first frame ---- CLIP image encoder ---------> context, one token     (clean frame)
     caption -------- CLIP text encoder ----------> context, 77 tokens
     first frame ---- + sigma * noise -> encoder -> concat, on every frame (posterior mean, not scaled)
-    fps - 1, motion bucket, sigma, elevation ----> scalars, raw
+    fps - 1, motion bucket, sigma, ... ----------> scalars, raw           (svd_ds/scalars.py)
 
 As in arXiv 2311.15127, sections 4.3 and D.4, and sgm's svd.yaml and encoders/modules.py. Noise augmentation
-and dropout (for classifier-free guidance) are drawn by the clip: every frame of it is told the same.
+and dropout (for classifier-free guidance) are drawn once for a clip: all of its frames share them.
 
-To interpolate (D.5) a clip's ends are given, its first and last frame: two CLIP tokens, and latents at the
-two places alone, with a mask as a further channel.
+For interpolation (D.5) the first and the last frame of a clip are given: two CLIP tokens, and latents on
+these two frames alone, with a mask as a further channel.
 
     both frames ---- encoder -> + sigma * noise -> concat, each on its frame, mask 1; elsewhere 0, mask 0
 
@@ -19,7 +19,7 @@ D width, S scalars.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,35 +29,32 @@ from torch import Tensor
 from svd_ds.batch import Conditioning
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.clip_encoders import ImageEncoder, TextEncoder
+from svd_ds.scalars import AUGMENTATION, RELEASED_SCALARS, SCALARS
 from svd_ds.settings import Settings, choice, number
-
-RELEASED_SCALARS = ("fps", "motion_bucket", "augmentation")
-"""What the public weights are told, in their order."""
-SCALARS = (*RELEASED_SCALARS, "elevation")
-"""What there is to choose from."""
 
 
 @dataclass(frozen=True)
 class ConditionerConfig(Settings, section="conditioning"):
-    """Which signals the UNet is given. The defaults are the released image-to-video model's."""
+    """Conditioning signals. The defaults are the released image-to-video model's."""
 
     context: str = choice("image", ("image", "ends", "text", "none"))
-    """What the cross-attention sees: image (the first frame), ends (the first and the last), text or none."""
+    """Input of the cross-attention: image (the first frame), ends (the first and the last), text or none."""
     concat: str = choice("image", ("image", "ends", "none"))
-    """What is joined to the noisy latents, channel by channel: image (the first frame, on every frame), ends
-    (the first and the last, each in its place, and a mask) or none."""
-    scalars: tuple[str, ...] = choice(RELEASED_SCALARS, SCALARS)
-    """The numbers embedded beside the noise level, in order."""
+    """Latents concatenated to the noisy ones, channel by channel: image (the first frame, on every frame),
+    ends (the first and the last, each on its own frame, and a mask) or none."""
+    scalars: tuple[str, ...] = choice(RELEASED_SCALARS, SCALARS.keys())
+    """Scalar conditions (svd_ds/scalars.py), in the order of their embeddings."""
     context_width: int | None = number(None, ge=1, le=65_536)
-    """Only with context "none": the width of the zero token the UNet is given in its place."""
+    """Width of the zero token that the UNet is given with context "none", and only then."""
     drop_context: float = number(0.1, ge=0, le=1)
     """Share of clips without the image tokens. The paper gives none: 0.1 is SVD_Xtend's, Vista has 0.15."""
     drop_text: float = number(0.15, ge=0, le=1)
     """Share of clips without the caption (arXiv 2311.15127, D.2)."""
     drop_concat: float = number(0.1, ge=0, le=1)
-    """Share of clips without the concatenated frames, apart from the context's (sgm GeneralConditioner)."""
+    """Share of clips without the concatenated frames, drawn apart from the context's (sgm
+    GeneralConditioner)."""
     drop_scalars: dict[str, float] = number(dict, ge=0, le=1)
-    """A scalar's name -> share of clips without it, each apart from the others. The paper names none."""
+    """Scalar -> share of clips without it, each drawn apart from the others. The paper drops none."""
     # Within these, no draw of sigma has a square beyond float32.
     augmentation_mean: float = number(-3.0, ge=-20, le=20)
     """Mean of ln sigma of the noise put on the conditioning frame (D.4): on its pixels in [-1, 1], or with
@@ -69,55 +66,51 @@ class ConditionerConfig(Settings, section="conditioning"):
         super().__post_init__()
         if len(set(self.scalars)) < len(self.scalars):
             raise ValueError(f"conditioning.scalars is {[*self.scalars]}: each may be named once")
-        if "augmentation" in self.scalars and self.concat == "none":
+        if AUGMENTATION.name in self.scalars and self.concat == "none":
             raise ValueError(
-                "conditioning.scalars names augmentation, and conditioning.concat is none: no frame gets any "
+                "conditioning.scalars names augmentation and conditioning.concat is none: no frame gets any "
                 "noise"
             )
         if (self.context_width is not None) != (self.context == "none"):
             raise ValueError(
                 f"conditioning.context_width is {self.context_width} and conditioning.context is "
-                f"{self.context}: a width goes with the context none, and with no other"
+                f"{self.context}: a width must be given with the context none, and with no other"
             )
         for name in self.drop_scalars:
             if name not in self.scalars:
                 raise ValueError(
                     f"conditioning.drop_scalars names {name}: it must be one of {', '.join(self.scalars)}, "
-                    "which conditioning.scalars names"
+                    "the values of conditioning.scalars"
                 )
 
     @property
     def uses_last_frame(self) -> bool:
-        """Whether the last frame is given beside the first."""
+        """True if the last frame is given as well as the first."""
         return "ends" in (self.context, self.concat)
 
     @property
     def context_drop_rate(self) -> float:
-        """The rate that goes with `context`."""
+        """Share of clips without their context."""
         rates = {"image": self.drop_context, "ends": self.drop_context, "text": self.drop_text, "none": 0.0}
         return rates[self.context]
 
     @property
     def num_tokens(self) -> int:
-        """L, the context's length as the paper has it."""
+        """Length of the context, L, in the paper's networks."""
         return {"image": 1, "ends": 2, "text": 77, "none": 1}[self.context]
 
     @property
     def concat_drop_rate(self) -> float:
+        """Share of clips without their concatenated frames."""
         return 0.0 if self.concat == "none" else self.drop_concat
 
-    @property
-    def scalar_drop_rates(self) -> tuple[float, ...]:
-        """A rate for each of SCALARS, in their order."""
-        return tuple(self.drop_scalars.get(name, 0.0) for name in SCALARS)
-
-    def augmentation_sigma(self, normal_B: Tensor) -> Tensor:
-        """Standard normal draws -> the noise augmentation's sigma, one a clip, (B,)."""
-        return torch.exp(self.augmentation_mean + self.augmentation_std * normal_B)
+    def augmentation_sigma(self, normal: Tensor) -> Tensor:
+        """Turn standard normal draws into the noise augmentation's sigma: (B,) -> (B,)."""
+        return torch.exp(self.augmentation_mean + self.augmentation_std * normal)
 
 
 class Conditioner:
-    """Given frames, captions and numbers -> Conditioning. Frozen: no graph is kept. Results are float32."""
+    """Computes the conditioning from frames, captions and scalars, in float32 and without a graph."""
 
     def __init__(
         self,
@@ -125,7 +118,11 @@ class Conditioner:
         encoder: ImageEncoder | TextEncoder | None = None,
         cached_width: int | None = None,
     ) -> None:
-        """`cached_width`: D of the states that every call is given in place of an `encoder`."""
+        """Build from an encoder that is loaded already.
+
+        Args:
+            cached_width: D of the CLIP embeddings that every call is given instead of using an `encoder`.
+        """
         self.config = config
         self.encoder = encoder
         self.cached_width = cached_width
@@ -137,9 +134,10 @@ class Conditioner:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Conditioner:
-        """Read the encoder that `config` asks for from a pipeline folder, or from a hub id.
+        """Read the encoder that `config` needs from a pipeline folder, or from a hub id.
 
-        Raises FileNotFoundError where the folder lacks it.
+        Raises:
+            FileNotFoundError: the folder does not have it.
         """
         if config.context == "none":
             return Conditioner(config)
@@ -148,7 +146,7 @@ class Conditioner:
 
     @property
     def context_width(self) -> int:
-        """D, what the UNet's cross-attention must take."""
+        """Width of the context, D: the UNet's `context_width`."""
         if self.encoder is not None:
             return self.encoder.width
         width = self.cached_width or self.config.context_width
@@ -156,15 +154,16 @@ class Conditioner:
         return width
 
     def configured(self, config: ConditionerConfig) -> Conditioner:
-        """The same encoder with another config."""
+        """Return a conditioner with the same encoder and another config."""
         return Conditioner(config, self.encoder, self.cached_width)
 
     @property
     def num_scalars(self) -> int:
+        """Number of scalars, S."""
         return len(self.config.scalars)
 
     def concat_channels(self, autoencoder: Autoencoder) -> int:
-        """Input channels the UNet takes beyond the noisy latents' own."""
+        """Count the UNet's input channels beyond the noisy latents' own."""
         return {
             "image": autoencoder.latent_channels,
             "ends": autoencoder.latent_channels + 1,
@@ -172,7 +171,7 @@ class Conditioner:
         }[self.config.concat]
 
     def noise_shape(self, autoencoder: Autoencoder, height: int, width: int) -> tuple[int, int, int, int]:
-        """(K, C, H, W) of a clip's augmentation noise: of one frame's pixels, or of both ends' latents."""
+        """Return (K, C, H, W) of a clip's augmentation noise: one frame's pixels, or both ends' latents."""
         if self.config.concat != "ends":
             return 1, 3, height, width
         cell = autoencoder.downsampling
@@ -183,83 +182,97 @@ class Conditioner:
         self,
         autoencoder: Autoencoder,
         *,
-        first_frame_BCHW: Tensor,
+        first_frame: Tensor,
         captions: Sequence[str],
         num_frames: int,
-        fps_B: Tensor,
-        motion_bucket_B: Tensor,
-        augmentation_sigma_B: Tensor,
-        elevation_B: Tensor,
-        noise_BKCHW: Tensor,
-        last_frame_BCHW: Tensor | None = None,
-        context_BLD: Tensor | None = None,
-        drop_context_B: Tensor | None = None,
-        drop_concat_B: Tensor | None = None,
-        drop_scalars_BS: Tensor | None = None,
+        scalars: Mapping[str, Tensor],
+        noise: Tensor,
+        last_frame: Tensor | None = None,
+        context: Tensor | None = None,
+        drop_context: Tensor | None = None,
+        drop_concat: Tensor | None = None,
+        drop_scalars: Mapping[str, Tensor] | None = None,
     ) -> Conditioning:
-        """Condition B clips of `num_frames` frames.
+        """Compute the conditioning of B clips of `num_frames` frames.
 
-        first_frame_BCHW, last_frame_BCHW (B, 3, H, W) in [-1, 1], the last one needed only where a signal is
-        "ends"; context_BLD what the encoder would make of them, where that was cached, or None; noise_BKCHW
-        standard normal, of `noise_shape`; fps_B, motion_bucket_B, augmentation_sigma_B,
-        elevation_B (B,), those that `scalars` does not name unused; drop_context_B, drop_concat_B bool (B,)
-        and drop_scalars_BS bool (B, len(SCALARS)), or None to drop nothing. A dropped signal is zero, and a
-        dropped scalar NaN, for which the UNet's embedding is zero. Returns context (B, L, D), scalars (B, S)
-        and concat (B, T, C, h, w) or None.
+        A dropped signal is zero, and a dropped scalar NaN, for which the UNet's embedding is zero.
 
-        Raises ValueError for ends without a last frame, or without a frame between them.
+        Args:
+            first_frame: (B, 3, H, W) in [-1, 1].
+            captions: one for each clip, read by a text encoder.
+            scalars: scalar -> (B,); at least those of `config.scalars`, and augmentation (sigma) where frames
+                are concatenated.
+            noise: standard normal, (B, K, C, H, W), of `noise_shape`.
+            last_frame: (B, 3, H, W) in [-1, 1]; needed only where a signal is "ends".
+            context: cached output of the encoder, (B, L, D); None: it is computed.
+            drop_context: bool, (B,); None drops nothing.
+            drop_concat: bool, (B,); None drops nothing.
+            drop_scalars: scalar -> bool, (B,); those without an entry are kept.
+
+        Raises:
+            ValueError: a scalar has no value; or both ends of a clip are needed, and there is no last frame
+                or no frame between them.
         """
-        frames = [first_frame_BCHW]
+        frames = [first_frame]
         if self.config.uses_last_frame:
-            if last_frame_BCHW is None:
+            if last_frame is None:
                 raise ValueError("the network is conditioned on first and last frames, and no last is given")
             if num_frames < 3:
                 raise ValueError(f"a clip of {num_frames} frames has none between its ends: 3 are the fewest")
-            frames.append(last_frame_BCHW)
-        context_BLD = self._context(frames, captions) if context_BLD is None else context_BLD.float()
-        if drop_context_B is not None:
-            context_BLD = context_BLD.masked_fill(drop_context_B[:, None, None], 0.0)
-        every_scalar_BS = torch.stack([fps_B - 1, motion_bucket_B, augmentation_sigma_B, elevation_B], dim=1)
-        if drop_scalars_BS is not None:
-            every_scalar_BS = every_scalar_BS.masked_fill(drop_scalars_BS, torch.nan)
-        given_BKChw = self._given(autoencoder, frames, augmentation_sigma_B, noise_BKCHW)
-        if given_BKChw is not None and drop_concat_B is not None:
-            given_BKChw = given_BKChw.masked_fill(drop_concat_B[:, None, None, None, None], 0.0)
+            frames.append(last_frame)
+        context_BLD = self._context(frames, captions) if context is None else context.float()
+        if drop_context is not None:
+            context_BLD = context_BLD.masked_fill(drop_context[:, None, None], 0.0)
+        given_BKChw = self._given(autoencoder, frames, scalars, noise)
+        if given_BKChw is not None and drop_concat is not None:
+            given_BKChw = given_BKChw.masked_fill(drop_concat[:, None, None, None, None], 0.0)
+        columns = [self._scalar(name, scalars, drop_scalars or {}) for name in self.config.scalars]
         return Conditioning(
             context_BLD=context_BLD,
-            scalars_BS=every_scalar_BS[:, [SCALARS.index(name) for name in self.config.scalars]].float(),
+            scalars_BS=torch.stack(columns, dim=1) if columns else first_frame.new_zeros(len(first_frame), 0),
             concat_BTCHW=None if given_BKChw is None else _placed(given_BKChw, num_frames),
         )
 
+    def _scalar(self, name: str, scalars: Mapping[str, Tensor], drop: Mapping[str, Tensor]) -> Tensor:
+        """Return the number that the UNet embeds, (B,) float32; NaN where it is dropped."""
+        if name not in scalars:
+            raise ValueError(f"conditioning.scalars names {name}, and sampling.scalars.{name} is not given")
+        value_B = scalars[name].float()
+        if offset := SCALARS[name].offset:
+            value_B = value_B + offset
+        return value_B.masked_fill(drop[name], torch.nan) if name in drop else value_B
+
     def _context(self, frames: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """What the cross-attention sees, nothing dropped: (B, L, D)."""
+        """Compute the context, nothing dropped: (B, L, D)."""
         if isinstance(self.encoder, ImageEncoder):
             seen = frames if self.config.context == "ends" else frames[:1]
             return torch.cat([self.encoder(frame_BCHW) for frame_BCHW in seen], dim=1)
         if isinstance(self.encoder, TextEncoder):
             return self.encoder(captions)
-        assert self.config.context == "none", "without an encoder every call is given its states"
+        assert self.config.context == "none", "without an encoder every call is given a cached context"
         return frames[0].new_zeros((len(frames[0]), 1, self.context_width))
 
     def _given(
-        self, autoencoder: Autoencoder, frames: Sequence[Tensor], sigma_B: Tensor, noise_BKCHW: Tensor
+        self,
+        autoencoder: Autoencoder,
+        frames: Sequence[Tensor],
+        scalars: Mapping[str, Tensor],
+        noise_BKCHW: Tensor,
     ) -> Tensor | None:
-        """What is joined to the input of each given frame, nothing dropped: (B, K, C, h, w)."""
-        sigma_BKCHW = sigma_B[:, None, None, None, None]
+        """Compute the latents, and mask, of each given frame, nothing dropped: (B, K, C, h, w)."""
+        if self.config.concat == "none":
+            return None
+        sigma_BKCHW = scalars[AUGMENTATION.name][:, None, None, None, None]
         if self.config.concat == "image":
             noised_BKCHW = frames[0][:, None] + sigma_BKCHW * noise_BKCHW
             return posterior(autoencoder.encode(noised_BKCHW[:, 0]))[:, None]
-        if self.config.concat == "ends":
-            latents = [posterior(autoencoder.encode(frame_BCHW)) for frame_BCHW in frames]
-            noised_BKChw = (
-                torch.stack(latents, dim=1) + sigma_BKCHW / autoencoder.scaling_factor * noise_BKCHW
-            )
-            return torch.cat([noised_BKChw, torch.ones_like(noised_BKChw[:, :, :1])], dim=2)
-        return None
+        latents = [posterior(autoencoder.encode(frame_BCHW)) for frame_BCHW in frames]
+        noised_BKChw = torch.stack(latents, dim=1) + sigma_BKCHW / autoencoder.scaling_factor * noise_BKCHW
+        return torch.cat([noised_BKChw, torch.ones_like(noised_BKChw[:, :, :1])], dim=2)
 
 
 def _placed(given_BKChw: Tensor, num_frames: int) -> Tensor:
-    """(B, T, C, h, w): one given frame seen T times (a view, not T copies), two at the clip's ends."""
+    """Lay given frames out over a clip, (B, T, C, h, w): one on all frames (a view), two at the ends."""
     num_clips, num_given, *shape = given_BKChw.shape
     if num_given == 1:
         return given_BKChw.expand(-1, num_frames, -1, -1, -1)

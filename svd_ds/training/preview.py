@@ -65,13 +65,13 @@ class SamplingPreview:
             net,
             self.autoencoder,
             self.conditioner,
-            first_frame_BCHW=frames_BTCHW[:, 0],
-            last_frame_BCHW=frames_BTCHW[:, -1],
+            first_frame=frames_BTCHW[:, 0],
+            last_frame=frames_BTCHW[:, -1],
             num_frames=clips.num_frames,
             config=self.config,
             captions=clips.captions,
             ordinals=ordinals,
-            context_BLD=clips.context_BLD,
+            context=clips.context_BLD,
         )
 
 

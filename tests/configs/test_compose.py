@@ -13,8 +13,8 @@ from svd_ds.command_line import CONF
 from svd_ds.compose import compose, debug_last, explain
 from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise
-from svd_ds.model.conditioner import SCALARS
 from svd_ds.model.unet import UNet
+from svd_ds.scalars import SCALARS
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 CHOICES = sorted(
@@ -57,13 +57,13 @@ def test_every_experiment_composes_and_builds(experiment: str, debug: list[str])
         ("svd", "image_to_video"),
         ("svd_t2v", "text_to_video"),
         ("svd_interpolation", "interpolation"),
-        ("svd_multiview", "multiview"),
+        ("svd", "multiview"),
     ],
 )
 def test_models_fit_their_conditioning(model: str, conditioning: str) -> None:
     config = compose([f"model={model}", f"conditioning={conditioning}"])
     assert config.model.num_scalars == len(config.conditioning.scalars)
-    assert list(config.conditioning.scalars) == sorted(config.conditioning.scalars, key=SCALARS.index)
+    assert list(config.conditioning.scalars) == sorted(config.conditioning.scalars, key=list(SCALARS).index)
     assert config.model.masked == (config.conditioning.concat == "ends")
 
 

@@ -29,7 +29,10 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
     engine, env = ranks.engine(), ranks.env
     frames = torch.randint(0, 256, (4, 3, 3, 16, 16), generator=torch.Generator().manual_seed(5))
     clips = Batch.from_clips(
-        [Clip(f"c{i}", i, x.to(torch.uint8), "", 6.0, 100.0) for i, x in enumerate(frames)]
+        [
+            Clip(f"c{i}", i, x.to(torch.uint8), "", {"fps": 6.0, "motion_bucket": 100.0})
+            for i, x in enumerate(frames)
+        ]
     )
     config = ConditionerConfig(context="none", context_width=16, concat="ends")
     diffusion = DiffusionObjective(

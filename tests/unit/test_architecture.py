@@ -24,6 +24,7 @@ LAYERS = {
     "package_files": 0,
     "pixels": 0,
     "run_folder": 0,
+    "scalars": 0,
     "settings": 0,
     "small_files": 0,
     "tensor_files": 0,

@@ -17,15 +17,7 @@ MAX_LINES = 5
 COMMAND_LINE = {"main", "parse_arguments"}
 """Functions of a script in tools/ that the docstring of the script describes: it is the text of --help."""
 UNFINISHED = {
-    "svd_ds/batch.py",
-    "svd_ds/checks.py",
-    "svd_ds/data/filters.py",
-    "svd_ds/data/motion.py",
-    "svd_ds/data/reader.py",
-    "svd_ds/data/sample.py",
     "svd_ds/data/schedule.py",
-    "svd_ds/model/conditioner.py",
-    "svd_ds/sample.py",
     "svd_ds/training/loop.py",
     "svd_ds/training/metrics.py",
 }

@@ -212,11 +212,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
             "data.num_frames is 2, but a clip whose ends condition it has at least 3",
         ),
         (
-            ["conditioning=multiview"],
+            ["conditioning=multiview", "model.num_scalars=3"],
             "model.num_scalars is 3, but conditioning.scalars names 4: fps, motion_bucket, augm",
         ),
         (
-            ["conditioning=multiview", "model.num_scalars=4"],
+            ["conditioning=multiview"],
             'does not have: its json needs the key "elevation"',
         ),
     ],

@@ -40,20 +40,19 @@ class Averages:
 
 
 class Recorder:
-    """A conditioner that concatenates the noised first frame and keeps what it was told."""
+    """A conditioner that concatenates the noised first frame and keeps its arguments."""
 
     def noise_shape(self, autoencoder: Averages, height: int, width: int) -> tuple[int, int, int, int]:
         return 1, 3, height, width
 
     def __call__(
-        self, autoencoder: Averages, *, first_frame_BCHW: Tensor, num_frames: int, **told: Any
+        self, autoencoder: Averages, *, first_frame: Tensor, num_frames: int, **given: Any
     ) -> Conditioning:
-        self.told = told
-        sigma = told["augmentation_sigma_B"][:, None, None, None]
-        noised = autoencoder.latents(first_frame_BCHW + sigma * told["noise_BKCHW"][:, 0])
-        scalars = torch.stack(
-            [told["fps_B"] - 1, told["motion_bucket_B"], told["augmentation_sigma_B"]], dim=1
-        )
+        self.given = given
+        values = given["scalars"]
+        sigma = values["augmentation"][:, None, None, None]
+        noised = autoencoder.latents(first_frame + sigma * given["noise"][:, 0])
+        scalars = torch.stack([values["fps"] - 1, values["motion_bucket"], values["augmentation"]], dim=1)
         return Conditioning(
             context_BLD=torch.ones(len(noised), 1, 5),
             scalars_BS=scalars,
@@ -117,23 +116,25 @@ def test_guidance_rises_over_the_frames() -> None:
         torch.testing.assert_close(frames[:, frame], scale * first, rtol=0, atol=2e-3)
 
 
-def test_the_conditioner_is_told_the_settings() -> None:
-    config = SampleConfig(num_steps=1, fps=7.0, motion_bucket=30.0, augmentation=0.25, elevation=20.0)
+def test_the_conditioner_is_given_the_settings() -> None:
+    config = SampleConfig(
+        num_steps=1, fps=7.0, motion_bucket=30.0, augmentation=0.25, scalars={"elevation": 20.0}
+    )
     _, recorder = sample(first_frames(), config, captions=["a", "b"])
-    assert recorder.told["captions"] == ["a", "b"]
-    settings = {"fps_B": 7.0, "motion_bucket_B": 30.0, "augmentation_sigma_B": 0.25, "elevation_B": 20.0}
+    assert recorder.given["captions"] == ["a", "b"]
+    settings = {"fps": 7.0, "motion_bucket": 30.0, "augmentation": 0.25, "elevation": 20.0}
     for name, value in settings.items():
-        assert recorder.told[name].tolist() == [value, value]
-    assert recorder.told["noise_BKCHW"].std() == pytest.approx(1, abs=0.1)
+        assert recorder.given["scalars"][name].tolist() == [value, value]
+    assert recorder.given["noise"].std() == pytest.approx(1, abs=0.1)
 
 
-def test_by_default_a_network_is_told_what_the_released_one_is() -> None:
+def test_by_default_a_network_has_the_scalars_of_the_released_one() -> None:
     """Stability-AI/generative-models simple_video_sample.py: fps_id 6, motion_bucket_id 127, cond_aug .02."""
     conditioner = Conditioner.load(ConditionerConfig(), TINY)
     scalars = []
 
-    def net(x: Tensor, c_noise: Tensor, context: Tensor, told: Tensor, image_only: object = None) -> Tensor:
-        scalars.append(told)
+    def net(x: Tensor, c_noise: Tensor, context: Tensor, found: Tensor, image_only: object = None) -> Tensor:
+        scalars.append(found)
         return torch.zeros_like(x[:, :, :4])
 
     autoencoder = Autoencoder.load(TINY)
@@ -143,8 +144,8 @@ def test_by_default_a_network_is_told_what_the_released_one_is() -> None:
 
 def test_the_conditioner_is_given_the_last_frame_too() -> None:
     first, last = first_frames(), first_frames()
-    _, recorder = sample(first, SampleConfig(num_steps=1), last_frame_BCHW=last)
-    assert torch.equal(recorder.told["last_frame_BCHW"], last)
+    _, recorder = sample(first, SampleConfig(num_steps=1), last_frame=last)
+    assert torch.equal(recorder.given["last_frame"], last)
 
 
 def test_the_start_has_the_largest_sigma() -> None:
@@ -178,6 +179,19 @@ def test_wrong_settings_are_named(fields: dict[str, Any]) -> None:
         SampleConfig(**fields)
     name, value = next(iter(fields.items()))
     assert name in str(error.value) and str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scalars", "sentence"),
+    [
+        ({"zoom": 1.0}, "sampling.scalars names zoom: it must be one of elevation"),
+        ({"fps": 7.0}, "sampling.scalars names fps: sampling.fps must be set instead"),
+        ({"elevation": 91}, "sampling.scalars.elevation is 91: it must be at least -90 and at most 90"),
+    ],
+)
+def test_wrong_scalars_are_refused_by_config_key(scalars: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        SampleConfig(scalars=scalars)
 
 
 def test_a_size_that_does_not_fit_is_named() -> None:

@@ -142,7 +142,7 @@ def test_markup_of_strangers_is_text_in_a_data_card(tmp_path: Path) -> None:
         ClipRecord(
             id=ATTACK, video=ATTACK, start_frame=0, end_frame=1, fps=24, height=32, width=32,
             method="encoded", media="clip.jpg", motion=0.5, annotations={ATTACK: number},
-            captions={ATTACK: ATTACK}, elevation=None, reason=reason,
+            captions={ATTACK: ATTACK}, reason=reason,
         )
         for number, reason in ((1.0, None), (2.0, f"{ATTACK}: {ATTACK}"), (3.0, None))
     ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""From a batch of clips to a loss: the only file of the trainer that knows diffusion.
+"""Diffusion objective: the loss of a batch of clips, the only file of training/ that knows diffusion.
 
     frames -> latents x0            (the frozen autoencoder or its cached moments; the posterior sampled)
-    given frames -> Conditioning    (CLIP tokens; noised, encoded and placed; scalars; signals dropped)
+    given frames -> Conditioning    (CLIP tokens; noised and encoded frames; scalars; signals dropped)
     u -> sigma; x = x0 + sigma n    (the training density)
     F(c_in x; c_noise) against v    (the UNet)
 
@@ -22,25 +22,26 @@ from svd_ds.diffusion.draws import Draws, draw
 from svd_ds.diffusion.loss import v_loss
 from svd_ds.diffusion.noise import Noise
 from svd_ds.model.autoencoder import Autoencoder, posterior
-from svd_ds.model.conditioner import SCALARS, Conditioner
+from svd_ds.model.conditioner import Conditioner
+from svd_ds.scalars import AUGMENTATION
 from svd_ds.training.objectives.base import Objective
 from svd_ds.video import from_uint8
 
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch as the loss takes it, all but the noise level chosen."""
+    """A batch ready for the loss at any noise level."""
 
     x0_BTChw: Tensor
     noise_BTChw: Tensor
     cond: Conditioning
     u_B: Tensor
-    """Uniform in (0, 1): what the noise level is made of."""
+    """Uniform in (0, 1); `Noise.quantile` turns it into sigma."""
 
 
 @dataclass(frozen=True)
 class DiffusionObjective(Objective):
-    """Everything that a loss needs besides the network and the batch."""
+    """Denoising in v-space, with everything that the loss needs besides the network and the batch."""
 
     noise: Noise
     offset_noise: float
@@ -49,18 +50,19 @@ class DiffusionObjective(Objective):
     seed: int
 
     def loss(self, net: Network, batch: Batch) -> Tensor:
-        """Weighted v-space error of each clip, (B,) float32; differentiable in the network's parameters."""
-        known = self.prepare(batch)
-        sigma_B = self.noise.quantile(known.u_B)
-        return self.noise.weight(sigma_B).float() * self.errors(net, known, sigma_B).mean(dim=1)
+        """Compute each clip's weighted v-space error, (B,) float32, differentiable in the network's
+        parameters."""
+        prepared = self.prepare(batch)
+        sigma_B = self.noise.quantile(prepared.u_B)
+        return self.noise.weight(sigma_B).float() * self.errors(net, prepared, sigma_B).mean(dim=1)
 
-    def errors(self, net: Network, known: PreparedBatch, sigma_B: Tensor) -> Tensor:
-        """Squared error of v by clip and frame, (B, T) float32, at noise levels that the caller chooses."""
-        return v_loss(net, known.x0_BTChw, sigma_B, known.noise_BTChw, known.cond)
+    def errors(self, net: Network, prepared: PreparedBatch, sigma: Tensor) -> Tensor:
+        """Compute the squared error of v by clip and frame, (B, T) float32, at noise levels `sigma`, (B,)."""
+        return v_loss(net, prepared.x0_BTChw, sigma, prepared.noise_BTChw, prepared.cond)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> PreparedBatch:
-        """Latents, noise and conditions of a batch."""
+        """Compute the latents and the conditioning of a batch, and draw its noise."""
         frames_BTCHW = from_uint8(batch.frames_BTCHW)
         draws = self._draw(batch)
         return PreparedBatch(
@@ -91,22 +93,19 @@ class DiffusionObjective(Objective):
 
     def _condition(self, batch: Batch, frames_BTCHW: Tensor, draws: Draws) -> Conditioning:
         config = self.conditioner.config
-        rates_S = draws.drop_BS.new_tensor(config.scalar_drop_rates)
+        sigma_B = config.augmentation_sigma(draws.augmentation_B).float()
         cond = self.conditioner(
             self.autoencoder,
-            first_frame_BCHW=frames_BTCHW[:, 0],
-            last_frame_BCHW=frames_BTCHW[:, -1],
+            first_frame=frames_BTCHW[:, 0],
+            last_frame=frames_BTCHW[:, -1],
             captions=batch.captions,
             num_frames=batch.num_frames,
-            fps_B=batch.fps_B,
-            motion_bucket_B=batch.motion_bucket_B,
-            augmentation_sigma_B=config.augmentation_sigma(draws.augmentation_B).float(),
-            elevation_B=batch.elevation_B,
-            noise_BKCHW=draws.given_noise_BKCHW,
-            context_BLD=batch.context_BLD,
-            drop_context_B=draws.drop_BS[:, 0] < config.context_drop_rate,
-            drop_concat_B=draws.drop_BS[:, 1] < config.concat_drop_rate,
-            drop_scalars_BS=draws.drop_BS[:, 2 : 2 + len(SCALARS)] < rates_S,
+            scalars=batch.scalars_B | {AUGMENTATION.name: sigma_B},
+            noise=draws.given_noise_BKCHW,
+            context=batch.context_BLD,
+            drop_context=draws.drop("context", config.context_drop_rate),
+            drop_concat=draws.drop("concat", config.concat_drop_rate),
+            drop_scalars={name: draws.drop(name, rate) for name, rate in config.drop_scalars.items()},
         )
         if batch.still_B is None:
             return cond

@@ -28,7 +28,7 @@ def clip(number: int, hashes: list[int], embeddings: list[list[float]] | None = 
         0.1,
         {},
         {},
-        None,
+        {},
         hashes,
         embeddings or [],
     )

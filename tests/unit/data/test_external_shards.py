@@ -26,7 +26,7 @@ from svd_ds.data.external_shards import (
 )
 from svd_ds.data.indexing import index_folder
 from svd_ds.data.quarantine import Fault
-from svd_ds.data.reader import captions_of
+from svd_ds.data.reader import read_captions
 from svd_ds.data.sample import Sample
 from tests.unit.data.test_fuzz import picture
 from tests.videos import counting, encode
@@ -62,7 +62,7 @@ def captions(folder: Path, sample: Sample) -> dict[str, str]:
         offset, size = sample.members[member]
         return content[offset : offset + size]
 
-    return captions_of(read, sample)
+    return read_captions(read, sample)
 
 
 def as_json(about: Any) -> bytes:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from svd_ds.curate.select import ClipRecord, apply_conditions
 from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
-from svd_ds.data.filters import Condition, satisfies
+from svd_ds.data.filters import Condition, select_samples
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
@@ -32,7 +32,6 @@ CLIP = ClipRecord(
     motion=0.1,
     annotations={},
     captions={},
-    elevation=None,
 )
 
 
@@ -62,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_is_kept(folder: Path, conditions: list[str], kept: str) -> None:
     index = Index.load(folder)
-    wanted = satisfies(conditions, index)
+    wanted = select_samples(conditions, index)
     assert [sample.id for sample in index.samples() if wanted(sample)] == [f"s{digit}" for digit in kept]
 
 
@@ -91,7 +90,7 @@ def test_a_wrong_condition_is_refused_with_the_config(condition: str, message: s
 def test_an_annotation_that_every_sample_lacks_is_named(folder: Path) -> None:
     index = Index.load(folder)
     with pytest.raises(ValueError, match=r"beauty, which no sample in .* has; they have motion, .*text_area"):
-        satisfies(["beauty>=q25"], index)
+        select_samples(["beauty>=q25"], index)
 
 
 def test_samples_that_lack_a_number_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_clips_are_the_same_with_and_without_the_cache(tmp_path: Path, num_worke
     starts = set()
     for (here, _), (there, _) in zip(islice(cached, 4), islice(decoded, 4), strict=True):
         assert (here.ids, here.ordinals, here.captions) == (there.ids, there.ordinals, there.captions)
-        assert torch.equal(here.fps_B, there.fps_B)
+        assert torch.equal(here.scalars_B["fps"], there.scalars_B["fps"])
         assert here.num_frames == there.num_frames == 3
         assert there.moments_BTMhw is None and there.frames_BTCHW.shape[1] == 3
         assert here.frames_BTCHW.shape[1] == 1, "the first frame's pixels alone"

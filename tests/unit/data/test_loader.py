@@ -98,10 +98,10 @@ def test_batch_has_the_properties_of_its_samples(shards: Path) -> None:
     batch, _ = next(iter(Loader(config(shards, num_frames=3, width=24, fps=12), 0, 0, 1, BatchConfig(4))))
     assert isinstance(batch, Batch) and len(batch) == 4
     assert batch.frames_BTCHW.shape == (4, 3, 3, 16, 24) and batch.frames_BTCHW.dtype == torch.uint8
-    assert batch.fps_B.tolist() == [12.0] * 4 and batch.captions == ("a square moves",) * 4
+    assert batch.scalars_B["fps"].tolist() == [12.0] * 4 and batch.captions == ("a square moves",) * 4
     index = Index.load(shards)
     motion = {sample.id: sample.motion for sample in index.samples()}
-    assert batch.motion_bucket_B.tolist() == pytest.approx(
+    assert batch.scalars_B["motion_bucket"].tolist() == pytest.approx(
         [index.motion_map.bucket(motion[i]) for i in batch.ids]
     )
 
@@ -111,9 +111,9 @@ def test_elevation_comes_from_the_samples_that_have_it(tmp_path: Path) -> None:
     for name, camera in (("a", {"elevation": -5.0}), ("b", {})):
         writer.add(name, "mp4", encode(frames), about(frames, **camera))
     writer.close()
-    assert [sample.elevation for sample in Index.load(tmp_path).samples()] == [-5.0, None]
+    assert [sample.number("elevation") for sample in Index.load(tmp_path).samples()] == [-5.0, None]
     batch, _ = next(iter(Loader(config(tmp_path), 0, 0, 1, BatchConfig(2))))
-    found = dict(zip(batch.ids, batch.elevation_B.tolist(), strict=True))
+    found = dict(zip(batch.ids, batch.scalars_B["elevation"].tolist(), strict=True))
     assert found["a"] == -5.0 and math.isnan(found["b"])
 
 

@@ -110,7 +110,7 @@ def test_frames_that_are_smaller_than_the_index_says_are_not_enlarged(tmp_path: 
 @pytest.mark.parametrize(
     "error", [RuntimeError("odd"), KeyError("odd"), SyntaxError("odd"), RecursionError("odd")]
 )
-@pytest.mark.parametrize("where", ["captions_of", "read_frames"])
+@pytest.mark.parametrize("where", ["read_captions", "read_frames"])
 def test_any_exception_of_a_sample_is_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
 ) -> None:

@@ -132,7 +132,7 @@ def test_any_value_in_the_header_is_one_sentence(
         ({"id": 5}, "id is 5"),
         ({"shard": 99}, "shard is 99, and must be an integer from 0 to 1"),
         ({"shard": -1}, "shard is -1"),
-        ({"shard": 0}, "shard is 0, and its place in the index is in shard 1"),
+        ({"shard": 0}, "shard is 0, and its line in the index belongs to shard 1"),
         ({"members": {}}, "members has no video or image, but nothing"),
         ({"members": {"json": [512, 9]}}, "members has no video or image, but json"),
         (
@@ -143,7 +143,7 @@ def test_any_value_in_the_header_is_one_sentence(
         ({"members": {"png": [-512, 9]}}, r"members.png\[0\] is -512"),
         (
             {"members": {"png": [513, 9]}},
-            r"members.png\[0\] is 513, and must be a place in a tar: a multiple of 512",
+            r"members.png\[0\] is 513, and must be an offset in a tar: a multiple of 512",
         ),
         ({"members": {"png": ["512", 9]}}, r"members.png\[0\] is '512'"),
         ({"members": {"png": [512]}}, r"members.png is \[512\], and must be \[offset, size\]"),

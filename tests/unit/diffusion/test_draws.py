@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import pytest
 import torch
 from torch import Tensor
 
-from svd_ds.diffusion.draws import NUM_SIGNALS, Draws, draw
+from svd_ds.diffusion import draws as draws_module
+from svd_ds.diffusion.draws import NUM_SIGNALS, Draws, draw, signal_names
 
 LATENT, GIVEN = (3, 4, 5, 6), (1, 3, 40, 48)
 
@@ -38,11 +40,11 @@ def test_every_number_changes_with_seed_and_ordinal() -> None:
 
 def test_shapes_and_distributions() -> None:
     draws = draw(0, range(2000), (1, 1, 2, 2), (1, 1, 2, 2))
-    assert draws.u_B.shape == (2000,) and draws.drop_BS.shape == (2000, NUM_SIGNALS)
+    assert draws.u_B.shape == (2000,) and draws.drop_BN.shape == (2000, NUM_SIGNALS)
     assert draws.noise_BTChw.shape == (2000, 1, 1, 2, 2) and draws.noise_BTChw.dtype == torch.float32
     assert draws.given_noise_BKCHW.shape == (2000, 1, 1, 2, 2)
     assert draws.u_B.min() > 0 and draws.u_B.max() < 1
-    for uniform in (draws.u_B, draws.drop_BS):
+    for uniform in (draws.u_B, draws.drop_BN):
         assert abs(uniform.mean() - 0.5) < 0.03 and abs(uniform.std() - 12**-0.5) < 0.01
     for normal in (
         draws.augmentation_B,
@@ -67,3 +69,21 @@ def test_offset_noise_is_one_number_a_channel_and_moves_nothing_else() -> None:
     assert len(offset[:, 0, :, 0, 0].unique()) == 8 and offset.abs().min() > 0
     for name, value in plain.items():
         assert torch.equal(value, moved[name]), name
+
+
+def test_a_signal_beyond_the_reserved_columns_moves_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tensors(draw(1, [2, 3], LATENT, GIVEN, offset_noise=0.5))
+    names = (*signal_names(), *(f"new{i}" for i in range(5)))
+    monkeypatch.setattr(draws_module, "signal_names", lambda: names)
+    draws = draw(1, [2, 3], LATENT, GIVEN, offset_noise=0.5)
+    more = tensors(draws)
+    found = more.pop("drop_BN")
+    assert found.shape == (2, len(names)) and len(found.unique()) == 2 * len(names) > 2 * NUM_SIGNALS
+    assert torch.equal(found[:, :NUM_SIGNALS], plain.pop("drop_BN"))
+    assert all(torch.equal(value, more[name]) for name, value in plain.items())
+    assert draws.drop("new4", 1.0).all() and not draws.drop("new4", 0.0).any()
+
+
+def test_the_order_of_the_signals_is_fixed() -> None:
+    """Another order would drop other conditions, and change the losses of every run."""
+    assert signal_names()[:6] == ("context", "concat", "fps", "motion_bucket", "augmentation", "elevation")

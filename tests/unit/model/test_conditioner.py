@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import svd_ds
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.clip_encoders import preprocess_frames, resize_antialiased
-from svd_ds.model.conditioner import SCALARS, Conditioner, ConditionerConfig
+from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 
 TINY = Path(svd_ds.__file__).parent / "assets" / "tiny_svd"
 TEXT = ConditionerConfig(context="text", concat="none", scalars=("fps", "motion_bucket"))
@@ -32,14 +32,16 @@ def conditioner() -> Conditioner:
 def inputs(num_clips: int = 3, **changes) -> dict:
     generator = torch.Generator().manual_seed(0)
     return {
-        "first_frame_BCHW": torch.rand(num_clips, 3, 32, 48, generator=generator) * 2 - 1,
+        "first_frame": torch.rand(num_clips, 3, 32, 48, generator=generator) * 2 - 1,
         "captions": [f"clip {i}" for i in range(num_clips)],
         "num_frames": 5,
-        "fps_B": torch.tensor([7.0, 12.0, 25.0])[:num_clips],
-        "motion_bucket_B": torch.tensor([0.0, 127.0, 255.0])[:num_clips],
-        "augmentation_sigma_B": torch.tensor([0.02, 0.1, 0.5])[:num_clips],
-        "elevation_B": torch.tensor([-5.0, 10.0, 30.0])[:num_clips],
-        "noise_BKCHW": torch.randn(num_clips, 1, 3, 32, 48, generator=generator),
+        "scalars": {
+            "fps": torch.tensor([7.0, 12.0, 25.0])[:num_clips],
+            "motion_bucket": torch.tensor([0.0, 127.0, 255.0])[:num_clips],
+            "augmentation": torch.tensor([0.02, 0.1, 0.5])[:num_clips],
+            "elevation": torch.tensor([-5.0, 10.0, 30.0])[:num_clips],
+        },
+        "noise": torch.randn(num_clips, 1, 3, 32, 48, generator=generator),
     } | changes
 
 
@@ -53,8 +55,8 @@ def ends(autoencoder: Autoencoder, **changes) -> dict:
     shape = Conditioner(ENDS).noise_shape(autoencoder, 32, 48)
     generator = torch.Generator().manual_seed(1)
     more = {
-        "last_frame_BCHW": torch.rand(3, 3, 32, 48, generator=generator) * 2 - 1,
-        "noise_BKCHW": torch.randn(3, *shape, generator=generator),
+        "last_frame": torch.rand(3, 3, 32, 48, generator=generator) * 2 - 1,
+        "noise": torch.randn(3, *shape, generator=generator),
     }
     return inputs(**more | changes)
 
@@ -77,10 +79,7 @@ def test_scalars_are_raw_with_one_taken_from_the_frame_rate(conditioner, autoenc
 def test_concat_is_the_posterior_mean_of_the_noised_frame_not_scaled(conditioner, autoencoder):
     given = inputs()
     concat = conditioner(autoencoder, **given).concat_BTCHW
-    noised = (
-        given["first_frame_BCHW"]
-        + given["augmentation_sigma_B"].view(3, 1, 1, 1) * given["noise_BKCHW"][:, 0]
-    )
+    noised = given["first_frame"] + given["scalars"]["augmentation"].view(3, 1, 1, 1) * given["noise"][:, 0]
     with torch.no_grad():
         mean = autoencoder.network.encode(noised).latent_dist.mean
     torch.testing.assert_close(concat, mean[:, None].expand_as(concat), rtol=1e-4, atol=1e-4)
@@ -92,7 +91,8 @@ def test_concat_is_one_frame_seen_many_times_not_copies(conditioner, autoencoder
 
 def test_the_image_token_comes_from_the_clean_frame(conditioner, autoencoder):
     quiet = conditioner(autoencoder, **inputs())
-    noisy = conditioner(autoencoder, **inputs(augmentation_sigma_B=torch.full((3,), 5.0)))
+    noisy_scalars = inputs()["scalars"] | {"augmentation": torch.full((3,), 5.0)}
+    noisy = conditioner(autoencoder, **inputs(scalars=noisy_scalars))
     assert torch.equal(quiet.context_BLD, noisy.context_BLD)
     assert not torch.allclose(quiet.concat_BTCHW, noisy.concat_BTCHW)
 
@@ -101,8 +101,11 @@ def test_a_batch_equals_its_clips_one_by_one(conditioner, autoencoder):
     given = inputs()
     whole = conditioner(autoencoder, **given)
     for i in range(3):
-        one = {name: value if name == "num_frames" else value[i : i + 1] for name, value in given.items()}
-        alone = conditioner(autoencoder, **one)
+        one = {
+            name: value[i : i + 1] for name, value in given.items() if name not in ("num_frames", "scalars")
+        }
+        one["scalars"] = {name: value[i : i + 1] for name, value in given["scalars"].items()}
+        alone = conditioner(autoencoder, num_frames=given["num_frames"], **one)
         torch.testing.assert_close(alone.context_BLD[0], whole.context_BLD[i], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone.concat_BTCHW[0], whole.concat_BTCHW[i], rtol=1e-4, atol=1e-4)
         assert torch.equal(alone.scalars_BS[0], whole.scalars_BS[i])
@@ -111,7 +114,7 @@ def test_a_batch_equals_its_clips_one_by_one(conditioner, autoencoder):
 def test_dropped_signals_are_zero_clip_by_clip_and_independently(conditioner, autoencoder):
     full = conditioner(autoencoder, **inputs())
     drop_context, drop_concat = torch.tensor([True, False, False]), torch.tensor([False, True, False])
-    cond = conditioner(autoencoder, **inputs(), drop_context_B=drop_context, drop_concat_B=drop_concat)
+    cond = conditioner(autoencoder, **inputs(), drop_context=drop_context, drop_concat=drop_concat)
     assert cond.context_BLD[0].abs().max() == 0 and cond.concat_BTCHW[1].abs().max() == 0
     assert torch.equal(cond.context_BLD[1:], full.context_BLD[1:])
     assert torch.equal(cond.concat_BTCHW[[0, 2]], full.concat_BTCHW[[0, 2]])
@@ -120,9 +123,8 @@ def test_dropped_signals_are_zero_clip_by_clip_and_independently(conditioner, au
 
 def test_scalars_are_dropped_one_by_one(conditioner, autoencoder):
     full = conditioner(autoencoder, **inputs())
-    drop_BS = torch.zeros(3, len(SCALARS), dtype=torch.bool)
-    drop_BS[0, SCALARS.index("motion_bucket")] = drop_BS[2, SCALARS.index("fps")] = True
-    cond = conditioner(autoencoder, **inputs(), drop_scalars_BS=drop_BS)
+    drop = {"motion_bucket": torch.tensor([True, False, False]), "fps": torch.tensor([False, False, True])}
+    cond = conditioner(autoencoder, **inputs(), drop_scalars=drop)
     assert cond.scalars_BS.isnan().tolist() == [[False, True, False], [False] * 3, [True, False, False]]
     kept = ~cond.scalars_BS.isnan()
     assert torch.equal(cond.scalars_BS[kept], full.scalars_BS[kept])
@@ -130,7 +132,7 @@ def test_scalars_are_dropped_one_by_one(conditioner, autoencoder):
 
 def test_what_is_dropped_equals_the_branch_that_guidance_subtracts(conditioner, autoencoder):
     everything = torch.ones(3, dtype=torch.bool)
-    dropped = conditioner(autoencoder, **inputs(), drop_context_B=everything, drop_concat_B=everything)
+    dropped = conditioner(autoencoder, **inputs(), drop_context=everything, drop_concat=everything)
     unconditional = conditioner(autoencoder, **inputs()).unconditional()
     for name in ("context_BLD", "concat_BTCHW", "scalars_BS"):
         assert torch.equal(getattr(dropped, name), getattr(unconditional, name)), name
@@ -165,7 +167,7 @@ def test_text_states_are_those_of_transformers_padded_to_77(autoencoder):
     assert cond.context_BLD.shape == (3, 77, conditioner.context_width)
     assert cond.concat_BTCHW is None and conditioner.concat_channels(autoencoder) == 0
     assert torch.equal(cond.scalars_BS, torch.tensor([[6.0, 0], [11, 127], [24, 255]]))
-    dropped = conditioner(autoencoder, **inputs(), drop_context_B=torch.tensor([False, True, False]))
+    dropped = conditioner(autoencoder, **inputs(), drop_context=torch.tensor([False, True, False]))
     assert dropped.context_BLD[1].abs().max() == 0 < dropped.context_BLD[0].abs().max()
 
 
@@ -181,8 +183,8 @@ def test_both_ends_are_two_tokens_of_the_clean_frames(interpolator, conditioner,
     given = ends(autoencoder)
     tokens = interpolator(autoencoder, **given).context_BLD
     assert tokens.shape == (3, 2, interpolator.context_width)
-    for token, frame in enumerate(("first_frame_BCHW", "last_frame_BCHW")):
-        alone = conditioner(autoencoder, **inputs(first_frame_BCHW=given[frame])).context_BLD
+    for token, frame in enumerate(("first_frame", "last_frame")):
+        alone = conditioner(autoencoder, **inputs(first_frame=given[frame])).context_BLD
         torch.testing.assert_close(tokens[:, token : token + 1], alone)
 
 
@@ -192,9 +194,9 @@ def test_both_ends_lie_in_their_places_beside_a_mask(interpolator, autoencoder):
     assert concat.shape == (3, 5, interpolator.concat_channels(autoencoder), 4, 6) == (3, 5, 5, 4, 6)
     assert torch.equal(concat[:, :, 4], torch.tensor([1.0, 0, 0, 0, 1]).view(5, 1, 1).expand(3, 5, 4, 6))
     assert not concat[:, 1:-1].any()
-    for place, frame in enumerate(("first_frame_BCHW", "last_frame_BCHW")):
+    for place, frame in enumerate(("first_frame", "last_frame")):
         clean = autoencoder.encode(given[frame])[:, :4]
-        noise = given["noise_BKCHW"][:, place] * given["augmentation_sigma_B"].view(3, 1, 1, 1)
+        noise = given["noise"][:, place] * given["scalars"]["augmentation"].view(3, 1, 1, 1)
         found = concat[:, -place, :4] * autoencoder.scaling_factor
         torch.testing.assert_close(found, clean * autoencoder.scaling_factor + noise, rtol=1e-4, atol=1e-4)
 
@@ -203,12 +205,12 @@ def test_dropped_ends_are_the_branch_that_guidance_subtracts(interpolator, autoe
     """No frame is given then, the mask says: a masked network has its embedding on all of them."""
     everything = torch.ones(3, dtype=torch.bool)
     given = ends(autoencoder)
-    dropped = interpolator(autoencoder, **given, drop_context_B=everything, drop_concat_B=everything)
+    dropped = interpolator(autoencoder, **given, drop_context=everything, drop_concat=everything)
     unconditional = interpolator(autoencoder, **given).unconditional()
     for name in ("context_BLD", "concat_BTCHW", "scalars_BS"):
         assert torch.equal(getattr(dropped, name), getattr(unconditional, name)), name
     assert not dropped.concat_BTCHW[:, :, 4].any()
-    one = interpolator(autoencoder, **given, drop_concat_B=torch.tensor([False, True, False]))
+    one = interpolator(autoencoder, **given, drop_concat=torch.tensor([False, True, False]))
     assert one.concat_BTCHW.flatten(1).any(dim=1).tolist() == [True, False, True]
 
 
@@ -219,16 +221,23 @@ def test_ends_need_a_last_frame_and_one_between(interpolator, autoencoder):
         interpolator(autoencoder, **ends(autoencoder, num_frames=2))
 
 
-def test_elevation_is_told_in_degrees_where_the_scalars_name_it(conditioner, autoencoder):
+def test_elevation_in_degrees_is_the_scalar_that_is_named_last(conditioner, autoencoder):
     config = ConditionerConfig(scalars=("fps", "motion_bucket", "augmentation", "elevation"))
     scalars = Conditioner(config, conditioner.encoder)(autoencoder, **inputs()).scalars_BS
     assert torch.equal(scalars[:, :3], conditioner(autoencoder, **inputs()).scalars_BS)
     assert scalars[:, 3].tolist() == [-5, 10, 30]
 
 
+def test_a_scalar_without_a_value_is_refused_by_config_key(conditioner, autoencoder):
+    config = ConditionerConfig(scalars=("fps", "elevation"))
+    scalars = {name: value for name, value in inputs()["scalars"].items() if name != "elevation"}
+    with pytest.raises(ValueError, match=r"names elevation, and sampling\.scalars\.elevation is not given"):
+        Conditioner(config, conditioner.encoder)(autoencoder, **inputs(scalars=scalars))
+
+
 def test_nothing_keeps_a_graph(conditioner, autoencoder):
     given = inputs()
-    given["first_frame_BCHW"].requires_grad_()
+    given["first_frame"].requires_grad_()
     cond = conditioner(autoencoder, **given)
     assert not cond.context_BLD.requires_grad and not cond.concat_BTCHW.requires_grad
     assert not any(parameter.requires_grad for parameter in conditioner.encoder.network.parameters())

@@ -19,7 +19,7 @@ import pytest
 
 from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
-from svd_ds.data.filters import satisfies
+from svd_ds.data.filters import select_samples
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from tests.curation import real_shots
@@ -294,7 +294,7 @@ def test_subsets_are_configs_that_training_accepts(
     assert configs == ["motion-12.5", "motion-25", "motion-50", "none"]
     assert "+subset=motion-50: 3 clips" in result.out and "+subset=none: 6 clips" in result.out
     index = Index.load(out / "shards")
-    assert sum(map(satisfies(["motion>=q50"], index), index.samples())) == 3
+    assert sum(map(select_samples(["motion>=q50"], index), index.samples())) == 3
 
     command = (
         f"-m svd_ds.train --config-dir {out}/thresholds +experiment=curation +subset=motion-50 --cfg job"

@@ -64,7 +64,10 @@ def test_videos_and_images_become_shards_and_junk_is_refused(
     assert samples["still-000000"].num_frames == 1 and samples["still-000000"].media == "jpg"
     motions = [samples[f"sub_shape_{number}-000012"].motion for number in range(3)]
     assert motions == sorted(motions) and motions[0] < 0.01 < motions[1]
-    assert samples["sub_shape_2-000000"].elevation == 30 and samples["sub_shape_1-000000"].elevation is None
+    assert (
+        samples["sub_shape_2-000000"].scalars == {"elevation": 30}
+        and not samples["sub_shape_1-000000"].scalars
+    )
     assert {(sample.height, sample.width) for sample in samples.values()} == {(32, 42)}
 
     loader = Loader(DataConfig(str(out), 4, 32, 40, fps=8, num_workers=0), 0, 0, 1, BatchConfig(12))

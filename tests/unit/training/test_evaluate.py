@@ -45,7 +45,9 @@ def test_bins_divide_the_sampling_range_evenly() -> None:
 
 def test_fixed_set_is_the_same_for_every_run() -> None:
     frames = torch.randint(0, 256, (2, 3, 3, 32, 32)).to(torch.uint8)
-    clips = Batch.from_clips([Clip(f"c{i}", i, x, "", 6.0, 100.0) for i, x in enumerate(frames)])
+    clips = Batch.from_clips(
+        [Clip(f"c{i}", i, x, "", {"fps": 6.0, "motion_bucket": 100.0}) for i, x in enumerate(frames)]
+    )
     one = as_eval_objective(diffusion_objective(0, NoiseConfig(), drop=0.0)).prepare(clips)
     other = as_eval_objective(
         diffusion_objective(7, NoiseConfig(kind="discrete", offset_noise=0.1), drop=1.0)

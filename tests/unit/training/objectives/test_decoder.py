@@ -42,7 +42,7 @@ def clips(*ordinals: int, size: int = 32) -> Batch:
     made = []
     for ordinal in ordinals:
         frames = torch.from_numpy(moving_square(2, height=size, width=size, seed=ordinal)).permute(0, 3, 1, 2)
-        made.append(Clip(f"s{ordinal}", ordinal, frames.contiguous(), "", 6.0, 0.0))
+        made.append(Clip(f"s{ordinal}", ordinal, frames.contiguous(), "", {}))
     return Batch.from_clips(made)
 
 

@@ -18,11 +18,18 @@ from tests.networks import SMALL
 from tests.videos import moving_square
 
 
-def clip(ordinal: int, num_frames: int = 4, fps: float = 6.0, motion_bucket: float = 100.0) -> Clip:
+def clip(
+    ordinal: int,
+    num_frames: int = 4,
+    fps: float = 6.0,
+    motion_bucket: float = 100.0,
+    elevation: float = math.nan,
+) -> Clip:
+    scalars = {"fps": fps, "motion_bucket": motion_bucket, "elevation": elevation}
     frames = torch.from_numpy(moving_square(num_frames, height=64, width=64, seed=ordinal)).permute(
         0, 3, 1, 2
     )
-    return Clip(f"s{ordinal}", ordinal, frames.contiguous(), "a square moves", fps, motion_bucket)
+    return Clip(f"s{ordinal}", ordinal, frames.contiguous(), "a square moves", scalars)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def test_both_ends_and_the_elevation_reach_the_network(diffusion: DiffusionObjec
         drop_concat=0.0,
     )
     net, conditioner = Recorder(), Conditioner(config, diffusion.conditioner.encoder)
-    clips = [replace(clip(3), elevation=12.5), clip(9)]
+    clips = [clip(3, elevation=12.5), clip(9)]
     replace(diffusion, conditioner=conditioner).loss(net, Batch.from_clips(clips))
     assert net.x.shape == (2, 4, 9, 8, 8) and net.context.shape == (2, 2, 64)
     assert net.scalars[0, 3] == 12.5 and net.scalars[1, 3].isnan()
