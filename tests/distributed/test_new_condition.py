@@ -12,10 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from svd_ds.data.writer import ShardWriter
 from svd_ds.weights.io import load_unet
 from tests.runs import metrics
-from tests.videos import about, encode, moving_square
 
 ROOT = Path(__file__).parents[2]
 REGISTRATION = """
@@ -31,6 +29,20 @@ if __name__ == "__main__":
     else:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+WRITING = """
+import sys
+from pathlib import Path
+from svd_ds.data.writer import ShardWriter
+from tests.videos import about, encode, moving_square
+
+for name, zooms in (("shards", [1.0, 1.5, 2.0, 2.5]), ("lacking", [1.0, None, 2.0, 2.5])):
+    writer = ShardWriter(Path(sys.argv[1], name))
+    for i, zoom in enumerate(zooms):
+        frames = moving_square(8, height=64, width=80, seed=i)
+        fields = {} if zoom is None else {"zoom": zoom}
+        writer.add(f"clip{i}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1), **fields))
+    writer.close()
+"""
 CONFIG = """
 defaults: [image_to_video, _self_]
 scalars: [fps, motion_bucket, augmentation, zoom]
@@ -45,13 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "zoom.py").write_text(REGISTRATION)
     (path / "conf" / "conditioning").mkdir(parents=True)
     (path / "conf" / "conditioning" / "zoom.yaml").write_text(CONFIG)
-    for name, zooms in (("shards", [1.0, 1.5, 2.0, 2.5]), ("lacking", [1.0, None, 2.0, 2.5])):
-        writer = ShardWriter(path / name)
-        for i, zoom in enumerate(zooms):
-            frames = moving_square(8, height=64, width=80, seed=i)
-            fields = {} if zoom is None else {"zoom": zoom}
-            writer.add(f"clip{i}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1), **fields))
-        writer.close()
+    (path / "write.py").write_text(WRITING)
+    written = start(path, str(path / "write.py"), str(path))
+    assert written.returncode == 0, written.stderr
     Image.new("RGB", (64, 64), (200, 30, 30)).save(path / "red.png")
     return path
 
