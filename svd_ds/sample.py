@@ -67,7 +67,7 @@ class SampleConfig(Settings, section="sampling"):
     """Amount of motion, 0 to 255."""
     augmentation: float = number(AUGMENTATION.sampling_default, ge=AUGMENTATION.low, le=AUGMENTATION.high)
     """Sigma of the noise put on the given frames."""
-    scalars: dict[str, float] = number(dict)
+    scalars: dict[str, float] = number(dict, ge=-1e6, le=1e6)
     """Further scalar (svd_ds/scalars.py) -> value; those without an entry have their default."""
     seed: int = number(0, ge=0, le=INT64_MAX)
 
