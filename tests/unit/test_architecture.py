@@ -66,7 +66,7 @@ SAME_LAYER = {
     "video": {"pixels"},
     "weights": {"model"},
 }
-"""What a part may import from its own layer."""
+"""Parts of its own layer that a part may import."""
 ONLY_IMPORT_OF = {
     "deepspeed": {"svd_ds/parallel/engine.py"},
     "flash_attn": {"svd_ds/model/ops/attention.py"},

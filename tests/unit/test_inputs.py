@@ -139,7 +139,7 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
         ),
         (("model.context_width=32",), (), "has context_width 32, and the network .* 64: it must stay"),
         (IMAGES_ALONE, ("optim.temporal_lr_scale=0",), "optim.temporal_lr_scale=0 freezes temporal layers"),
-        (IMAGES_ALONE, ("optim.condition_lr_scale=0",), "optim.condition_lr_scale=0 freezes condition layers"),
+        (IMAGES_ALONE, ("optim.condition_lr_scale=0",), "condition_lr_scale=0 freezes condition layers"),
         (IMAGES_ALONE, ("lora.rank=4",), "lora.rank freezes .* layers that would begin at random"),
         (
             ("model=svd_t2v", "conditioning=text_to_video"),

@@ -31,8 +31,8 @@ def mark(folder: Path, step: int, token: str) -> None:
 def test_checkpoint_after_the_first_step_of_a_later_restart_is_invalid(
     restarts: list[tuple[str, int]], counted: list[int], tmp_path: Path
 ) -> None:
-    """Restart a saved steps 2, 4 and 6, restart b step 8, and "" is a queued one. Checkpoints of a restart that
-    is not listed are valid."""
+    """Restart a saved steps 2, 4 and 6, restart b step 8, and "" is a queued one. Checkpoints of a restart
+    that is not listed are valid."""
     folder = tmp_path / "checkpoints"
     for step, token in ((2, "a"), (4, "a"), (6, "a"), (8, "b")):
         mark(folder, step, token)
