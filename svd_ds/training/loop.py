@@ -72,7 +72,7 @@ class TrainingComponents:
     guard: Guard
     checkpoints: Checkpoints
     settings: NetworkSettings
-    """What a checkpoint says about the network."""
+    """Settings of the network, for its checkpoints."""
     evaluation: Evaluation | None
     """None without evaluation."""
     previews: Previews
@@ -105,7 +105,7 @@ class _Verdict:
     grad_norm: float
     guard: GuardState
     fault: str | None
-    """What was out of bounds in the first computation; None if nothing was."""
+    """Value that was out of bounds in the first computation; None if none was."""
     skipped: str | None
     """Reason why the step is not taken; None if it is."""
     cause: FaultCause | None = None

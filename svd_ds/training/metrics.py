@@ -120,6 +120,7 @@ class Metrics(NullMetrics):
             self.lines.append(redact(line))
 
     def log(self, metrics: StepMetrics) -> None:
+        """Log a step to metrics.jsonl, W&B, the progress bar and, every `logger.every` steps, the console."""
         self.recent.append(metrics)
         self.jsonl.append_row(metrics.numbers())
         self.goodput.add(metrics.step_s, metrics.overheads_s)
@@ -155,6 +156,12 @@ class Metrics(NullMetrics):
     def log_fault(
         self, step: int, fault: str, clips: list[str], cause: FaultCause | None = None, taken: bool = False
     ) -> None:
+        """Log a step that was out of bounds, with its clips, to skipped.jsonl and the console.
+
+        Args:
+            cause: result of the second computation; None if the step was computed once.
+            taken: the step is taken in spite of its fault.
+        """
         self.check_not_fenced()
         message = cause.message if cause is not None else ""
         kind = "unknown" if cause is None else "hardware" if cause.hardware else "data"
@@ -178,6 +185,7 @@ class Metrics(NullMetrics):
             self.tracker.alert("failing hardware", f"step {step}: {report}")
 
     def log_rollback(self, step: int, left: int) -> None:
+        """Drop the rows after `step`, to whose checkpoint the run rolls back from step `left`."""
         self.check_not_fenced()
         self.jsonl.close()
         damage = self.folder.truncate_after(step, self.folder.metrics, self.folder.evaluation)
@@ -190,6 +198,7 @@ class Metrics(NullMetrics):
         )
 
     def log_evaluation(self, step: int, samples: int, result: EvalResult) -> None:
+        """Log losses on the fixed set to evaluation.jsonl, the console and W&B."""
         self.check_not_fenced()
         append_row(self.folder.evaluation, {"step": step, "samples": samples, **asdict(result)})
         mean, average = fmean(result.loss), fmean(result.loss_average)
@@ -198,6 +207,7 @@ class Metrics(NullMetrics):
             self.tracker.log_evaluation(step, result)
 
     def log_weights(self, step: int, shards: Mapping[str, Tensor]) -> None:
+        """Log histograms of this rank's shards to W&B, one per tag."""
         if self.tracker is None:
             return
         by_tag: dict[str, list[Tensor]] = {}
