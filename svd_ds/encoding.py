@@ -19,6 +19,7 @@ from torch import Tensor
 
 from svd_ds.data import clip_embeddings, latents
 from svd_ds.data.clips import covers, read_frames
+from svd_ds.data.members import ReadMember
 from svd_ds.data.quarantine import (
     REFUSED,
     Fault,
@@ -28,7 +29,7 @@ from svd_ds.data.quarantine import (
     refused_csv_lines,
 )
 from svd_ds.data.reader import read_captions
-from svd_ds.data.shards import INDEX_NAME, Index, ReadMember, Sample, Shard
+from svd_ds.data.shards import INDEX_NAME, Index, Sample, Shard
 from svd_ds.data.writer import complete_members, pack_shard, remove_shards, shard_name, write_index
 from svd_ds.fsync_io import replace_bytes
 from svd_ds.model.autoencoder import Autoencoder

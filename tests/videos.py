@@ -76,7 +76,7 @@ def write_video(path: Path, frames_THWC: np.ndarray, fps: int = 24) -> Path:
     return path
 
 
-def about(
+def sample_metadata(
     frames_THWC: np.ndarray, fps: float = 24.0, motion: float = 0.1, **more: object
 ) -> dict[str, object]:
     """Make the content of a sample's JSON."""
@@ -100,7 +100,7 @@ def write_shards(folder: Path, shard_sizes: list[int], num_frames: int = 6) -> P
     number = 0
     for size in shard_sizes:
         for _ in range(size):
-            writer.add(f"s{number:04d}", "mp4", content, about(frames, motion=0.01 * (number + 1)))
+            writer.add(f"s{number:04d}", "mp4", content, sample_metadata(frames, motion=0.01 * (number + 1)))
             number += 1
         writer.end_shard()
     writer.close()

@@ -22,11 +22,12 @@ from svd_ds.data import clip_embeddings, latents
 from svd_ds.data.cached_tensors import TensorFile
 from svd_ds.data.clips import ClipDraws, Timing, choose_captioner, read_frames
 from svd_ds.data.config import DataConfig, Shape
+from svd_ds.data.members import ReadMember
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.quarantine import Fault, is_out_of_memory
 from svd_ds.data.read_timeout import with_timeout
 from svd_ds.data.sample import Sample
-from svd_ds.data.shards import Index, ReadMember
+from svd_ds.data.shards import Index
 from svd_ds.data.sidecar import DEFAULT_CAPTIONER, decode_caption, parse_captions, parse_json
 from svd_ds.data.sources import DatasetSource
 from svd_ds.scalars import ClipProperties, clip_scalars

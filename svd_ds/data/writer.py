@@ -213,12 +213,12 @@ def _read_samples(path: Path, shard: int) -> Iterator[Sample]:
         for sample_id, members in list_members(path).items():
             offset, size = members["json"]
             file.seek(offset)
-            about = json.loads(file.read(size))
+            metadata = json.loads(file.read(size))
             yield Sample(
                 id=sample_id,
                 shard=shard,
                 members=members,
-                **{name: about[name] for name in ("num_frames", "fps", "height", "width", "motion")},
-                scalars={name: about[name] for name in SAMPLE_FIELDS if about.get(name) is not None},
-                annotations=about.get("annotations", {}),
+                **{name: metadata[name] for name in ("num_frames", "fps", "height", "width", "motion")},
+                scalars={name: metadata[name] for name in SAMPLE_FIELDS if metadata.get(name) is not None},
+                annotations=metadata.get("annotations", {}),
             )

@@ -10,7 +10,7 @@ import pytest
 
 from svd_ds.data.writer import ShardWriter
 from tests.forked import ForkedRanks
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 NUM_CLIPS = 13
 """In the shards: neither the ranks of a test nor its batch divide them."""
@@ -42,6 +42,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = ShardWriter(folder, samples_per_shard=5)
     for i in range(NUM_CLIPS):
         frames = moving_square(8, height=64, width=80, seed=i)
-        writer.add(f"clip{i:02d}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)))
+        writer.add(f"clip{i:02d}", "mp4", encode(frames), sample_metadata(frames, motion=0.01 * (i + 1)))
     writer.close()
     return folder

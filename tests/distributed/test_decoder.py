@@ -23,7 +23,7 @@ from svd_ds.train import main as train_main
 from svd_ds.weights.decoder import load_decoder
 from svd_ds.weights.io import load_unet
 from tests.runs import metrics
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -40,7 +40,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
     writer = ShardWriter(shards)
     for i in range(4):
         frames = moving_square(4, height=32, width=32, seed=i)
-        writer.add(f"clip{i}", "mp4", encode(frames), about(frames))
+        writer.add(f"clip{i}", "mp4", encode(frames), sample_metadata(frames))
     writer.close()
     before, argv, folder = dict(os.environ), sys.argv, os.getcwd()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

@@ -19,7 +19,7 @@ import torch
 
 from svd_ds.data.writer import ShardWriter
 from tests.runs import metrics
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "data" / "golden-losses.json"
@@ -35,7 +35,7 @@ def _shards(folder: Path) -> Path:
     writer = ShardWriter(folder)
     for i in range(13):
         frames = moving_square(8, height=64, width=80, seed=i)
-        writer.add(f"clip{i:02d}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)))
+        writer.add(f"clip{i:02d}", "mp4", encode(frames), sample_metadata(frames, motion=0.01 * (i + 1)))
     writer.close()
     return folder
 

@@ -33,14 +33,15 @@ WRITING = """
 import sys
 from pathlib import Path
 from svd_ds.data.writer import ShardWriter
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 for name, zooms in (("shards", [1.0, 1.5, 2.0, 2.5]), ("lacking", [1.0, None, 2.0, 2.5])):
     writer = ShardWriter(Path(sys.argv[1], name))
     for i, zoom in enumerate(zooms):
         frames = moving_square(8, height=64, width=80, seed=i)
         fields = {} if zoom is None else {"zoom": zoom}
-        writer.add(f"clip{i}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1), **fields))
+        metadata = sample_metadata(frames, motion=0.01 * (i + 1), **fields)
+        writer.add(f"clip{i}", "mp4", encode(frames), metadata)
     writer.close()
 """
 CONFIG = """

@@ -21,7 +21,7 @@ from svd_ds.evaluation.runs import read_run
 from svd_ds.model.unet import UNet, parameter_tags
 from svd_ds.parallel.env import Env
 from svd_ds.weights.io import load_unet
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -45,7 +45,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         frames = moving_square(25, height=64, width=64, seed=i)
         annotations = {"aesthetic": float(i), "clip_similarity": float(i), "text_area": 1.0 - i}
         more = {"captions": CAPTIONS, "annotations": annotations}
-        writer.add(f"clip{i}", "mp4", encode(frames), about(frames, motion=0.01 * (i + 1)) | more)
+        writer.add(f"clip{i}", "mp4", encode(frames), sample_metadata(frames, motion=0.01 * (i + 1)) | more)
     writer.close()
     return folder
 

@@ -20,7 +20,7 @@ from svd_ds.parallel.env import Env
 from svd_ds.sample import TINY
 from svd_ds.weights.io import save_unet
 from svd_ds.weights.source import open_weights
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 CPU = replace(Env.read({}), device=torch.device("cpu"))
 
@@ -33,7 +33,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer = ShardWriter(folder / name)
         for i in range(4):
             frames = moving_square(8, height=64, width=80, seed=seed + i)
-            writer.add(f"{name}{i}", "mp4", encode(frames), about(frames, motion=0.1 * (i + 1)))
+            writer.add(f"{name}{i}", "mp4", encode(frames), sample_metadata(frames, motion=0.1 * (i + 1)))
         writer.close()
     shutil.copytree(TINY, folder / "frozen")
     shutil.copytree(TINY, folder / "other-frozen")

@@ -24,7 +24,7 @@ from svd_ds.parallel.env import Env
 from svd_ds.sample import TINY
 from svd_ds.training.evaluate import FixedSet
 from svd_ds.weights.io import save_unet
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 
 def write(folder: Path, autoencoder: str) -> None:
@@ -35,7 +35,7 @@ def write(folder: Path, autoencoder: str) -> None:
         "a",
         "mp4",
         encode(frames),
-        about(frames),
+        sample_metadata(frames),
         {
             MEMBER: pack(
                 moments, torch.from_numpy(frames).permute(0, 3, 1, 2), LatentsOrigin(64, 64, autoencoder)
@@ -70,7 +70,7 @@ def test_fixed_set_is_the_same_in_every_run_of_a_data_set(
         writer = ShardWriter(tmp_path / folder)
         for seed in seeds:
             frames = moving_square(8, height=64, width=80, seed=seed)
-            writer.add(f"clip{seed}", "mp4", encode(frames), about(frames, motion=0.1 * (seed + 1)))
+            writer.add(f"clip{seed}", "mp4", encode(frames), sample_metadata(frames, motion=0.1 * (seed + 1)))
         writer.close()
 
     def fixed_set(rank: int, world: int, *overrides: str) -> FixedSet:
@@ -255,7 +255,7 @@ def test_buckets_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str
     writer = ShardWriter(tmp_path / "data")
     for number, (frames, height, width) in enumerate([(6, 64, 64), (2, 64, 64), (6, 64, 40), (6, 32, 32)]):
         pixels = moving_square(frames, height, width)
-        writer.add(f"s{number}", "mp4", encode(pixels), about(pixels))
+        writer.add(f"s{number}", "mp4", encode(pixels), sample_metadata(pixels))
     writer.close()
     data = [f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match=sentence):

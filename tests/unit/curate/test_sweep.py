@@ -11,7 +11,7 @@ import yaml
 from svd_ds.curate.sweep import write_subsets
 from svd_ds.curate.table import write_parquet
 from svd_ds.data.writer import ShardWriter
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def curated(tmp_path: Path) -> Path:
     writer, frames = ShardWriter(tmp_path / "shards"), moving_square(4)
     for number in range(4):
         more = {"annotations": {"aesthetic": 4.0 + number}} if number < 2 else {}
-        writer.add(f"s{number}", "mp4", encode(frames), about(frames, motion=0.1 * number, **more))
+        writer.add(f"s{number}", "mp4", encode(frames), sample_metadata(frames, motion=0.1 * number, **more))
     writer.close()
     write_parquet([{"reason": None}] * 4, {"reason": pa.string()}, tmp_path / "clips.parquet")
     return tmp_path

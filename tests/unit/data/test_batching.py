@@ -7,12 +7,12 @@ import pytest
 from svd_ds.data.batching import BatchConfig, BatchSplit
 
 
-def test_null_processes_the_whole_share_of_a_rank_at_once() -> None:
+def test_null_micro_batch_is_the_share_of_a_rank() -> None:
     assert BatchConfig(12).split(3) == BatchSplit(size=12, world=3, micro=(4,))
     assert BatchConfig(12).split(3).num_micro_batches(0) == 1
 
 
-def test_buckets_have_micro_batches_of_their_own() -> None:
+def test_buckets_have_their_own_micro_batches() -> None:
     split = BatchConfig(24, micro=3).split(2, {"1x8x8": 12, "4x8x8": 4})
     assert split.micro == (12, 4)
     assert [split.num_micro_batches(bucket) for bucket in (0, 1)] == [1, 3]
@@ -27,7 +27,7 @@ def test_buckets_have_micro_batches_of_their_own() -> None:
         (BatchConfig(2), 4, {}, r"batch.size 2 cannot be split over 4 ranks; start 2"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(
+def test_indivisible_sizes_are_refused_with_the_nearest_divisors(
     batch: BatchConfig, world: int, buckets: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -65,8 +65,8 @@ def captions(folder: Path, sample: Sample) -> dict[str, str]:
     return read_captions(read, sample)
 
 
-def as_json(about: Any) -> bytes:
-    return json.dumps(about).encode()
+def as_json(metadata: Any) -> bytes:
+    return json.dumps(metadata).encode()
 
 
 def test_members_are_grouped_wherever_they_are_in_the_tar(tmp_path: Path, probe: Callable) -> None:
@@ -102,8 +102,8 @@ def test_captions_in_any_layout_are_found_or_counted(
 ) -> None:
     files = [("0.png", IMAGE)]
     files += [
-        (f"0.{extension}", about if isinstance(about, bytes) else as_json(about))
-        for extension, about in sidecars.items()
+        (f"0.{extension}", metadata if isinstance(metadata, bytes) else as_json(metadata))
+        for extension, metadata in sidecars.items()
     ]
     found, faults = probe(files)
     assert not faults

@@ -1,4 +1,4 @@
-"""Conditions on the index: what they keep, and how a wrong one is named."""
+"""Conditions on the index: the samples that they select, and errors of wrong ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from svd_ds.data.filters import Condition, select_samples
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 CLIP = ClipRecord(
     id="a",
@@ -37,13 +37,13 @@ CLIP = ClipRecord(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight clips: motion 0.0 to 0.7, text area 0.14 down to 0."""
+    """Write eight clips with motion 0.0 to 0.7 and text area 0.14 down to 0."""
     path = tmp_path_factory.mktemp("shards")
     frames = moving_square(4, 16, 16)
     writer = ShardWriter(path, 3)
     for i in range(8):
-        told = about(frames, motion=i / 10, annotations={"text_area": 0.02 * (7 - i)})
-        writer.add(f"s{i}", "mp4", encode(frames), told)
+        metadata = sample_metadata(frames, motion=i / 10, annotations={"text_area": 0.02 * (7 - i)})
+        writer.add(f"s{i}", "mp4", encode(frames), metadata)
     writer.close()
     return path
 
@@ -59,13 +59,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["motion>=q25", "text_area<=q75"], "234567"),
     ],
 )
-def test_what_is_kept(folder: Path, conditions: list[str], kept: str) -> None:
+def test_conditions_select_samples(folder: Path, conditions: list[str], kept: str) -> None:
     index = Index.load(folder)
     wanted = select_samples(conditions, index)
     assert [sample.id for sample in index.samples() if wanted(sample)] == [f"s{digit}" for digit in kept]
 
 
-def test_the_loader_reads_what_is_kept(folder: Path) -> None:
+def test_loader_reads_selected_samples(folder: Path) -> None:
     data = DataConfig(str(folder), 2, 16, 16, num_workers=0, where=("motion>=q75",))
     loader = Loader(data, 0, 0, 1, BatchConfig(2))
     assert (len(loader), loader.num_left_out) == (2, 6)
@@ -82,22 +82,22 @@ def test_the_loader_reads_what_is_kept(folder: Path) -> None:
         ("motion>=q125", "between q0 and q100"),
     ],
 )
-def test_a_wrong_condition_is_refused_with_the_config(condition: str, message: str) -> None:
+def test_wrong_condition_is_refused(condition: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(where=(condition,))
 
 
-def test_an_annotation_that_every_sample_lacks_is_named(folder: Path) -> None:
+def test_annotation_that_every_sample_lacks_is_named(folder: Path) -> None:
     index = Index.load(folder)
     with pytest.raises(ValueError, match=r"beauty, which no sample in .* has; they have motion, .*text_area"):
         select_samples(["beauty>=q25"], index)
 
 
-def test_samples_that_lack_a_number_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_samples_without_the_number_are_left_out_and_counted(tmp_path: Path) -> None:
     frames, writer = moving_square(4, 16, 16), ShardWriter(tmp_path)
     values = [1.0, float("nan"), None, True, "4", 2.0, float("inf"), 3.0]
     for number in range(len(values)):
-        writer.add(f"s{number}", "mp4", encode(frames), about(frames, annotations={"a": 0.0}))
+        writer.add(f"s{number}", "mp4", encode(frames), sample_metadata(frames, annotations={"a": 0.0}))
     writer.close()
     # As older versions wrote them: what is written now has no such values.
     index = tmp_path / "index.jsonl"
@@ -117,8 +117,8 @@ def test_samples_that_lack_a_number_are_left_out_and_counted(tmp_path: Path) -> 
     condition=st.sampled_from(["a>=q25", "a<q75", "a>1", "a<=-1"]),
 )
 @settings(max_examples=50, deadline=None)
-def test_curation_and_training_read_a_condition_alike(numbers: list[float | None], condition: str) -> None:
-    """Which samples curate.py keeps, and which data.where does, of the same numbers."""
+def test_curation_and_training_select_the_same_samples(numbers: list[float | None], condition: str) -> None:
+    """curate.py and data.where select the same samples by the same numbers."""
     parsed = Condition.parse(condition)
     clips = [replace(CLIP, id=str(number), annotations={"a": value}) for number, value in enumerate(numbers)]
     limit = parsed.limit(numbers)
@@ -130,6 +130,6 @@ def test_curation_and_training_read_a_condition_alike(numbers: list[float | None
     assert [clip.reason is None for clip in clips] == [parsed.accepts(value, limit) for value in numbers]
 
 
-def test_a_number_that_is_not_finite_is_no_condition() -> None:
+def test_condition_with_non_finite_number_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.where has 'motion>1e999', whose number is not finite"):
         DataConfig(where=("motion>1e999",))

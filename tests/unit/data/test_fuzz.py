@@ -40,14 +40,14 @@ def write(path: Path, sizes: list[int], broken: dict[int, str], mark: int = 0, l
         for _ in range(size):
             height = 4 if low and number % low == 0 else 8
             how, content = broken.get(number), picture(mark + number, height)
-            about: dict[str, object] = {**ABOUT, "height": height}
+            metadata: dict[str, object] = {**ABOUT, "height": height}
             if how == "cut":
                 content = content[:40]
             elif how == "junk":
                 content = b"no picture"
             elif how == "mute":
-                about = {**about, "captions": {}}
-            writer.add(f"s{number}", "png", content, about)
+                metadata = {**metadata, "captions": {}}
+            writer.add(f"s{number}", "png", content, metadata)
             number += 1
         writer.end_shard()
     writer.close()

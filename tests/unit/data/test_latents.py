@@ -17,7 +17,7 @@ from svd_ds.data.config import DataConfig
 from svd_ds.data.latents import MEMBER, LatentsOrigin, pack, read_frames, read_moments, read_origin
 from svd_ds.data.loader import Loader
 from svd_ds.data.writer import ShardWriter
-from tests.videos import about, counting, encode
+from tests.videos import counting, encode, sample_metadata
 
 ORIGIN = LatentsOrigin(height=16, width=24, autoencoder="0123456789ab")
 NUM_STORED = 12
@@ -81,10 +81,10 @@ def write(folder: Path, latents: Mapping[str, bytes | None]) -> DataConfig:
     """Write samples with these latents, and a small one without; returns the config that reads them."""
     frames, small = counting(NUM_STORED, height=32, width=48), counting(NUM_STORED, height=8, width=12)
     writer = ShardWriter(folder)
-    writer.add("small", "mp4", encode(small), about(small))
+    writer.add("small", "mp4", encode(small), sample_metadata(small))
     for name, content in latents.items():
         more = {} if content is None else {MEMBER: content}
-        writer.add(name, "mp4", encode(frames), about(frames), more)
+        writer.add(name, "mp4", encode(frames), sample_metadata(frames), more)
     writer.close()
     return DataConfig(
         str(folder), 3, 16, 24, fps=8, crop="center", latents=True, max_quarantined=0.0, num_workers=0

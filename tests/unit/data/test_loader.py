@@ -19,7 +19,7 @@ from svd_ds.data.loader import Loader
 from svd_ds.data.order import Order
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
-from tests.videos import about, counting, encode, moving_square, write_shards
+from tests.videos import counting, encode, moving_square, sample_metadata, write_shards
 
 SHARD_SIZES = [1, 50, 3, 2, 17, 1, 9, 5, 4, 8]
 TOTAL = sum(SHARD_SIZES)
@@ -109,7 +109,7 @@ def test_batch_has_the_properties_of_its_samples(shards: Path) -> None:
 def test_elevation_comes_from_the_samples_that_have_it(tmp_path: Path) -> None:
     frames, writer = moving_square(2), ShardWriter(tmp_path)
     for name, camera in (("a", {"elevation": -5.0}), ("b", {})):
-        writer.add(name, "mp4", encode(frames), about(frames, **camera))
+        writer.add(name, "mp4", encode(frames), sample_metadata(frames, **camera))
     writer.close()
     assert [sample.number("elevation") for sample in Index.load(tmp_path).samples()] == [-5.0, None]
     batch, _ = next(iter(Loader(config(tmp_path), 0, 0, 1, BatchConfig(2))))
@@ -121,7 +121,7 @@ def test_crop_and_start_are_drawn(tmp_path: Path) -> None:
     frames = counting(20, height=32, width=64)
     frames[:, :, :32] = 0
     writer = ShardWriter(tmp_path)
-    writer.add("a", "mp4", encode(frames), about(frames))
+    writer.add("a", "mp4", encode(frames), sample_metadata(frames))
     writer.close()
 
     def clips(**changes: object) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_half_of_the_clips_are_mirrored_unless_caption_names_sides(
     frames = np.zeros((2, 32, 64, 3), dtype=np.uint8)
     frames[:, :, 32:] = 200
     writer = ShardWriter(tmp_path)
-    writer.add("a", "mp4", encode(frames), about(frames, captions={"text": caption}))
+    writer.add("a", "mp4", encode(frames), sample_metadata(frames, captions={"text": caption}))
     writer.close()
     data = config(tmp_path, crop="center", flip=True, height=16, width=32)
     batch, _ = next(iter(Loader(data, 0, 0, 1, BatchConfig(32))))
@@ -169,7 +169,7 @@ def test_short_and_small_samples_are_left_out(tmp_path: Path) -> None:
         "narrow": (6, 48, 12),
     }.items():
         frames = moving_square(*shape)
-        writer.add(name, "mp4", encode(frames), about(frames))
+        writer.add(name, "mp4", encode(frames), sample_metadata(frames))
     writer.close()
     loader = Loader(config(tmp_path, num_frames=6), 0, 0, 1, BatchConfig(2))
     assert len(loader) == 1 and loader.num_left_out == 3
@@ -198,7 +198,7 @@ def test_images_are_read_as_stills_among_videos(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path)
     for name, num_frames in {"video": 4, "image": 1}.items():
         frames = moving_square(num_frames, 32, 48)
-        writer.add(name, "mp4", encode(frames), about(frames))
+        writer.add(name, "mp4", encode(frames), sample_metadata(frames))
     writer.close()
     assert len(Loader(config(tmp_path, num_frames=4), 0, 0, 1, BatchConfig(2))) == 1
     data = config(tmp_path, num_frames=4, image_share=1e-9)
@@ -226,8 +226,8 @@ def test_cursor_of_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
 def test_undecodable_sample_is_named_in_one_sentence(tmp_path: Path, num_workers: int) -> None:
     frames = moving_square(6, 32, 48)
     writer = ShardWriter(tmp_path)
-    writer.add("good", "mp4", encode(frames), about(frames))
-    writer.add("bad", "mp4", b"no video at all", about(frames))
+    writer.add("good", "mp4", encode(frames), sample_metadata(frames))
+    writer.add("bad", "mp4", b"no video at all", sample_metadata(frames))
     writer.close()
     loader = Loader(config(tmp_path, num_workers=num_workers), 0, 0, 1, BatchConfig(2))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Whatever a sample is made of, a reader makes a clip of it or says why not, once, and at small cost."""
+"""A reader makes a clip of any sample or reports a fault, once, and at bounded cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
 from svd_ds.pixels.still import MAX_PIXELS
 from tests.unit.data.test_fuzz import ABOUT, picture, write
-from tests.videos import about, encode, moving_square
+from tests.videos import encode, moving_square, sample_metadata
 
 
 def loader_of(folder: Path, batch: int = 4, **changes: Any) -> Loader:
@@ -42,7 +42,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_bomb(height: int, width: int, rows: int = 1) -> bytes:
-    """A PNG of a few hundred bytes that claims to be of any size."""
+    """Make a PNG of a few hundred bytes that claims this size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * (3 * width + 1) * rows)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
@@ -68,7 +68,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_picture_that_claims_more_pixels_than_its_index_is_not_decoded(tmp_path: Path, kind: str) -> None:
+def test_image_claiming_more_pixels_than_its_index_is_not_decoded(tmp_path: Path, kind: str) -> None:
     writer = ShardWriter(tmp_path)
     writer.add("bomb", kind[:4].strip(), BOMBS[kind], ABOUT)
     for number in range(3):
@@ -82,7 +82,7 @@ def test_a_picture_that_claims_more_pixels_than_its_index_is_not_decoded(tmp_pat
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000, "kB: nothing was allocated"
 
 
-def test_the_pixel_limit_names_both_numbers() -> None:
+def test_pixel_limit_error_has_both_numbers() -> None:
     with pytest.raises(
         ValueError, match=rf"^the file claims 9500 x 9500 pixels, and its frames may have {MAX_PIXELS}"
     ):
@@ -94,11 +94,11 @@ def test_the_pixel_limit_names_both_numbers() -> None:
     assert read_frames(picture(3, 8), [0], (8, 8), max_pixels=64).shape == (1, 3, 8, 8)
 
 
-def test_frames_that_are_smaller_than_the_index_says_are_not_enlarged(tmp_path: Path) -> None:
+def test_frames_smaller_than_the_index_says_are_not_enlarged(tmp_path: Path) -> None:
     frames, writer = moving_square(2, 8, 8), ShardWriter(tmp_path)
     large = moving_square(2, 32, 32)
-    writer.add("small", "mp4", encode(frames), about(large))
-    writer.add("large", "mp4", encode(large), about(large))
+    writer.add("small", "mp4", encode(frames), sample_metadata(large))
+    writer.add("large", "mp4", encode(large), sample_metadata(large))
     writer.close()
     loader = Loader(
         DataConfig(str(tmp_path), 2, 16, 16, num_workers=0, max_quarantined=0.5), 0, 0, 1, BatchConfig(2)
@@ -111,7 +111,7 @@ def test_frames_that_are_smaller_than_the_index_says_are_not_enlarged(tmp_path: 
     "error", [RuntimeError("odd"), KeyError("odd"), SyntaxError("odd"), RecursionError("odd")]
 )
 @pytest.mark.parametrize("where", ["read_captions", "read_frames"])
-def test_any_exception_of_a_sample_is_its_own(
+def test_any_exception_of_a_sample_is_a_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
 ) -> None:
     write(tmp_path, [4], {})
@@ -134,7 +134,7 @@ def test_any_exception_of_a_sample_is_its_own(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), AssertionError("a bug")])
-def test_what_is_no_fault_of_a_sample_ends_the_run(
+def test_assertions_and_out_of_memory_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     write(tmp_path, [4], {})
@@ -147,7 +147,7 @@ def test_what_is_no_fault_of_a_sample_ends_the_run(
         next(iter(loader_of(tmp_path)))
 
 
-def test_a_damaged_sample_is_tried_once_and_an_unreachable_one_again(
+def test_damaged_sample_is_read_once_and_unreachable_one_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, [4], {1: "junk"})
@@ -184,7 +184,7 @@ def test_a_damaged_sample_is_tried_once_and_an_unreachable_one_again(
         '{"\\ud83d": "x"}',
     ],
 )
-def test_captions_of_any_kind_are_texts_or_a_fault(tmp_path: Path, json_of: str, value: str) -> None:
+def test_captions_of_any_type_are_texts_or_a_fault(tmp_path: Path, json_of: str, value: str) -> None:
     writer = ShardWriter(tmp_path)
     for number in range(4):
         writer.add(f"s{number}", "png", picture(number, 8), ABOUT)
@@ -221,7 +221,7 @@ def latents_of(level: float, frames: np.ndarray | None = None) -> bytes:
 
 
 @pytest.mark.parametrize("level", [np.nan, np.inf, -np.inf, 65504, -2000])
-def test_latents_that_no_autoencoder_made_do_not_reach_a_batch(tmp_path: Path, level: float) -> None:
+def test_implausible_latents_are_not_batched(tmp_path: Path, level: float) -> None:
     writer = ShardWriter(tmp_path)
     for number in range(4):
         content = latents_of(level if number == 1 else 3.0)
@@ -236,7 +236,7 @@ def test_latents_that_no_autoencoder_made_do_not_reach_a_batch(tmp_path: Path, l
     assert {fault.id for fault in faults} == {"s1"} and all("finite" in fault.cause for fault in faults)
 
 
-def test_a_cached_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
+def test_cached_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path)
     for number in range(4):
         frames = np.zeros((1, 3, 64, 64), np.uint8) if number == 2 else None
@@ -257,5 +257,5 @@ def test_latents_of_another_shape_do_not_end_the_run(tmp_path: Path) -> None:
     writer.close()
     loader = loader_of(tmp_path, latents=True)
     assert ids(loader) == {"s0", "s1", "s3"}
-    told = "its latents have shape (8, 2, 1), and the first sample's (8, 1, 1)"
-    assert {fault.cause for fault in loader.pop_faults()} == {told}
+    cause = "its latents have shape (8, 2, 1), and the first sample's (8, 1, 1)"
+    assert {fault.cause for fault in loader.pop_faults()} == {cause}

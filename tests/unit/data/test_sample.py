@@ -1,4 +1,4 @@
-"""Whatever an index says, it is a sample, or one sentence that names the index and the line."""
+"""Any index content is a valid sample, or an error of one sentence that names the index and the line."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def with_line(folder: Path, lines: list[str], number: int, line: str | bytes) ->
 
 @given(field=st.sampled_from([*FIELDS, "new"]), value=JSON | SURROGATES)
 @settings(max_examples=60, deadline=None)
-def test_any_value_in_any_field_is_a_sample_or_a_sentence(
+def test_any_value_in_any_field_is_valid_or_one_sentence(
     shards: Path, lines: list[str], field: str, value: Any
 ) -> None:
     row = {**json.loads(lines[2]), field: value}
@@ -94,7 +94,7 @@ def test_any_value_in_any_field_is_a_sample_or_a_sentence(
     value=JSON | SURROGATES | st.lists(st.floats() | st.integers(), max_size=3),
 )
 @settings(max_examples=80, deadline=None)
-def test_any_value_in_the_header_is_one_sentence(
+def test_any_value_in_the_header_is_valid_or_one_sentence(
     shards: Path, lines: list[str], key: Any, value: Any
 ) -> None:
     header = json.loads(lines[0])
@@ -159,7 +159,7 @@ def test_any_value_in_the_header_is_one_sentence(
         ),
     ],
 )
-def test_a_wrong_line_is_one_unreadable_sample(
+def test_wrong_line_is_one_unreadable_sample(
     shards: Path, lines: list[str], changes: dict[str, Any], cause: str
 ) -> None:
     index = with_line(shards, lines, 5, json.dumps({**json.loads(lines[4]), **changes}))
@@ -172,10 +172,10 @@ def test_a_wrong_line_is_one_unreadable_sample(
     faults = loader.pop_faults()
     assert [(fault.id, fault.shard) for fault in faults] == [("line 5", f"{shards}/index.jsonl")]
     assert re.match(cause, faults[0].cause)
-    told = (
+    message = (
         rf"^sample line 5 of .*index\.jsonl cannot be read: {cause}.*; that makes 1 of 6 samples, where data"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         Loader(DataConfig(str(shards), 1, 8, 8, num_workers=0, max_quarantined=0.0), 0, 0, 1, BatchConfig(5))
 
 
@@ -183,7 +183,7 @@ def test_a_wrong_line_is_one_unreadable_sample(
     "line",
     [b"", b"not json", b"\xff\xfe", b"[" * 100_000, b'{"id": "s3"}', b"null", b"9" * 5000, b"\x00" * 40],
 )
-def test_a_line_that_is_none_is_one_unreadable_sample(shards: Path, lines: list[str], line: bytes) -> None:
+def test_line_that_is_not_json_is_one_unreadable_sample(shards: Path, lines: list[str], line: bytes) -> None:
     index = with_line(shards, lines, 5, line)
     kept, faults = index.drop_damaged(Quarantine(0.5, 6))
     assert [sample.id for sample in kept.samples()] == ["s0", "s1", "s2", "s4", "s5"]
@@ -194,14 +194,14 @@ def test_a_line_that_is_none_is_one_unreadable_sample(shards: Path, lines: list[
 @pytest.mark.parametrize(
     "missing", ["id", "shard", "members", "num_frames", "fps", "height", "width", "motion"]
 )
-def test_a_missing_field_is_named(lines: list[str], missing: str) -> None:
+def test_missing_field_is_named(lines: list[str], missing: str) -> None:
     row = json.loads(lines[1])
     del row[missing]
     with pytest.raises(ValueError, match=f"^it has no {missing}$"):
         parse_sample(row)
 
 
-def test_a_repeated_id_is_taken_once(shards: Path, lines: list[str]) -> None:
+def test_sample_with_repeated_id_is_left_out(shards: Path, lines: list[str]) -> None:
     rows = [json.loads(line) for line in lines]
     content = [
         lines[0],
@@ -216,7 +216,7 @@ def test_a_repeated_id_is_taken_once(shards: Path, lines: list[str]) -> None:
     ]
 
 
-def test_members_of_other_samples_are_found_out(shards: Path, lines: list[str]) -> None:
+def test_members_of_other_samples_are_detected(shards: Path, lines: list[str]) -> None:
     rows = [json.loads(line) for line in lines]
     mixed = {**rows[1]["members"], "png": rows[2]["members"]["png"]}
     index = with_line(shards, lines, 2, json.dumps({**rows[1], "members": mixed}))
@@ -257,7 +257,7 @@ def test_members_of_other_samples_are_found_out(shards: Path, lines: list[str]) 
         ({"motion_map": {"scores": [1], "buckets": [float("nan")]}}, "motion_map.buckets is nan"),
     ],
 )
-def test_a_wrong_header_is_refused_in_one_sentence(
+def test_wrong_header_is_refused_in_one_sentence(
     shards: Path, lines: list[str], header: dict[str, Any], message: str
 ) -> None:
     whole = header if "format" in header or not header else {**json.loads(lines[0]), **header}
@@ -265,14 +265,14 @@ def test_a_wrong_header_is_refused_in_one_sentence(
         with_line(shards, lines, 1, json.dumps(whole))
 
 
-def test_a_shard_that_is_listed_twice_is_refused(shards: Path, lines: list[str]) -> None:
+def test_shard_listed_twice_is_refused(shards: Path, lines: list[str]) -> None:
     header = json.loads(lines[0])
     header["shards"][1]["name"] = header["shards"][0]["name"]
     with pytest.raises(ValueError, match=r"lists shard 'shard-00000\.tar' 2 times"):
         with_line(shards, lines, 1, json.dumps(header))
 
 
-def test_annotations_that_are_no_numbers_are_left_out(lines: list[str]) -> None:
+def test_annotations_that_are_not_numbers_are_left_out(lines: list[str]) -> None:
     values = {
         "a": float("nan"),
         "b": True,

@@ -19,7 +19,7 @@ from svd_ds.data.sidecar import (
 
 
 @pytest.mark.parametrize(
-    ("about", "captions"),
+    ("metadata", "captions"),
     [
         ({"caption": "a"}, {"text": "a"}),
         ({"CAPTION": " a\n"}, {"text": "a"}),
@@ -49,8 +49,8 @@ from svd_ds.data.sidecar import (
         ({}, {}),
     ],
 )
-def test_captions_are_found_in_json_of_any_layout(about: Any, captions: dict[str, str]) -> None:
-    assert parse_captions(about) == captions
+def test_captions_are_found_in_json_of_any_layout(metadata: Any, captions: dict[str, str]) -> None:
+    assert parse_captions(metadata) == captions
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_json_of_any_encoding_is_parsed_and_damage_is_a_value_error() -> None:
     ],
 )
 def test_only_finite_numbers_are_annotations(annotations: Any, kept: dict[str, float], dropped: int) -> None:
-    about = json.loads(json.dumps({"annotations": annotations}))
-    assert parse_annotations(about) == (kept, dropped)
+    metadata = json.loads(json.dumps({"annotations": annotations}))
+    assert parse_annotations(metadata) == (kept, dropped)
 
 
 def test_annotations_that_are_not_an_object_are_ignored() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from svd_ds.data.shards import Index
 from svd_ds.data.writer import ShardWriter
-from tests.videos import about, encode, moving_square, write_shards
+from tests.videos import encode, moving_square, sample_metadata, write_shards
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -19,7 +19,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_long_ids_are_read(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path)
-    writer.add("x" * 300, "mp4", encode(frames), about(frames))
+    writer.add("x" * 300, "mp4", encode(frames), sample_metadata(frames))
     writer.close()
     index = Index.load(tmp_path)
     assert json.loads(index.read(index.sample(0), "json"))["num_frames"] == 2
@@ -34,7 +34,7 @@ def test_same_samples_give_same_bytes_and_no_partial_files(tmp_path: Path) -> No
 def test_without_close_there_is_no_index(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path, samples_per_shard=1)
-    writer.add("a", "mp4", encode(frames), about(frames))
+    writer.add("a", "mp4", encode(frames), sample_metadata(frames))
     with pytest.raises(FileNotFoundError, match=r"has no index\.jsonl"):
         Index.load(tmp_path)
 
@@ -42,11 +42,11 @@ def test_without_close_there_is_no_index(tmp_path: Path) -> None:
 def test_writer_refuses_invalid_arguments(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path)
-    writer.add("a", "mp4", b"", about(frames))
+    writer.add("a", "mp4", b"", sample_metadata(frames))
     with pytest.raises(ValueError, match="two samples have the id a"):
-        writer.add("a", "mp4", b"", about(frames))
+        writer.add("a", "mp4", b"", sample_metadata(frames))
     with pytest.raises(ValueError, match=r"'a\.b' may hold only"):
-        writer.add("a.b", "mp4", b"", about(frames))
+        writer.add("a.b", "mp4", b"", sample_metadata(frames))
     with pytest.raises(ValueError, match="samples_per_shard is 0: it must be at least 1"):
         ShardWriter(tmp_path, samples_per_shard=0)
 
@@ -62,8 +62,8 @@ def test_overwrite_removes_the_shards(tmp_path: Path) -> None:
 def test_further_members_are_written(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path)
-    writer.add("a", "mp4", b"pixels", about(frames), more={"latents.safetensors": b"latents"})
-    writer.add("b", "mp4", b"pixels", about(frames))
+    writer.add("a", "mp4", b"pixels", sample_metadata(frames), more={"latents.safetensors": b"latents"})
+    writer.add("b", "mp4", b"pixels", sample_metadata(frames))
     writer.close()
     index = Index.load(tmp_path)
     assert [list(sample.members) for sample in index.samples()] == [
@@ -86,7 +86,7 @@ def test_resumed_writer_adopts_complete_shards(tmp_path: Path) -> None:
     assert writer.adopt_shard(3)
     assert not writer.adopt_shard(2), "cut short"
     with pytest.raises(ValueError, match="two samples have the id s0001"):
-        writer.add("s0001", "mp4", b"", about(moving_square(2)))
+        writer.add("s0001", "mp4", b"", sample_metadata(moving_square(2)))
     source = Index.load(tmp_path / "whole")
     for number in (3, 4):
         sample = source.sample(number)
@@ -105,4 +105,4 @@ def test_non_finite_annotation_is_not_written(tmp_path: Path, value: float) -> N
     writer = ShardWriter(tmp_path)
     frames = moving_square(2, 32, 48)
     with pytest.raises(ValueError, match="sample s0 cannot be written"):
-        writer.add("s0", "mp4", b"", about(frames, annotations={"aesthetic": value}))
+        writer.add("s0", "mp4", b"", sample_metadata(frames, annotations={"aesthetic": value}))

@@ -26,8 +26,8 @@ from svd_ds.model.unet import UNet
 from svd_ds.sample import TINY
 from svd_ds.training.objectives.diffusion import DiffusionObjective
 from tests.networks import SMALL
-from tests.videos import about, moving_square
 from tests.videos import encode as encode_video
+from tests.videos import moving_square, sample_metadata
 
 SIZE = "32x48"
 UNET = replace(SMALL, attention_levels=(True, True), context_width=64)
@@ -71,7 +71,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(4):
         height = 40 if number < 3 else 24
         frames = moving_square(10, height=height, width=64, seed=number)
-        writer.add(f"s{number}", "mp4", encode_video(frames), about(frames, motion=0.1 * number))
+        writer.add(f"s{number}", "mp4", encode_video(frames), sample_metadata(frames, motion=0.1 * number))
     writer.close()
     return folder
 
@@ -168,7 +168,10 @@ def test_samples_that_cannot_be_encoded_are_left_out_and_listed(encode: Encode, 
     for number in range(5):
         content = encode_video(frames)
         writer.add(
-            f"s{number}", "mp4", content[: len(content) // 2] if number == 2 else content, about(frames)
+            f"s{number}",
+            "mp4",
+            content[: len(content) // 2] if number == 2 else content,
+            sample_metadata(frames),
         )
     writer.close()
     out = tmp_path / "out"
@@ -256,7 +259,7 @@ def test_mistakes_end_in_one_sentence(
 
 def test_sample_that_cannot_be_decoded_is_named(encode: Encode, tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "shards")
-    writer.add("bad", "mp4", b"no video at all", about(moving_square(4)))
+    writer.add("bad", "mp4", b"no video at all", sample_metadata(moving_square(4)))
     writer.close()
     code, _, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE, "--max-refused", "0")
     assert (
@@ -285,7 +288,7 @@ def test_files_damaged_by_a_power_cut_are_written_again(
 def test_damaged_index_lines_are_left_out_and_listed(encode: Encode, tmp_path: Path) -> None:
     writer, frames = ShardWriter(tmp_path / "shards", samples_per_shard=2), moving_square(4)
     for number in range(6):
-        writer.add(f"s{number}", "mp4", encode_video(frames), about(frames))
+        writer.add(f"s{number}", "mp4", encode_video(frames), sample_metadata(frames))
     writer.close()
     index = tmp_path / "shards" / "index.jsonl"
     lines = index.read_bytes().splitlines()
@@ -311,7 +314,9 @@ def test_damaged_index_lines_are_left_out_and_listed(encode: Encode, tmp_path: P
 def test_clips_without_a_caption_are_counted(encode: Encode, tmp_path: Path) -> None:
     writer, frames = ShardWriter(tmp_path / "shards"), moving_square(4)
     for number, captions in enumerate(({"text": "a"}, {"text": ""}, {"text": " "}, {"a": "", "b": "b"})):
-        writer.add(f"s{number}", "mp4", encode_video(frames), about(frames) | {"captions": captions})
+        writer.add(
+            f"s{number}", "mp4", encode_video(frames), sample_metadata(frames) | {"captions": captions}
+        )
     writer.close()
     code, stdout, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE)
     assert code == 0, err
@@ -322,7 +327,9 @@ def test_sample_with_unreadable_captions_is_refused_without_clip_too(encode: Enc
     writer, frames = ShardWriter(tmp_path / "shards"), moving_square(4)
     for number in range(2):
         captions = None if number else {"text": "a"}
-        writer.add(f"s{number}", "mp4", encode_video(frames), about(frames) | {"captions": captions})
+        writer.add(
+            f"s{number}", "mp4", encode_video(frames), sample_metadata(frames) | {"captions": captions}
+        )
     writer.close()
     code, stdout, err = encode(tmp_path / "shards", tmp_path / "out", "--size", SIZE, "--no-clip")
     assert code == 0, err
