@@ -33,7 +33,7 @@ ELSEWHERE = {
     "wandb agent ENTITY/PROJECT/SWEEP": "needs W&B's server: tests/cluster/test_sweeps.py has one",
 }
 """Command -> why it is not checked here."""
-OWN_FILES = {"slurm/site.env"}
+OWN_FILES = {"slurm/site.env", "conf/conditioning/azimuth.yaml"}
 """Files that a user makes."""
 WRAPPERS = {"srun", "torchrun", "env", "time"}
 
