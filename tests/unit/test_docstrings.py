@@ -10,9 +10,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*(ROOT / "svd_ds").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
-BAD_FIRST_WORDS = set(
-    ["Of", "Those", "What", "Whether", "How", "Which", "From", "As", "By", "In", "For", "Where", "Until"]
-)
+BAD_FIRST_WORDS = {
+    "Of",
+    "Those",
+    "What",
+    "Whether",
+    "How",
+    "Which",
+    "From",
+    "As",
+    "By",
+    "In",
+    "For",
+    "Where",
+    "Until",
+}
 """A sentence that begins so has its subject elsewhere: begin with a noun phrase or an imperative verb."""
 MAX_LINES = 5
 """Lines of a public function that needs no docstring."""
