@@ -119,7 +119,7 @@ class Conditioning:
     2)."""
     scalars_BS: Tensor
     """Raw values of `conditioning.scalars`, in that order, each embedded by the UNet; NaN: dropped."""
-    concat_BTCHW: Tensor | None = None
+    concat_BTChw: Tensor | None = None
     """Latents concatenated to the UNet's input channels, (B, T, C, h, w), not multiplied by the VAE's scaling
     factor; for a masked network the last channel is the mask."""
     image_only_BT: Tensor | None = None
@@ -133,5 +133,5 @@ class Conditioning:
         return replace(
             self,
             context_BLD=torch.zeros_like(self.context_BLD),
-            concat_BTCHW=None if self.concat_BTCHW is None else torch.zeros_like(self.concat_BTCHW),
+            concat_BTChw=None if self.concat_BTChw is None else torch.zeros_like(self.concat_BTChw),
         )

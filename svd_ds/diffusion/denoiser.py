@@ -53,8 +53,8 @@ def network_output(net: Network, x: Tensor, sigma: Tensor, cond: Conditioning) -
     """
     _, _, c_in_B, c_noise_B = scalings(sigma)
     inputs_BTChw = _per_clip(c_in_B, x) * x
-    if cond.concat_BTCHW is not None:
-        inputs_BTChw = torch.cat([inputs_BTChw, cond.concat_BTCHW.to(x.dtype)], dim=2)
+    if cond.concat_BTChw is not None:
+        inputs_BTChw = torch.cat([inputs_BTChw, cond.concat_BTChw.to(x.dtype)], dim=2)
     output_BTChw = net(
         inputs_BTChw, c_noise_B.to(x.dtype), cond.context_BLD, cond.scalars_BS, cond.image_only_BT
     )

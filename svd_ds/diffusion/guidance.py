@@ -76,6 +76,6 @@ def _stack(first: Conditioning, second: Conditioning) -> Conditioning:
     return Conditioning(
         context_BLD=torch.cat([first.context_BLD, second.context_BLD]),
         scalars_BS=torch.cat([first.scalars_BS, second.scalars_BS]),
-        concat_BTCHW=cat(first.concat_BTCHW, second.concat_BTCHW),
+        concat_BTChw=cat(first.concat_BTChw, second.concat_BTChw),
         image_only_BT=cat(first.image_only_BT, second.image_only_BT),
     )

@@ -230,7 +230,7 @@ class Conditioner:
         return Conditioning(
             context_BLD=context_BLD,
             scalars_BS=torch.stack(columns, dim=1) if columns else first_frame.new_zeros(len(first_frame), 0),
-            concat_BTCHW=None if given_BKChw is None else _placed(given_BKChw, num_frames),
+            concat_BTChw=None if given_BKChw is None else _placed(given_BKChw, num_frames),
         )
 
     def _scalar(self, name: str, scalars: Mapping[str, Tensor], drop: Mapping[str, Tensor]) -> Tensor:

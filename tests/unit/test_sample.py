@@ -56,7 +56,7 @@ class Recorder:
         return Conditioning(
             context_BLD=torch.ones(len(noised), 1, 5),
             scalars_BS=scalars,
-            concat_BTCHW=noised[:, None].expand(-1, num_frames, -1, -1, -1),
+            concat_BTChw=noised[:, None].expand(-1, num_frames, -1, -1, -1),
         )
 
 

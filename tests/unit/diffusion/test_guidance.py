@@ -18,8 +18,8 @@ def denoise(x_BTCHW: Tensor, sigma_B: Tensor, cond: Conditioning) -> Tensor:
     """Any function of all inputs."""
     context = cond.context_BLD.mean(dim=(1, 2))[:, None, None, None, None]
     scalars = cond.scalars_BS.sum(dim=1)[:, None, None, None, None]
-    assert cond.concat_BTCHW is not None
-    return torch.tanh(x_BTCHW + cond.concat_BTCHW) * context + sigma_B[:, None, None, None, None] * scalars
+    assert cond.concat_BTChw is not None
+    return torch.tanh(x_BTCHW + cond.concat_BTChw) * context + sigma_B[:, None, None, None, None] * scalars
 
 
 def test_scales() -> None:

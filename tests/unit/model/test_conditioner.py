@@ -65,10 +65,10 @@ def test_shapes_and_widths(conditioner, autoencoder):
     cond = conditioner(autoencoder, **inputs())
     assert cond.context_BLD.shape == (3, 1, conditioner.context_width) == (3, 1, 64)
     assert (
-        cond.concat_BTCHW.shape == (3, 5, conditioner.concat_channels(autoencoder), 4, 6) == (3, 5, 4, 4, 6)
+        cond.concat_BTChw.shape == (3, 5, conditioner.concat_channels(autoencoder), 4, 6) == (3, 5, 4, 4, 6)
     )
     assert cond.scalars_BS.shape == (3, conditioner.num_scalars) == (3, 3)
-    assert {cond.context_BLD.dtype, cond.concat_BTCHW.dtype, cond.scalars_BS.dtype} == {torch.float32}
+    assert {cond.context_BLD.dtype, cond.concat_BTChw.dtype, cond.scalars_BS.dtype} == {torch.float32}
 
 
 def test_scalars_are_raw_with_one_taken_from_the_frame_rate(conditioner, autoencoder):
@@ -78,7 +78,7 @@ def test_scalars_are_raw_with_one_taken_from_the_frame_rate(conditioner, autoenc
 
 def test_concat_is_the_posterior_mean_of_the_noised_frame_not_scaled(conditioner, autoencoder):
     given = inputs()
-    concat = conditioner(autoencoder, **given).concat_BTCHW
+    concat = conditioner(autoencoder, **given).concat_BTChw
     noised = given["first_frame"] + given["scalars"]["augmentation"].view(3, 1, 1, 1) * given["noise"][:, 0]
     with torch.no_grad():
         mean = autoencoder.network.encode(noised).latent_dist.mean
@@ -86,7 +86,7 @@ def test_concat_is_the_posterior_mean_of_the_noised_frame_not_scaled(conditioner
 
 
 def test_concat_is_one_frame_seen_many_times_not_copies(conditioner, autoencoder):
-    assert conditioner(autoencoder, **inputs()).concat_BTCHW.stride(1) == 0
+    assert conditioner(autoencoder, **inputs()).concat_BTChw.stride(1) == 0
 
 
 def test_the_image_token_comes_from_the_clean_frame(conditioner, autoencoder):
@@ -94,7 +94,7 @@ def test_the_image_token_comes_from_the_clean_frame(conditioner, autoencoder):
     noisy_scalars = inputs()["scalars"] | {"augmentation": torch.full((3,), 5.0)}
     noisy = conditioner(autoencoder, **inputs(scalars=noisy_scalars))
     assert torch.equal(quiet.context_BLD, noisy.context_BLD)
-    assert not torch.allclose(quiet.concat_BTCHW, noisy.concat_BTCHW)
+    assert not torch.allclose(quiet.concat_BTChw, noisy.concat_BTChw)
 
 
 def test_a_batch_equals_its_clips_one_by_one(conditioner, autoencoder):
@@ -107,7 +107,7 @@ def test_a_batch_equals_its_clips_one_by_one(conditioner, autoencoder):
         one["scalars"] = {name: value[i : i + 1] for name, value in given["scalars"].items()}
         alone = conditioner(autoencoder, num_frames=given["num_frames"], **one)
         torch.testing.assert_close(alone.context_BLD[0], whole.context_BLD[i], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone.concat_BTCHW[0], whole.concat_BTCHW[i], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone.concat_BTChw[0], whole.concat_BTChw[i], rtol=1e-4, atol=1e-4)
         assert torch.equal(alone.scalars_BS[0], whole.scalars_BS[i])
 
 
@@ -115,9 +115,9 @@ def test_dropped_signals_are_zero_clip_by_clip_and_independently(conditioner, au
     full = conditioner(autoencoder, **inputs())
     drop_context, drop_concat = torch.tensor([True, False, False]), torch.tensor([False, True, False])
     cond = conditioner(autoencoder, **inputs(), drop_context=drop_context, drop_concat=drop_concat)
-    assert cond.context_BLD[0].abs().max() == 0 and cond.concat_BTCHW[1].abs().max() == 0
+    assert cond.context_BLD[0].abs().max() == 0 and cond.concat_BTChw[1].abs().max() == 0
     assert torch.equal(cond.context_BLD[1:], full.context_BLD[1:])
-    assert torch.equal(cond.concat_BTCHW[[0, 2]], full.concat_BTCHW[[0, 2]])
+    assert torch.equal(cond.concat_BTChw[[0, 2]], full.concat_BTChw[[0, 2]])
     assert torch.equal(cond.scalars_BS, full.scalars_BS)
 
 
@@ -134,7 +134,7 @@ def test_what_is_dropped_equals_the_branch_that_guidance_subtracts(conditioner, 
     everything = torch.ones(3, dtype=torch.bool)
     dropped = conditioner(autoencoder, **inputs(), drop_context=everything, drop_concat=everything)
     unconditional = conditioner(autoencoder, **inputs()).unconditional()
-    for name in ("context_BLD", "concat_BTCHW", "scalars_BS"):
+    for name in ("context_BLD", "concat_BTChw", "scalars_BS"):
         assert torch.equal(getattr(dropped, name), getattr(unconditional, name)), name
 
 
@@ -165,7 +165,7 @@ def test_text_states_are_those_of_transformers_padded_to_77(autoencoder):
     network = CLIPTextModel.from_pretrained(TINY / "text_encoder", dtype=torch.float32)
     torch.testing.assert_close(cond.context_BLD, network(ids).last_hidden_state)
     assert cond.context_BLD.shape == (3, 77, conditioner.context_width)
-    assert cond.concat_BTCHW is None and conditioner.concat_channels(autoencoder) == 0
+    assert cond.concat_BTChw is None and conditioner.concat_channels(autoencoder) == 0
     assert torch.equal(cond.scalars_BS, torch.tensor([[6.0, 0], [11, 127], [24, 255]]))
     dropped = conditioner(autoencoder, **inputs(), drop_context=torch.tensor([False, True, False]))
     assert dropped.context_BLD[1].abs().max() == 0 < dropped.context_BLD[0].abs().max()
@@ -176,7 +176,7 @@ def test_without_any_signal_the_context_is_a_zero_token(autoencoder):
     conditioner = Conditioner.load(config, TINY)
     cond = conditioner(autoencoder, **inputs())
     assert torch.equal(cond.context_BLD, torch.zeros(3, 1, 32))
-    assert cond.scalars_BS.shape == (3, 0) and cond.concat_BTCHW is None
+    assert cond.scalars_BS.shape == (3, 0) and cond.concat_BTChw is None
 
 
 def test_both_ends_are_two_tokens_of_the_clean_frames(interpolator, conditioner, autoencoder):
@@ -190,7 +190,7 @@ def test_both_ends_are_two_tokens_of_the_clean_frames(interpolator, conditioner,
 
 def test_both_ends_lie_in_their_places_beside_a_mask(interpolator, autoencoder):
     given = ends(autoencoder, num_frames=5)
-    concat = interpolator(autoencoder, **given).concat_BTCHW
+    concat = interpolator(autoencoder, **given).concat_BTChw
     assert concat.shape == (3, 5, interpolator.concat_channels(autoencoder), 4, 6) == (3, 5, 5, 4, 6)
     assert torch.equal(concat[:, :, 4], torch.tensor([1.0, 0, 0, 0, 1]).view(5, 1, 1).expand(3, 5, 4, 6))
     assert not concat[:, 1:-1].any()
@@ -207,11 +207,11 @@ def test_dropped_ends_are_the_branch_that_guidance_subtracts(interpolator, autoe
     given = ends(autoencoder)
     dropped = interpolator(autoencoder, **given, drop_context=everything, drop_concat=everything)
     unconditional = interpolator(autoencoder, **given).unconditional()
-    for name in ("context_BLD", "concat_BTCHW", "scalars_BS"):
+    for name in ("context_BLD", "concat_BTChw", "scalars_BS"):
         assert torch.equal(getattr(dropped, name), getattr(unconditional, name)), name
-    assert not dropped.concat_BTCHW[:, :, 4].any()
+    assert not dropped.concat_BTChw[:, :, 4].any()
     one = interpolator(autoencoder, **given, drop_concat=torch.tensor([False, True, False]))
-    assert one.concat_BTCHW.flatten(1).any(dim=1).tolist() == [True, False, True]
+    assert one.concat_BTChw.flatten(1).any(dim=1).tolist() == [True, False, True]
 
 
 def test_ends_need_a_last_frame_and_one_between(interpolator, autoencoder):
@@ -239,7 +239,7 @@ def test_nothing_keeps_a_graph(conditioner, autoencoder):
     given = inputs()
     given["first_frame"].requires_grad_()
     cond = conditioner(autoencoder, **given)
-    assert not cond.context_BLD.requires_grad and not cond.concat_BTCHW.requires_grad
+    assert not cond.context_BLD.requires_grad and not cond.concat_BTChw.requires_grad
     assert not any(parameter.requires_grad for parameter in conditioner.encoder.network.parameters())
 
 

@@ -54,7 +54,7 @@ def test_fixed_set_is_the_same_for_every_run() -> None:
     ).prepare(clips)
     assert torch.equal(one.x0_BTChw, other.x0_BTChw)
     assert torch.equal(one.noise_BTChw, other.noise_BTChw)
-    for name in ("context_BLD", "scalars_BS", "concat_BTCHW"):
+    for name in ("context_BLD", "scalars_BS", "concat_BTChw"):
         assert torch.equal(getattr(one.cond, name), getattr(other.cond, name)), name
     assert one.cond.context_BLD.abs().sum() > 0, "no condition is dropped"
     alone = as_eval_objective(diffusion_objective(0, NoiseConfig(), drop=0.0)).prepare(clips.select([1]))
