@@ -37,7 +37,7 @@ REQUIRED_MARK = "? "
 own mark, ???, is overridden by a default.)"""
 
 ADDED = ("code", "contents")
-"""Sections of config.yaml that are no settings; they are ignored where the file is used as a config."""
+"""Sections of config.yaml that are not settings; they are ignored where the file is used as a config."""
 
 
 def register() -> None:

@@ -170,7 +170,7 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
         batch=config.batch,
         cursor=cursor,
         context=config.conditioning.context if config.data.latents else None,
-        ends=config.conditioning.uses_last_frame,
+        read_last_frame=config.conditioning.uses_last_frame,
     )
 
 

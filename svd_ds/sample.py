@@ -123,8 +123,8 @@ def sample_video(
         (B, T, 3, H, W), float32 in [-1, 1].
 
     Raises:
-        ValueError: the size is no multiple of the autoencoder's downsampling, there are too few frames, or a
-            last frame or the value of a scalar is missing.
+        ValueError: the size is not a multiple of the autoencoder's downsampling, there are too few frames, or
+            a last frame or the value of a scalar is missing.
     """
     batch_size, _, height, width = first_frame.shape
     cell, device = autoencoder.downsampling, first_frame.device
@@ -251,5 +251,5 @@ def run_settings(path: Path) -> dict[str, Any] | None:
 def _read_settings(path: Path) -> dict[str, Any]:
     settings = read_yaml(path)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is damaged: it is no config of a run")
+        raise ValueError(f"{path} is damaged: it is not the config of a run")
     return settings

@@ -21,7 +21,7 @@ RESERVED_FIELDS = (
 )
 """Fields of a sample's json or index line that have another meaning."""
 OTHER_SIGNALS = ("context", "concat")
-"""Conditioning signals that are no scalars; they too are dropped at random."""
+"""Conditioning signals that are not scalars; they too are dropped at random."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,14 @@ def register(scalar: Scalar) -> Scalar:
     """Add a scalar condition to the registry.
 
     Raises:
-        ValueError: the name or the sample field is taken or is no identifier, the range is empty, a default
-            is outside it, or the value has two origins.
+        ValueError: the name or the sample field is taken or is not an identifier, the range is empty, a
+            default is outside it, or the value has two origins.
     """
     field = scalar.sample_field
     if not scalar.name.isidentifier() or scalar.name in (*OTHER_SIGNALS, *_scalars):
-        raise ValueError(f"a scalar cannot be named {scalar.name!r}: the name is taken or is no identifier")
+        raise ValueError(
+            f"a scalar cannot be named {scalar.name!r}: the name is taken or is not an identifier"
+        )
     if field is not None and (not field.isidentifier() or field in (*RESERVED_FIELDS, *_sample_fields)):
         raise ValueError(f"scalar {scalar.name} cannot have the sample field {field!r}: it is taken")
     if field is not None and scalar.compute is not None:

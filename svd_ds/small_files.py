@@ -56,7 +56,7 @@ def check_regular(path: Path, status: os.stat_result | None = None) -> None:
     """
     mode = (status or os.stat(path)).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(f"{path} is no regular file, but a pipe or a device")
+        raise ValueError(f"{path} is not a regular file, but a pipe or a device")
 
 
 def read_json(path: Path) -> Any:

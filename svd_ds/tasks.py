@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.config import RunConfig
-from svd_ds.diffusion.noise import build_noise
+from svd_ds.diffusion.noise import build_noise_schedule
 from svd_ds.inputs import Inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.decoder import Decoder, DecoderConfig, build_decoder
@@ -87,7 +87,7 @@ def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
         weights=inputs.weights,
         settings={"config.json": asdict(config.model), **adapters},
         objective=DiffusionObjective(
-            noise=build_noise(config.noise, config.data.height, config.data.width),
+            noise=build_noise_schedule(config.noise, config.data.height, config.data.width),
             offset_noise=config.noise.offset_noise,
             autoencoder=inputs.autoencoder,
             conditioner=inputs.conditioner,

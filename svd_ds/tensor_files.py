@@ -81,10 +81,10 @@ def index_files(index: Path) -> list[Path]:
     try:
         names = sorted({str(name) for name in content["weight_map"].values()})
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} has no weight_map: it is no index of weights") from None
+        raise ValueError(f"{index} has no weight_map: it is not an index of weights") from None
     for name in names:
         if "\0" in name or Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{index} lists {name}, which is no file in {index.parent}")
+            raise ValueError(f"{index} lists {name}, which is not a file in {index.parent}")
     return [index.parent / name for name in names]
 
 

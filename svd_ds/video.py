@@ -41,7 +41,7 @@ def read_image(path: Path, height: int, width: int) -> Tensor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image that can be read.
+        ValueError: the file is not an image that can be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}")

@@ -52,12 +52,12 @@ class Condition:
             where: config key or option of the text, for error messages.
 
         Raises:
-            ValueError: the text is no condition.
+            ValueError: the text is not a condition.
         """
         match = GRAMMAR.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"{where} has {text!r}, which is no condition like motion>=q25 or text_area<=0.07"
+                f"{where} has {text!r}, which is not a condition like motion>=q25 or text_area<=0.07"
             )
         name, comparison, quantile, number = match.groups()
         if not math.isfinite(float(number)):
@@ -104,7 +104,7 @@ def select_samples(conditions: Sequence[str], index: Index) -> Selection:
     """Build the filter of the samples of `index` that meet every condition.
 
     Raises:
-        ValueError: a text is no condition, or names a number that no sample has.
+        ValueError: a text is not a condition, or names a number that no sample has.
     """
     parsed = [Condition.parse(text) for text in conditions]
     numbers = {condition.name: array("d") for condition in parsed}

@@ -174,7 +174,7 @@ def _shard_state(path: Path, name: str, motion: bool) -> _ShardState:
     """
     state = path.stat()
     if not S_ISREG(state.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     return _ShardState(name, motion, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 

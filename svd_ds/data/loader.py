@@ -52,7 +52,7 @@ class Loader:
         batch: BatchConfig,
         cursor: Cursor | None = None,
         context: str | None = None,
-        ends: bool = False,
+        read_last_frame: bool = False,
     ) -> None:
         """Open the data sets of a run and check them.
 
@@ -65,7 +65,7 @@ class Loader:
             cursor: cursor of the run that is resumed; None starts at sample ordinal 0.
             context: kind of the cached CLIP embeddings to read, if all samples have them: image, ends or
                 text.
-            ends: with cached latents, read the pixels of a clip's last frame as well as its first.
+            read_last_frame: with cached latents, read the pixels of a clip's last frame as well as its first.
 
         Raises:
             ValueError: the batch sizes do not divide, a shard is truncated, no sample is long and large
@@ -97,7 +97,7 @@ class Loader:
         self._schedule = Schedule(sizes, weights, self.split, seed)
         motion_map = MotionMap.mixture([source.motion_map for source in self.sources], weights)
         self._readers = [
-            [Reader(config, shape, source, index, motion_map, seed, self.context, ends)
+            [Reader(config, shape, source, index, motion_map, seed, self.context, read_last_frame)
              for source, index in zip(self.sources, indices, strict=True)]
             for shape, indices in zip(config.shapes, buckets, strict=True)
         ]  # fmt: skip

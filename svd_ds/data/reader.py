@@ -61,7 +61,7 @@ class Reader:
     seed: int
     context: str | None
     """Kind of cached CLIP embeddings to read: image, ends or text; None: none."""
-    ends: bool
+    read_last_frame: bool
     """True if the last frame's pixels are read as well as the first's, next to latents."""
 
     def read(self, number: int, ordinal: int) -> Clip:
@@ -105,7 +105,7 @@ class Reader:
             if (other := latents.read_origin(file)) != (ours := self.source.latents_origin):
                 raise ValueError(f"its latents are {other}, and the first sample's {ours}")
             _check_shape("latents", latents.moments_shape(file), self.source.latents_shape)
-            given = [wanted[0], wanted[-1]] if self.ends else [wanted[0]]
+            given = [wanted[0], wanted[-1]] if self.read_last_frame else [wanted[0]]
             moments, frames = latents.read_moments(file, wanted), latents.read_frames(file, given)
         clip = Clip(
             id=sample.id,

@@ -96,7 +96,7 @@ REQUIRED_FIELDS = tuple(
 def parse_sample(fields: Any, shards: Sequence[Shard] | None = None, shard: int | None = None) -> Sample:
     """Check a sample's fields, as JSON has them, and build a `Sample`.
 
-    Annotations that are no finite number are left out: the sample lacks them.
+    Annotations that are not finite numbers are left out: the sample lacks them.
 
     Args:
         shards: shards of the index, within which the members must lie; None: their sizes are not known yet.
@@ -176,22 +176,22 @@ def check_local_name(name: Any) -> None:
     """Check that a file name of an index is inside the folder that it is relative to.
 
     Raises:
-        ValueError: it is outside, or is no file name.
+        ValueError: it is outside, or is not a file name.
     """
     if (
         not isinstance(name, str)
         or not name
         or any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
     ):
-        raise ValueError(f"shard name {_format(name)} is no file name")
+        raise ValueError(f"shard name {_format(name)} is not a file name")
     if name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
         raise ValueError(
-            f"shard name {_format(name)} leads out of the folder of the index, or is no file name"
+            f"shard name {_format(name)} leads out of the folder of the index, or is not a file name"
         )
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"shard name {_format(name)} is no UTF-8") from None
+        raise ValueError(f"shard name {_format(name)} is not UTF-8") from None
 
 
 def _check_keys(fields: Any, required: set[str], optional: set[str]) -> None:

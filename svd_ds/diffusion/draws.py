@@ -31,7 +31,7 @@ class Draws:
     """Standard uniform and normal numbers of a batch; their users scale them."""
 
     u_B: Tensor
-    """float64, uniform in (0, 1): becomes sigma through `Noise.quantile`."""
+    """float64, uniform in (0, 1): becomes sigma through `NoiseSchedule.quantile`."""
     augmentation_B: Tensor
     """float64, standard normal: becomes ln of the conditioning frames' noise level."""
     drop_BN: Tensor

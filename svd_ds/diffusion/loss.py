@@ -36,7 +36,7 @@ def v_target(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
 def v_loss(net: Network, x0: Tensor, sigma: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
     """Compute the squared error of v at x = x0 + sigma n, averaged over channels and pixels.
 
-    The caller multiplies by `Noise.weight` and averages over frames and clips.
+    The caller multiplies by `NoiseSchedule.weight` and averages over frames and clips.
 
     Args:
         net: F.

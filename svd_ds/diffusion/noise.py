@@ -2,7 +2,7 @@
 
 Noise is added as x = x0 + sigma * n (variance exploding), so log-SNR = -2 ln sigma.
 
-    draws.u -> Noise.quantile -> sigma          Noise.weight -> multiplier of the loss
+    draws.u -> NoiseSchedule.quantile -> sigma          NoiseSchedule.weight -> multiplier of the loss
 
 A density is given by its quantile function, which needs one uniform random number a clip. `weight` is the
 loss weight of the density's source, expressed in v-space (see loss.py):
@@ -65,7 +65,7 @@ class NoiseConfig(Settings, section="noise"):
             )
 
 
-class Noise(ABC):
+class NoiseSchedule(ABC):
     """Density of sigma."""
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Noise(ABC):
         return torch.ones_like(sigma)
 
 
-class EpsilonWeighted(Noise):
+class EpsilonWeighted(NoiseSchedule):
     """Base class of densities whose sources minimise the plain squared error of epsilon."""
 
     def weight(self, sigma: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class EpsilonWeighted(Noise):
 
 
 @dataclass(frozen=True)
-class LogNormal(Noise):
+class LogNormal(NoiseSchedule):
     """Log-normal density, ln sigma ~ N(mean, std^2): EDM (arXiv 2206.00364 table 1), SVD (arXiv 2311.15127
     D).
 
@@ -100,7 +100,7 @@ class LogNormal(Noise):
         return torch.exp(self.mean + self.std * torch.special.ndtri(u))
 
 
-class Discrete(Noise):
+class Discrete(NoiseSchedule):
     """Uniform density over the 1000 sigmas of Stable Diffusion 2.1, 0.0292 to 14.615.
 
     The ablation models of the SVD paper (arXiv 2311.15127 E.2.1) have this schedule, v-parameterisation
@@ -161,7 +161,7 @@ class LogUniform(EpsilonWeighted):
         return torch.exp(low + u * (high - low))
 
 
-def build_noise(config: NoiseConfig, height: int, width: int) -> Noise:
+def build_noise_schedule(config: NoiseConfig, height: int, width: int) -> NoiseSchedule:
     """Build the density of a config.
 
     The shifted cosines take d = sqrt(height * width) in pixels, as simple diffusion takes the side of its

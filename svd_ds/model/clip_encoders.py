@@ -31,7 +31,7 @@ class ImageEncoder:
         self.network = network
         self.width = int(network.config.projection_dim)
         size = network.config.image_size
-        assert isinstance(size, int), f"CLIP's image is no square: {size}"
+        assert isinstance(size, int), f"CLIP's image is not a square: {size}"
         self.size = size
 
     @staticmethod

@@ -119,7 +119,7 @@ def from_pretrained(kind: Any, path: str | Path, part: str, **options: Any) -> A
 
 def _not_on_the_hub(path: str | Path, part: str, error: OSError) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{path} is no local folder, and its {part}/ could not be loaded from the hub: {error}"
+        f"{path} is not a local folder, and its {part}/ could not be loaded from the hub: {error}"
     )
 
 

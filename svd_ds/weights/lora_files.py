@@ -126,7 +126,7 @@ def _pair_halves(
     for key, ref in tensors.items():
         if other := next((kind for kind in OTHER_KINDS if kind in key), None):
             raise ValueError(
-                f"{path} holds {key}: adapters with {other.strip('_')} are no plain LoRA, and not read"
+                f"{path} holds {key}: adapters with {other.strip('_')} are not plain LoRA, and not read"
             )
         if match := HALF.fullmatch(key):
             half = {"down": "A", "up": "B"}.get(match["half"], match["half"])
@@ -139,7 +139,7 @@ def _pair_halves(
         elif key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha")] = ref
         else:
-            raise ValueError(f"{path} holds {key}, which is no tensor of a LoRA: {EXPECTED}")
+            raise ValueError(f"{path} holds {key}, which is not a tensor of a LoRA: {EXPECTED}")
     if not pairs:
         raise ValueError(f"{path} holds no adapter: {EXPECTED}")
     if alone := alphas.keys() - pairs.keys():
@@ -210,7 +210,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{source} has no settings of adapters by name")
     settings = {key.removeprefix("unet."): value for key, value in settings.items()}
     if other := next((key for key in OTHER_SETTINGS if settings.get(key)), None):
-        raise ValueError(f"{source} has {other}: such adapters are no plain LoRA, and not read")
+        raise ValueError(f"{source} has {other}: such adapters are not plain LoRA, and not read")
     return settings
 
 

@@ -95,7 +95,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except _OtherFormat:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: it is no manifest of a checkpoint ({error})") from None
+        raise ValueError(f"{path} is damaged: it is not the manifest of a checkpoint ({error})") from None
 
 
 def compute_digest(path: Path) -> FileDigest:

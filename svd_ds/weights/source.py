@@ -250,7 +250,7 @@ def _find_prefix(path: Path, names: Iterable[str], first_layer: str, usual: str)
     found = [name.removesuffix(first_layer) for name in names if f".{name}".endswith(f".{first_layer}")]
     if not found:
         raise ValueError(
-            f"{path} holds no {usual}{first_layer}, nor one with another prefix: it is no UNet in this "
+            f"{path} holds no {usual}{first_layer}, nor one with another prefix: it is not a UNet in this "
             f"layout; its first tensor is {min(names, default='missing')}"
         )
     return usual if usual in found else min(found, key=len)

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from svd_ds.command_line import CONF
 from svd_ds.compose import compose, debug_last, explain
 from svd_ds.config import RunConfig
-from svd_ds.diffusion.noise import build_noise
+from svd_ds.diffusion.noise import build_noise_schedule
 from svd_ds.model.unet import UNet
 from svd_ds.scalars import SCALARS
 
@@ -27,7 +27,7 @@ REQUIRED = ["data.path=data/quickstart", "frozen.path=tiny", "init.from=runs/bef
 
 
 def build(config: RunConfig) -> UNet:
-    build_noise(config.noise, config.data.height, config.data.width)
+    build_noise_schedule(config.noise, config.data.height, config.data.width)
     with torch.device("meta"):
         return UNet(config.model)
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from svd_ds.command_line import CONF
 from svd_ds.compose import compose
 from svd_ds.config import RunConfig
-from svd_ds.diffusion.noise import build_noise
+from svd_ds.diffusion.noise import build_noise_schedule
 from svd_ds.model.decoder import Decoder, DecoderConfig
 from svd_ds.model.lora import LoraConfig, add_lora
 from svd_ds.model.unet import UNet, UNetConfig, parameter_tags
@@ -157,7 +157,9 @@ def test_ablations_have_the_numbers_of_the_paper() -> None:
         assert config.noise.kind == "discrete" and config.noise.offset_noise > 0, name
         assert config.conditioning.drop_text == 0.1, name
         assert (config.sampling.num_steps, config.sampling.guidance_max) == (50, 12.0), name
-        levels = build_noise(config.noise, 256, 256).quantile(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        levels = build_noise_schedule(config.noise, 256, 256).quantile(
+            torch.tensor([0.0, 1.0], dtype=torch.float64)
+        )
         sampled = torch.tensor([config.sampling.sigma_min, config.sampling.sigma_max], dtype=torch.float64)
         torch.testing.assert_close(sampled, levels, rtol=2e-3, atol=0)
     assert experiment("captions").data.caption_weights == {"coca": 0.5, "video_blip": 0.25, "llm": 0.25}
@@ -173,7 +175,7 @@ def test_ablations_have_the_numbers_of_the_paper() -> None:
 def test_sampling_begins_at_a_trained_sigma(settings: str) -> None:
     """At most 4.8 standard deviations above the mean of a log-normal; EDM's own sigma_max is at 4.65."""
     config = experiment("noise_schedule", settings) if settings in MEMBERS else experiment(settings)
-    noise = build_noise(config.noise, config.data.height, config.data.width)
+    noise = build_noise_schedule(config.noise, config.data.height, config.data.width)
     most = noise.quantile(torch.tensor(1 - 1e-6, dtype=torch.float64))
     assert config.sampling.sigma_max <= most * 1.001
 

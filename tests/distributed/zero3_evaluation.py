@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch, Clip
-from svd_ds.diffusion.noise import NoiseConfig, build_noise
+from svd_ds.diffusion.noise import NoiseConfig, build_noise_schedule
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
@@ -36,7 +36,7 @@ def check_evaluation_equals_plain_torch_and_leaves_no_trace(ranks: Ranks) -> Non
     )
     config = ConditionerConfig(context="none", context_width=16, concat="ends")
     diffusion = DiffusionObjective(
-        build_noise(NoiseConfig(), 16, 16),
+        build_noise_schedule(NoiseConfig(), 16, 16),
         0.1,
         Autoencoder.load(TINY),
         Conditioner.load(config, TINY),

@@ -62,7 +62,7 @@ def test_fields_of_every_sample_are_reserved() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"name": "fps"}, "a scalar cannot be named 'fps': the name is taken or is no identifier"),
+        ({"name": "fps"}, "a scalar cannot be named 'fps': the name is taken or is not an identifier"),
         ({"name": "context"}, "a scalar cannot be named 'context'"),
         ({"name": "f/s"}, "a scalar cannot be named 'f/s'"),
         ({"sample_field": "elevation"}, "scalar zoom cannot have the sample field 'elevation': it is taken"),

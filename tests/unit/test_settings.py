@@ -20,7 +20,7 @@ from svd_ds.compose import (
 )
 from svd_ds.config import RunConfig
 from svd_ds.data.config import DataConfig
-from svd_ds.diffusion.noise import NoiseConfig, build_noise, karras_sigmas
+from svd_ds.diffusion.noise import NoiseConfig, build_noise_schedule, karras_sigmas
 from svd_ds.model.unet import UNetConfig
 from svd_ds.sample import SampleConfig
 from svd_ds.settings import (
@@ -181,7 +181,7 @@ def test_extremes_that_are_taken_can_be_computed_with() -> None:
 
     ends = torch.tensor([2.0**-32, 0.5, 1 - 2.0**-32], dtype=torch.float64)
     for mean in (-20, 20):
-        sigma = build_noise(NoiseConfig(P_mean=mean, P_std=3.5), 8, 8).quantile(ends)
+        sigma = build_noise_schedule(NoiseConfig(P_mean=mean, P_std=3.5), 8, 8).quantile(ends)
         assert torch.isfinite((sigma**2).float()).all() and (sigma.float() > 0).all()
     for rho in (1, 100):
         assert torch.isfinite(karras_sigmas(10, 1e-6, 1e6, rho)).all()

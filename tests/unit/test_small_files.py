@@ -40,7 +40,7 @@ def test_pipes_and_devices_are_refused_at_once(
 ) -> None:
     path = tmp_path / "x.safetensors"
     make(path)
-    with pytest.raises(ValueError, match=rf"{path} is no regular file, but a pipe or a device"):
+    with pytest.raises(ValueError, match=rf"{path} is not a regular file, but a pipe or a device"):
         read(path)
 
 

@@ -20,7 +20,7 @@ from svd_ds.batch import Batch, Conditioning
 from svd_ds.diffusion.denoiser import Network
 from svd_ds.diffusion.draws import Draws, draw
 from svd_ds.diffusion.loss import v_loss
-from svd_ds.diffusion.noise import Noise
+from svd_ds.diffusion.noise import NoiseSchedule
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.scalars import AUGMENTATION
@@ -36,14 +36,14 @@ class PreparedBatch:
     noise_BTChw: Tensor
     cond: Conditioning
     u_B: Tensor
-    """Uniform in (0, 1); `Noise.quantile` turns it into sigma."""
+    """Uniform in (0, 1); `NoiseSchedule.quantile` turns it into sigma."""
 
 
 @dataclass(frozen=True)
 class DiffusionObjective(Objective):
     """Denoising in v-space, with everything that the loss needs besides the network and the batch."""
 
-    noise: Noise
+    noise: NoiseSchedule
     offset_noise: float
     autoencoder: Autoencoder
     conditioner: Conditioner

@@ -77,8 +77,8 @@ def test_loader_reads_selected_samples(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ("motion", "'motion', which is no condition"),
-        ("motion=>1", "'motion=>1', which is no condition"),
+        ("motion", "'motion', which is not a condition"),
+        ("motion=>1", "'motion=>1', which is not a condition"),
         ("motion>=q125", "between q0 and q100"),
     ],
 )

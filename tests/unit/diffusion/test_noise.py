@@ -9,7 +9,14 @@ import torch
 
 from svd_ds.command_line import CONF
 from svd_ds.compose import compose
-from svd_ds.diffusion.noise import KINDS, Discrete, NoiseConfig, build_noise, karras_sigmas, resolution_shift
+from svd_ds.diffusion.noise import (
+    KINDS,
+    Discrete,
+    NoiseConfig,
+    build_noise_schedule,
+    karras_sigmas,
+    resolution_shift,
+)
 
 NAMES = sorted(path.stem for path in (CONF / "noise").glob("*.yaml"))
 
@@ -32,7 +39,7 @@ def load(name: str) -> NoiseConfig:
 
 @pytest.mark.parametrize("name", QUANTILES)
 def test_sampled_quantiles_are_the_papers(name: str) -> None:
-    noise = build_noise(load(name), 320, 576)
+    noise = build_noise_schedule(load(name), 320, 576)
     u = torch.rand(400_000, dtype=torch.float64)
     sampled = torch.quantile(noise.quantile(u), LEVELS)
     expected = torch.tensor(QUANTILES[name], dtype=torch.float64)
@@ -41,7 +48,7 @@ def test_sampled_quantiles_are_the_papers(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quantiles_of_every_config_file_are_finite_and_increasing(name: str) -> None:
-    noise = build_noise(load(name), 576, 1024)
+    noise = build_noise_schedule(load(name), 576, 1024)
     u = torch.linspace(1e-9, 1 - 1e-9, 1001, dtype=torch.float64)
     sigma = noise.quantile(u)
     assert sigma.isfinite().all() and (sigma > 0).all()
@@ -65,7 +72,7 @@ def test_discrete_levels_are_stable_diffusions() -> None:
 
 def test_cosine_is_uniform_in_angle() -> None:
     u = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    sigma = build_noise(NoiseConfig("cosine", sigma_min=1e-9, sigma_max=1e9), 8, 8).quantile(u)
+    sigma = build_noise_schedule(NoiseConfig("cosine", sigma_min=1e-9, sigma_max=1e9), 8, 8).quantile(u)
     torch.testing.assert_close(-2 * sigma.log(), -2 * torch.tan(math.pi * u / 2).log())
 
 
@@ -75,8 +82,8 @@ def test_shifted_cosine_moves_log_snr_by_the_resolution(height: int, width: int)
     assert resolution_shift(64, height, width) == pytest.approx(shift)
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     wide = {"sigma_min": 1e-7, "sigma_max": 1e7}
-    plain = build_noise(NoiseConfig("cosine", **wide), height, width).quantile(u)
-    shifted = build_noise(NoiseConfig("shifted_cosine", **wide), height, width).quantile(u)
+    plain = build_noise_schedule(NoiseConfig("cosine", **wide), height, width).quantile(u)
+    shifted = build_noise_schedule(NoiseConfig("shifted_cosine", **wide), height, width).quantile(u)
     torch.testing.assert_close(
         -2 * shifted.log() + 2 * plain.log(), torch.full_like(u, shift), rtol=1e-4, atol=1e-4
     )
@@ -86,7 +93,7 @@ def test_interpolated_cosine_combines_two_shifts_and_keeps_its_bounds() -> None:
     config = NoiseConfig(
         "interpolated_cosine", reference=32, reference_clean=256, sigma_min=1e-3, sigma_max=1e3
     )
-    noise = build_noise(config, 512, 512)
+    noise = build_noise_schedule(config, 512, 512)
     ends = noise.quantile(torch.tensor([0.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(ends, torch.tensor([1e-3, 1e3], dtype=torch.float64))
     # Half way between 2 ln(32 / 512) and 2 ln(256 / 512), where the cosine itself is 0.
@@ -102,7 +109,7 @@ def test_weighted_error_of_v_is_the_error_of_epsilon() -> None:
     v_guess = (n - sigma * x0) / root + v_error
     x0_guess = x / root**2 - sigma / root * v_guess  # c_skip x + c_out F
     epsilon_guess = (x - x0_guess) / sigma
-    weight = build_noise(NoiseConfig("cosine"), 8, 8).weight(sigma)
+    weight = build_noise_schedule(NoiseConfig("cosine"), 8, 8).weight(sigma)
     torch.testing.assert_close(weight * v_error**2, (epsilon_guess - n) ** 2)
 
 

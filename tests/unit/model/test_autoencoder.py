@@ -135,14 +135,14 @@ def test_hub_id_is_passed_on_and_its_failure_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(AutoencoderKLTemporalDecoder, "from_pretrained", no_network)
     monkeypatch.setattr(AutoencoderKL, "load_config", config)
-    with pytest.raises(FileNotFoundError, match=r"some/model is no local folder.*offline"):
+    with pytest.raises(FileNotFoundError, match=r"some/model is not a local folder.*offline"):
         Autoencoder.load("some/model")
     assert asked == [
         ("some/model", {"subfolder": "vae"}),
         ("some/model", {"subfolder": "vae", "dtype": torch.float32, "use_safetensors": True}),
     ]
     monkeypatch.setattr(AutoencoderKL, "load_config", no_network)
-    with pytest.raises(FileNotFoundError, match=r"some/model is no local folder.*offline"):
+    with pytest.raises(FileNotFoundError, match=r"some/model is not a local folder.*offline"):
         Autoencoder.load("some/model")
 
 

@@ -318,7 +318,7 @@ def test_subsets_are_configs_that_training_accepts(
         ((".", "out", "--timeout", "0"), "--timeout is 0.0: it must be at least 0.1"),
         ((".", "out", "--aesthetic", "head.pth"), "give --clip FOLDER too"),
         ((".", "out", "--llm", "folder"), "llm merges the captions of coca and video_blip"),
-        (("graded", "out", "--where", "motion=1"), "--where has 'motion=1', which is no condition"),
+        (("graded", "out", "--where", "motion=1"), "--where has 'motion=1', which is not a condition"),
         (("graded", "out", "--where", "aesthetic>=q25"), "asks for aesthetic, which no clip has"),
         (("graded", "out", "--where", "motion>=9"), "none of the 1 clips is kept"),
         (("graded", "out", "--clip", "nowhere"), "nowhere holds no model: it has no config.json"),

@@ -19,7 +19,7 @@ from svd_ds.data.latents import MEMBER, LatentsOrigin, read_origin
 from svd_ds.data.loader import Loader
 from svd_ds.data.shards import Index, Sample
 from svd_ds.data.writer import ShardWriter
-from svd_ds.diffusion.noise import NoiseConfig, build_noise
+from svd_ds.diffusion.noise import NoiseConfig, build_noise_schedule
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
@@ -119,14 +119,16 @@ def test_losses_are_the_same_with_and_without_the_cache(
         path: Path, latents: bool, conditioner: Conditioner, cached_context: str | None
     ) -> torch.Tensor:
         diffusion = DiffusionObjective(
-            noise=build_noise(NoiseConfig(), 32, 48),
+            noise=build_noise_schedule(NoiseConfig(), 32, 48),
             offset_noise=0.0,
             autoencoder=autoencoder,
             conditioner=conditioner,
             seed=0,
         )
         data = DataConfig(str(path), 3, 32, 48, fps=12, crop="center", latents=latents, num_workers=0)
-        loader = Loader(data, 0, 0, 1, BatchConfig(2), context=cached_context, ends=config.uses_last_frame)
+        loader = Loader(
+            data, 0, 0, 1, BatchConfig(2), context=cached_context, read_last_frame=config.uses_last_frame
+        )
         assert loader.context == cached_context
         batches = [batch for batch, _ in islice(loader, 4)]
         assert all((batch.context_BLD is not None) == (cached_context is not None) for batch in batches)

@@ -176,7 +176,7 @@ def test_odd_files_do_not_affect_other_shards(
     assert ids(tmp_path) == ["good-0"]
     refused = reasons(tmp_path)
     assert refused.keys() == {"caf\ufffd.tar", "fifo.tar", "lost.tar", "empty.tar", "line\n.tar"}
-    assert refused["fifo.tar"] == "it is no regular file" and "No such file" in refused["lost.tar"]
+    assert refused["fifo.tar"] == "it is not a regular file" and "No such file" in refused["lost.tar"]
     assert refused["caf\ufffd.tar"] == "its name is not UTF-8: rename it"
     assert [shard.name for shard in Index.load(tmp_path).shards] == ["good.tar"]
 

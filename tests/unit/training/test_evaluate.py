@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from svd_ds.batch import Batch, Clip
-from svd_ds.diffusion.noise import NoiseConfig, build_noise
+from svd_ds.diffusion.noise import NoiseConfig, build_noise_schedule
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.sample import TINY
@@ -27,7 +27,7 @@ from svd_ds.training.objectives.diffusion import DiffusionObjective
 def diffusion_objective(seed: int, noise: NoiseConfig, drop: float) -> DiffusionObjective:
     config = ConditionerConfig(drop_context=drop, drop_concat=drop)
     return DiffusionObjective(
-        noise=build_noise(noise, 64, 64),
+        noise=build_noise_schedule(noise, 64, 64),
         offset_noise=noise.offset_noise,
         autoencoder=Autoencoder.load(TINY),
         conditioner=Conditioner.load(config, TINY),

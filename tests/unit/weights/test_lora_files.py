@@ -150,9 +150,9 @@ def test_a_linear_layer_outside_attention_is_merged(unet: UNet, tmp_path: Path) 
     [
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "adapts no linear layer .*kohya"),
         ("unet.nothing.to_q.lora_A.weight", "adapts no linear layer"),
-        ("unet.conv_in.weight", "is no tensor of a LoRA: expected are unet.MODULE.lora_A.weight"),
-        (f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.hada_w1_a", "adapters with hada are no plain LoRA"),
-        (f"unet.{ATTENTION}.to_q.lora_magnitude_vector", "lora_magnitude_vector are no plain LoRA"),
+        ("unet.conv_in.weight", "is not a tensor of a LoRA: expected are unet.MODULE.lora_A.weight"),
+        (f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.hada_w1_a", "adapters with hada are not plain LoRA"),
+        (f"unet.{ATTENTION}.to_q.lora_magnitude_vector", "lora_magnitude_vector are not plain LoRA"),
         (f"unet.{ATTENTION}.to_k.lora.down.weight", "without its other half"),
     ],
 )

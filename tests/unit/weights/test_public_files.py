@@ -53,11 +53,11 @@ def test_index_may_only_name_files_in_its_folder(tmp_path: Path, name: str) -> N
     make_targets(folder)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match=r"index\.json lists .*, which is no file in"):
+    with pytest.raises(ValueError, match=r"index\.json lists .*, which is not a file in"):
         index_files(index)
     # Parts of a pipeline that a library loads are checked first.
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json lists|is no regular file"):
+    with pytest.raises(ValueError, match=r"index\.json lists|is not a regular file"):
         load_frozen(AutoencoderKLTemporalDecoder, tmp_path, "vae", "cpu", torch.float32)
     (folder / "pipe.safetensors").unlink()
     (folder / "endless.safetensors").unlink()
@@ -72,7 +72,7 @@ def test_pipe_among_weights_is_refused_without_waiting(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     os.mkfifo(folder / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="is no regular file, but a pipe"):
+    with pytest.raises(ValueError, match="is not a regular file, but a pipe"):
         load_frozen(AutoencoderKLTemporalDecoder, tmp_path, "vae", "cpu", torch.float32)
 
 
@@ -165,7 +165,7 @@ SETTINGS = {
     "alpha is infinite": ('{"lora_alpha": 1e999}', "is inf, and must be a finite"),
     "alpha beyond floats": ('{"lora_alpha": 1%s}' % ("0" * 400), "is 10000.*, and must be a finite"),
     "patterns are a list": ('{"alpha_pattern": [1]}', r"alpha_pattern is \[1\], and must be"),
-    "DoRA": ('{"use_dora": true}', "has use_dora: such adapters are no plain LoRA"),
+    "DoRA": ('{"use_dora": true}', "has use_dora: such adapters are not plain LoRA"),
 }
 
 

@@ -221,7 +221,7 @@ class TestFilesOfOthers:
         outside = "../other/diffusion_pytorch_model.safetensors"
         for weight_map in ({"conv_in.weight": outside}, {"conv_in.weight": "absent.safetensors"}):
             index.write_text(json.dumps({"weight_map": weight_map}))
-            with pytest.raises(ValueError, match=r"index.json lists .*, which is no file in"):
+            with pytest.raises(ValueError, match=r"index.json lists .*, which is not a file in"):
                 load_unet(tmp_path)
         index.write_text("[]")
         with pytest.raises(ValueError, match="has no weight_map"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.batch import Batch, Clip
-from svd_ds.diffusion.noise import NoiseConfig, build_noise
+from svd_ds.diffusion.noise import NoiseConfig, build_noise_schedule
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
 from svd_ds.model.unet import UNet
@@ -36,7 +36,7 @@ def clip(
 def diffusion() -> DiffusionObjective:
     config = ConditionerConfig(drop_context=0.0, drop_concat=0.0)
     return DiffusionObjective(
-        noise=build_noise(NoiseConfig(P_mean=1.0, P_std=1.6), 64, 64),
+        noise=build_noise_schedule(NoiseConfig(P_mean=1.0, P_std=1.6), 64, 64),
         offset_noise=0.0,
         autoencoder=Autoencoder.load(TINY),
         conditioner=Conditioner.load(config, TINY),
