@@ -59,7 +59,9 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
 
     (tmp_path / "data" / "index.jsonl").unlink()
     write(tmp_path / "data", "0123456789ab")
-    with pytest.raises(ValueError, match=f"the autoencoder 0123456789ab, and the one in tiny is {ours}"):
+    with pytest.raises(
+        ValueError, match=f"the autoencoder 0123456789ab, and the one in frozen.path=tiny is {ours}"
+    ):
         read_inputs(config, env, None)
 
 
