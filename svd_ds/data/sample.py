@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,6 +68,20 @@ class Sample:
     """Field of a scalar condition (svd_ds/scalars.py) -> number, for those that the sample has."""
     annotations: dict[str, float] = field(default_factory=dict)
     """Further numbers in the sample's json, by name: text_area, aesthetic, ..."""
+
+    @staticmethod
+    def from_metadata(
+        sample_id: str, shard: int, members: dict[str, tuple[int, int]], metadata: Mapping[str, Any]
+    ) -> Sample:
+        """Build the index entry of a sample from its JSON in the shard, `metadata`."""
+        return Sample(
+            id=sample_id,
+            shard=shard,
+            members=members,
+            **{name: metadata[name] for name in NUMBERS},
+            scalars={name: metadata[name] for name in SAMPLE_FIELDS if metadata.get(name) is not None},
+            annotations=metadata.get("annotations", {}),
+        )
 
     @property
     def media(self) -> str:

@@ -16,7 +16,6 @@ from svd_ds.data.folders import INDEX_NAME
 from svd_ds.data.motion import MotionMap
 from svd_ds.data.sample import FORMAT, VERSION, Sample, Shard
 from svd_ds.fsync_io import replace_bytes
-from svd_ds.scalars import SAMPLE_FIELDS
 
 
 class ShardWriter:
@@ -214,11 +213,4 @@ def _read_samples(path: Path, shard: int) -> Iterator[Sample]:
             offset, size = members["json"]
             file.seek(offset)
             metadata = json.loads(file.read(size))
-            yield Sample(
-                id=sample_id,
-                shard=shard,
-                members=members,
-                **{name: metadata[name] for name in ("num_frames", "fps", "height", "width", "motion")},
-                scalars={name: metadata[name] for name in SAMPLE_FIELDS if metadata.get(name) is not None},
-                annotations=metadata.get("annotations", {}),
-            )
+            yield Sample.from_metadata(sample_id, shard, members, metadata)
