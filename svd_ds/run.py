@@ -63,8 +63,7 @@ def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Prog
         The progress at the end.
 
     Raises:
-        ValueError, OSError: a user's mistake, in one sentence.
-        SharedError: an error that all ranks know.
+        ValueError, OSError: a user's mistake, in one sentence; SharedError where all ranks know of it.
     """
     environment.init(env, config.watchdog.patience)
     try:
@@ -97,9 +96,6 @@ def _train(
     if inputs.resume is not None:
         checkpoints.load(inputs.resume, engine, ema, task.objective)
 
-    quarantine = Quarantine(
-        config.data.max_quarantined, inputs.loader.quarantine.num_samples, inputs.folder.quarantine
-    )
     started = time.perf_counter()
     # W&B is closed last, which may take long: the outcome of the run is recorded before.
     outcome = session.record_outcome() if session is not None else nullcontext()
@@ -115,27 +111,7 @@ def _train(
         if new:
             source = config.init.source
             metrics.print_line(f"{len(new)} tensors are not in {source} and are initialised: {new[0]}, ...")
-        components = TrainingComponents(
-            rank=env.rank,
-            engine=engine,
-            gradients=GradientComputation(
-                engine, task.objective, LocalNorm(engine.module), env.rank, env.device
-            ),
-            objective=task.objective,
-            ema=ema,
-            batches=iter(inputs.loader),
-            pop_faults=inputs.loader.pop_faults,
-            quarantine=quarantine,
-            guard=Guard(config.guard),
-            checkpoints=checkpoints,
-            settings=task.settings,
-            evaluation=_evaluation(config, env, inputs, task),
-            previews=_previews(config, env, inputs, task),
-            stop=stop,
-            timer=StageTimer(),
-            heartbeat=session.watchdog.heartbeat if session is not None else lambda: None,
-            metrics=metrics,
-        )
+        components = _components(config, env, inputs, task, engine, ema, stop, metrics, session)
         # Decided on rank 0: a shared file system may show the ranks different files.
         managed = broadcast_from_rank0(lambda: session is not None and session.is_managed_by_job())
         progress = train(components, _loop_config(config, managed), inputs.progress)
@@ -149,6 +125,32 @@ def _train(
             finished = progress.step == config.run.steps
             session.record_end(finished, stop.interrupted, stop.by_keyboard, stop.failing_nodes)
     return progress
+
+
+def _components(
+    config: RunConfig, env: Env, inputs: Inputs, task: Task,
+    engine: Engine, ema: ShardEMA, stop: StopRequest, metrics: NullMetrics, session: RankSession | None
+) -> TrainingComponents:  # fmt: skip
+    loader, max_share = inputs.loader, config.data.max_quarantined
+    return TrainingComponents(
+        rank=env.rank,
+        engine=engine,
+        gradients=GradientComputation(engine, task.objective, LocalNorm(engine.module), env.rank, env.device),
+        objective=task.objective,
+        ema=ema,
+        batches=iter(loader),
+        pop_faults=loader.pop_faults,
+        quarantine=Quarantine(max_share, loader.quarantine.num_samples, inputs.folder.quarantine),
+        guard=Guard(config.guard),
+        checkpoints=inputs.checkpoints,
+        settings=task.settings,
+        evaluation=_evaluation(config, env, inputs, task),
+        previews=_previews(config, env, inputs, task),
+        stop=stop,
+        timer=StageTimer(),
+        heartbeat=session.watchdog.heartbeat if session is not None else lambda: None,
+        metrics=metrics,
+    )
 
 
 def _print_from_signal_handler(text: str) -> None:

@@ -128,12 +128,7 @@ def sample_video(
     """
     batch_size, _, height, width = first_frame.shape
     cell, device = autoencoder.downsampling, first_frame.device
-    if height % cell or width % cell:
-        raise ValueError(
-            f"a video of {height}x{width} pixels cannot be sampled: both must be multiples of {cell}"
-        )
-    if num_frames < 1:
-        raise ValueError(f"a video of {num_frames} frames cannot be sampled: it needs at least 1")
+    _check_shape(num_frames, height, width, cell)
     latent_shape = (num_frames, autoencoder.latent_channels, height // cell, width // cell)
     given_shape = conditioner.noise_shape(autoencoder, height, width)
     draws = draw(config.seed, ordinals or range(batch_size), latent_shape, given_shape, device)
@@ -159,6 +154,15 @@ def sample_video(
         lambda x, sigma_B: guided_denoise(x, sigma_B, cond), start_BTChw, sigmas, progress
     )
     return autoencoder.decode(latents_BTChw)
+
+
+def _check_shape(num_frames: int, height: int, width: int, cell: int) -> None:
+    if height % cell or width % cell:
+        raise ValueError(
+            f"a video of {height}x{width} pixels cannot be sampled: both must be multiples of {cell}"
+        )
+    if num_frames < 1:
+        raise ValueError(f"a video of {num_frames} frames cannot be sampled: it needs at least 1")
 
 
 @dataclass(frozen=True)

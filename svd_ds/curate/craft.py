@@ -116,20 +116,20 @@ def load_craft(path: Path) -> Craft:
 
 
 @torch.no_grad()
-def find_text(network: Craft, frame_HWC: np.ndarray, side: int, min_score: float) -> list[np.ndarray]:
+def find_text(network: Craft, frame: np.ndarray, side: int, min_score: float) -> list[np.ndarray]:
     """Find text boxes in a frame.
 
     Args:
         network: CRAFT.
-        frame_HWC: uint8 RGB; enlarged if its shortest side is less than `side` pixels.
+        frame: uint8 RGB; enlarged if its shortest side is less than `side` pixels.
         side: minimum shortest side in pixels.
         min_score: minimum of a box's highest letter score.
 
     Returns:
         Corners of each box, (4, 2), as x and y.
     """
-    scale = max(1.0, side / min(frame_HWC.shape[:2]))
-    larger = cv2.resize(frame_HWC, None, fx=scale, fy=scale)
+    scale = max(1.0, side / min(frame.shape[:2]))
+    larger = cv2.resize(frame, None, fx=scale, fy=scale)
     height, width = larger.shape[:2]
     padded = cv2.copyMakeBorder(larger, 0, -height % CELL, 0, -width % CELL, cv2.BORDER_CONSTANT)
     normal = (torch.from_numpy(padded).float() - torch.tensor(MEAN)) / torch.tensor(DEVIATION)

@@ -139,14 +139,14 @@ class Cascade:
         steps = [max(1, round(rate / Fraction(fade_rate))) for fade_rate, _ in settings.fade_rates]
         self._fades = [SubsampledDetector(ContentDetector(PROPOSAL_LEVEL, 0), step, rate) for step in steps]
 
-    def add_frame(self, number: int, view_HWC: np.ndarray) -> None:
+    def add_frame(self, number: int, view: np.ndarray) -> None:
         """Process the next frame, BGR."""
         self.num_frames = number + 1
-        self._thumbnails.append(cv2.resize(view_HWC, THUMBNAIL_SIZE, interpolation=cv2.INTER_AREA))
+        self._thumbnails.append(cv2.resize(view, THUMBNAIL_SIZE, interpolation=cv2.INTER_AREA))
         for detector in (self._fade_out, self._fade_in, *self._fades):
-            detector.add_frame(number, view_HWC)
-        if self._is_distinct(number, view_HWC):
-            self._hard.add_frame(len(self._distinct), view_HWC)
+            detector.add_frame(number, view)
+        if self._is_distinct(number, view):
+            self._hard.add_frame(len(self._distinct), view)
             self._distinct.append(number)
 
     def _is_distinct(self, number: int, view_HWC: np.ndarray) -> bool:
@@ -199,11 +199,11 @@ class SubsampledDetector:
         self._rate = rate / step
         self._found: list[int] = []
 
-    def add_frame(self, number: int, view_HWC: np.ndarray) -> None:
+    def add_frame(self, number: int, view: np.ndarray) -> None:
         """Pass on the frame if its number is a multiple of `step`."""
         if number % self.step == 0:
             time = FrameTimecode(number // self.step, self._rate)
-            self._found += [cut.frame_num * self.step for cut in self._detector.process_frame(time, view_HWC)]
+            self._found += [cut.frame_num * self.step for cut in self._detector.process_frame(time, view)]
 
     def finish(self, num_frames: int) -> list[int]:
         """Return the first frame of each new shot."""
@@ -212,7 +212,7 @@ class SubsampledDetector:
 
 
 def find_blended_frames(
-    frames_THWC: np.ndarray, near: range, half: int, level: float, max_error: float
+    frames: np.ndarray, near: range, half: int, level: float, max_error: float
 ) -> list[int]:
     """Return the frames in `near` inside a cross-fade, judged by the frames `half` before and after each.
 
@@ -220,8 +220,8 @@ def find_blended_frames(
     fraction `max_error` of that difference.
     """
     inside = []
-    for number in range(max(half, near.start), min(len(frames_THWC) - half, near.stop)):
-        before, middle, after = frames_THWC[number - half : number + half + 1 : half].astype(np.float32)
+    for number in range(max(half, near.start), min(len(frames) - half, near.stop)):
+        before, middle, after = frames[number - half : number + half + 1 : half].astype(np.float32)
         change = np.abs(after - before).mean()
         if change >= level and np.abs(middle - (before + after) / 2).mean() <= max_error * change:
             inside.append(number)

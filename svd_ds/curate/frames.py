@@ -112,10 +112,10 @@ def to_upright(frame: VideoFrame, pixel_aspect: Fraction, size: int) -> np.ndarr
     return resize(to_rgb(frame), pixel_aspect, size)
 
 
-def resize(frame_HWC: torch.Tensor, pixel_aspect: Fraction, size: int) -> np.ndarray:
+def resize(frame: torch.Tensor, pixel_aspect: Fraction, size: int) -> np.ndarray:
     """Resize to square pixels and even sides, with the shortest side reduced to `size`: (H, W, 3)."""
-    height, width = frame_HWC.shape[:2]
+    height, width = frame.shape[:2]
     shown = (float(height), float(width * pixel_aspect))
     scale = min(1.0, size / min(shown)) if size else 1.0
     new_height, new_width = (max(2, 2 * round(side * scale / 2)) for side in shown)
-    return resize_crop(frame_HWC, Box(0, 0, height, width), new_height, new_width).contiguous().numpy()
+    return resize_crop(frame, Box(0, 0, height, width), new_height, new_width).contiguous().numpy()

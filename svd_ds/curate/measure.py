@@ -44,9 +44,9 @@ def hash_frames(settings: None, file: RawFile, inputs: RowsByStage, context: Sta
         }
 
 
-def perceptual_hash(frame_HWC: np.ndarray) -> int:
+def perceptual_hash(frame: np.ndarray) -> int:
     """Return a 64-bit hash that two encodings of a picture share: low frequencies above their median."""
-    grey = cv2.cvtColor(frame_HWC, cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:HASH_FREQUENCIES, :HASH_FREQUENCIES].ravel()
     bits = low > np.median(low)

@@ -38,9 +38,9 @@ class ClipEncoder:
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         self._stream.thread_count = 1
 
-    def add(self, pixels_HWC: np.ndarray) -> None:
+    def add(self, pixels: np.ndarray) -> None:
         """Add the next frame: uint8 RGB, both sides even."""
-        frame = VideoFrame.from_ndarray(pixels_HWC, format="rgb24")
+        frame = VideoFrame.from_ndarray(pixels, format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace=self._matrix, threads=1)
         self._container.mux(self._stream.encode(frame))
 
@@ -51,10 +51,10 @@ class ClipEncoder:
         return self._buffer.getvalue()
 
 
-def encode_still(pixels_HWC: np.ndarray) -> bytes:
+def encode_still(pixels: np.ndarray) -> bytes:
     """Encode uint8 RGB as a JPEG file."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels_HWC).save(buffer, format="JPEG", quality=95)
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
 
 

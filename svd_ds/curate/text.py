@@ -60,10 +60,10 @@ def measure_text(
         yield {"id": clip["id"], "text_area": round(float(np.mean(areas)), 6)}
 
 
-def text_area(frame_HWC: np.ndarray, settings: TextSettings) -> float:
+def text_area(frame: np.ndarray, settings: TextSettings) -> float:
     """Share of a uint8 RGB frame, (H, W, 3), inside text boxes; overlaps count once."""
-    covered_HW = np.zeros(frame_HWC.shape[:2], dtype=np.uint8)
-    for corners in _find_text(frame_HWC, settings):
+    covered_HW = np.zeros(frame.shape[:2], dtype=np.uint8)
+    for corners in _find_text(frame, settings):
         cv2.fillConvexPoly(covered_HW, np.round(corners).astype(np.int32), 1)
     return float(covered_HW.mean())
 

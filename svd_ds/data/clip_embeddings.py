@@ -40,12 +40,12 @@ class EmbeddingsOrigin:
         return self.text_encoder if context == "text" else self.image_encoder
 
 
-def pack(image_TD: Tensor | None, texts_LD: Mapping[str, Tensor], origin: EmbeddingsOrigin) -> bytes:
+def pack(image: Tensor | None, texts: Mapping[str, Tensor], origin: EmbeddingsOrigin) -> bytes:
     """Serialize the CLIP embeddings of a sample; they are rounded to float16.
 
     Args:
-        image_TD: embeddings of all stored frames, float, (T, D); None leaves them out.
-        texts_LD: captioner -> embeddings of its caption, float, (L, D).
+        image: embeddings of all stored frames, float, (T, D); None leaves them out.
+        texts: captioner -> embeddings of its caption, float, (L, D).
         origin: source of the embeddings.
 
     Returns:
@@ -54,9 +54,9 @@ def pack(image_TD: Tensor | None, texts_LD: Mapping[str, Tensor], origin: Embedd
     Raises:
         ValueError: an embedding is not finite in float16.
     """
-    images = {} if image_TD is None else {"image": image_TD}
-    texts = {f"text/{captioner}": text_LD for captioner, text_LD in texts_LD.items()}
-    return cached_tensors.pack(images | texts, asdict(origin))
+    images = {} if image is None else {"image": image}
+    captions = {f"text/{captioner}": text_LD for captioner, text_LD in texts.items()}
+    return cached_tensors.pack(images | captions, asdict(origin))
 
 
 def read_origin(file: TensorFile) -> EmbeddingsOrigin:

@@ -46,12 +46,12 @@ class LatentsOrigin:
     """Fingerprint of the autoencoder, see `Autoencoder.fingerprint`."""
 
 
-def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: LatentsOrigin) -> bytes:
+def pack(moments: Tensor, frames: Tensor, origin: LatentsOrigin) -> bytes:
     """Serialize the latents of a sample.
 
     Args:
-        moments_TMhw: moments of all stored frames, float, (T, M, h, w); they are rounded to float16.
-        frames_TCHW: the frames that were encoded, uint8 RGB, (T, 3, H, W).
+        moments: moments of all stored frames, float, (T, M, h, w); they are rounded to float16.
+        frames: the frames that were encoded, uint8 RGB, (T, 3, H, W).
         origin: source of the latents.
 
     Returns:
@@ -60,15 +60,15 @@ def pack(moments_TMhw: Tensor, frames_TCHW: Tensor, origin: LatentsOrigin) -> by
     Raises:
         ValueError: a moment is not finite in float16, or too large (`check_moments`).
     """
-    jpegs = [_to_jpeg(frame_CHW) for frame_CHW in frames_TCHW]
+    jpegs = [_to_jpeg(frame_CHW) for frame_CHW in frames]
     joined = np.frombuffer(b"".join(jpegs), dtype=np.uint8).copy()
     stored = {
-        "moments": moments_TMhw,
+        "moments": moments,
         "frames": torch.from_numpy(joined),
         "frame_ends": torch.tensor([len(jpeg) for jpeg in jpegs]).cumsum(0),
     }
     packed = cached_tensors.pack(stored, asdict(origin))
-    check_moments(moments_TMhw)
+    check_moments(moments)
     return packed
 
 

@@ -286,11 +286,9 @@ def check_inputs(
 
 
 def parameter_tags(unet: nn.Module) -> dict[str, str]:
-    """Return the tag of every parameter: the `tag` of the innermost module around it that has one.
-
-    Returns:
-        name -> "spatial" (the image model), "embedding" (the image model's embedding of the noise level),
-        "temporal" (the temporal layers) or "condition" (the embeddings of scalars and mask).
+    """Return parameter name -> `tag` of the innermost module around it that has one: "spatial" (the image
+    model), "embedding" (the image model's embedding of the noise level), "temporal" (the temporal layers) or
+    "condition" (the embeddings of scalars and mask).
     """
     tags: dict[str, str] = {}
     modules = dict(unet.named_modules())

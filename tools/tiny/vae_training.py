@@ -134,16 +134,16 @@ def make_optimizers(
 
 
 def reconstruction_loss(
-    vae: AutoencoderKLTemporalDecoder, frames_NCHW: Tensor, num_frames: int, recipe: Recipe
+    vae: AutoencoderKLTemporalDecoder, frames: Tensor, num_frames: int, recipe: Recipe
 ) -> Tensor:
     """Compute L1 + 5 L2, with colour weighted threefold, 0.25 L1 of spatial gradients, KL, and centring."""
     with torch.autocast("cpu", torch.bfloat16):
-        moments = vae.quant_conv(vae.encoder(frames_NCHW))
+        moments = vae.quant_conv(vae.encoder(frames))
     mean, log_variance = moments.float().chunk(2, dim=1)
     latents_NCHW = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
     with torch.autocast("cpu", torch.bfloat16):
         decoded_NCHW = vae.decode(latents_NCHW, num_frames=num_frames).sample
-    error = decoded_NCHW.float() - frames_NCHW
+    error = decoded_NCHW.float() - frames
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     centring = mean.mean(dim=(0, 2, 3)).square().sum()
@@ -220,13 +220,13 @@ def read_frames(name: str, height: int | None = None) -> Tensor:
     return torch.stack(frames)
 
 
-def resize_crop(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
+def resize_crop(frames: Tensor, height: int, width: int) -> Tensor:
     """Resize uint8 frames to cover height x width, crop the centre, and scale to [-1, 1]."""
-    scale = max(height / frames_TCHW.shape[2], width / frames_TCHW.shape[3])
-    cover = max(height, round(frames_TCHW.shape[2] * scale)), max(width, round(frames_TCHW.shape[3] * scale))
-    frames_TCHW = F.interpolate(frames_TCHW.float(), size=cover, mode="bilinear", antialias=True)
+    scale = max(height / frames.shape[2], width / frames.shape[3])
+    cover = max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale))
+    frames = F.interpolate(frames.float(), size=cover, mode="bilinear", antialias=True)
     top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
-    return frames_TCHW[:, :, top : top + height, left : left + width] / 127.5 - 1
+    return frames[:, :, top : top + height, left : left + width] / 127.5 - 1
 
 
 def held_out_frames() -> Tensor:
@@ -235,7 +235,7 @@ def held_out_frames() -> Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKLTemporalDecoder, frames_TCHW: Tensor) -> float:
+def psnr(vae: AutoencoderKLTemporalDecoder, frames: Tensor) -> float:
     """Compute the PSNR in dB of frames decoded together from their posterior means."""
-    decoded = vae.decode(vae.encode(frames_TCHW).latent_dist.mode(), num_frames=len(frames_TCHW)).sample
-    return -10 * math.log10(((decoded.clamp(-1, 1) - frames_TCHW) / 2).square().mean().item())
+    decoded = vae.decode(vae.encode(frames).latent_dist.mode(), num_frames=len(frames)).sample
+    return -10 * math.log10(((decoded.clamp(-1, 1) - frames) / 2).square().mean().item())

@@ -1,15 +1,12 @@
-"""Triton kernels: group norm with SiLU, GEGLU, and attention among few tokens. The only import of triton;
-fused_triton.py and attention_triton.py launch them.
+"""Triton kernels: group norm with SiLU, GEGLU, and attention among few tokens. The only import of triton.
 
 A program of the group norm takes a segment of one unit's positions and COLUMNS channels, independently of the
 groups: it reads full cache lines, tile by tile, and sums by channel. A small kernel then combines segments to
-units and channels to groups. So there are enough programs even for one long clip, and the order of additions
-is fixed (no atomics). Statistics are centred (Welford within a program, Chan's formula to combine). All
-arithmetic is float32, and results are rounded once.
+units and channels to groups: enough programs for one long clip, and a fixed order of additions (no atomics).
+Statistics are centred (Welford, then Chan's formula). Arithmetic is float32, and results are rounded once.
 
-Shapes: N units (frames or clips), S positions, C channels, G groups; P segments, of all units, each of up to
-`length` positions; R rows, H channels of half a projection; T tokens. Offsets are 64-bit up to a program's
-first row, 32-bit from there.
+Shapes: N units (frames or clips), S positions, C channels, G groups; P segments of up to `length` positions;
+R rows, H channels of half a projection; T tokens. Offsets: 64-bit up to a program's first row, then 32-bit.
 """
 
 from __future__ import annotations

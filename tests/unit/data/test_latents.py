@@ -157,5 +157,5 @@ def test_first_sample_of_unknown_origin_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"crop": "random"}, {"crop": "center", "flip": True}])
 def test_crop_that_latents_do_not_have_is_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"data\.latents=true needs data\.crop=center and data\.flip=false"):
+    with pytest.raises(ValueError, match=r"cached latents need data\.crop=center and data\.flip=false"):
         replace(DataConfig(crop="center", latents=True), **changes)
