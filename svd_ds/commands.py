@@ -10,6 +10,7 @@ import ast
 import difflib
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from svd_ds.cli import print_error
@@ -50,15 +51,21 @@ def command_files() -> dict[str, Path]:
 
 
 def overview(files: dict[str, Path]) -> str:
-    """Return the text of `svd-ds --help`: each command with the first line of its file."""
+    """Return the text of `svd-ds --help`: each command with the first paragraph of its file."""
     width = max(map(len, files))
-    lines = [f"  {name:{width}}  {_first_line(path)}" for name, path in files.items()]
+    indent = " " * (width + 4)
+    lines = [
+        textwrap.fill(
+            f"  {name:{width}}  {_summary(path)}", 110, subsequent_indent=indent, break_on_hyphens=False
+        )
+        for name, path in files.items()
+    ]
     return USAGE.format(commands="\n".join(lines))
 
 
-def _first_line(path: Path) -> str:
+def _summary(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return docstring.split("\n")[0]
+    return docstring.partition("\n\n")[0]
 
 
 if __name__ == "__main__":
