@@ -80,7 +80,9 @@ HARMS = [ask_to_end, preempt, kill_a_rank, hang_a_rank, power_off_a_node, power_
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("harm", HARMS)
-def test_run_resumes_after(harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path) -> None:
+def test_run_resumes_after_an_interruption(
+    harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     checked = {"SVD_DS_JOB_OPTIONS": ""} if harm is ask_to_end else {}
     watched = ["watchdog.minutes=0.2", "watchdog.first_minutes=3"] if harm is hang_a_rank else []
@@ -106,7 +108,7 @@ def test_run_resumes_after(harm: Callable[[Cluster, str], None], cluster: Cluste
         )
 
 
-def test_mistake_fails_the_job_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_invalid_setting_fails_the_job_once(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path / "run", "optim.learning_rate=1")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
@@ -115,7 +117,7 @@ def test_mistake_fails_the_job_once(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mistake_that_ranks_find_fails_the_job_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_error_found_by_the_ranks_fails_the_job_once(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path / "run", "data.path=nowhere")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
@@ -174,7 +176,9 @@ def test_node_that_computes_wrongly_is_named_and_excluded(cluster: Cluster, tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-def test_named_checkpoint_counts_only_for_the_first_start(cluster: Cluster, tmp_path: Path) -> None:
+def test_restart_resumes_the_newest_checkpoint_and_not_the_named_one(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     """Slurm restarts the job with the same run.resume=PATH, whose checkpoint keep_last has removed since. The
     run folder is named after the time, which is the same in each restart."""
     other = tmp_path / "other"

@@ -106,7 +106,7 @@ def test_members_of_an_ablation_have_separate_run_folders() -> None:
         ("init=runs/stage1", "init is 'runs/stage1': it must have the keys from, which"),
     ],
 )
-def test_mistakes_are_named(override: str, named: str) -> None:
+def test_invalid_overrides_are_refused_by_name(override: str, named: str) -> None:
     with pytest.raises((HydraException, ValueError)) as caught:
         compose([override])
     assert named in explain(caught.value)

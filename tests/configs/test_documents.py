@@ -175,15 +175,15 @@ def test_wrong_setting_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         check(("python", "-m", "svd_ds.train", "run.stepps=4"), monkeypatch)
 
 
-def test_reasons_are_needed() -> None:
+def test_unchecked_commands_are_documented_ones() -> None:
     assert set(ELSEWHERE) <= {" ".join(command.words) for command in COMMANDS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_in_bash_blocks(page: Path) -> None:
-    """An indented command is seen by no test."""
-    fenced = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-    assert not re.findall(r"^ {4,}(?:python|make|sbatch|srun|svd-ds) .*", fenced, flags=re.M)
+    """No test checks an indented command."""
+    outside = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    assert not re.findall(r"^ {4,}(?:python|make|sbatch|srun|svd-ds) .*", outside, flags=re.M)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -193,7 +193,7 @@ def test_paths_and_links_exist(page: Path) -> None:
     assert not [link for link in links if not (page.parent / link).exists()]
     named = re.findall(r"`((?:svd_ds|conf|tools|tests|slurm|sweeps|docs)/[\w./-]*)", text)
     missing = [path for path in named if not (ROOT / path).exists() and path not in OWN_FILES]
-    assert not [path for path in missing if not re.search(r"[A-Z]{3,}", path)], "capitals stand for a name"
+    assert not [path for path in missing if not re.search(r"[A-Z]{3,}", path)], "capitals are placeholders"
 
 
 def test_files_of_the_design_page_exist() -> None:
@@ -204,7 +204,7 @@ def test_files_of_the_design_page_exist() -> None:
     assert len(named) > 80
 
 
-def test_messages_of_troubleshooting_are_those_of_the_code() -> None:
+def test_messages_of_troubleshooting_are_in_the_code() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     sources = "".join(
         path.read_text()

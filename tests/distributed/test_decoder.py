@@ -72,9 +72,7 @@ def resumed(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_resumed_decoder_run_equals_one_that_was_not_stopped(
-    train: Train, resumed: Path, tmp_path: Path
-) -> None:
+def test_resumed_decoder_run_equals_an_uninterrupted_one(train: Train, resumed: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "uninterrupted", "run.steps=2") == 0
     keys = ("loss", "grad_norm", "reconstruction", "adversarial", "discriminator")
     first, second = metrics(resumed)
@@ -86,7 +84,7 @@ def test_resumed_decoder_run_equals_one_that_was_not_stopped(
     assert all(a.equal(b) for a, b in zip(uninterrupted.parameters(), ours.parameters(), strict=True))
 
 
-def test_decoder_run_leaves_checkpoints_previews_and_a_report(resumed: Path) -> None:
+def test_decoder_run_writes_checkpoints_previews_and_a_report(resumed: Path) -> None:
     checkpoint = resumed / "checkpoints" / "step-0000002"
     names = {path.name for path in checkpoint.iterdir()}
     assert names >= {"COMPLETE", "decoder", "objective.safetensors", "ema-power-0.050", "adam-exp_avg"}

@@ -63,7 +63,7 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 @pytest.mark.slow
-def test_losses_of_a_fixed_run_are_those_recorded(numbers: dict[str, list[Any]]) -> None:
+def test_losses_of_a_fixed_run_equal_the_recorded_ones(numbers: dict[str, list[Any]]) -> None:
     if os.environ.get("RENEW_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(json.dumps({"environment": _environment(), "numbers": numbers}, indent=1) + "\n")

@@ -113,7 +113,7 @@ def ids_by_ordinal(record: Path) -> dict[int, set[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_run_that_is_killed_24_times_at_changing_ranks_loses_nothing(
+def test_run_killed_24_times_on_changing_numbers_of_ranks_loses_nothing(
     start: Callable[[Path, int, int], Ranks], tmp_path: Path
 ) -> None:
     """Every step is saved, so that most kills come upon a save; a quarter come upon the start. One rank is

@@ -88,7 +88,7 @@ def test_output_of_rank_0_and_errors_of_all_ranks_are_shown(
 
 
 @pytest.mark.parametrize(("mode", "code"), [("exit", 7), ("crash", 128 + signal.SIGKILL)])
-def test_one_failure_ends_all(
+def test_failure_of_one_rank_ends_all_ranks(
     launcher: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -105,7 +105,7 @@ def test_one_failure_ends_all(
     assert capsys.readouterr().err == expected, "a rank reports its own failure itself"
 
 
-def test_exit_code_is_of_the_rank_that_failed_first_by_itself(launcher: ModuleType, tmp_path: Path) -> None:
+def test_exit_code_is_that_of_the_rank_that_failed_on_its_own(launcher: ModuleType, tmp_path: Path) -> None:
     assert launcher.launch(command("left", tmp_path), 2) == 2, "rank 0, left alone, has ended before with 1"
 
 
@@ -123,7 +123,7 @@ def test_signals_reach_every_rank_and_no_rank_outlives_the_launcher(tmp_path: Pa
     wait_until(lambda: not alive(tmp_path), 5)
 
 
-def test_no_ranks_are_refused(launcher: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launching_zero_ranks_is_refused(launcher: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["launch.py", "-n", "0"])
     with pytest.raises(ValueError, match="-n is 0"):
         launcher.main()

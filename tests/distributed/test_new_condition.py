@@ -79,7 +79,7 @@ def train(folder: Path, shards: str, run: str, *words: str) -> subprocess.Comple
     return start(folder, "svd_ds.train", "--config-dir", str(folder / "conf"), *settings)
 
 
-def test_a_new_scalar_takes_one_registration_and_one_yaml(folder: Path) -> None:
+def test_new_scalar_takes_one_registration_and_one_yaml(folder: Path) -> None:
     done = train(folder, "shards", "run")
     assert done.returncode == 0, done.stderr
     run = folder / "run"

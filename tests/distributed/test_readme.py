@@ -68,7 +68,7 @@ def test_readme_commands_in_order(folder: Path, command: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_left_what_they_promise(folder: Path) -> None:
+def test_readme_commands_write_their_outputs(folder: Path) -> None:
     assert (folder / "samples").is_dir(), "tools/sample.py"
     assert (folder / "report.html").stat().st_size > 10_000, "tools/report.py"
     assert (folder / "data" / "mine" / "index.jsonl").exists(), "tools/make_shards.py"

@@ -84,7 +84,7 @@ def test_run_whose_last_steps_were_skipped_is_refused_as_unfinished(
     assert skipped == [4, 5]
 
 
-def test_stop_within_a_streak_saves_nothing_in_doubt_and_resumes_before_it(
+def test_run_stopped_during_skipped_steps_saves_none_of_them_and_resumes_before_them(
     shards: Path,
     tmp_path: Path,
     spoil: Callable[..., None],

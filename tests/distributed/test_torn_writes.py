@@ -132,7 +132,7 @@ def check_newest(
 
 
 @pytest.mark.parametrize(("kind", "name"), FAST)
-def test_damaged_newest_checkpoint_is_named_and_the_older_one_resumed(
+def test_damaged_newest_checkpoint_is_named_and_the_run_resumes_from_the_older_one(
     runs: Runs, shards: Path, tmp_path: Path, kind: str, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     check_newest(runs, shards, tmp_path, kind, name, capfd)

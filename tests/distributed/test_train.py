@@ -92,7 +92,7 @@ def test_killed_run_resumes_and_counts_every_step_once(killed_and_resumed: tuple
     assert [row["samples"] for row in metrics(run)] == [12 * step for step in range(1, STEPS + 1)]
 
 
-def test_killed_run_has_the_losses_of_one_that_was_not(
+def test_killed_run_has_the_losses_of_an_uninterrupted_run(
     killed_and_resumed: tuple[Path, str], train: Train, shards: Path, tmp_path: Path
 ) -> None:
     """Samples and evaluations on the way change nothing."""
@@ -144,7 +144,7 @@ def test_run_rolls_back_once_and_then_ends_on_all_ranks_when_it_diverges(
     assert metrics(run)[-1]["skipped"] == 4
 
 
-def test_the_run_folder_is_as_documented(killed_and_resumed: tuple[Path, str]) -> None:
+def test_run_folder_is_as_documented(killed_and_resumed: tuple[Path, str]) -> None:
     run, printed = killed_and_resumed
     names = {path.name for path in run.iterdir()}
     assert names >= {
@@ -211,7 +211,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(shards: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_run_continues_without_its_console_and_saves_at_ctrl_c(shards: Path, tmp_path: Path) -> None:
+def test_run_continues_after_its_console_closes_and_saves_on_ctrl_c(shards: Path, tmp_path: Path) -> None:
     """As in `launch.py ... | head`: the pipe of standard output is closed after step 1."""
     run = tmp_path / "unread"
     process = started(shards, run)
@@ -243,7 +243,7 @@ def sentence(ended: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_a_truncated_shard_is_named_and_all_ranks_stop(train: Train, shards: Path, tmp_path: Path) -> None:
+def test_truncated_shard_is_named_and_all_ranks_stop(train: Train, shards: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     shard = broken / "shard-00001.tar"
@@ -253,7 +253,7 @@ def test_a_truncated_shard_is_named_and_all_ranks_stop(train: Train, shards: Pat
     assert all(part in line for part in ("shard-00001.tar", str(whole), str(whole // 2)))
 
 
-def test_a_clip_that_cannot_be_decoded_ends_every_rank(train: Train, shards: Path, tmp_path: Path) -> None:
+def test_clip_that_cannot_be_decoded_ends_every_rank(train: Train, shards: Path, tmp_path: Path) -> None:
     """One rank alone reads the clip, in the middle of the run; the other must not wait for ever."""
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
@@ -271,13 +271,13 @@ def test_a_clip_that_cannot_be_decoded_ends_every_rank(train: Train, shards: Pat
     assert "Traceback" not in ended.stderr
 
 
-def test_a_batch_that_cannot_be_split_is_refused(train: Train, shards: Path, tmp_path: Path) -> None:
+def test_batch_that_cannot_be_split_is_refused(train: Train, shards: Path, tmp_path: Path) -> None:
     assert "batch.size 3 cannot be split over 2 ranks; start 1 or 3" in sentence(
         train(shards, tmp_path, "batch.size=3")
     )
 
 
-def test_a_folder_of_another_config_is_refused(
+def test_folder_of_another_config_is_refused(
     killed_and_resumed: tuple[Path, str], train: Train, shards: Path
 ) -> None:
     line = sentence(train(shards, killed_and_resumed[0], "optim.lr=0.5"))

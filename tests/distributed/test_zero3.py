@@ -78,7 +78,7 @@ def test_deepspeed_prints_nothing_and_compiles_nothing(two_ranks: tuple[Path, En
 
 
 @pytest.mark.slow
-def test_one_rank_started_by_hand_equals_plain_torch(tmp_path: Path) -> None:
+def test_one_rank_without_a_launcher_equals_plain_torch(tmp_path: Path) -> None:
     check = "equals_plain_torch_and_resumes_bitwise"
     ended = subprocess.run(
         [sys.executable, SCRIPT, tmp_path, check],

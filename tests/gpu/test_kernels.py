@@ -60,7 +60,7 @@ def assert_agrees(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", [*KERNELS, "triton"])
-def test_attention(backend: str, shape: str, dtype: torch.dtype) -> None:
+def test_attention_agrees_with_float64(backend: str, shape: str, dtype: torch.dtype) -> None:
     if backend == "flash_attn" and (dtype == torch.float32 or not flash_attn_installed()):
         pytest.skip("flash_attn takes half precision alone" if flash_attn_installed() else "no flash_attn")
     queries, num_keys = SHAPES[shape]
@@ -77,7 +77,7 @@ def test_attention(backend: str, shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shape", NORMS)
-def test_group_norm(kernels: str, shape: str, silu: bool, dtype: torch.dtype) -> None:
+def test_group_norm_agrees_with_float64(kernels: str, shape: str, silu: bool, dtype: torch.dtype) -> None:
     channels = NORMS[shape][2]
     inputs = [torch.randn(NORMS[shape]) + 1, torch.randn(channels), torch.randn(channels)]
     assert_agrees(lambda x, w, b: group_norm_silu(x, w, b, 32, 1e-5, silu, kernels), inputs, dtype)
@@ -85,17 +85,17 @@ def test_group_norm(kernels: str, shape: str, silu: bool, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("width", [1280, 5120])
-def test_geglu(kernels: str, width: int, dtype: torch.dtype) -> None:
+def test_geglu_agrees_with_float64(kernels: str, width: int, dtype: torch.dtype) -> None:
     assert_agrees(lambda proj: geglu(proj, kernels), [torch.randn(14, 720, 2 * width)], dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_convolution(dtype: torch.dtype) -> None:
+def test_convolution_agrees_with_float64(dtype: torch.dtype) -> None:
     inputs = [torch.randn(3, 32, 48, 64), torch.randn(96, 3, 3, 64), torch.randn(96)]
     assert_agrees(lambda x, w, b: conv(x, w, b, 1, (1, 1)), inputs, dtype)
 
 
-def test_the_same_input_gives_the_same_bits(kernels: str) -> None:
+def test_same_input_gives_the_same_bits(kernels: str) -> None:
     inputs = [torch.randn(1, 14 * 40 * 72, 320), torch.randn(320), torch.randn(320)]
     inputs = [tensor.bfloat16().cuda().requires_grad_() for tensor in inputs]
     gradient = torch.randn_like(inputs[0])
@@ -106,7 +106,7 @@ def test_the_same_input_gives_the_same_bits(kernels: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-def test_on_another_gpu_than_the_current_one() -> None:
+def test_triton_kernels_run_on_a_gpu_that_is_not_the_current_one() -> None:
     if not triton_installed() or torch.cuda.device_count() < 2:
         pytest.skip("needs Triton and two GPUs")
     results = []
@@ -118,7 +118,7 @@ def test_on_another_gpu_than_the_current_one() -> None:
 
 
 @pytest.mark.parametrize("layer", ["norm", "geglu"])
-def test_more_elements_than_32_bits_count(layer: str) -> None:
+def test_tensors_of_more_than_2_31_elements_are_indexed_correctly(layer: str) -> None:
     """The last unit, after 2^31 elements, equals the unit on its own."""
     if not triton_installed() or torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs Triton and 40 GiB of GPU memory")
@@ -140,7 +140,7 @@ def test_more_elements_than_32_bits_count(layer: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_the_network(kernels: str, dtype: torch.dtype) -> None:
+def test_network_agrees_with_float64(kernels: str, dtype: torch.dtype) -> None:
     config = UNetConfig(widths=(64, 128), attention_levels=(True, True), num_layers=1, context_width=64)
     unet = UNet(config)
     for parameter in unet.parameters():
@@ -154,7 +154,7 @@ def test_the_network(kernels: str, dtype: torch.dtype) -> None:
     assert error < 5 * TOLERANCE[dtype], error
 
 
-def test_the_released_network_is_the_same_on_triton_and_torch() -> None:
+def test_released_network_is_the_same_with_triton_and_torch_kernels() -> None:
     if not triton_installed():
         pytest.skip("Triton is not installed")
     with torch.device("cuda"):

@@ -122,7 +122,7 @@ def strings(path: Path) -> Iterator[str]:
             yield node.value
 
 
-def test_every_layer_is_of_a_part_that_exists() -> None:
+def test_layers_list_exactly_the_existing_parts() -> None:
     assert len(MODULES) > 100 and len(SCRIPTS) > 20
     assert {part(dotted(path)) for path in MODULES if path != PACKAGE / "__init__.py"} == LAYERS.keys()
 
@@ -194,7 +194,7 @@ def test_only_env_reads_the_launcher() -> None:
 
 
 @pytest.mark.parametrize("package", ["model", "diffusion"])
-def test_networks_know_nothing_of_ranks_or_the_environment(package: str) -> None:
+def test_networks_do_not_use_ranks_or_the_environment(package: str) -> None:
     paths = sorted((PACKAGE / package).rglob("*.py"))
     assert len(paths) > 5
     for path in paths:
@@ -205,7 +205,7 @@ def test_networks_know_nothing_of_ranks_or_the_environment(package: str) -> None
         }, path
 
 
-def test_diffusion_is_arithmetic_alone() -> None:
+def test_diffusion_imports_only_torch_and_numpy() -> None:
     allowed = {"torch", "numpy", "svd_ds", *sys.stdlib_module_names}
     paths = sorted((PACKAGE / "diffusion").glob("*.py"))
     assert paths

@@ -54,7 +54,7 @@ def run(tmp_path: Path, stdout: int, stderr: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["closed pipe", "full disk"])
-def test_output_that_cannot_be_written_ends_no_command(tmp_path: Path, kind: str) -> None:
+def test_unwritable_output_does_not_stop_a_command(tmp_path: Path, kind: str) -> None:
     """Examples: `launch.py ... | head`, a `tee` that was killed, `> log` on a full disk."""
     if kind == "closed pipe":
         reader, writer = os.pipe()
@@ -69,7 +69,7 @@ def test_output_that_cannot_be_written_ends_no_command(tmp_path: Path, kind: str
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_freed_memory_is_kept_for_the_next_step() -> None:
+def test_allocator_keeps_freed_memory_for_the_next_step() -> None:
     def pages(what: str) -> int:
         command = [sys.executable, "-c", FAULTS, what]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

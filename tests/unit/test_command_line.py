@@ -62,7 +62,7 @@ def test_runs_of_a_users_group_get_folders_of_their_own(folder: Path) -> None:
     assert keys_without_folder(line) == ["run.seed"], "the members of the group differ in name"
 
 
-def test_options_may_stand_anywhere() -> None:
+def test_options_are_accepted_at_any_position() -> None:
     line = CommandLine.parse(["a=1", "--config-dir", "x y", "b=2", "-m", "+c=3", "--local-rank=0"])
     assert line.words() == ["--multirun", "--config-dir=x y", "--local-rank=0", "a=1", "b=2", "+c=3"]
 

@@ -15,7 +15,7 @@ from svd_ds.train import help_names
 ROOT = Path(__file__).parents[2]
 
 
-def test_configuration_page_is_what_the_dataclasses_say() -> None:
+def test_configuration_page_equals_the_dataclasses() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text()
     assert written == markdown(), "run `make docs`, which writes docs/configuration.md anew"
 
@@ -51,7 +51,7 @@ def test_help_of_an_unknown_name_has_the_nearest(name: str, nearest: str) -> Non
         help_text(name)
 
 
-def test_help_without_a_name_is_hydras() -> None:
+def test_help_without_a_name_is_that_of_hydra() -> None:
     assert help_names(["--help"]) == []
     assert help_names(["model=svd", "--help"]) == []
     assert help_names(["batch.size"]) == []

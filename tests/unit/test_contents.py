@@ -85,7 +85,7 @@ def test_moved_weights_are_accepted_and_replaced_ones_are_not(
         begin(tmp_path / "run", moved, other, resume)
 
 
-def test_fixed_set_is_the_same_where_it_was_moved(places: Path, tmp_path: Path) -> None:
+def test_fixed_set_is_the_same_after_its_data_moved(places: Path, tmp_path: Path) -> None:
     shutil.copytree(places / "other", tmp_path / "held-out")
     paths = (places / "other", tmp_path / "held-out", places / "two")
     sets = [begin(tmp_path / "run", places, f"evaluation.path={path}").fixed_set for path in paths]
@@ -114,7 +114,9 @@ def test_weights_that_a_run_started_from_are_not_needed_when_it_resumes(places: 
             begin(tmp_path / "run", places, word, resume)
 
 
-def test_weights_that_changed_before_the_first_checkpoint_are_read_anew(places: Path, tmp_path: Path) -> None:
+def test_weights_that_changed_before_the_first_checkpoint_are_read_again(
+    places: Path, tmp_path: Path
+) -> None:
     weights = tmp_path / "weights.safetensors"
     shutil.copyfile(places / "weights.safetensors", weights)
     before = begin(tmp_path / "run", places, f"init.from={weights}").contents
@@ -126,7 +128,9 @@ def test_weights_that_changed_before_the_first_checkpoint_are_read_anew(places: 
 
 
 @pytest.mark.parametrize("key", ["frozen.path", "init.from"])
-def test_run_of_an_earlier_version_is_compared_by_its_places(places: Path, tmp_path: Path, key: str) -> None:
+def test_run_without_recorded_contents_is_compared_by_its_paths(
+    places: Path, tmp_path: Path, key: str
+) -> None:
     word, other, _ = CASES[key]
     inputs = begin(tmp_path / "run", places, word)
     stored = yaml.safe_load(inputs.folder.config.read_text())

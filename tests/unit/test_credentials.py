@@ -83,7 +83,7 @@ def forget() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_secret_is_masked_and_its_place_is_not(place: str) -> None:
+def test_secret_is_masked_and_the_rest_of_the_path_is_kept(place: str) -> None:
     full = place.format(SECRET)
     assert DataConfig(path=full).path == full, "it is used as it is"
     for text in (full, f"{full} cannot be fetched: {full!r} gave 403", json.dumps({"data.path": full})):
@@ -121,7 +121,7 @@ def test_config_of_a_run_does_not_start_another_without_the_secret(tmp_path: Pat
 
 
 @pytest.mark.parametrize("key", ["data.path", "evaluation.path", "frozen.path", "init.from", "data.mixture"])
-def test_run_knows_its_config_by_its_masked_form(tmp_path: Path, key: str) -> None:
+def test_configs_are_compared_in_their_masked_form(tmp_path: Path, key: str) -> None:
     def settings(secret: str) -> dict[str, Any]:
         tree = compose(["debug=tiny"]).as_dict()
         section, name = key.split(".")
@@ -147,7 +147,7 @@ def read_run_settings(folder: RunFolder) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_console_and_logs_of_a_run_that_fails(
+def test_console_and_logs_of_a_failed_run_have_no_secret(
     tmp_path: Path, place: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     url = place.format(SECRET)
@@ -166,7 +166,7 @@ def test_console_and_logs_of_a_run_that_fails(
     assert not any(SECRET in text for text in (*printed, *texts.values()))
 
 
-def test_console_of_any_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_of_any_command_has_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
     url = PLACES[0].format(SECRET)
     print_error(ValueError(url), f"{url} ")
     print_line(url)
@@ -176,7 +176,7 @@ def test_console_of_any_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.out.count(MASK) == 2 and printed.err.count(MASK) == 2
 
 
-def test_traceback_at_the_end_of_a_command() -> None:
+def test_traceback_at_the_end_of_a_command_has_no_secret() -> None:
     script = f"""
 from svd_ds.cli import run_cli
 def main():
@@ -188,7 +188,7 @@ run_cli(main)
     assert SECRET not in ended.stderr.replace(f'KeyError("{PLACES[0].format(SECRET)}")', "")
 
 
-def test_secret_that_stands_alone_is_masked_once_a_config_has_it(tmp_path: Path) -> None:
+def test_secret_without_its_url_is_masked_once_a_config_has_it(tmp_path: Path) -> None:
     assert redact(f"no such user {SECRET}") == f"no such user {SECRET}"
     compose(
         [
@@ -209,7 +209,7 @@ def test_secret_that_stands_alone_is_masked_once_a_config_has_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_quarantine_and_cache_of_a_remote_data_set(tmp_path: Path, place: str) -> None:
+def test_quarantine_and_cache_of_a_remote_data_set_have_no_secret(tmp_path: Path, place: str) -> None:
     url = place.format(SECRET)
     folder = open_folder(url, str(tmp_path / "cache"), 0, lambda _: pytest.fail("not opened"))  # type: ignore
     fault = Fault("a", folder.location("shard-0.tar"), f"{url} gave 403")
@@ -223,7 +223,7 @@ def test_quarantine_and_cache_of_a_remote_data_set(tmp_path: Path, place: str) -
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_names_of_files_and_folders(place: str) -> None:
+def test_names_of_files_and_folders_have_no_secret(place: str) -> None:
     from svd_ds.data.folders import _cache_name
 
     url = place.format(SECRET)
@@ -232,7 +232,7 @@ def test_names_of_files_and_folders(place: str) -> None:
     assert SECRET not in names[0] and names[0] == names[1], "the multirun goes on in the same folder"
 
 
-def test_trees_keep_their_form() -> None:
+def test_masking_keeps_the_structure_of_a_tree() -> None:
     url = PLACES[0].format(SECRET)
     tree = {"a": {url: 1.5, "b": [url, None, True]}, "c": (url,)}
     shown = f"https://{MASK}@host/shards"

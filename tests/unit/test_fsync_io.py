@@ -68,12 +68,12 @@ def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         lines.append("x")
     lines.close()
+    (tmp_path / "file.new").mkdir()
     with pytest.raises(OSError, match=r"file\.new'"):
-        (tmp_path / "file.new").mkdir()
         replace_text(tmp_path / "file", "x")
 
 
-def test_lines_are_whole_after_each_append(tmp_path: Path) -> None:
+def test_lines_are_complete_after_each_append(tmp_path: Path) -> None:
     lines = LineFile(tmp_path / "log")
     for text in ("one", "two \ud800"):
         lines.append(text)

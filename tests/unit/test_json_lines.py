@@ -35,7 +35,7 @@ def test_bad_lines_can_be_left_out_and_are_reported(tmp_path: Path) -> None:
     assert lines.damage is not None and "2 lines, the first is line 2" in lines.damage
 
 
-def test_file_is_rewritten_without_the_rows_that_go_and_a_damaged_one_is_kept(tmp_path: Path) -> None:
+def test_rewrite_drops_rows_and_keeps_a_copy_of_a_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\0\0\n{"step": 2}\n{"step": 3}\n{"st')
     found = rewrite_json_lines(path, lambda row: row["step"] < 3)

@@ -77,7 +77,7 @@ def test_name_with_a_comma_is_taken_for_a_forgotten_m() -> None:
 
 
 @pytest.mark.parametrize("key", ["run.dir", "data.path", "init.from"])
-def test_quotes_of_hydra_and_the_users_home(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydra_quotes_are_removed_and_home_is_expanded(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert outcome(key, "'a, b'") == ("a, b", "")
     assert outcome(key, r'"say \"x\", ok"') == ('say "x", ok', "")
@@ -113,12 +113,12 @@ def test_text_that_cannot_be_read_is_refused_by_every_other_setting(value: str) 
         ("data.where=[]", ()),
     ],
 )
-def test_lists_of_texts(word: str, values: tuple[str, ...]) -> None:
+def test_list_of_texts_is_taken_as_written(word: str, values: tuple[str, ...]) -> None:
     assert compose([word]).data.where == values
 
 
 @pytest.mark.parametrize("foreign", OTHERS)
-def test_keys_of_other_trainers_are_answered_in_words(foreign: str) -> None:
+def test_keys_of_other_trainers_get_advice(foreign: str) -> None:
     advice = OTHERS[foreign]
     for word in (
         f"{foreign}=1",
@@ -156,7 +156,7 @@ def test_keys_of_other_trainers_are_answered_in_words(foreign: str) -> None:
         ("--local_rank=0", "start the ranks with torchrun, srun or tools/launch.py"),
     ],
 )
-def test_settings_of_deepspeed_are_answered_in_words(word: str, answer: str) -> None:
+def test_settings_of_deepspeed_get_advice(word: str, answer: str) -> None:
     with pytest.raises(ValueError, match=r"^there is no (key|option) ") as caught:
         parse_command_line(["+experiment=stage2", word])
     assert answer in str(caught.value) and "\n" not in str(caught.value)
@@ -208,7 +208,7 @@ def test_runs_of_a_multirun_differ_in_their_folders(words: list[str], unnamed: l
     assert keys_without_folder(parse_command_line(["-m", *words])) == unnamed
 
 
-def test_no_two_values_give_one_folder() -> None:
+def test_different_values_give_different_folders() -> None:
     values = [*EXACT, "a_b", "A b", "a b_", "x" * 299, "ü", "u"]
     names = [folder_name([f"data.path={value}"]) for value in values]
     assert len({*names}) == len({*values})

@@ -96,7 +96,7 @@ def first_frames() -> Tensor:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_a_network_that_repeats_the_first_frame_gives_a_still_video(sampler: str) -> None:
+def test_network_that_repeats_the_first_frame_gives_a_still_video(sampler: str) -> None:
     first = first_frames()
     config = SampleConfig(
         num_steps=8, sampler=sampler, guidance="constant", guidance_max=1.0, augmentation=0.0
@@ -116,7 +116,7 @@ def test_guidance_rises_over_the_frames() -> None:
         torch.testing.assert_close(frames[:, frame], scale * first, rtol=0, atol=2e-3)
 
 
-def test_the_conditioner_is_given_the_settings() -> None:
+def test_conditioner_is_given_the_settings() -> None:
     config = SampleConfig(
         num_steps=1, fps=7.0, motion_bucket=30.0, augmentation=0.25, scalars={"elevation": 20.0}
     )
@@ -142,13 +142,13 @@ def test_by_default_a_network_has_the_scalars_of_the_released_one() -> None:
     torch.testing.assert_close(scalars[0][0], torch.tensor([6.0, 127.0, 0.02]))
 
 
-def test_the_conditioner_is_given_the_last_frame_too() -> None:
+def test_conditioner_is_given_the_last_frame_too() -> None:
     first, last = first_frames(), first_frames()
     _, recorder = sample(first, SampleConfig(num_steps=1), last_frame=last)
     assert torch.equal(recorder.given["last_frame"], last)
 
 
-def test_the_start_has_the_largest_sigma() -> None:
+def test_start_has_the_largest_sigma() -> None:
     starts = []
 
     def net(x_BTCHW: Tensor, *_: Any) -> Tensor:
@@ -161,7 +161,7 @@ def test_the_start_has_the_largest_sigma() -> None:
     )  # c_in times noise of standard deviation sqrt(1 + 700^2)
 
 
-def test_a_video_depends_on_seed_and_ordinal_alone() -> None:
+def test_video_depends_on_seed_and_ordinal_alone() -> None:
     first, config = first_frames(), SampleConfig(num_steps=3)
     both, _ = sample(first, config)
     second, _ = sample(first[1:], config, ordinals=[1])
@@ -194,12 +194,12 @@ def test_wrong_scalars_are_refused_by_config_key(scalars: dict[str, float], sent
         SampleConfig(scalars=scalars)
 
 
-def test_a_size_that_does_not_fit_is_named() -> None:
+def test_size_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"20x24.* multiples of 8"):
         sample(torch.zeros(1, 3, 20, 24), SampleConfig())
 
 
-def test_the_public_pipeline_samples_the_same_video() -> None:
+def test_public_pipeline_samples_the_same_video() -> None:
     """diffusers' StableVideoDiffusionPipeline with the shipped tiny weights, from the same noise."""
     from diffusers import StableVideoDiffusionPipeline
 
@@ -244,7 +244,7 @@ def write_run(folder: Path, frozen: str) -> Path:
 
 
 @pytest.mark.parametrize("frozen", ["tiny", str(TINY)])
-def test_a_checkpoint_finds_its_parts_and_shape_in_its_run(tmp_path: Path, frozen: str) -> None:
+def test_frozen_parts_and_shape_of_a_checkpoint_are_read_from_its_run(tmp_path: Path, frozen: str) -> None:
     pipeline = load_pipeline(write_run(tmp_path / "run", frozen), torch.device("cpu"), torch.float32)
     assert (pipeline.num_frames, pipeline.height, pipeline.width) == (5, 64, 96)
     assert pipeline.autoencoder.downsampling == 8

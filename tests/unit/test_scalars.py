@@ -49,7 +49,7 @@ def test_values_come_from_the_clip_the_sample_or_a_default() -> None:
     assert math.isnan(clip_scalars(CLIP, {}.get)["zoom"])
 
 
-def test_a_number_of_the_sample_may_be_a_field_or_an_annotation() -> None:
+def test_number_of_the_sample_may_be_a_field_or_an_annotation() -> None:
     sample = Sample("a", 0, {}, 4, 8.0, 16, 16, 0.1, scalars={"zoom": 2.0}, annotations={"aesthetic": 5.0})
     assert [sample.number(name) for name in ("zoom", "aesthetic", "motion", "pan")] == [2.0, 5.0, 0.1, None]
     assert sample.as_row()["zoom"] == 2.0 and "scalars" not in sample.as_row()

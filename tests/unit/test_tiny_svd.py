@@ -50,13 +50,13 @@ def autoencoder() -> Autoencoder:
     return Autoencoder.load(TINY)
 
 
-def test_the_folder_is_under_four_megabytes_and_says_what_it_is():
+def test_folder_is_under_four_megabytes_and_has_a_readme():
     assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 4_000_000
     readme = (TINY / "README.md").read_text()
     assert all(word in readme for word in ("make_svd.py", "PSNR", "random weights", "Licence"))
 
 
-def test_a_clip_that_was_never_trained_on_comes_back_at_24_db(autoencoder):
+def test_held_out_clip_is_reconstructed_at_24_db(autoencoder):
     frames = read_clip("carphone_pristine.mp4", every=16)
     latents = posterior(autoencoder.encode(frames)) * autoencoder.scaling_factor
     error = (autoencoder.decode(latents[None])[0] - frames) / 2
@@ -82,7 +82,7 @@ def test_diffusers_pipeline_loads_it_and_samples(pipeline):
 
 
 @torch.no_grad()
-def test_our_image_token_is_the_one_the_pipeline_would_take(pipeline):
+def test_image_token_equals_the_diffusers_pipeline(pipeline):
     frame = Image.effect_noise((96, 64), 50).convert("RGB")
     theirs = pipeline._encode_image(frame, "cpu", 1, do_classifier_free_guidance=False)
     frames = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -92,7 +92,7 @@ def test_our_image_token_is_the_one_the_pipeline_would_take(pipeline):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_its_scheduler_walks_the_public_noise_levels(pipeline):
+def test_scheduler_has_the_public_noise_levels(pipeline):
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(5)
     ramp = torch.linspace(0, 1, 5)

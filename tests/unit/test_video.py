@@ -38,14 +38,14 @@ def test_mp4_holds_the_frames_and_plays_in_browsers(tmp_path: Path) -> None:
     assert np.abs(difference).mean() < 4
 
 
-def test_odd_sizes_and_fractional_rates(tmp_path: Path) -> None:
+def test_odd_sizes_and_fractional_rates_are_written(tmp_path: Path) -> None:
     write_mp4(moving_square(3, 49, 63), tmp_path / "odd.mp4", fps=29.97)
     decoded, stream = read_mp4(tmp_path / "odd.mp4")
     assert decoded.shape == (3, 48, 62, 3)
     assert float(stream.average_rate) == pytest.approx(29.97, abs=1e-3)
 
 
-def test_contact_sheet_has_a_row_a_video_from_first_frame_to_last(tmp_path: Path) -> None:
+def test_contact_sheet_has_a_row_per_video_from_first_frame_to_last(tmp_path: Path) -> None:
     videos = [moving_square(14, 32, 80), 255 - moving_square(3, 32, 80)]
     contact_sheet(videos, tmp_path / "sheet.png")
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
@@ -65,7 +65,7 @@ def test_read_image_covers_and_crops_the_centre(tmp_path: Path, size: tuple[int,
     assert image[:, 12, 16].min() > 200 and image[:, 0, 0].max() < 60
 
 
-def test_read_image_says_what_is_wrong(tmp_path: Path) -> None:
+def test_read_image_errors_name_the_cause(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.png"):
         read_image(tmp_path / "no.png", 8, 8)
     (tmp_path / "text.png").write_text("not an image")

@@ -41,7 +41,7 @@ def test_sample_of_an_ordinal_does_not_depend_on_earlier_reads(
         assert found.sample(ordinal) == whole[ordinal]
 
 
-def test_the_order_never_changes() -> None:
+def test_order_equals_recorded_values() -> None:
     # Golden values: a run that is resumed years later on another machine continues in this order.
     assert permutation(8, 0, 0).tolist() == [7, 1, 6, 0, 3, 5, 4, 2]
     assert order([3, 1, 5], 0, range(18)) == [5, 3, 8, 7, 1, 6, 4, 2, 0, 1, 6, 8, 5, 2, 4, 3, 0, 7]

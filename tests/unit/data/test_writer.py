@@ -31,7 +31,7 @@ def test_same_samples_give_same_bytes_and_no_partial_files(tmp_path: Path) -> No
     assert list(one) == ["index.jsonl", "shard-00000.tar", "shard-00001.tar"]
 
 
-def test_without_close_there_is_no_index(tmp_path: Path) -> None:
+def test_index_is_written_only_by_close(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path, samples_per_shard=1)
     writer.add("a", "mp4", encode(frames), sample_metadata(frames))
@@ -59,7 +59,7 @@ def test_overwrite_removes_the_shards(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_further_members_are_written(tmp_path: Path) -> None:
+def test_additional_members_are_written(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path)
     writer.add("a", "mp4", b"pixels", sample_metadata(frames), more={"latents.safetensors": b"latents"})

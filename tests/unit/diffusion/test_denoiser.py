@@ -13,7 +13,7 @@ def conditioning(concat: Tensor | None = None) -> Conditioning:
     return Conditioning(torch.randn(2, 1, 5), torch.randn(2, 3), concat, torch.zeros(2, 3, dtype=torch.bool))
 
 
-def test_scalings_are_the_papers() -> None:
+def test_scalings_equal_the_paper() -> None:
     sigma = torch.tensor([0.002, 1.0, 3.0, 700.0], dtype=torch.float64)
     c_skip, c_out, c_in, c_noise = scalings(sigma)
     torch.testing.assert_close(c_skip, 1 / (sigma**2 + 1))

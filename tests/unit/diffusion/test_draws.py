@@ -38,7 +38,7 @@ def test_every_number_changes_with_seed_and_ordinal() -> None:
             assert (value != base[name]).float().mean() > 0.99, name
 
 
-def test_shapes_and_distributions() -> None:
+def test_draws_have_their_shapes_and_distributions() -> None:
     draws = draw(0, range(2000), (1, 1, 2, 2), (1, 1, 2, 2))
     assert draws.u_B.shape == (2000,) and draws.drop_BN.shape == (2000, NUM_SIGNALS)
     assert draws.noise_BTChw.shape == (2000, 1, 1, 2, 2) and draws.noise_BTChw.dtype == torch.float32
@@ -55,13 +55,13 @@ def test_shapes_and_distributions() -> None:
         assert abs(normal.mean()) < 0.08 and abs(normal.std() - 1) < 0.06
 
 
-def test_what_is_given_moves_nothing_else() -> None:
+def test_shape_of_conditioning_frames_does_not_change_other_draws() -> None:
     one, other = tensors(draw(5, [7], LATENT, GIVEN)), tensors(draw(5, [7], LATENT, (2, 4, 5, 6)))
     assert one.pop("given_noise_BKCHW").shape != other.pop("given_noise_BKCHW").shape
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_offset_noise_is_one_number_a_channel_and_moves_nothing_else() -> None:
+def test_offset_noise_is_one_number_per_channel_and_changes_no_other_draw() -> None:
     plain = tensors(draw(1, [2, 3], LATENT, GIVEN))
     moved = tensors(draw(1, [2, 3], LATENT, GIVEN, offset_noise=0.5))
     offset = moved.pop("noise_BTChw") - plain.pop("noise_BTChw")
@@ -71,7 +71,7 @@ def test_offset_noise_is_one_number_a_channel_and_moves_nothing_else() -> None:
         assert torch.equal(value, moved[name]), name
 
 
-def test_a_signal_beyond_the_reserved_columns_moves_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_beyond_the_reserved_columns_changes_no_other_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tensors(draw(1, [2, 3], LATENT, GIVEN, offset_noise=0.5))
     names = (*signal_names(), *(f"new{i}" for i in range(5)))
     monkeypatch.setattr(draws_module, "signal_names", lambda: names)
@@ -84,6 +84,6 @@ def test_a_signal_beyond_the_reserved_columns_moves_nothing_else(monkeypatch: py
     assert draws.drop("new4", 1.0).all() and not draws.drop("new4", 0.0).any()
 
 
-def test_the_order_of_the_signals_is_fixed() -> None:
+def test_order_of_the_signals_is_fixed() -> None:
     """Another order would drop other conditions, and change the losses of every run."""
     assert signal_names()[:6] == ("context", "concat", "fps", "motion_bucket", "augmentation", "elevation")

@@ -22,7 +22,7 @@ def denoise(x_BTCHW: Tensor, sigma_B: Tensor, cond: Conditioning) -> Tensor:
     return torch.tanh(x_BTCHW + cond.concat_BTChw) * context + sigma_B[:, None, None, None, None] * scalars
 
 
-def test_scales() -> None:
+def test_scales_are_constant_linear_or_triangular() -> None:
     assert guidance_scale("linear", 1.0, 2.5, 4).tolist() == [1.0, 1.5, 2.0, 2.5]
     assert guidance_scale("constant", 1.0, 2.5, 3).tolist() == [2.5, 2.5, 2.5]
     triangle = guidance_scale("triangle", 1.0, 2.5, 21)

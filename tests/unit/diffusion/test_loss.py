@@ -23,7 +23,7 @@ def test_weight_times_c_out_squared_is_one() -> None:
     torch.testing.assert_close((1 + SIGMA**2) / SIGMA**2 * c_out**2, torch.ones_like(SIGMA))
 
 
-def test_v_loss_is_the_papers_weighted_error_of_x0() -> None:
+def test_v_loss_equals_the_weighted_error_of_x0() -> None:
     x0, noise = clip()
     net = lambda x, c_noise, *_: torch.sin(3 * x) + c_noise[:, None, None, None, None]  # noqa: E731
     sigma = SIGMA[:, None, None, None, None]
@@ -35,7 +35,7 @@ def test_v_loss_is_the_papers_weighted_error_of_x0() -> None:
     torch.testing.assert_close(error_BT, weighted.mean(dim=(2, 3, 4)), rtol=1e-8, atol=0)
 
 
-def test_the_target_is_the_output_that_recovers_x0() -> None:
+def test_target_is_the_output_that_recovers_x0() -> None:
     x0, noise = clip()
     target = v_target(x0, SIGMA, noise)
     x = x0 + SIGMA[:, None, None, None, None] * noise
@@ -43,7 +43,7 @@ def test_the_target_is_the_output_that_recovers_x0() -> None:
     assert v_loss(lambda *_: target, x0, SIGMA, noise, COND).max() == 0
 
 
-def test_errors_stay_with_their_frame() -> None:
+def test_errors_are_separate_for_each_frame() -> None:
     x0, noise = clip()
     wrong = v_target(x0, SIGMA, noise).clone()
     wrong[4, 1] += 2.0

@@ -38,7 +38,7 @@ def load(name: str) -> NoiseConfig:
 
 
 @pytest.mark.parametrize("name", QUANTILES)
-def test_sampled_quantiles_are_the_papers(name: str) -> None:
+def test_sampled_quantiles_equal_the_paper(name: str) -> None:
     noise = build_noise_schedule(load(name), 320, 576)
     u = torch.rand(400_000, dtype=torch.float64)
     sampled = torch.quantile(noise.quantile(u), LEVELS)
@@ -61,7 +61,7 @@ def test_every_kind_has_a_config_file() -> None:
     assert {load(name).kind for name in NAMES} == set(KINDS)
 
 
-def test_discrete_levels_are_stable_diffusions() -> None:
+def test_discrete_levels_equal_stable_diffusion() -> None:
     sigmas = Discrete().sigmas
     assert len(sigmas) == 1000
     assert sigmas[0].item() == pytest.approx(0.0292, abs=5e-5)

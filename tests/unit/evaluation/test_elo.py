@@ -29,7 +29,7 @@ def test_ratings_of_one_vote() -> None:
     assert expected_score(1400.0, 1000.0) == pytest.approx(10 / 11)
 
 
-def test_known_preferences_are_ranked_and_intervals_shrink() -> None:
+def test_known_preferences_are_ranked_with_separate_intervals() -> None:
     strengths = {"weak": 900.0, "middle": 1000.0, "strong": 1100.0}
     few, many = rate_models(simulate_votes(strengths, 300)), rate_models(simulate_votes(strengths, 3000))
     assert [rating.model for rating in many] == ["strong", "middle", "weak"]

@@ -53,13 +53,13 @@ def nodes(count: int) -> tuple[str, ...]:
     return tuple(f"n{i}" for i in range(count))
 
 
-def test_fit_nodes_have_no_fault(tmp_path: Path) -> None:
+def test_healthy_nodes_have_no_fault(tmp_path: Path) -> None:
     job = FakeJob(nodes(4))
     assert failing_nodes(job, tmp_path) == {}
     assert job.groups == [["n0", "n1", "n2", "n3"]] * 2, "alone, and together"
 
 
-def test_nodes_that_need_not_meet_are_checked_alone(tmp_path: Path) -> None:
+def test_nodes_are_checked_only_alone_if_together_is_false(tmp_path: Path) -> None:
     job = FakeJob(nodes(3), apart=["n1"])
     assert failing_nodes(job, tmp_path, together=False) == {} and len(job.groups) == 1
 
@@ -86,7 +86,8 @@ def test_node_that_reaches_no_other_is_named(
 ) -> None:
     job = FakeJob(nodes(count), apart=apart)
     assert set(failing_nodes(job, tmp_path)) == blamed
-    assert all(len(group) == 2 for group in job.groups[2:])
+    num_pairs = 0 if count == 2 else count
+    assert [len(group) for group in job.groups] == [count, count, *[2] * num_pairs], "alone, together, ring"
 
 
 def test_nodes_that_meet_only_in_pairs_are_all_named(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_steps_that_hang_share_one_time_limit(tmp_path: Path, monkeypatch: pytes
     assert notes and all("does not answer" in note for note in notes.values())
 
 
-def test_fit_machine_passes_and_missing_gpu_or_disk_is_an_error(tmp_path: Path) -> None:
+def test_healthy_machine_passes_and_missing_gpu_or_disk_is_an_error(tmp_path: Path) -> None:
     check_node(tmp_path, gpus=0)
     with pytest.raises(OSError, match="GPUs of its 1000"):
         check_node(tmp_path, gpus=1000)

@@ -85,11 +85,11 @@ def test_concat_is_the_posterior_mean_of_the_noised_frame_not_scaled(conditioner
     torch.testing.assert_close(concat, mean[:, None].expand_as(concat), rtol=1e-4, atol=1e-4)
 
 
-def test_concat_is_one_frame_seen_many_times_not_copies(conditioner, autoencoder):
+def test_concat_is_an_expanded_view_of_one_frame(conditioner, autoencoder):
     assert conditioner(autoencoder, **inputs()).concat_BTChw.stride(1) == 0
 
 
-def test_the_image_token_comes_from_the_clean_frame(conditioner, autoencoder):
+def test_image_token_comes_from_the_clean_frame(conditioner, autoencoder):
     quiet = conditioner(autoencoder, **inputs())
     noisy_scalars = inputs()["scalars"] | {"augmentation": torch.full((3,), 5.0)}
     noisy = conditioner(autoencoder, **inputs(scalars=noisy_scalars))
@@ -97,7 +97,7 @@ def test_the_image_token_comes_from_the_clean_frame(conditioner, autoencoder):
     assert not torch.allclose(quiet.concat_BTChw, noisy.concat_BTChw)
 
 
-def test_a_batch_equals_its_clips_one_by_one(conditioner, autoencoder):
+def test_batch_equals_its_clips_one_by_one(conditioner, autoencoder):
     given = inputs()
     whole = conditioner(autoencoder, **given)
     for i in range(3):
@@ -130,7 +130,7 @@ def test_scalars_are_dropped_one_by_one(conditioner, autoencoder):
     assert torch.equal(cond.scalars_BS[kept], full.scalars_BS[kept])
 
 
-def test_what_is_dropped_equals_the_branch_that_guidance_subtracts(conditioner, autoencoder):
+def test_dropped_signals_equal_the_unconditional_branch_of_guidance(conditioner, autoencoder):
     everything = torch.ones(3, dtype=torch.bool)
     dropped = conditioner(autoencoder, **inputs(), drop_context=everything, drop_concat=everything)
     unconditional = conditioner(autoencoder, **inputs()).unconditional()
@@ -139,14 +139,14 @@ def test_what_is_dropped_equals_the_branch_that_guidance_subtracts(conditioner, 
 
 
 @pytest.mark.parametrize("size", [(576, 1024), (128, 192), (225, 301)])
-def test_frames_are_resized_for_clip_as_the_public_pipeline_does(size):
+def test_frames_are_resized_for_the_clip_model_as_in_the_public_pipeline(size):
     frames = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(
         resize_antialiased(frames, 224), _resize_with_antialiasing(frames, (224, 224)), rtol=1e-4, atol=1e-5
     )
 
 
-def test_pixels_are_normalised_by_clips_mean_and_deviation():
+def test_pixels_are_normalised_for_the_clip_model():
     white = preprocess_frames(torch.ones(1, 3, 16, 16), 8)[0, :, 4, 4]
     torch.testing.assert_close(
         white,
@@ -156,7 +156,7 @@ def test_pixels_are_normalised_by_clips_mean_and_deviation():
 
 
 @torch.no_grad()
-def test_text_states_are_those_of_transformers_padded_to_77(autoencoder):
+def test_text_embeddings_equal_transformers_padded_to_77(autoencoder):
     conditioner = Conditioner.load(TEXT, TINY)
     captions = ["a man in a car", "word " * 200, ""]
     cond = conditioner(autoencoder, **inputs(captions=captions))
@@ -171,7 +171,7 @@ def test_text_states_are_those_of_transformers_padded_to_77(autoencoder):
     assert dropped.context_BLD[1].abs().max() == 0 < dropped.context_BLD[0].abs().max()
 
 
-def test_without_any_signal_the_context_is_a_zero_token(autoencoder):
+def test_context_without_a_signal_is_a_zero_token(autoencoder):
     config = ConditionerConfig(context="none", concat="none", scalars=(), context_width=32)
     conditioner = Conditioner.load(config, TINY)
     cond = conditioner(autoencoder, **inputs())
@@ -188,7 +188,7 @@ def test_both_ends_are_two_tokens_of_the_clean_frames(interpolator, conditioner,
         torch.testing.assert_close(tokens[:, token : token + 1], alone)
 
 
-def test_both_ends_lie_in_their_places_beside_a_mask(interpolator, autoencoder):
+def test_first_and_last_frame_are_concatenated_with_a_mask(interpolator, autoencoder):
     given = ends(autoencoder, num_frames=5)
     concat = interpolator(autoencoder, **given).concat_BTChw
     assert concat.shape == (3, 5, interpolator.concat_channels(autoencoder), 4, 6) == (3, 5, 5, 4, 6)
@@ -201,7 +201,7 @@ def test_both_ends_lie_in_their_places_beside_a_mask(interpolator, autoencoder):
         torch.testing.assert_close(found, clean * autoencoder.scaling_factor + noise, rtol=1e-4, atol=1e-4)
 
 
-def test_dropped_ends_are_the_branch_that_guidance_subtracts(interpolator, autoencoder):
+def test_dropped_ends_equal_the_unconditional_branch_of_guidance(interpolator, autoencoder):
     """No frame is given then, the mask says: a masked network has its embedding on all of them."""
     everything = torch.ones(3, dtype=torch.bool)
     given = ends(autoencoder)
@@ -221,21 +221,21 @@ def test_ends_need_a_last_frame_and_one_between(interpolator, autoencoder):
         interpolator(autoencoder, **ends(autoencoder, num_frames=2))
 
 
-def test_elevation_in_degrees_is_the_scalar_that_is_named_last(conditioner, autoencoder):
+def test_elevation_in_degrees_is_the_last_scalar(conditioner, autoencoder):
     config = ConditionerConfig(scalars=("fps", "motion_bucket", "augmentation", "elevation"))
     scalars = Conditioner(config, conditioner.encoder)(autoencoder, **inputs()).scalars_BS
     assert torch.equal(scalars[:, :3], conditioner(autoencoder, **inputs()).scalars_BS)
     assert scalars[:, 3].tolist() == [-5, 10, 30]
 
 
-def test_a_scalar_without_a_value_is_refused_by_config_key(conditioner, autoencoder):
+def test_scalar_without_a_value_is_refused_by_config_key(conditioner, autoencoder):
     config = ConditionerConfig(scalars=("fps", "elevation"))
     scalars = {name: value for name, value in inputs()["scalars"].items() if name != "elevation"}
     with pytest.raises(ValueError, match=r"names elevation, and sampling\.scalars\.elevation is not given"):
         Conditioner(config, conditioner.encoder)(autoencoder, **inputs(scalars=scalars))
 
 
-def test_nothing_keeps_a_graph(conditioner, autoencoder):
+def test_outputs_have_no_autograd_graph(conditioner, autoencoder):
     given = inputs()
     given["first_frame"].requires_grad_()
     cond = conditioner(autoencoder, **given)
@@ -248,7 +248,7 @@ def test_augmentation_sigma_is_log_normal():
     torch.testing.assert_close(sigma.log(), torch.tensor([-3.5, -3.0, -2.0]))
 
 
-def test_drop_rates_follow_what_the_context_is():
+def test_drop_rates_depend_on_the_kind_of_context():
     image = ConditionerConfig(drop_context=0.2, drop_text=0.3, drop_concat=0.4)
     assert (image.context_drop_rate, image.concat_drop_rate) == (0.2, 0.4)
     assert (TEXT.context_drop_rate, TEXT.concat_drop_rate) == (0.15, 0.0)
@@ -272,12 +272,12 @@ def test_drop_rates_follow_what_the_context_is():
         ({"augmentation_std": -1.0}, "augmentation_std is -1.0"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_refused(fields, sentence):
+def test_contradictory_config_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         ConditionerConfig(**fields)
 
 
-def test_a_folder_without_the_encoder_is_refused(tmp_path):
+def test_folder_without_the_encoder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"image_encoder/config\.json"):
         Conditioner.load(ConditionerConfig(), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"text_encoder/config\.json"):

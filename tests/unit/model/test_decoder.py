@@ -29,7 +29,7 @@ def test_decoder_equals_diffusers_for_every_clip() -> None:
         assert torch.allclose(decoded, theirs.decode(clip, num_frames=3).sample, atol=1e-6)
 
 
-def test_layers_that_video_adds_are_tagged_temporal() -> None:
+def test_added_video_layers_are_tagged_temporal() -> None:
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig())
     tags = parameter_tags(decoder)
@@ -62,7 +62,7 @@ def test_decoder_of_an_image_autoencoder_starts_with_the_same_frames() -> None:
 
 
 @torch.no_grad()
-def test_new_layers_are_equal_on_every_rank_and_get_gradients() -> None:
+def test_new_layers_start_equal_on_every_rank_and_get_gradients() -> None:
     image = image_autoencoder()
     (one, new), (other, _) = build_decoder(image, seed=3), build_decoder(image, seed=3)
     assert all(a.equal(b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

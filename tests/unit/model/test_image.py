@@ -17,7 +17,7 @@ from tests.networks import SMALL
 IMAGE = replace(SMALL, in_channels=4, num_scalars=0, temporal="none")
 
 
-def test_video_network_equals_it_on_images(randomize: Callable[[nn.Module], UNet]) -> None:
+def test_video_network_equals_the_image_network_on_images(randomize: Callable[[nn.Module], UNet]) -> None:
     image, video = randomize(UNet(IMAGE)), UNet(replace(IMAGE, temporal="svd"))
     missing, unexpected = video.load_state_dict(image.state_dict(), strict=False)
     assert not unexpected and {parameter_tags(video)[name] for name in missing} == {"temporal"}
@@ -32,7 +32,9 @@ def test_frames_are_independent(randomize: Callable[[nn.Module], UNet]) -> None:
     torch.testing.assert_close(unet(x, *others)[:, 1:2], unet(x[:, 1:2], *others))
 
 
-def test_only_the_original_layout_holds_it(randomize: Callable[[nn.Module], UNet], tmp_path: Path) -> None:
+def test_image_network_is_saved_in_the_original_layout_only(
+    randomize: Callable[[nn.Module], UNet], tmp_path: Path
+) -> None:
     unet = randomize(UNet(IMAGE))
     save_unet(unet, tmp_path / "image.safetensors", "original")
     found = load_unet(tmp_path / "image.safetensors")

@@ -72,7 +72,7 @@ def test_frame_conv_convolves_each_frame(stride: int, x_BTHWC: Tensor) -> None:
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5])
-def test_temporal_conv_is_the_3d_convolution(num_frames: int) -> None:
+def test_temporal_conv_equals_the_3d_convolution(num_frames: int) -> None:
     x = torch.randn(B, num_frames, H, W, C)
     layer = TemporalConv(C, 8)
     expected = F.conv3d(
@@ -83,7 +83,7 @@ def test_temporal_conv_is_the_3d_convolution(num_frames: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 16, 511, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_linear_is_torchs(rows: int, dtype: torch.dtype) -> None:
+def test_linear_equals_torch(rows: int, dtype: torch.dtype) -> None:
     layer, x = Linear(C, 8).to(dtype), torch.randn(rows, 2, C, dtype=dtype, requires_grad=True)
     inputs, grad = (x, layer.weight, layer.bias), torch.randn(rows, 2, 8, dtype=dtype)
     ours, theirs = layer(x), F.linear(*inputs)
@@ -94,7 +94,7 @@ def test_linear_is_torchs(rows: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_norms_take_their_statistics_per_frame_and_per_clip(x_BTHWC: Tensor) -> None:
+def test_norms_have_statistics_per_frame_and_per_clip(x_BTHWC: Tensor) -> None:
     frame, clip = FrameGroupNorm(C, 1e-6), VideoGroupNorm(C, 1e-6)
     x = channels_first(x_BTHWC)
     per_clip = F.silu(F.group_norm(x, 32, eps=1e-6))
@@ -147,14 +147,14 @@ class TestCrossAttention:
         one = self.layer(x_BTHWC[1:, 2:, 3:4, 5:], context[1:])
         torch.testing.assert_close(out[1:, 2:, 3:4, 5:], one, rtol=1e-4, atol=1e-5)
 
-    def test_one_token_is_the_value_path_exactly(self, x_BTHWC: Tensor) -> None:
+    def test_attention_to_one_token_equals_the_value_path(self, x_BTHWC: Tensor) -> None:
         context = torch.randn(B, 1, 48)
         q = self.layer.q(self.layer.norm(x_BTHWC)).view(B, -1, 2, 32)
         k, v = self.layer.kv(context).view(B, 1, 2, 2, 32).unbind(2)
         written_out = self.layer.out(attention(q, k, v, "reference").flatten(-2)).view(x_BTHWC.shape)
         torch.testing.assert_close(self.layer(x_BTHWC, context).expand_as(x_BTHWC), written_out)
 
-    def test_one_token_needs_no_queries(self, x_BTHWC: Tensor) -> None:
+    def test_attention_to_one_token_computes_no_queries(self, x_BTHWC: Tensor) -> None:
         out = self.layer(x_BTHWC, torch.randn(B, 1, 48))
         grads = torch.autograd.grad(out.sum(), list(self.layer.parameters()), allow_unused=True)
         unused = [

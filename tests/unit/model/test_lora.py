@@ -63,7 +63,7 @@ def test_merged_network_equals_adapted_one(unet: UNet, target: str, tokens: int)
     torch.testing.assert_close(forward_lora(unet, tokens), adapted, rtol=1e-4, atol=1e-4)
 
 
-def test_update_of_a_public_layer_is_its_own_b_times_a(unet: UNet) -> None:
+def test_update_of_a_public_layer_is_b_times_a(unet: UNet) -> None:
     before = copy.deepcopy(unet.middle[0].transformer.temporal[0].attention.qkv.weight)
     randomize_adapters(unet, add_lora(unet, LORA))
     state = lora_state(unet)

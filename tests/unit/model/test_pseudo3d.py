@@ -52,7 +52,7 @@ def test_network_starts_as_the_image_model_bit_for_bit(unet: UNet) -> None:
     torch.testing.assert_close(svd(*clip, image_only(True)), output, rtol=1e-5, atol=1e-5)
 
 
-def test_spatial_parameters_have_the_names_of_svds(unet: UNet) -> None:
+def test_spatial_parameters_have_the_names_of_svd(unet: UNet) -> None:
     def image_half(network: UNet) -> dict[str, str]:
         return {name: tag for name, tag in parameter_tags(network).items() if tag != "temporal"}
 
@@ -89,7 +89,7 @@ def test_weights_of_an_image_model_are_loaded(
 
 
 @pytest.mark.parametrize(("layout", "name"), [("diffusers", "folder"), ("original", "x.safetensors")])
-def test_no_public_layout_can_hold_it(unet: UNet, layout: str, name: str, tmp_path: Path) -> None:
+def test_saving_in_a_public_layout_is_refused(unet: UNet, layout: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kind make_a_video have no public layout"):
         save_unet(unet, tmp_path / name, layout)
     assert not (tmp_path / name).exists()

@@ -9,7 +9,7 @@ from svd_ds.model.spatial import SpatialAttention, SpatialResidual, SpatialTrans
 B, T, H, W, C = 2, 3, 4, 6, 64
 
 
-def test_residual_treats_frames_alone_and_broadcasts_the_clips_embedding() -> None:
+def test_residual_processes_frames_independently_and_broadcasts_the_embedding() -> None:
     block = SpatialResidual(C, 2 * C, 16, eps=1e-5)
     torch.nn.init.normal_(block.conv2.weight, std=0.1)
     x, embedding = torch.randn(B, T, H, W, C), torch.randn(B, 16)
@@ -35,7 +35,7 @@ def test_attention_mixes_the_pixels_of_a_frame_only() -> None:
     assert not reached.any()
 
 
-def test_attention_knows_no_order_of_pixels() -> None:
+def test_attention_is_equivariant_to_permutations_of_pixels() -> None:
     block = SpatialAttention(C, 32, "sdpa")
     x = torch.randn(1, 1, 1, H * W, C)
     order = torch.randperm(H * W)

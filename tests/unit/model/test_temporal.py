@@ -38,7 +38,7 @@ def test_attention_mixes_the_frames_of_a_pixel_only(num_clips: int) -> None:
     assert not reached.any()
 
 
-def test_attention_equals_the_written_out_one() -> None:
+def test_attention_equals_the_formula() -> None:
     x = torch.randn(B, T, H, W, C)
     block = TemporalAttention(C, 32, "sdpa")
     out = block(x)

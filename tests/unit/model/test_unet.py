@@ -91,7 +91,7 @@ class TestAgainstDiffusers:
         ("clips", "frames", "tokens", "height", "width"),
         [(1, 1, 1, 8, 16), (3, 5, 77, 24, 8), (1, 14, 77, 8, 8), (1, 25, 1, 8, 8), (3, 2, 1, 40, 24)],
     )
-    def test_values_and_gradients_in_single_precision(
+    def test_values_and_gradients_equal_diffusers_in_single_precision(
         self, clips: int, frames: int, tokens: int, height: int, width: int, pair_of: Any, compare: Any
     ) -> None:
         config = replace(FULL, widths=(32, 64, 64, 64), head_width=32, context_width=48, scalar_width=32)
@@ -104,7 +104,7 @@ class TestAgainstDiffusers:
     @pytest.mark.parametrize("clips", [1, 3])
     @pytest.mark.parametrize("tokens", [1, 77])
     @pytest.mark.parametrize("depth", [1, 2])
-    def test_every_gradient_in_double_precision(
+    def test_every_gradient_equals_diffusers_in_double_precision(
         self, clips: int, tokens: int, depth: int, pair_of: Any, compare: Any
     ) -> None:
         """Single precision is too coarse for a mix factor's gradient, a small sum of large terms."""
@@ -118,7 +118,7 @@ class TestAgainstDiffusers:
         for name, (found, expected) in grads.items():
             assert (found - expected).norm() < 1e-10 * expected.norm() + 1e-13 * scale, name
 
-    def test_images_among_video_frames(self, pair_of: Any) -> None:
+    def test_images_among_video_frames_equal_diffusers(self, pair_of: Any) -> None:
         """diffusers' UNet takes no image_only, but its blocks do."""
         ours, theirs = pair_of(SMALL)
         clips, frames, width = 2, 3, SMALL.widths[0]
@@ -144,7 +144,7 @@ def test_blocks_are_the_16_transformers_and_22_residual_blocks() -> None:
 
 
 class TestImages:
-    def test_image_only_is_the_image_model(self, image_unet: Any, randomize: Any) -> None:
+    def test_image_only_equals_the_image_model(self, image_unet: Any, randomize: Any) -> None:
         """With image_only the output equals the image UNet's: temporal layers have no effect."""
         config = replace(SMALL, in_channels=4, num_scalars=0)
         theirs = image_unet(config)
@@ -247,11 +247,11 @@ class TestForward:
         inputs["scalars"][0, 1] = 30.0
         torch.testing.assert_close(unet(*inputs.values())[0], dropped[0])
 
-    def test_the_output_is_contiguous_in_the_dtype_of_the_weights(self) -> None:
+    def test_output_is_contiguous_in_the_dtype_of_the_weights(self) -> None:
         out = UNet(SMALL).bfloat16()(*draw_inputs(SMALL, 1, 2, 1, 8, 8).values())
         assert out.dtype == torch.bfloat16 and out.is_contiguous() and out.shape == (1, 2, 4, 8, 8)
 
-    def test_blocks_can_be_recomputed_from_outside(self, randomize: Any) -> None:
+    def test_blocks_can_be_recomputed(self, randomize: Any) -> None:
         unet, inputs = randomize(UNet(SMALL)), draw_inputs(SMALL, 1, 2, 1, 8, 8)
         expected = run(unet, inputs, torch.float32)
         for block in unet.blocks().values():

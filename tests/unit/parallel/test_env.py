@@ -40,13 +40,13 @@ def place(env: Env) -> tuple[int, int, int, int, str]:
     return env.rank, env.world, env.local_rank, env.local_world, env.address
 
 
-def test_by_hand_is_one_rank() -> None:
+def test_process_started_by_hand_is_the_only_rank() -> None:
     env = Env.read({})
     assert place(env) == (0, 1, 0, 1, "127.0.0.1")
     assert (env.device, env.backend) == (torch.device("cpu"), "gloo")
 
 
-def test_torchrun() -> None:
+def test_torchrun_variables_give_the_rank() -> None:
     env = Env.read(TORCHRUN)
     assert place(env) == (5, 8, 1, 4, "head")
     assert env.port == 29500
@@ -81,7 +81,7 @@ def test_interactive_shell_is_one_rank() -> None:
     )
 
 
-def test_torchrun_inside_srun_wins() -> None:
+def test_torchrun_takes_precedence_over_srun() -> None:
     assert place(Env.read(SRUN | TORCHRUN)) == (5, 8, 1, 4, "head")
 
 
@@ -95,7 +95,7 @@ def test_torchrun_inside_srun_wins() -> None:
         ("n[7]-ib", "n7-ib"),
     ],
 )
-def test_first_host(nodelist: str, first: str) -> None:
+def test_first_host_of_a_node_list_is_the_master(nodelist: str, first: str) -> None:
     assert Env.read(SRUN | {"SLURM_STEP_NODELIST": nodelist}).address == first
 
 
@@ -139,7 +139,9 @@ def test_too_few_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"bf16": True}, True),
     ],
 )
-def test_supports_bf16(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], native: bool) -> None:
+def test_bf16_is_supported_by_capability(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], native: bool
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert supports_bf16(torch.device("cpu")) is native
 

@@ -36,7 +36,7 @@ def test_all_ranks_are_data_parallel_and_each_is_a_model_of_its_own() -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_plan_of_other_ranks_than_are_there_is_refused() -> None:
+def test_plan_for_another_number_of_ranks_is_refused() -> None:
     with pytest.raises(AssertionError, match="2 ranks planned, 1 present"):
         create_groups(ParallelDims(2))
 

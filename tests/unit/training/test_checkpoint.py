@@ -209,7 +209,7 @@ def test_end_of_the_run_waits_for_the_pending_save(folder: Path) -> None:
     with checkpoints(folder, start_session=0) as store:
         begin_save(store, 1)
     assert store.latest() == folder / "step-0000001"
-    with pytest.raises(SharedError), checkpoints(folder, start_session=1) as store:
+    with pytest.raises(SharedError, match="all ranks know"), checkpoints(folder, start_session=1) as store:
         begin_save(store, 2)
         raise SharedError("all ranks know")
     assert store.latest() == folder / "step-0000002"

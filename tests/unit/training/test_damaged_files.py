@@ -35,6 +35,10 @@ FILES = [
 ]
 
 
+NOT_REPAIRED = {"logs/restarts.jsonl", "state.json"}
+"""Files whose damage may end a restart; the others never do."""
+
+
 @pytest.fixture
 def intact(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path)
@@ -80,8 +84,8 @@ def damages(content: bytes) -> Iterator[bytes | None]:
         yield content[: drawn.randrange(len(content))]
         zeroed = drawn.randrange(len(content))
         yield content[:zeroed] + bytes(len(content) - zeroed)
-        place = drawn.randrange(len(content))
-        yield content[:place] + bytes([content[place] ^ 1 << drawn.randrange(8)]) + content[place + 1 :]
+        at = drawn.randrange(len(content))
+        yield content[:at] + bytes([content[at] ^ 1 << drawn.randrange(8)]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -100,7 +104,7 @@ def test_damaged_file_is_repaired_or_named(intact: RunFolder, name: str) -> None
         try:
             restart(intact)
         except (ValueError, OSError) as error:
-            assert str(file) in str(error), (damage, error)
+            assert name in NOT_REPAIRED and str(file) in str(error), (damage, error)
             continue
         restart(intact)
         assert RunFolder(intact.path).check_config_matches(CONFIG) is None

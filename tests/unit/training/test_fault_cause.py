@@ -34,7 +34,9 @@ WRONG = ((0.5, nan), (0.5, 0.7))
         ((3e38, 3e38), (3e38, 3e38), False),
     ],
 )
-def test_is_different(first: tuple[float, ...], second: tuple[float, ...], expected: bool) -> None:
+def test_numbers_are_different_beyond_the_tolerance(
+    first: tuple[float, ...], second: tuple[float, ...], expected: bool
+) -> None:
     assert is_different(first, second, TOLERANCE) is expected
 
 

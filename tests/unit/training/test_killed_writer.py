@@ -121,7 +121,9 @@ def end_and_resume(server: Any, base: Path, run: Path, operation: int) -> bool:
     assert newest is not None and load(newest) == (step + 1, {float(step + 1)}), operation
     left = {path.name for path in folder.iterdir() if path.is_dir()}
     assert left == {newest.name}, f"{operation}: incomplete folders are removed"
-    for kept in (run / "averages").iterdir():
+    averages = sorted((run / "averages").iterdir())
+    assert "step-0000002" in {kept.name for kept in averages}, f"{operation}: averages are lost"
+    for kept in averages:
         check_checkpoint(kept, ["state.json", "ema-power-0.100/rank-00000-of-00001.safetensors"])
     shutil.rmtree(run)
     return writer.exitcode == KILLED

@@ -137,7 +137,7 @@ def words(*parts: str) -> list[str]:
     return " ".join(parts).split()
 
 
-def test_a_step_reads_and_differentiates_each_micro_batch_then_updates_weights_averages_and_metrics() -> None:
+def test_step_reads_and_differentiates_each_micro_batch_then_updates_weights_averages_and_metrics() -> None:
     recorder = Recorder()
     end = train(recorder.components(), replace(CONFIG, total_steps=1), START)
     assert recorder.calls == words(STEP, EVALUATION, "poll save preview log_preview finish heartbeat"), (
@@ -158,7 +158,7 @@ def test_evaluations_checkpoints_and_previews_come_at_their_intervals_and_at_the
     assert end.step == 4
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_ends_without_evaluation_or_preview() -> None:
+def test_run_that_is_asked_to_stop_saves_and_ends_without_evaluation_or_preview() -> None:
     recorder = Recorder()
     stop = SimpleNamespace(asked=True, failing_nodes={})
     end = train(recorder.components(stop=stop), CONFIG, START)
@@ -172,7 +172,7 @@ SKIPPED = (
 )
 
 
-def test_a_step_out_of_bounds_is_computed_again_then_skipped_and_its_save_waits_for_a_taken_step() -> None:
+def test_step_out_of_bounds_is_computed_again_then_skipped_and_its_save_waits_for_a_taken_step() -> None:
     recorder = Recorder(lambda step: float("nan") if step == 2 else 1.0)
     end = train(recorder.components(evaluation=None), replace(CONFIG, total_steps=3), START)
     assert recorder.calls == words(
@@ -217,13 +217,13 @@ def test_weights_that_are_not_finite_in_a_save_roll_back() -> None:
     assert end.guard.rollbacks == 1
 
 
-def test_a_run_whose_last_step_is_skipped_is_refused() -> None:
+def test_run_whose_last_step_is_skipped_is_refused() -> None:
     recorder = Recorder(lambda step: float("nan") if step == 4 else 1.0)
     with pytest.raises(SharedError, match=r"reached run.steps=4 with its last 1 steps skipped"):
         train(recorder.components(evaluation=None), CONFIG, START)
 
 
-def test_a_run_whose_folder_another_restart_has_acquired_ends_before_the_optimizer() -> None:
+def test_run_whose_folder_another_restart_has_acquired_ends_before_the_optimizer() -> None:
     recorder = Recorder()
     components = recorder.components()
 

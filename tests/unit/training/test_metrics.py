@@ -123,10 +123,13 @@ def test_full_disk_is_an_error_that_names_the_file(tmp_path: Path, name: str) ->
         (run.path / name).unlink(missing_ok=True)
         (run.path / name).symlink_to("/dev/full")
         metrics.jsonl = LineFile(run.metrics)
+        log = {
+            "metrics.jsonl": lambda: metrics.log(step(1)),
+            "evaluation.jsonl": lambda: metrics.log_evaluation(1, 8, evaluation(0.5)),
+            "logs/skipped.jsonl": lambda: metrics.log_fault(1, "the loss is nan", ["a"]),
+        }[name]
         with pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"):
-            metrics.log(step(1))
-            metrics.log_evaluation(1, 8, evaluation(0.5))
-            metrics.log_fault(1, "the loss is nan", ["a"])
+            log()
 
 
 def test_full_disk_drops_a_line_of_train_log_and_the_run_continues(

@@ -30,7 +30,7 @@ def restart(folder: Path, resume: str) -> tuple[Resume, Checkpoints]:
     return found, store
 
 
-def test_named_checkpoint_of_own_run_rewinds_once_and_then_the_run_continues(folder: Path) -> None:
+def test_named_checkpoint_of_own_run_rewinds_the_run_only_once(folder: Path) -> None:
     store = checkpoints(folder, keep_last=9)
     for step in (2, 4, 6):
         save(store, step)
@@ -57,7 +57,7 @@ def test_named_checkpoint_may_be_removed_once_the_run_has_its_own(folder: Path) 
     assert restart(folder, str(folder / "step-0000002"))[0].path == folder / "step-0000004"
 
 
-def test_named_checkpoint_of_another_run_counts_until_the_run_has_its_own(tmp_path: Path) -> None:
+def test_named_checkpoint_of_another_run_is_resumed_until_the_run_has_its_own(tmp_path: Path) -> None:
     other, own = tmp_path / "other/checkpoints", tmp_path / "own/checkpoints"
     save(checkpoints(other), 4)
     save(checkpoints(own), 2)  # of an earlier restart, which does not descend from the named one
@@ -81,7 +81,7 @@ def test_restart_by_auto_keeps_the_origin(tmp_path: Path) -> None:
     assert restart(own, str(other / "step-0000004"))[0].path == own / "step-0000008"
 
 
-def test_another_named_checkpoint_counts(tmp_path: Path) -> None:
+def test_another_named_checkpoint_is_resumed(tmp_path: Path) -> None:
     other, own = tmp_path / "other/checkpoints", tmp_path / "own/checkpoints"
     store = checkpoints(other, keep_last=9)
     for step in (2, 4):
@@ -105,7 +105,7 @@ def test_another_named_checkpoint_counts(tmp_path: Path) -> None:
         (None, None, False),
     ],
 )
-def test_never_refuses_checkpoints_except_those_of_the_same_job(
+def test_resume_never_refuses_checkpoints_except_those_of_the_same_job(
     saved: tuple[str, str] | None,
     now: tuple[str, str] | None,
     resumes: bool,

@@ -47,7 +47,7 @@ def test_draft_without_the_file_of_a_rank_is_not_committed(folder: Path, missing
     assert complete_checkpoints(folder) == {}
 
 
-def test_lost_restarts_end_no_run(folder: Path) -> None:
+def test_run_survives_a_lost_restarts_file(folder: Path) -> None:
     store, restarts = checkpoints(folder, keep_last=9), restarts_path(folder)
     save(store, 1)
     restarts.unlink()
@@ -63,7 +63,7 @@ def test_lost_restarts_end_no_run(folder: Path) -> None:
     assert store.is_fenced() and not after.is_fenced()
 
 
-def test_torn_last_row_is_that_of_the_newest_restart(folder: Path) -> None:
+def test_torn_last_row_belongs_to_the_newest_restart(folder: Path) -> None:
     stale = checkpoints(folder)
     store, restarts = checkpoints(folder), restarts_path(folder)
     restarts.write_bytes(restarts.read_bytes()[:-9])
@@ -72,7 +72,7 @@ def test_torn_last_row_is_that_of_the_newest_restart(folder: Path) -> None:
     assert stale.is_fenced(), "one of the two writes"
 
 
-def test_damage_after_a_newer_token_lets_no_stale_process_write(folder: Path) -> None:
+def test_stale_process_stays_fenced_after_damage_of_the_restarts_file(folder: Path) -> None:
     stale, store = checkpoints(folder), checkpoints(folder)
     restarts = restarts_path(folder)
     tokens = [restart.token for restart in read_restarts(folder)]
@@ -81,7 +81,7 @@ def test_damage_after_a_newer_token_lets_no_stale_process_write(folder: Path) ->
     assert stale.is_fenced()
 
 
-def test_queued_restart_fences_nobody(folder: Path) -> None:
+def test_queued_restart_does_not_fence_the_running_process(folder: Path) -> None:
     store, run = checkpoints(folder), RunFolder(folder.parent)
     record_queued_restart(run, 7, limit=3)
     assert not store.is_fenced()
@@ -162,7 +162,7 @@ def test_other_entry_at_the_name_of_a_checkpoint_is_replaced(folder: Path, kind:
     assert [path.name for path in folder.iterdir()] == ["step-0000001"]
 
 
-def test_drafts_of_killed_restarts_are_removed_whatever_they_are(folder: Path) -> None:
+def test_drafts_of_killed_restarts_are_removed_even_as_files_or_links(folder: Path) -> None:
     (folder / "step-0000001.ab.tmp").mkdir()
     (folder / "step-0000002.ab.tmp").write_text("")
     (folder / "step-0000003.ab.tmp").symlink_to(folder)

@@ -21,7 +21,7 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_missing_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_missing_folder_is_created_and_left_empty(tmp_path: Path) -> None:
     check_shared_folder(tmp_path / "runs/new", Env.read({}))
     assert list((tmp_path / "runs/new").iterdir()) == []
 
@@ -32,7 +32,7 @@ def test_relative_folder_is_in_the_working_directory(tmp_path: Path, monkeypatch
     assert (tmp_path / "runs/new").is_dir()
 
 
-def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     for run in (tmp_path / "taken", tmp_path / "taken/run"):
         with pytest.raises(SharedError, match=rf"^run\.dir={run} cannot be made or written to: ") as raised:

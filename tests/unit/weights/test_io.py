@@ -31,13 +31,13 @@ PUBLIC_HEADS = replace(SMALL, widths=(64, 128), head_width=64, scalar_width=256,
 
 class TestPublicLayouts:
     @pytest.mark.parametrize("layout", ["diffusers", "original"])
-    def test_round_trip(self, layout: str, unet: UNet, tmp_path: Path) -> None:
+    def test_saved_weights_are_loaded_bit_by_bit(self, layout: str, unet: UNet, tmp_path: Path) -> None:
         path = tmp_path / ("folder" if layout == "diffusers" else "file.safetensors")
         svd_ds.save_unet(unet, path, layout)
         assert_same(svd_ds.load_unet(path), unet)
 
     @pytest.mark.parametrize("layout", ["diffusers", "original"])
-    def test_a_masked_network_keeps_its_embedding(self, layout: str, randomize: Any, tmp_path: Path) -> None:
+    def test_masked_network_keeps_its_embedding(self, layout: str, randomize: Any, tmp_path: Path) -> None:
         masked = randomize(UNet(replace(SMALL, in_channels=9, masked=True)))
         path = tmp_path / ("folder" if layout == "diffusers" else "file.safetensors")
         save_unet(masked, path, layout)
@@ -78,7 +78,9 @@ class TestPublicLayouts:
         inputs = (x, torch.randn(1), context, torch.tensor([[6.0, 127.0, 0.02]]))
         torch.testing.assert_close(public(*inputs).sample, unet(*inputs), rtol=1e-4, atol=1e-4)
 
-    def test_what_diffusers_saves_is_read(self, public_unet: Any, from_public: Any, tmp_path: Path) -> None:
+    def test_files_saved_by_diffusers_are_read(
+        self, public_unet: Any, from_public: Any, tmp_path: Path
+    ) -> None:
         public = public_unet(SMALL)
         public.save_pretrained(tmp_path / "unet", max_shard_size="1MB")
         assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
@@ -87,7 +89,7 @@ class TestPublicLayouts:
         assert_same(load_unet(tmp_path), expected)  # the pipeline's folder
         assert_same(load_unet(tmp_path / "unet"), expected)
 
-    def test_a_half_precision_variant_is_read_into_float32(self, unet: UNet, tmp_path: Path) -> None:
+    def test_half_precision_variant_is_read_into_float32(self, unet: UNet, tmp_path: Path) -> None:
         save_unet(unet.half(), tmp_path)
         (tmp_path / "diffusion_pytorch_model.safetensors").rename(
             tmp_path / "diffusion_pytorch_model.fp16.safetensors"
@@ -95,7 +97,7 @@ class TestPublicLayouts:
         assert_same(load_unet(tmp_path), unet.float())
         assert {tensor.dtype for _, tensor in read_weights(tmp_path)[1]} == {torch.float16}
 
-    def test_the_original_file_needs_no_config_and_may_hold_more(self, tmp_path: Path) -> None:
+    def test_original_file_needs_no_config_and_may_hold_more(self, tmp_path: Path) -> None:
         unet = UNet(PUBLIC_HEADS)
         save_unet(unet, tmp_path / "saved.safetensors", "original")
         tensors = load_file(tmp_path / "saved.safetensors")
@@ -103,7 +105,7 @@ class TestPublicLayouts:
         save_file(tensors, tmp_path / "public.safetensors")  # without our metadata
         assert_same(load_unet(tmp_path / "public.safetensors"), unet)
 
-    def test_a_network_without_scalars_has_the_original_layout_only(self, tmp_path: Path) -> None:
+    def test_network_without_scalars_has_the_original_layout_only(self, tmp_path: Path) -> None:
         unet = UNet(replace(SMALL, in_channels=4, num_scalars=0))
         save_unet(unet, tmp_path / "t2v.safetensors", "original")
         assert_same(load_unet(tmp_path / "t2v.safetensors"), unet)
@@ -258,7 +260,7 @@ def test_reading_and_converting_take_little_more_memory_than_the_weights(
     assert all(share > 0.9 for form, share in shares.items() if form.startswith("load")), shares
 
 
-def test_the_package_offers_loading_without_importing_torch_at_once() -> None:
+def test_package_offers_loading_without_importing_torch() -> None:
     code = "import sys, svd_ds; light = 'torch' not in sys.modules; svd_ds.load_unet; assert light"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -134,7 +134,7 @@ def test_layers_with_alphas_of_their_own_keep_them(unet: UNet, pairs: Pairs, tmp
     assert_adapted(unet, wanted)
 
 
-def test_a_linear_layer_outside_attention_is_merged(unet: UNet, tmp_path: Path) -> None:
+def test_linear_layer_outside_attention_is_merged(unet: UNet, tmp_path: Path) -> None:
     a, b = torch.randn(2, 64), torch.randn(64, 2)
     name = "lora_unet_mid_block_attentions_0_proj_in"
     state = {f"{name}.lora_down.weight": a[..., None, None], f"{name}.lora_up.weight": b[..., None, None]}
@@ -212,7 +212,7 @@ def test_invalid_matrices_are_refused_by_tensor(unet: UNet, kind: str, tmp_path:
         (torch.tensor(float("nan")), "to_q.alpha .* must be one finite number"),
     ],
 )
-def test_an_alpha_is_one_finite_number(unet: UNet, alpha: Tensor, words: str, tmp_path: Path) -> None:
+def test_alpha_must_be_one_finite_number(unet: UNet, alpha: Tensor, words: str, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     halves = {"lora_down.weight": torch.ones(4, 64), "lora_up.weight": torch.ones(64, 4), "alpha": alpha}
     save_file({f"{IN_KOHYA}.{name}": value for name, value in halves.items()}, path)
@@ -220,7 +220,7 @@ def test_an_alpha_is_one_finite_number(unet: UNet, alpha: Tensor, words: str, tm
         merge_lora_file(unet, path)
 
 
-def test_an_alpha_without_its_adapter_is_refused(unet: UNet, pairs: Pairs, tmp_path: Path) -> None:
+def test_alpha_without_its_adapter_is_refused(unet: UNet, pairs: Pairs, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file(kohya(pairs) | {"lora_unet_absent.alpha": torch.ones(())}, path)
     with pytest.raises(ValueError, match=r"holds lora_unet_absent\.alpha without the adapter"):
@@ -239,7 +239,7 @@ def test_low_precision_adapters_are_added_at_full_precision(
 
 
 @pytest.mark.parametrize("end", ["default", "camera-motion", "adapter_0"])
-def test_a_named_adapter_of_peft_is_read(unet: UNet, pairs: Pairs, end: str, tmp_path: Path) -> None:
+def test_named_adapter_of_peft_is_read(unet: UNet, pairs: Pairs, end: str, tmp_path: Path) -> None:
     state = {key.replace(".weight", f".{end}.weight"): value for key, value in peft(pairs).items()}
     save_file(state, tmp_path / "lora.safetensors")
     wanted = expected(unet, pairs, 1.0)
@@ -247,7 +247,7 @@ def test_a_named_adapter_of_peft_is_read(unet: UNet, pairs: Pairs, end: str, tmp
     assert_adapted(unet, wanted)
 
 
-def test_alphas_by_module_and_the_scale_of_rslora(unet: UNet, pairs: Pairs, tmp_path: Path) -> None:
+def test_alphas_by_module_and_rslora_scale_are_applied(unet: UNet, pairs: Pairs, tmp_path: Path) -> None:
     save_file(peft(pairs), tmp_path / "adapter_model.safetensors")
     settings = {"r": RANK, "lora_alpha": 2, "use_rslora": True, "alpha_pattern": {"attn1.to_v": 6}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
@@ -257,7 +257,7 @@ def test_alphas_by_module_and_the_scale_of_rslora(unet: UNet, pairs: Pairs, tmp_
     assert_adapted(unet, wanted)
 
 
-def test_a_missing_file_and_a_pointer_are_named(unet: UNet, tmp_path: Path) -> None:
+def test_missing_file_and_a_pointer_are_named(unet: UNet, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no LoRA file .*x\.safetensors"):
         merge_lora_file(unet, tmp_path / "x.safetensors")
     (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")

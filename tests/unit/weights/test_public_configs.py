@@ -27,13 +27,13 @@ SMALL = UNetConfig(
         replace(SMALL, in_channels=9, masked=True),
     ],
 )
-def test_through_diffusers_and_back(config: UNetConfig) -> None:
+def test_config_round_trip_through_diffusers_is_exact(config: UNetConfig) -> None:
     fields = json.loads(json.dumps(config_to_diffusers(config)))
     assert config_from_diffusers(fields) == config
     assert config_to_diffusers(config_from_diffusers(fields)) == fields
 
 
-def test_the_full_model_is_diffusers_default() -> None:
+def test_full_model_config_equals_the_diffusers_default() -> None:
     from diffusers import UNetSpatioTemporalConditionModel
 
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def test_the_full_model_is_diffusers_default() -> None:
         {"in_channels": 9, "masked": True},
     ],
 )
-def test_from_the_original_shapes(changes: dict[str, int]) -> None:
+def test_config_is_derived_from_the_original_shapes(changes: dict[str, int]) -> None:
     config = replace(UNetConfig(), **changes)
     modules = public_modules(config, "original")
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from tests.networks import SMALL, assert_same, save_checkpoint, seal
 
 class TestRuns:
     @pytest.mark.parametrize("ranks", [1, 3])
-    def test_a_checkpoints_shards_are_joined(self, ranks: int, unet: UNet, tmp_path: Path) -> None:
+    def test_checkpoints_shards_are_joined(self, ranks: int, unet: UNet, tmp_path: Path) -> None:
         save_checkpoint(tmp_path, unet, ranks)
         assert_same(load_unet(tmp_path), unet)
 
@@ -31,7 +31,7 @@ class TestRuns:
         save_checkpoint(tmp_path, unet, 2)
         assert_same(load_unet(tmp_path), unet)
 
-    def test_a_run_is_its_newest_complete_checkpoint(self, unet: UNet, tmp_path: Path) -> None:
+    def test_weights_of_a_run_are_its_newest_complete_checkpoint(self, unet: UNet, tmp_path: Path) -> None:
         for step in (90, 100, 110):
             nn.init.constant_(unet.conv_in.bias, step)
             save_checkpoint(tmp_path / f"checkpoints/step-{step:07d}", unet, 2)
@@ -71,7 +71,7 @@ class TestRuns:
         with pytest.raises(ValueError, match=r"damaged: unet/rank-00001-of-00003.safetensors is missing"):
             load_unet(tmp_path)
 
-    def test_a_run_without_checkpoints(self, tmp_path: Path) -> None:
+    def test_run_without_checkpoints_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoints").mkdir()
         with pytest.raises(ValueError, match="no complete checkpoint yet"):
             load_unet(tmp_path)
@@ -98,7 +98,7 @@ class TestHandOver:
         assert wider.conv_in.weight.shape[-1] == 9
         assert wider.embedding.scalars.linear1.weight.shape[-1] == 4 * 32
 
-    def test_a_video_model_starts_from_an_image_stage(self, randomize: Any, tmp_path: Path) -> None:
+    def test_video_model_starts_from_an_image_stage(self, randomize: Any, tmp_path: Path) -> None:
         image = randomize(UNet(replace(SMALL, in_channels=4, num_scalars=0, temporal="none")))
         save_checkpoint(tmp_path, image, 2)
         video = load_unet(tmp_path, config=replace(SMALL, in_channels=4, num_scalars=2))
@@ -121,7 +121,7 @@ class TestWrongFiles:
         save_file(tensors, file)
         return folder
 
-    def test_another_shape(self, tmp_path: Path) -> None:
+    def test_tensor_of_another_shape_is_refused(self, tmp_path: Path) -> None:
         name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
         path = self.change(tmp_path, lambda tensors: tensors.update({name: torch.zeros(64, 96)}))
         with pytest.raises(
@@ -129,18 +129,18 @@ class TestWrongFiles:
         ):
             load_unet(path)
 
-    def test_a_tensor_too_few(self, tmp_path: Path) -> None:
+    def test_missing_tensor_is_refused(self, tmp_path: Path) -> None:
         path = self.change(tmp_path, lambda tensors: tensors.pop("conv_in.bias"))
         with pytest.raises(ValueError, match=rf"{path}.* lacks conv_in.bias, of shape \(32,\)"):
             load_unet(path)
 
-    def test_one_temporal_tensor_too_few(self, tmp_path: Path) -> None:
+    def test_missing_temporal_tensor_is_refused(self, tmp_path: Path) -> None:
         name = "mid_block.resnets.0.time_mixer.mix_factor"
         path = self.change(tmp_path, lambda tensors: tensors.pop(name))
         with pytest.raises(ValueError, match=r"lacks middle.0.residual.alpha.mix_factor"):
             load_unet(path)
 
-    def test_a_tensor_too_many(self, tmp_path: Path) -> None:
+    def test_unknown_tensor_is_refused(self, tmp_path: Path) -> None:
         path = self.change(tmp_path, lambda tensors: tensors.update(extra=torch.zeros(1)))
         with pytest.raises(ValueError, match=rf"{path}.* holds extra, for which the network has no place"):
             load_unet(path)
@@ -161,7 +161,7 @@ class TestWrongFiles:
         ids=lambda part: next(iter(part)) if isinstance(part, dict) else "",
     )
     @pytest.mark.parametrize("form", ["diffusers", "checkpoint"])
-    def test_another_network_asked_for(
+    def test_config_of_another_network_is_refused(
         self, unet: UNet, tmp_path: Path, form: str, changes: dict[str, Any], words: str
     ) -> None:
         if form == "diffusers":
@@ -183,7 +183,7 @@ class TestWrongFiles:
         with pytest.raises(ValueError, match=r"holds no model.diffusion_model.input_blocks.0.0.weight"):
             load_unet(tmp_path / "x.safetensors")
 
-    def test_an_average_of_public_weights(self, unet: UNet, tmp_path: Path) -> None:
+    def test_average_of_public_weights_is_refused(self, unet: UNet, tmp_path: Path) -> None:
         save_unet(unet, tmp_path)
         with pytest.raises(
             ValueError, match=r"not a run or a checkpoint, so it has no average 'power-0.050'"
@@ -195,7 +195,7 @@ class TestFilesOfOthers:
     """Public weights as other trainers and tools save them."""
 
     @pytest.mark.parametrize("variant", [None, "fp16"])
-    def test_shards_of_diffusers_and_of_its_variants(
+    def test_sharded_diffusers_files_and_variants_are_read(
         self, public_unet: Any, variant: str | None, tmp_path: Path
     ) -> None:
         network = public_unet(SMALL)
@@ -213,7 +213,7 @@ class TestFilesOfOthers:
         with pytest.raises(ValueError, match=r"needs one .*, and has .*fp16.safetensors, .*non_ema"):
             load_unet(tmp_path)
 
-    def test_an_index_cannot_lead_out_of_its_folder(self, unet: UNet, tmp_path: Path) -> None:
+    def test_index_cannot_lead_out_of_its_folder(self, unet: UNet, tmp_path: Path) -> None:
         save_unet(unet, tmp_path / "other")
         save_unet(unet, tmp_path / "unet")
         (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -242,7 +242,7 @@ class TestFilesOfOthers:
         save_file(renamed, file, metadata)
         assert torch.equal(load_unet(path).conv_out.weight, unet.conv_out.weight)
 
-    def test_only_the_network_is_taken_from_a_file_of_a_whole_pipeline(
+    def test_only_the_network_is_read_from_a_file_of_a_complete_pipeline(
         self, unet: UNet, tmp_path: Path
     ) -> None:
         path = tmp_path / "x.safetensors"
@@ -271,7 +271,7 @@ class TestFilesOfOthers:
         with pytest.raises(ValueError, match=rf"x\.safetensors is not a safetensors file: .*{words}"):
             load_unet(tmp_path / "x.safetensors")
 
-    def test_a_folder_of_pickles_is_called_so(self, unet: UNet, tmp_path: Path) -> None:
+    def test_folder_of_pickles_is_refused_by_format(self, unet: UNet, tmp_path: Path) -> None:
         save_unet(unet, tmp_path)
         (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "diffusion_pytorch_model.bin")
         with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin is a pickle, which is not read"):

@@ -32,14 +32,14 @@ def test_every_backend_equals_the_formula_in_double_precision(keys: int | None) 
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_reference_is_the_formula() -> None:
+def test_reference_equals_the_formula() -> None:
     q, k, v = (t.detach() for t in draw(1, 5, 1, 4))
     weights = torch.softmax(q[0, :, 0] @ k[0, :, 0].T / 2, dim=-1)
     torch.testing.assert_close(attention(q, k, v, "reference")[0, :, 0], weights @ v[0, :, 0])
 
 
 @pytest.mark.parametrize("clips", [1, 3])
-def test_clips_of_strided_views_come_back_in_time_order(clips: int) -> None:
+def test_strided_views_of_clips_give_outputs_in_time_order(clips: int) -> None:
     qkv = torch.randn(clips, 5, 6, 3, 2, 8)  # clips, frames, pixels
     q, k, v = qkv.transpose(1, 2).unbind(3)
     out = attention(q, k, v, "sdpa")
@@ -50,7 +50,7 @@ def test_clips_of_strided_views_come_back_in_time_order(clips: int) -> None:
 
 
 @pytest.mark.parametrize("clips", [None, 2])
-def test_no_kernel_sees_a_batch_past_the_limit(clips: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_above_the_kernel_limit_is_split(clips: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.MAX_BATCH == 65_535
     monkeypatch.setattr(module, "MAX_BATCH", 30)
     rows = 37
@@ -68,7 +68,7 @@ def test_no_kernel_sees_a_batch_past_the_limit(clips: int | None, monkeypatch: p
     torch.testing.assert_close(out, expected)
 
 
-def test_flash_attn_by_name_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_flash_attn_is_refused_if_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "flash_attn_installed", lambda: False)
     with pytest.raises(ValueError, match="flash_attn, which is not installed: choose auto or sdpa"):
         attention(*draw(1, 2, 1, 2), "flash_attn")
@@ -85,7 +85,7 @@ def test_flash_attn_by_name_must_be_there(monkeypatch: pytest.MonkeyPatch) -> No
         (False, torch.bfloat16, True, 1536, "sdpa"),
     ],
 )
-def test_auto_takes_what_suits_processor_and_length(
+def test_auto_backend_depends_on_device_dtype_and_length(
     is_cuda: bool,
     dtype: torch.dtype,
     installed: bool,
@@ -99,7 +99,7 @@ def test_auto_takes_what_suits_processor_and_length(
     assert module._choose("auto", q, torch.empty(1, num_keys, 1, 8)) == expected  # type: ignore[arg-type]
 
 
-def test_triton_by_name_needs_supported_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_triton_backend_refuses_unsupported_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw(1, 3, 1, 16, keys=5)
     expected = {
         False: "triton, which is not installed",
@@ -111,7 +111,7 @@ def test_triton_by_name_needs_supported_tensors(monkeypatch: pytest.MonkeyPatch)
             attention(q, k, v, "triton")
 
 
-def test_short_keeps_scores_in_single_precision() -> None:
+def test_short_backend_computes_scores_in_float32() -> None:
     q, k, v = (4 * torch.randn(8, 14, 2, 64) for _ in range(3))
     exact = attention(q.bfloat16().double(), k.bfloat16().double(), v.bfloat16().double(), "reference")
     found = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), "short")

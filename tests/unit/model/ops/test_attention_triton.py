@@ -44,13 +44,13 @@ def assert_agrees(inputs: list[Tensor], grad: Callable[[Tensor], Tensor] = torch
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("frames", [1, 2, 14, 16, 25, 64])
-def test_frames_of_pixels_as_the_projection_leaves_them(frames: int, dtype: torch.dtype) -> None:
+def test_strided_qkv_of_the_projection_is_read_without_a_copy(frames: int, dtype: torch.dtype) -> None:
     qkv = torch.randn(2, frames, 3, 3, 2, 32, device=DEVICE).to(dtype)  # clips, frames, pixels
     out = assert_agrees([*qkv.transpose(1, 2).unbind(3)])
     assert out.transpose(1, 2).is_contiguous(), "the next projection reads it as it lies"
 
 
-def test_other_layouts() -> None:
+def test_other_memory_layouts_agree_with_float64() -> None:
     assert assert_agrees([torch.randn(5, 9, 1, 16, device=DEVICE) for _ in range(3)]).is_contiguous()
     apart = [torch.randn(2, 9, 2, 16, device=DEVICE), torch.randn(9, 2, 2, 16, device=DEVICE).transpose(0, 1)]
     assert_agrees([apart[0], apart[1], apart[0]])
@@ -66,7 +66,7 @@ def test_large_scores_do_not_overflow() -> None:
     assert attention(*qkv, "triton").isfinite().all()
 
 
-def test_auto_takes_it_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_triton_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton, "INTERPRETED", False)
 
     def tensor(is_cuda: bool, *shape: int, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:

@@ -23,7 +23,7 @@ def expected(x_NSC: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
 @pytest.mark.parametrize("few", [0, fused.SMALL_NUMEL], ids=["ours", "torch's"])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shape", [(2, 30, 16), (3, 1, 8), (1, 7, 4)])
-def test_values_and_gradients_are_torchs(
+def test_values_and_gradients_equal_torch(
     shape: tuple[int, int, int], silu: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "SMALL_NUMEL", few)
@@ -38,13 +38,13 @@ def test_values_and_gradients_are_torchs(
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_are_those_of_the_values() -> None:
+def test_gradients_pass_gradcheck() -> None:
     inputs = [torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)]
     inputs = [tensor.double().requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(lambda x, w, b: group_norm_silu(x, w, b, 4, 1e-5, True), inputs)
 
 
-def test_a_large_frame_far_from_zero_keeps_its_digits() -> None:
+def test_large_frame_with_a_large_mean_keeps_its_precision() -> None:
     x = torch.randn(1, 72 * 128, 8) + 10
     weight, bias = torch.ones(8), torch.zeros(8)
     exact = expected(x.double(), weight.double(), bias.double(), silu=True)
@@ -69,7 +69,7 @@ def test_half_precision_rounds_once_more_than_torch_at_most() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("stride", "padding"), [(1, (1, 1)), (2, (1, 1)), (1, (1, 0))])
-def test_convolution_is_torchs(stride: int, padding: tuple[int, int], bias: bool) -> None:
+def test_convolution_equals_torch(stride: int, padding: tuple[int, int], bias: bool) -> None:
     x, weight = torch.randn(2, 4, 6, 3, dtype=torch.float64), torch.randn(5, 3, 3, 3, dtype=torch.float64)
     inputs = [x, weight, *([torch.randn(5, dtype=torch.float64)] if bias else [])]
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -84,7 +84,7 @@ def test_convolution_is_torchs(stride: int, padding: tuple[int, int], bias: bool
         torch.testing.assert_close(found, wanted)
 
 
-def test_convolution_keeps_the_parameter_itself() -> None:
+def test_convolution_saves_the_parameter_and_no_view_of_it() -> None:
     """A view would keep the memory that ZeRO-3 gathered after it let go of the parameter."""
     weight, kept = torch.nn.Parameter(torch.randn(5, 3, 3, 4)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -93,14 +93,14 @@ def test_convolution_keeps_the_parameter_itself() -> None:
     assert all(tensor is weight or tensor.data_ptr() != weight.data_ptr() for tensor in kept)
 
 
-def test_geglu_is_a_gated_gelu() -> None:
+def test_geglu_equals_a_gated_gelu() -> None:
     proj = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
     hidden, gate = proj.split(5, dim=-1)
     torch.testing.assert_close(geglu(proj), hidden * F.gelu(gate))
     assert torch.autograd.gradcheck(geglu, proj)
 
 
-def test_geglu_in_half_precision() -> None:
+def test_geglu_in_half_precision_rounds_once() -> None:
     exact = torch.randn(2, 3, 128).bfloat16().double().requires_grad_()
     proj = exact.detach().bfloat16().requires_grad_()
     hidden, gate = exact.chunk(2, dim=-1)
@@ -119,7 +119,7 @@ def test_geglu_in_half_precision() -> None:
 @pytest.mark.parametrize(
     "layer", [geglu, lambda x: group_norm_silu(x, torch.ones(16), torch.zeros(16), 4, 1e-5, True)]
 )
-def test_nothing_but_the_input_is_kept_for_the_backward_pass(layer: Callable[[Tensor], Tensor]) -> None:
+def test_only_the_input_is_saved_for_backward(layer: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(2, 100, 16, requires_grad=True)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -140,7 +140,7 @@ def test_nothing_but_the_input_is_kept_for_the_backward_pass(layer: Callable[[Te
         ("triton", "meta", torch.float32, True, "torch"),
     ],
 )
-def test_what_group_norm_and_geglu_run_on(
+def test_kernel_choice_depends_on_setting_device_and_dtype(
     kernels: str,
     device: str,
     dtype: torch.dtype,

@@ -80,20 +80,20 @@ def assert_norm(
     [((1, 300, 20), 2), ((3, 45, 96), 4), ((1, 33, 64), 32), ((9, 3, 12), 4), ((1, 1, 30), 1)],
     ids=["segments", "tiles of channels", "narrow groups", "many units", "one group, one position"],
 )
-def test_group_norm(shape: tuple[int, int, int], groups: int, dtype: torch.dtype) -> None:
+def test_group_norm_agrees_with_float64(shape: tuple[int, int, int], groups: int, dtype: torch.dtype) -> None:
     assert_norm((2 * torch.randn(shape) + 1).to(dtype), groups)
 
 
-def test_group_norm_without_silu() -> None:
+def test_group_norm_without_silu_agrees_with_float64() -> None:
     assert_norm(torch.randn(2, 150, 24), 3, silu=False)
 
 
-def test_half_precision_with_weights_in_float32() -> None:
+def test_half_precision_inputs_with_float32_weights_agree() -> None:
     assert_norm(torch.randn(2, 40, 24).half(), 3, weights=torch.float32)
 
 
 @pytest.mark.parametrize("positions", [127, 128, 129, 500])
-def test_a_unit_in_few_long_stretches(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_long_segments_are_combined(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_triton, "MIN_SEGMENT", 32)
     monkeypatch.setattr(fused_triton, "MAX_SEGMENTS", 4)
     monkeypatch.setattr(fused_triton, "COMBINED", 16)  # more segments than are combined at once
@@ -108,7 +108,7 @@ def test_large_means_do_not_cancel() -> None:
     assert_norm((torch.randn(1, 300, 16) + drift), 2, tolerance=1e-5)
 
 
-def test_constant_input_is_its_bias() -> None:
+def test_constant_input_gives_the_bias() -> None:
     weight, bias = torch.randn(2, 8, device=DEVICE)
     x = torch.full((1, 50, 8), 7.0, device=DEVICE)
     y = group_norm_silu(x, weight, bias, 2, 1e-5, False, kernels="triton")
@@ -116,7 +116,7 @@ def test_constant_input_is_its_bias() -> None:
 
 
 @pytest.mark.parametrize("run", ["norm", "geglu"])
-def test_any_memory_order(run: str) -> None:
+def test_any_memory_order_is_accepted(run: str) -> None:
     transposed = torch.randn(2, 24, 40).transpose(1, 2)
     every_other = lambda y: torch.randn(*y.shape[:-1], 2 * y.shape[-1], device=DEVICE)[..., ::2]  # noqa: E731
     one_number = lambda y: torch.randn((), device=DEVICE).expand_as(y)  # noqa: E731
@@ -130,11 +130,11 @@ def test_any_memory_order(run: str) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(2, 20, 2 * 130), (1, 2), (35, 2 * 16)], ids=str)
-def test_geglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_geglu_agrees_with_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_agrees(lambda p: geglu(p, kernels="triton"), expected_geglu, [(3 * torch.randn(shape)).to(dtype)])
 
 
-def test_geglu_far_from_zero() -> None:
+def test_geglu_of_large_values_is_accurate_and_finite() -> None:
     gate = torch.tensor([-200.0, -30.0, -6.0, -0.0, 0.0, 6.0, 30.0, 200.0])
     proj = torch.cat([torch.ones(8), gate]).to(DEVICE).requires_grad_()
     y = geglu(proj, kernels="triton")
@@ -142,7 +142,7 @@ def test_geglu_far_from_zero() -> None:
     assert torch.autograd.grad(y.sum(), proj)[0].isfinite().all()
 
 
-def test_nothing_but_the_input_is_kept_and_parameters_are_themselves() -> None:
+def test_only_the_input_and_the_parameters_are_saved_for_backward() -> None:
     """A view of a parameter would keep the memory that ZeRO-3 gathered after it let go of it."""
     x = torch.randn(2, 100, 16, device=DEVICE, requires_grad=True)
     weight, bias = (torch.nn.Parameter(torch.randn(16, device=DEVICE)) for _ in range(2))
@@ -154,7 +154,9 @@ def test_nothing_but_the_input_is_kept_and_parameters_are_themselves() -> None:
     assert any(tensor is weight for tensor in kept) and any(tensor is bias for tensor in kept)
 
 
-def test_the_network_is_the_same_on_both(monkeypatch: pytest.MonkeyPatch, unet: UNet) -> None:
+def test_network_is_the_same_with_torch_and_triton_kernels(
+    monkeypatch: pytest.MonkeyPatch, unet: UNet
+) -> None:
     """Recomputed as by the policy that looks at each operation."""
     monkeypatch.setattr(layers, "NORM_GROUPS", 2)  # the interpreter takes its time for each
     inputs = (torch.randn(1, 2, 8, 4, 4), torch.randn(1), torch.randn(1, 3, 48), torch.rand(1, 3))

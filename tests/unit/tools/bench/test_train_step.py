@@ -136,7 +136,9 @@ def test_networks_with_different_outputs_are_refused(tiny: Any, monkeypatch: pyt
         against_diffusers.measure(replace(tiny, recompute="none"), 1, torch.device("cpu"), lambda: None)
 
 
-def test_operations_of_the_released_network(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_released_network_needs_fewer_operations_than_diffusers(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Operations at 14 x 256x384: diffusers needs 7.70 TFLOP for 77 context tokens and 6.27 for one."""
     assert bench("--flops") == 0
     rows = [row.strip("|").split("|") for row in capsys.readouterr().out.splitlines()[2:]]

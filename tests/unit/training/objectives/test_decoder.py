@@ -193,6 +193,11 @@ def test_non_finite_batch_does_not_change_the_discriminator(autoencoder: Autoenc
     objective.loss(Painter(float("nan")), clips(0))
     objective.end_step()
     assert all(value.equal(before[name]) for name, value in objective.state().items())
+    objective.loss(Painter(0.1), clips(1))
+    objective.end_step()
+    assert not all(value.equal(before[name]) for name, value in objective.state().items()), (
+        "a finite batch changes it"
+    )
 
 
 def test_previews_are_decoded_from_posterior_means(autoencoder: Autoencoder) -> None:
