@@ -1,4 +1,4 @@
-"""Processes of tests that start at once: forked from a server that has imported what they need.
+"""Processes for tests that start fast: forked from a server that has imported their modules.
 
 A rank that Python starts anew imports for six seconds, which is more than most tests compute.
 """
@@ -83,7 +83,7 @@ class ForkedRanks:
             os.kill(rank.pid, number)
 
     def wait(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        """Wait until all ranks have ended: the launcher's exit code, what rank 0 printed, all errors."""
+        """Wait until all ranks have ended; return the exit code, the output of rank 0, and all errors."""
         expired = threading.Event()
 
         def expire() -> None:

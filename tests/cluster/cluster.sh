@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm cluster on one machine: each node has a network, a hostname, an /etc/hosts and processes of its own.
 #   cluster.sh up | down | exec COMMAND... | kill NODE | start NODE
-# Needs root, slurm-wlm, munge and iproute2. All that it makes lies in $CLUSTER_DIR and in namespaces named after it.
+# Needs root, slurm-wlm, munge and iproute2. All its files are in $CLUSTER_DIR, and its namespaces are named after it.
 set -euo pipefail
 DIR=${CLUSTER_DIR:?a folder for its state, one a cluster}
 NUM_NODES=${CLUSTER_NODES:-2}
@@ -9,7 +9,7 @@ NET=10.77.0 # exists inside the namespaces alone
 PREFIX=sd$(printf %s "$DIR" | cksum | cut -d' ' -f1)
 export SLURM_CONF=$DIR/slurm.conf
 
-# A process counts as ours while its command line names DIR: ids are used again, and zombies stay a while.
+# A process counts as ours while its command line names DIR: ids are reused, and zombies remain for a while.
 alive() { [ -s "$1" ] && grep -qaF "$DIR" "/proc/$(<"$1")/cmdline" 2>/dev/null; }
 stop() { # stop PIDFILE: end that process and wait for it
   if alive "$1"; then

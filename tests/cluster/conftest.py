@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 240) ->
     """Poll `condition` until it is true; return its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
         time.sleep(0.2)
     return value
 
@@ -97,7 +97,7 @@ class Cluster:
 
     def lose_a_node(self, job: str, index: int = -1) -> None:
         """Switch off one node of a running job, and on again once the job has restarted without it. Slurm
-        kills processes of the job on a node that comes back."""
+        kills processes of the job on a node that is switched on again."""
         node = self.nodes(job)[index]
         restarts = self.job(job)["Restarts"]
         self.control("kill", node)
@@ -109,7 +109,7 @@ class Cluster:
         wait_until(has_restarted, "the job to restart on other nodes")
         self.control("start", node)
 
-    def on(self, node: str, *command: str) -> None:
+    def run_on_node(self, node: str, *command: str) -> None:
         """Run a command in the mount namespace of a node."""
         first = (self.folder / "pid" / node).read_text().strip()
         inner = Path(f"/proc/{first}/task/{first}/children").read_text().split()[0]
@@ -134,11 +134,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 class WandbServer:
-    """The fake server, reached through commands."""
+    """The fake server, and `run_client`, which runs a command where the server can be reached."""
 
-    def __init__(self, address: str, reach: Callable[..., str], folder: Path) -> None:
+    def __init__(self, address: str, run_client: Callable[..., str], folder: Path) -> None:
         self.address = address
-        self.reach = reach
+        self.run_client = run_client
         home = {name: str(folder) for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR")}
         self.environment = {
             **home,
@@ -153,15 +153,15 @@ class WandbServer:
     def ask(self, path: str) -> dict[str, Any]:
         """GET a path: state, or stop/RUN."""
         read = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1]).read().decode())"
-        return json.loads(self.reach(sys.executable, "-c", read, f"{self.address}/{path}"))
+        return json.loads(self.run_client(sys.executable, "-c", read, f"{self.address}/{path}"))
 
     def sweep(self, file: Path) -> str:
         """Register a sweep file; return its ENTITY/PROJECT/SWEEP."""
-        printed = self.reach("wandb", "sweep", str(file), **self.environment)
+        printed = self.run_client("wandb", "sweep", str(file), **self.environment)
         return printed.split("wandb agent ")[1].split()[0]
 
 
-def here(*command: str, **environment: str) -> str:
+def run_locally(*command: str, **environment: str) -> str:
     """Run a command on this machine; return its stdout and stderr."""
     ended = subprocess.run(
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=True
@@ -169,12 +169,14 @@ def here(*command: str, **environment: str) -> str:
     return ended.stdout + ended.stderr
 
 
-def serve(reach: Callable[..., str], host: str, command: list[str], folder: Path) -> Iterator[WandbServer]:
+def serve(
+    run_client: Callable[..., str], host: str, command: list[str], folder: Path
+) -> Iterator[WandbServer]:
     port_file = folder / "port"
     server = subprocess.Popen([*command, sys.executable, str(HERE / "wandb_server.py"), host, str(port_file)])
     try:
         wait_until(port_file.exists, "the fake W&B server", 30)
-        yield WandbServer(f"http://{host}:{port_file.read_text()}", reach, folder)
+        yield WandbServer(f"http://{host}:{port_file.read_text()}", run_client, folder)
     finally:
         server.kill()
         server.wait()
@@ -183,7 +185,7 @@ def serve(reach: Callable[..., str], host: str, command: list[str], folder: Path
 @pytest.fixture
 def wandb_server(tmp_path: Path) -> Iterator[WandbServer]:
     """A server for clients on this machine."""
-    yield from serve(here, "127.0.0.1", [], tmp_path)
+    yield from serve(run_locally, "127.0.0.1", [], tmp_path)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A run on a real two-node Slurm cluster: it finishes, or is killed in every way and resumes."""
+"""A run on a real two-node Slurm cluster: it finishes, or is interrupted and resumes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rank_process(job: str, rank: int) -> int:
     raise AssertionError(f"job {job} has no rank {rank}")
 
 
-def ask_to_end(cluster: Cluster, job: str) -> None:
+def send_time_limit_signal(cluster: Cluster, job: str) -> None:
     """Send the signal of #SBATCH --signal=B:USR1@300, as Slurm does when the time is almost up."""
     cluster.run("scancel", "--batch", "--signal=USR1", job)
 
@@ -69,26 +69,32 @@ def power_off_the_batch_host(cluster: Cluster, job: str) -> None:
 
 
 def preempt(cluster: Cluster, job: str) -> None:
-    """What Slurm does where PreemptMode=REQUEUE, and an administrator may: SIGTERM to all of the job's
-    processes."""
+    """Requeue the job, as Slurm does with PreemptMode=REQUEUE: SIGTERM to all of its processes."""
     cluster.run("scontrol", "requeue", job)
 
 
-HARMS = [ask_to_end, preempt, kill_a_rank, hang_a_rank, power_off_a_node, power_off_the_batch_host]
+INTERRUPTIONS = [
+    send_time_limit_signal,
+    preempt,
+    kill_a_rank,
+    hang_a_rank,
+    power_off_a_node,
+    power_off_the_batch_host,
+]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS)
 def test_run_resumes_after_an_interruption(
-    harm: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path
+    interrupt: Callable[[Cluster, str], None], cluster: Cluster, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    checked = {"SVD_DS_JOB_OPTIONS": ""} if harm is ask_to_end else {}
-    watched = ["watchdog.minutes=0.2", "watchdog.first_minutes=3"] if harm is hang_a_rank else []
-    job = submit(cluster, run, *watched, **checked)
+    preflight = {"SVD_DS_JOB_OPTIONS": ""} if interrupt is send_time_limit_signal else {}
+    watchdog = ["watchdog.minutes=0.2", "watchdog.first_minutes=3"] if interrupt is hang_a_rank else []
+    job = submit(cluster, run, *watchdog, **preflight)
     wait_until(lambda: len(steps(run)) >= 3, "step 3")
-    harm(cluster, job)
+    interrupt(cluster, job)
     ended = cluster.wait(job, 300)
     output = cluster.output(job)
     assert ended["JobState"] == "COMPLETED", output
@@ -99,7 +105,7 @@ def test_run_resumes_after_an_interruption(
     assert "resuming at step " in output
     last = run / "checkpoints" / f"step-{STEPS:07d}"
     assert len(list(last.glob("adam-exp_avg/rank-*-of-00002.safetensors"))) == 2, "ZeRO-3, a shard a rank"
-    if harm is hang_a_rank:
+    if interrupt is hang_a_rank:
         for rank in range(2):
             stacks = (run / f"logs/rank-0000{rank}.log").read_text()
             assert "Timeout" in stacks and "training/loop.py" in stacks, stacks
@@ -142,17 +148,17 @@ def test_cancelled_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None
 def test_node_that_does_not_see_the_run_is_named_and_excluded(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    blind = "node2"
-    cluster.on(blind, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(run))
+    unmounted = "node2"
+    cluster.run_on_node(unmounted, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(run))
     try:
         job = submit(cluster, run, "run.steps=1", SVD_DS_JOB_OPTIONS="")
         ended = cluster.wait(job)
     finally:
-        cluster.on(blind, "umount", str(run))
+        cluster.run_on_node(unmounted, "umount", str(run))
     output = cluster.output(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
-    assert ended["ExcNodeList"] == blind
-    assert f"queued again without {blind}: {blind} does not answer, or cannot write" in output
+    assert ended["ExcNodeList"] == unmounted
+    assert f"queued again without {unmounted}: {unmounted} does not answer, or cannot write" in output
 
 
 @pytest.mark.slow
@@ -179,7 +185,7 @@ def test_node_that_computes_wrongly_is_named_and_excluded(cluster: Cluster, tmp_
 def test_restart_resumes_the_newest_checkpoint_and_not_the_named_one(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Slurm restarts the job with the same run.resume=PATH, whose checkpoint keep_last has removed since. The
+    """Slurm restarts the job with the same run.resume=PATH, whose checkpoint is removed by keep_last. The
     run folder is named after the time, which is the same in each restart."""
     other = tmp_path / "other"
     job = submit(cluster, other, "run.steps=2")
@@ -187,7 +193,7 @@ def test_restart_resumes_the_newest_checkpoint_and_not_the_named_one(
     named = f"run.resume={other}/checkpoints/step-0000002"
     job = submit(cluster, tmp_path / "runs" / "${now:%H-%M-%S-%f}", named, "run.steps=8")
     wait_until(lambda: any(steps(run)[-1:] > [4] for run in tmp_path.glob("runs/*")), "step 5")
-    ask_to_end(cluster, job)
+    send_time_limit_signal(cluster, job)
     ended = cluster.wait(job, 300)
     output = cluster.output(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output

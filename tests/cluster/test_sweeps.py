@@ -43,7 +43,7 @@ def check_trial(run: dict[str, Any], folder: Path, noise: str) -> None:
 @pytest.mark.slow
 def test_agent_runs_three_trials(wandb_server: WandbServer, tmp_path: Path) -> None:
     sweep = wandb_server.sweep(small(tmp_path))
-    wandb_server.reach("wandb", "agent", "--count", "3", sweep, **wandb_server.environment)
+    wandb_server.run_client("wandb", "agent", "--count", "3", sweep, **wandb_server.environment)
     runs = wandb_server.ask("state")["runs"]
     assert len(runs) == 3
     for run, noise in zip(runs.values(), NOISES, strict=False):

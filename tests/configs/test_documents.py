@@ -1,4 +1,4 @@
-"""The documentation: each of its commands is one that works, and what it names exists.
+"""Documentation: its commands work, and the files that it names exist.
 
 tests/distributed/test_readme.py runs the commands of README.md and docs/index.md. Here the arguments of every
 fenced bash command are checked: settings are composed, options parsed, job scripts and make targets looked
@@ -49,7 +49,7 @@ class Command(NamedTuple):
 
 
 class ParsedError(Exception):
-    """Raised in place of what a tool does after it has read its arguments."""
+    """Raised instead of running a tool after it has parsed its arguments."""
 
 
 def commands(page: Path) -> list[Command]:
@@ -91,7 +91,7 @@ def check(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         assert (ROOT / rest[1]).is_file()
     else:
         raise AssertionError(
-            f"nobody checks {shlex.join(words)}: teach this test, or give a reason in ELSEWHERE"
+            f"no test checks {shlex.join(words)}: add a check here, or a reason to ELSEWHERE"
         )
 
 
@@ -141,7 +141,7 @@ def check_tool(path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def check_job(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script exists, and takes these arguments; test_scripts.py composes the settings of stages."""
+    """Check that the script exists and accepts the arguments; test_scripts.py composes the settings."""
     place = next(i for i, word in enumerate(words) if word.endswith(".sh"))
     script = ROOT / words[place]
     assert os.access(script, os.X_OK)
@@ -220,7 +220,7 @@ def test_messages_of_troubleshooting_are_in_the_code() -> None:
 
 
 def test_site_builds_without_network(tmp_path: Path) -> None:
-    """With --strict a link or anchor that leads nowhere is an error."""
+    """The option --strict makes broken links and anchors errors."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     environment = {**os.environ, **proxies, "NO_MKDOCS_2_WARNING": "true"}

@@ -27,7 +27,7 @@ CHECKED = "tools/check_nodes.py --job 1 --nodes node1,node2 --cpus 1 --gpus 0"
 
 
 def shell(commands: str, *arguments: str, **variables: str) -> str:
-    """What bash prints of `commands`, with Slurm's commands and Python in their places."""
+    """Run commands in bash with stubs of Slurm's commands and of Python; return what it prints."""
     stubs = """
         scontrol() {
           case "$1 $2" in
@@ -50,22 +50,23 @@ def shell(commands: str, *arguments: str, **variables: str) -> str:
     return ended.stdout.strip()
 
 
-def started(script: str, *arguments: str, **variables: str) -> str:
-    """What slurm/SCRIPT would start."""
+def started_commands(script: str, *arguments: str, **variables: str) -> str:
+    """Return the commands that slurm/SCRIPT would start."""
     return shell(f'. slurm/{script} "$@"', *arguments, **variables)
 
 
-def trained(script: str, *arguments: str) -> str:
-    job, _, words = started(script, *arguments).partition(" -- ")
+def training_arguments(script: str, *arguments: str) -> str:
+    """Return the arguments of the trainer that slurm/SCRIPT would start."""
+    job, _, words = started_commands(script, *arguments).partition(" -- ")
     assert job == "tools/job.py --job 1 --nodes node1,node2 --cpus 1 --gpus 0"
     return words
 
 
 def test_other_scripts_pass_their_arguments() -> None:
-    encode = started("encode.sh", "in", "out", "--size", "8x8").splitlines()
+    encode = started_commands("encode.sh", "in", "out", "--size", "8x8").splitlines()
     assert encode == [CHECKED, "echo tools/encode.py in out --size 8x8"]
-    assert started("curate.sh", "in", "out").endswith("in out --workers 1")
-    sweep = started("sweep.sh", "me/svd/abc", "optim.lr=1")
+    assert started_commands("curate.sh", "in", "out").endswith("in out --workers 1")
+    sweep = started_commands("sweep.sh", "me/svd/abc", "optim.lr=1")
     assert sweep.startswith("tools/sweep.py --job 1 --nodes node1,node2 ")
     assert sweep.endswith(" -- me/svd/abc optim.lr=1")
 
@@ -81,8 +82,8 @@ def test_other_scripts_pass_their_arguments() -> None:
     ],
 )
 def test_failed_task_is_restarted_a_few_times(code: str, state: str, restarts: str, again: bool) -> None:
-    life = {"CODE": code, "STATE": state, "SLURM_RESTART_COUNT": restarts}
-    output = shell("(. slurm/encode.sh in out); echo $?", **life).splitlines()
+    environment = {"CODE": code, "STATE": state, "SLURM_RESTART_COUNT": restarts}
+    output = shell("(. slurm/encode.sh in out); echo $?", **environment).splitlines()
     queued = [f"job 1 is queued again: srun ended with {code}", "scontrol requeue 1"] if again else []
     checked = [CHECKED] if restarts == "0" else []
     assert output == [*checked, "echo tools/encode.py in out", *queued, code]
@@ -95,16 +96,16 @@ def test_tasks_do_not_start_on_nodes_that_fail() -> None:
 def test_requeued_array_task_has_the_same_part() -> None:
     words = ("a b", "out", "--part", "%a/4")
     for array in ({"SLURM_ARRAY_TASK_COUNT": "4"}, {"SLURM_ARRAY_TASK_COUNT": "1"}):
-        output = started("curate.sh", *words, SLURM_ARRAY_TASK_ID="3", **array)
+        output = started_commands("curate.sh", *words, SLURM_ARRAY_TASK_ID="3", **array)
         assert output.endswith("a b out --part 3/4 --workers 1")
     with pytest.raises(subprocess.CalledProcessError) as refused:
-        started("curate.sh", "in", "out", SLURM_ARRAY_TASK_ID="3")
+        started_commands("curate.sh", "in", "out", SLURM_ARRAY_TASK_ID="3")
     assert "needs --part %a/N" in refused.value.stderr
 
 
 def test_each_restart_has_its_own_port_below_the_ephemeral_ports() -> None:
-    lives = ({"SLURM_RESTART_COUNT": "0"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "99999999"})
-    ports = [int(shell(". slurm/lib.sh; echo $MASTER_PORT", **life)) for life in lives]
+    environments = ({"SLURM_RESTART_COUNT": "0"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "99999999"})
+    ports = [int(shell(". slurm/lib.sh; echo $MASTER_PORT", **environment)) for environment in environments]
     assert len(set(ports)) == 3
     assert all(15000 <= port < 30000 for port in ports)
 
@@ -115,7 +116,7 @@ def test_site_settings_may_read_unset_variables(tmp_path: Path) -> None:
     command = ". slurm/lib.sh; echo $SITE; echo $NOTHING"
     with pytest.raises(subprocess.CalledProcessError) as ended:
         shell(command, SLURM_SUBMIT_DIR=str(tmp_path))
-    assert ended.value.stdout == "load\n", "our own words are still checked"
+    assert ended.value.stdout == "load\n", "unset variables of our own scripts are still errors"
 
 
 def test_usr1_requeues_a_job_that_has_not_started() -> None:
@@ -127,10 +128,10 @@ def test_job_scripts_start_experiments_that_exist() -> None:
     scripts = [path.name for path in SCRIPTS if path.name.startswith("stage")]
     assert scripts == ["stage1.sh", "stage2.sh", "stage3.sh"]
     for script in scripts:
-        name = trained(script).removeprefix("+experiment=")
+        name = training_arguments(script).removeprefix("+experiment=")
         assert (CONF / "experiment" / f"{name}.yaml").exists(), f"{script}: {name}"
-    assert trained("stage2.sh", "debug=tiny", "x=a b") == "+experiment=stage2 debug=tiny x=a b"
-    assert trained("stage3.sh", "multiview", "run.steps=2") == "+experiment=multiview run.steps=2"
+    assert training_arguments("stage2.sh", "debug=tiny", "x=a b") == "+experiment=stage2 debug=tiny x=a b"
+    assert training_arguments("stage3.sh", "multiview", "run.steps=2") == "+experiment=multiview run.steps=2"
 
 
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *SCRIPTS, *CONF.rglob("*.yaml")]
@@ -150,7 +151,7 @@ def test_documented_jobs_have_settings_and_ranks_that_fit(options: str, script: 
         assert name == "ENTITY/PROJECT/SWEEP"
         overrides.insert(0, "+experiment=noise_schedule")
     else:
-        overrides = trained(f"{script}.sh", *words.split()).split()
+        overrides = training_arguments(f"{script}.sh", *words.split()).split()
     settings = compose(overrides)
     for value in (settings.data.path, settings.frozen.path, settings.init.source or ""):
         assert not value.startswith("?"), f"{value} must be given"

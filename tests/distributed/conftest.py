@@ -13,7 +13,7 @@ from tests.forked import ForkedRanks
 from tests.videos import encode, moving_square, sample_metadata
 
 NUM_CLIPS = 13
-"""In the shards: neither the ranks of a test nor its batch divide them."""
+"""Number of clips in the shards: no multiple of the ranks of a test, or of its batch size."""
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -1,4 +1,4 @@
-"""The trainer, which takes 6 steps, and the seventh once another process has resumed its run.
+"""The trainer, whose seventh step waits until another process has resumed the run.
 
 The variable RUN names the run folder.
 """

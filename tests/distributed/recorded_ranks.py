@@ -26,7 +26,7 @@ def record_clips(path: str) -> None:
     loss = DiffusionObjective.loss
 
     def recorded(self: DiffusionObjective, net: Any, batch: Batch) -> Tensor:
-        # In one write, which no other rank's comes into.
+        # One write, so that lines of ranks do not mix.
         line = json.dumps(list(zip(batch.ordinals, batch.ids, strict=True))) + "\n"
         os.write(record, line.encode())
         return loss(self, net, batch)

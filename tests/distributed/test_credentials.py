@@ -16,7 +16,7 @@ SECRET = "hunter2hunter2"
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_token_of_a_data_set_is_stored_nowhere(shards: Path, tmp_path: Path) -> None:
-    # The data set is there for those alone who bring the token.
+    # Shards are served only with the token.
     gate = tmp_path / "gate.sh"
     gate.write_text(f'[ "$TOKEN" = "${{3%1}}" ] && cat "{shards}/$1"\n')
     small = ["debug=tiny", "data.num_frames=3", "evaluation.every=0", "sampling.every=100000", "run.steps=1"]

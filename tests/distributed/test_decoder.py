@@ -91,9 +91,9 @@ def test_decoder_run_writes_checkpoints_previews_and_a_report(resumed: Path) -> 
     samples = resumed / "samples" / "step-0000002"
     assert {path.name for path in samples.iterdir()} == {"video-0.mp4", "contact_sheet.png", "measures.json"}
     assert 10 < json.loads((samples / "measures.json").read_text())["psnr"] < 60
-    said = (resumed / "logs" / "train.log").read_text()
-    assert "loss.perceptual is null: the loss has no perceptual term" in said
-    assert "psnr" in said
+    log = (resumed / "logs" / "train.log").read_text()
+    assert "loss.perceptual is null: the loss has no perceptual term" in log
+    assert "psnr" in log
     report = (resumed / "report.html").read_text()
     assert all(title in report for title in ("Reconstruction", "Discriminator", "psnr ")), "curves and PSNR"
     assert "Perceptual distance" not in report
@@ -116,8 +116,8 @@ def test_decoder_run_converts_to_a_pipeline_with_its_decoder_as_vae(
     decoder, latents = load_decoder(resumed, "raw"), torch.randn(1, 2, 4, 4, 4)
     frames = theirs.decode(latents[0], num_frames=2).sample
     assert torch.allclose(frames, decoder(latents)[0], atol=1e-5)
-    begun = Autoencoder.load(TINY).network.decode(latents[0], num_frames=2).sample
-    assert not torch.allclose(frames, begun, atol=1e-3), "it has learned"
+    initial = Autoencoder.load(TINY).network.decode(latents[0], num_frames=2).sample
+    assert not torch.allclose(frames, initial, atol=1e-3), "training changed the decoder"
     assert Autoencoder.load(tmp_path / "out").fingerprint() == Autoencoder.load(TINY).fingerprint()
     assert (tmp_path / "out" / "image_encoder").is_dir(), "frozen.path=OUT has every part"
 

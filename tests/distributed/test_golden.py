@@ -1,6 +1,6 @@
 """The losses of a fixed 20-step run, recorded, so that no commit changes the numbers unnoticed.
 
-After an intended change of numbers, record them anew and say in the commit message why they changed:
+After an intended change of numbers, record them again, and give the reason in the commit message:
 
     RENEW_GOLDEN=1 python -m pytest tests/distributed/test_golden.py
 """
@@ -27,7 +27,7 @@ STEPS = 20
 
 
 def _environment() -> dict[str, str]:
-    """What the last bits depend on: torch's version and the processor's vector instructions."""
+    """Return what the last bits depend on: torch's version and the vector instructions of the processor."""
     return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 

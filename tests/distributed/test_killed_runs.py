@@ -28,21 +28,21 @@ KILLS = 24
 SEED = 1234
 BATCH = 6
 """Clips of a step: 1, 2 and 3 ranks divide them."""
-PATIENCE_S = 400.0
-"""Limit for what takes seconds on a quiet machine: a failure shows by a process that ended, not by this."""
+TIMEOUT_S = 400.0
+"""Limit for what takes seconds on an idle machine; failures show by processes that end, not by this limit."""
 SETTINGS = (
     "debug=tiny", "precision=fp32", "data.num_frames=2", "data.height=32", "data.width=32",
     "model.widths=[32]", "model.attention_levels=[true]", "ema.lengths=[0.1]", f"batch.size={BATCH}",
     "evaluation.every=0", "sampling.every=1000000", "sampling.num_steps=1", "checkpoint.every=1",
-    # Starts differ in run.steps, on which no rate may depend. The gradients of some biases are rounding, and
-    # differ with the number of ranks: Adam's usual 1e-8 would let them through.
+    # Restarts differ in run.steps, on which no rate may depend. The gradients of some biases are rounding
+    # errors, which depend on the number of ranks: with Adam's usual eps of 1e-8 they would be updated.
     "optim.schedule=constant", "optim.eps=1e-6",
 )  # fmt: skip
 Ranks = list[ForkServerProcess]
 
 
 def one_rank(folder: str, rank: int, world: int, port: int, overrides: tuple[str, ...]) -> None:
-    """The trainer, in a process of its own; `folder` gets its output and the clips that it learns from."""
+    """Run the trainer as one rank; its output and the clips that it trains on are written to `folder`."""
     output = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -57,7 +57,7 @@ def one_rank(folder: str, rank: int, world: int, port: int, overrides: tuple[str
 
 @pytest.fixture
 def start(shards: Path) -> Iterator[Callable[[Path, int, int], Ranks]]:
-    """start(folder, world, steps) starts the run folder/run, or resumes it, on so many ranks."""
+    """Return start(folder, world, steps), which starts or resumes the run folder/run on `world` ranks."""
     started = []
     server = fork_server()
 
@@ -83,23 +83,23 @@ def start(shards: Path) -> Iterator[Callable[[Path, int, int], Ranks]]:
 
 def has_begun_to_save(checkpoints: Path, num_restarts: int, step: int) -> bool:
     """True if the restart after `num_restarts` others has a draft of this step or a later one."""
-    # A draft of its own: those of earlier starts lie about until it removes them.
+    # Drafts of earlier restarts remain until this restart removes them: they do not count.
     own = [restart.token for restart in read_acquired_restarts(checkpoints)[num_restarts:]]
     drafts = [draft.name for token in own for draft in checkpoints.glob(f"step-*.{token}.tmp")]
     return any(name >= f"step-{step:07d}" for name in drafts)
 
 
 def wait_until(condition: Callable[[], bool], ranks: Ranks, log: Callable[[], str]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert all(process.is_alive() for process in ranks) and time.monotonic() < deadline, log()
         time.sleep(0.01)
 
 
 def end(ranks: Ranks) -> list[int | None]:
-    """Wait for the ranks; their exit codes, None for one that is still alive."""
+    """Wait for the ranks; return their exit codes, None for one that is still alive."""
     for process in ranks:
-        process.join(PATIENCE_S)
+        process.join(TIMEOUT_S)
     return [process.exitcode for process in ranks]
 
 
@@ -116,22 +116,22 @@ def ids_by_ordinal(record: Path) -> dict[int, set[str]]:
 def test_run_killed_24_times_on_changing_numbers_of_ranks_loses_nothing(
     start: Callable[[Path, int, int], Ranks], tmp_path: Path
 ) -> None:
-    """Every step is saved, so that most kills come upon a save; a quarter come upon the start. One rank is
-    killed, or rank 0, or all. While the ranks still meet, none sees that another has gone, which is their
-    launcher's part: there all are killed."""
-    moments, killed = random.Random(SEED), tmp_path / "killed"
+    """Every step is saved, so that most kills happen during a save, and a quarter during startup. One rank is
+    killed, or rank 0, or all. While the ranks connect, none notices that another has ended, which their
+    launcher would: then all are killed."""
+    drawn, killed = random.Random(SEED), tmp_path / "killed"
     run, checkpoints = killed / "run", killed / "run/checkpoints"
     newest = 0
     for kill in range(KILLS):
-        world, at_start = moments.choice((1, 2, 3)), kill % 4 == 3
-        who = "all" if at_start else moments.choice(("all", "rank 0", "one"))
-        one, steps, seconds = moments.randrange(world), moments.randint(1, 4), moments.uniform(0, 1)
+        world, at_start = drawn.choice((1, 2, 3)), kill % 4 == 3
+        who = "all" if at_start else drawn.choice(("all", "rank 0", "one"))
+        one, steps, seconds = drawn.randrange(world), drawn.randint(1, 4), drawn.uniform(0, 1)
         num_restarts = len(read_acquired_restarts(checkpoints))
         ranks = start(killed, world, 100_000)
-        story = f"kill {kill}: {who} of {world} ranks"
+        case = f"kill {kill}: {who} of {world} ranks"
 
-        def log(story: str = story) -> str:
-            return f"{story}\n{(killed / 'log').read_text()}"
+        def log(case: str = case) -> str:
+            return f"{case}\n{(killed / 'log').read_text()}"
 
         if at_start:
             # From before the ranks meet to the first steps.
@@ -145,36 +145,36 @@ def test_run_killed_24_times_on_changing_numbers_of_ranks_loses_nothing(
         for process in {"all": ranks, "rank 0": ranks[:1], "one": ranks[one : one + 1]}[who]:
             process.kill()
         codes = end(ranks)
-        assert all(codes), f"{codes}: a rank that is left must not wait for another. {log()}"
+        assert all(codes), f"{codes}: a remaining rank must not wait for another. {log()}"
 
         complete = complete_checkpoints(checkpoints)
-        assert max(complete, default=0) >= newest, f"{story}: a checkpoint was lost"
+        assert max(complete, default=0) >= newest, f"{case}: a checkpoint was lost"
         newest = max(complete, default=0)
         for step, path in complete.items():
             check_checkpoint(path)
-            assert Progress.read(path / "state.json").step == step, story
-    assert newest > KILLS // 3, "it got on"
+            assert Progress.read(path / "state.json").step == step, case
+    assert newest > KILLS // 3, "the run made progress"
     assert len(read_acquired_restarts(checkpoints)) > KILLS // 2
 
     for token in run.glob(f"{TOKEN}.*"):
-        os.utime(token, (0, 0))  # of a killed start: removed when it is old
+        os.utime(token, (0, 0))  # of a killed restart: removed when it is old
     last = newest + 2
-    for folder in (killed, tmp_path / "whole"):
+    for folder in (killed, tmp_path / "uninterrupted"):
         assert end(start(folder, 2, last)) == [0, 0], (folder / "log").read_text()
-    check_nothing_is_lost(killed, tmp_path / "whole", last)
+    check_nothing_is_lost(killed, tmp_path / "uninterrupted", last)
 
 
-def check_nothing_is_lost(killed: Path, whole: Path, last: int) -> None:
-    rows, others = metrics(killed / "run"), metrics(whole / "run")
+def check_nothing_is_lost(killed: Path, uninterrupted: Path, last: int) -> None:
+    rows, others = metrics(killed / "run"), metrics(uninterrupted / "run")
     assert [row["step"] for row in rows] == list(range(1, last + 1)), "each step once"
     for row, other in zip(rows, others, strict=True):
         assert row["samples"] == other["samples"] == BATCH * row["step"]
         assert row["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5), row["step"]
-    clips, expected = ids_by_ordinal(killed / "clips.jsonl"), ids_by_ordinal(whole / "clips.jsonl")
+    clips, expected = ids_by_ordinal(killed / "clips.jsonl"), ids_by_ordinal(uninterrupted / "clips.jsonl")
     assert sorted(expected) == list(range(BATCH * last))
-    # Steps beyond the last that counts were taken too, by starts that were killed before they saved them.
+    # Restarts that were killed before they saved had taken steps beyond the last one, too.
     assert {ordinal: clips.get(ordinal) for ordinal in expected} == expected
-    assert all(len(ids) == 1 for ids in clips.values()), "an ordinal is one clip in every start"
+    assert all(len(ids) == 1 for ids in clips.values()), "an ordinal is the same clip in every restart"
 
     run = killed / "run"
     names = {path.name for path in (run / "checkpoints").iterdir()}

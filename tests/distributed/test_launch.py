@@ -72,7 +72,7 @@ def alive(folder: Path) -> list[int]:
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"the condition is not met after {seconds} s"
         time.sleep(0.05)
 
 
@@ -106,7 +106,9 @@ def test_failure_of_one_rank_ends_all_ranks(
 
 
 def test_exit_code_is_that_of_the_rank_that_failed_on_its_own(launcher: ModuleType, tmp_path: Path) -> None:
-    assert launcher.launch(command("left", tmp_path), 2) == 2, "rank 0, left alone, has ended before with 1"
+    assert launcher.launch(command("left", tmp_path), 2) == 2, (
+        "rank 0 ended first, with 1, and was not the cause"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])

@@ -1,4 +1,4 @@
-"""A new scalar condition takes one registration and one file of conf/conditioning/: docs/conditioning.md."""
+"""A new scalar condition needs one registration and one file of conf/conditioning/: docs/conditioning.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/index.md, run as they are but for their size."""
+"""The commands of README.md and docs/index.md, with settings that make them small."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = ["debug=tiny", "run.steps=2", "sampling.every=2", "batch.size=4", "evalu
 
 
 def commands(page: str) -> list[str]:
-    """The Python commands of a page's bash blocks, but for those with a user's path in capitals."""
+    """Return the Python commands of a page's bash blocks, except those with a placeholder in capitals."""
     blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith("python ") and not re.search(r"=[A-Z]{3,}", line)]
@@ -37,22 +37,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tools", "svd_ds", "conf"):
         (folder / name).symlink_to(ROOT / name)
     quickstart = ["python", "tools/make_shards.py", "--quickstart", "data/quickstart"]
-    assert follow(quickstart, folder).returncode == 0
+    assert run_command(quickstart, folder).returncode == 0
     Image.fromarray(moving_square(1, height=64, width=64)[0]).save(folder / "frame.png")
     write_video(folder / "my_videos" / "square.mp4", moving_square(48, height=160, width=160))
     write_video(folder / "footage" / "square.mp4", moving_square(96, height=160, width=160))
     return folder
 
 
-def follow(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run_command(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=250
     )
 
 
-def shrunk(words: list[str]) -> list[str]:
-    """The same command on the tiny model; a run keeps the folder that later commands name."""
+def with_tiny_settings(words: list[str]) -> list[str]:
+    """Add the settings of the tiny model; runs keep the folder that later commands name."""
     if "svd_ds.train" in words or "tools/launch.py" in words:
         named = any(word.startswith(("run.dir=", "+experiment=")) for word in words)
         return [*words, *SMALL, *([] if named else ["run.dir=runs/small"])]
@@ -62,7 +62,7 @@ def shrunk(words: list[str]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_in_order(folder: Path, command: str) -> None:
-    ended = follow(shrunk(shlex.split(command)), folder)
+    ended = run_command(with_tiny_settings(shlex.split(command)), folder)
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
 
@@ -83,6 +83,6 @@ def test_readme_commands_write_their_outputs(folder: Path) -> None:
 @pytest.mark.slow
 def test_readme_python_example_runs(folder: Path) -> None:
     for example in re.findall(r"```python\n(.*?)```", README, flags=re.S):
-        ended = follow(["python", "-c", example], folder)
+        ended = run_command(["python", "-c", example], folder)
         assert ended.returncode == 0, ended.stderr
     assert (folder / "out" / "config.json").exists()

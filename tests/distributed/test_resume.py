@@ -26,7 +26,7 @@ def settings(shards: Path) -> tuple[str, ...]:
 
 
 def clips_of_steps(record: Path) -> list[list[list[Any]]]:
-    """[ordinal, id] of each step's clips on all ranks."""
+    """Return [ordinal, id] of each clip on all ranks, by step."""
     clips = sorted(clip for line in record.read_text().splitlines() for clip in json.loads(line))
     return [clips[i : i + BATCH] for i in range(0, len(clips), BATCH)]
 
@@ -38,9 +38,9 @@ def test_run_resumes_on_any_number_of_ranks_with_the_same_losses(
 ) -> None:
     """2 -> 1 -> 4 -> 3 ranks, against 2 that were never stopped."""
     script = Path(__file__).with_name("recorded_ranks.py")
-    # The last blocks have a channel a group: the norm after them takes their biases out again, and what is
-    # left of those gradients is rounding (2e-11; the next smallest is 6e-7). Adam's usual 1e-8 would let it
-    # through at a hundredth of the rate: four biases end 9e-5 apart then, and all else less than 6e-6.
+    # The last blocks have one channel per group: the norm after them cancels their biases, whose gradients
+    # are rounding errors (2e-11; the next smallest is 6e-7). With Adam's usual eps of 1e-8 they would get a
+    # hundredth of a full step: four biases would differ by 9e-5, other parameters by less than 6e-6.
     large_eps = "optim.eps=1e-6"
 
     def train(name: str, ranks: int, steps: int) -> None:
@@ -49,20 +49,23 @@ def test_run_resumes_on_any_number_of_ranks_with_the_same_losses(
         ended = run_ranks(script, record, *overrides, num_ranks=ranks, WANDB_MODE="disabled")
         assert ended.returncode == 0, ended.stderr
 
-    train("whole", ranks=2, steps=8)
+    train("uninterrupted", ranks=2, steps=8)
     for steps, ranks in ((2, 2), (4, 1), (6, 4), (8, 3)):
         train("elastic", ranks, steps)
 
-    wanted, found = clips_of_steps(tmp_path / "whole.jsonl"), clips_of_steps(tmp_path / "elastic.jsonl")
+    wanted, found = (
+        clips_of_steps(tmp_path / "uninterrupted.jsonl"),
+        clips_of_steps(tmp_path / "elastic.jsonl"),
+    )
     assert len(wanted) == 8
     assert found == wanted
-    rows, whole = metrics(tmp_path / "elastic"), metrics(tmp_path / "whole")
+    rows, uninterrupted = metrics(tmp_path / "elastic"), metrics(tmp_path / "uninterrupted")
     assert [row["step"] for row in rows] == list(range(1, 9))
-    for row, other in zip(rows, whole, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5), (rows, whole)
+    for row, other in zip(rows, uninterrupted, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5), (rows, uninterrupted)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert row["lr"] == other["lr"]
     for which in ("raw", "power-0.050", "power-0.100"):
-        ours, theirs = (load_unet(tmp_path / name, which) for name in ("elastic", "whole"))
+        ours, theirs = (load_unet(tmp_path / name, which) for name in ("elastic", "uninterrupted"))
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             assert (a - b).abs().max() < 1e-5, (which, name)

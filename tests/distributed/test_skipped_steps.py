@@ -34,7 +34,7 @@ def _quiet_and_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("svd_ds.run.write_report", lambda *_: None)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    destroy_groups()  # which a run that ends with an error leaves to the end of its process
+    destroy_groups()  # a run that ends with an error leaves them to the end of its process
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -61,7 +61,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def check_saved(run: Path, outcome: str) -> None:
     found = complete_checkpoints(run / "checkpoints")
-    assert list(found) == list(range(1, GOOD + 1)), "none of a skipped step"
+    assert list(found) == list(range(1, GOOD + 1)), "no skipped step is saved"
     for path in found.values():
         check_checkpoint(path)
     assert not list(run.rglob("*.tmp"))
@@ -102,6 +102,6 @@ def test_run_stopped_during_skipped_steps_saves_none_of_them_and_resumes_before_
     monkeypatch.setattr(DiffusionObjective, "loss", loss)
     start(shards, run, "run.steps=5", *SETTINGS)
     assert f"resuming at step {GOOD}" in capfd.readouterr().out
-    start(shards, tmp_path / "whole", "run.steps=5", *SETTINGS)
-    expected = {row["step"]: row["loss"] for row in metrics(tmp_path / "whole")}
+    start(shards, tmp_path / "uninterrupted", "run.steps=5", *SETTINGS)
+    expected = {row["step"]: row["loss"] for row in metrics(tmp_path / "uninterrupted")}
     assert {row["step"]: pytest.approx(row["loss"], rel=0, abs=1e-5) for row in metrics(run)} == expected

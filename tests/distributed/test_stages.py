@@ -38,7 +38,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Long enough for every experiment, with all that one of them asks for."""
+    """Clips that are long enough for every experiment, with every annotation that one of them needs."""
     folder = tmp_path_factory.mktemp("data") / "clips"
     writer = ShardWriter(folder)
     for i in range(4):
@@ -61,7 +61,7 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Two steps of an experiment in this process; the folder of its run."""
+    """Return train(experiment, *overrides): two steps in this process; it returns the run folder."""
     monkeypatch.chdir(ROOT)
 
     def start(experiment: str, *overrides: str) -> Path:
@@ -76,13 +76,13 @@ def train(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 def assert_grown(after: UNet, before: UNet) -> None:
-    """All that `before` has is in `after`, whose new inputs and tensors are zero."""
+    """Check that `after` has all weights of `before`, and zeros in its new inputs and tensors."""
     old = dict(before.named_parameters())
     for name, p in after.named_parameters():
         known = old.pop(name, p[..., :0])
         inputs = known.shape[-1]
         assert torch.equal(p[..., :inputs], known) and not p[..., inputs:].any(), name
-    assert not old, "left out"
+    assert not old, "weights are missing"
 
 
 @pytest.mark.slow
@@ -90,19 +90,21 @@ def assert_grown(after: UNet, before: UNet) -> None:
 def test_network_grows_from_stage_to_stage_and_keeps_its_weights(
     train: Callable[..., Path], image_model: Path
 ) -> None:
-    """Where the network of the chain grows: temporal layers and scalars; inputs and a scalar; a mask."""
+    """The network grows by temporal layers and scalars, by inputs and a scalar, and by a mask."""
     image = train("stage1", f"init.from={image_model}")
-    # What computes in bfloat16 hands over and saves what it does not train in float32.
+    # A run in bfloat16 saves the parameters that it does not train in float32.
     settings = ("temporal=videoldm", "checkpoint.every=1", "precision=bf16")
     text = train("stage2", f"init.from={image}", "init.which=raw", *settings)
     before, after = load_unet(image, "raw"), load_unet(text, "raw")
     tags, found = parameter_tags(after), dict(after.named_parameters())
     handed_over = dict(before.named_parameters())
-    assert all(torch.equal(p, found[name]) for name, p in handed_over.items()), "all of it, and frozen here"
+    assert all(torch.equal(p, found[name]) for name, p in handed_over.items()), (
+        "all weights are kept, because they are frozen"
+    )
     earlier = dict(load_unet(text / "checkpoints/step-0000001", "raw").named_parameters())
     assert {tags[name] for name in found.keys() - handed_over.keys()} == {"temporal", "condition"}
     moved = {tags[name] for name, p in found.items() if not torch.equal(p, earlier[name])}
-    assert moved == {"temporal", "condition"}, "VideoLDM's layers alone learn"
+    assert moved == {"temporal", "condition"}, "only the layers of VideoLDM are trained"
 
     video = train("stage3_i2v_base", f"init.from={text}", "optim.schedule=zero")
     assert_grown(load_unet(video), load_unet(text))
@@ -147,7 +149,7 @@ def test_complete_chain_ends_in_a_diffusers_pipeline(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_other_experiment_trains(train: Callable[..., Path]) -> None:
-    """Those that are no stage: each on its own but for guidance, which samples the weights of another."""
+    """Train each experiment that is no stage on its own; guidance samples the weights of another."""
     stages = runpy.run_path(str(ROOT / "tools/chain.py"))["CHAIN"]
     runs = {name: train(name) for name in sorted(set(EXPERIMENTS) - stages.keys() - {"guidance"})}
     for name, run in runs.items():

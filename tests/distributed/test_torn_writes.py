@@ -1,6 +1,6 @@
 """Each file of a run damaged in turn: the run resumes from what is intact, or one sentence names the damage.
 
-One rank in the test's own process: a hundred starts of a program would take longer than all other tests.
+One rank in the process of the test: starting a hundred processes would take longer than all other tests.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_to_look_at() -> Iterator[None]:
-    """Skip videos and report, which take most of a start's time."""
+def _no_previews_or_report() -> Iterator[None]:
+    """Skip previews and report, which take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Previews, "make", lambda *_: None)
         patch.setattr("svd_ds.run.write_report", lambda *_: None)
@@ -62,9 +62,9 @@ def _nothing_to_look_at() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _short_collections() -> Iterator[None]:
-    """Exclude imported modules from garbage collection, which took a fifth of each start."""
-    import svd_ds.run  # noqa: F401 (so that it is among that)
+def _fast_garbage_collection() -> Iterator[None]:
+    """Exclude imported modules from garbage collection, which took a fifth of the time."""
+    import svd_ds.run  # noqa: F401 (it is among them)
 
     gc.collect()
     gc.freeze()
@@ -75,9 +75,9 @@ def _short_collections() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("torn")
-    start(shards, folder / "whole", f"run.steps={STEPS}", *SETTINGS)
+    start(shards, folder / "uninterrupted", f"run.steps={STEPS}", *SETTINGS)
     start(shards, folder / "base", f"run.steps={STEPS - 1}", *SETTINGS)
-    losses = {row["step"]: row["loss"] for row in metrics(folder / "whole")}
+    losses = {row["step"]: row["loss"] for row in metrics(folder / "uninterrupted")}
     assert sorted(losses) == list(range(1, STEPS + 1))
     return Runs(folder / "base", losses)
 
@@ -111,7 +111,7 @@ def resume(
         printed = capfd.readouterr().out
         assert metrics(run)[-1]["step"] == STEPS
     for row in metrics(run):
-        # Within one process, sums may differ in their last bits from one start to the next.
+        # Within one process, sums may differ in their last bits from one run to the next.
         expected = pytest.approx(runs.losses[row["step"]], rel=0, abs=1e-5)
         assert row["loss"] == expected, (kind, names, row, printed)
     shutil.rmtree(run)
@@ -182,7 +182,7 @@ def test_all_damaged_checkpoints_are_named_and_kept(
 def test_checkpoints_without_manifests_are_not_a_new_run(
     runs: Runs, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Both manifests are gone: the run must not begin at step 0 over what it had learned."""
+    """Both manifests are gone: the run must not begin again at step 0."""
     printed = resume(
         runs, shards, tmp_path, "deleted", [f"checkpoints/step-{step:07d}/COMPLETE" for step in (2, 3)], capfd
     )
@@ -198,4 +198,4 @@ def test_named_damaged_checkpoint_is_refused(
     damage(path / "state.json", "flipped")
     with pytest.raises(ValueError, match=r"step-0000003 is damaged: state.json has another checksum"):
         start(shards, tmp_path / "run", f"run.steps={STEPS}", *SETTINGS, f"run.resume={path}")
-    assert path.exists(), "it was named, so it is left where it is"
+    assert path.exists(), "a checkpoint that the user named is not moved"

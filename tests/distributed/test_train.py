@@ -1,4 +1,4 @@
-"""The trainer as a user starts it: two ranks, real shards, killed and started again."""
+"""The trainer as a user starts it: two ranks, real shards, killed and resumed."""
 
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ def train(run_ranks: RunRanks) -> Train:
 def killed_and_resumed(
     train: Train, shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """Folder of a run that the launcher started, that was killed with SIGKILL and that was resumed; and what
-    the resumed run printed."""
+    """Folder of a run that was killed with SIGKILL and resumed, and the output of the resumed run."""
     run = tmp_path_factory.mktemp("runs") / "killed"
     evaluated = "evaluation.every=3"
     first = subprocess.Popen(
@@ -79,7 +78,7 @@ def killed_and_resumed(
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     _, errors = first.communicate(timeout=60)
-    assert errors == "", "imports and a healthy run warn of nothing"
+    assert errors == "", "imports and a healthy run print no warning"
     second = train(shards, run, evaluated)
     assert second.returncode == 0, second.stderr
     return run, second.stdout
@@ -95,12 +94,12 @@ def test_killed_run_resumes_and_counts_every_step_once(killed_and_resumed: tuple
 def test_killed_run_has_the_losses_of_an_uninterrupted_run(
     killed_and_resumed: tuple[Path, str], train: Train, shards: Path, tmp_path: Path
 ) -> None:
-    """Samples and evaluations on the way change nothing."""
-    whole = train(shards, tmp_path / "whole", "sampling.every=1000000")
-    assert whole.returncode == 0, whole.stderr
+    """Previews and evaluations do not change the losses."""
+    uninterrupted = train(shards, tmp_path / "uninterrupted", "sampling.every=1000000")
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in metrics(killed_and_resumed[0])] == [
-            row[key] for row in metrics(tmp_path / "whole")
+            row[key] for row in metrics(tmp_path / "uninterrupted")
         ]
 
 
@@ -119,8 +118,8 @@ def test_every_evaluation_is_logged_once(killed_and_resumed: tuple[Path, str]) -
 def test_run_rolls_back_once_and_then_ends_on_all_ranks_when_it_diverges(
     train: Train, shards: Path, tmp_path: Path
 ) -> None:
-    """At such a rate no step after the second one is finite, whatever its clips. The second checkpoint, which
-    no taken step follows, is not gone back to."""
+    """At such a rate no step after the second one is finite, whatever its clips. The run does
+    not roll back to the second checkpoint, which no taken step follows."""
     run = tmp_path / "run"
     bounds = ("guard.window=2", "guard.max_skips=1", "guard.max_rollbacks=1")
     ended = train(shards, run, *bounds, "optim.lr=100", "checkpoint.every=1")
@@ -182,7 +181,7 @@ def test_weights_and_averages_are_read_without_the_engine(killed_and_resumed: tu
     assert len(different) > len(list(raw.parameters())) / 2
 
 
-def started(shards: Path, run: Path) -> subprocess.Popen[str]:
+def start_endless_run(shards: Path, run: Path) -> subprocess.Popen[str]:
     """Start a run without end, and return after its first step."""
     process = subprocess.Popen(
         command(shards, run, "run.steps=100000", "checkpoint.every=100000", "sampling.every=100000"),
@@ -212,9 +211,9 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(shards: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_run_continues_after_its_console_closes_and_saves_on_ctrl_c(shards: Path, tmp_path: Path) -> None:
-    """As in `launch.py ... | head`: the pipe of standard output is closed after step 1."""
+    """Example: `launch.py ... | head`, which closes the pipe of standard output after step 1."""
     run = tmp_path / "unread"
-    process = started(shards, run)
+    process = start_endless_run(shards, run)
     assert process.stdout is not None
     process.stdout.close()
     process.stdout = None
@@ -247,14 +246,14 @@ def test_truncated_shard_is_named_and_all_ranks_stop(train: Train, shards: Path,
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     shard = broken / "shard-00001.tar"
-    whole = shard.stat().st_size
-    shard.write_bytes(shard.read_bytes()[: whole // 2])
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[: size // 2])
     line = sentence(train(broken, tmp_path / "run"))
-    assert all(part in line for part in ("shard-00001.tar", str(whole), str(whole // 2)))
+    assert all(part in line for part in ("shard-00001.tar", str(size), str(size // 2)))
 
 
 def test_clip_that_cannot_be_decoded_ends_every_rank(train: Train, shards: Path, tmp_path: Path) -> None:
-    """One rank alone reads the clip, in the middle of the run; the other must not wait for ever."""
+    """One rank alone reads the clip, in the middle of the run; the other must not wait forever."""
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     sample = next(sample for sample in Index.load(broken).samples() if sample.id == "clip07")

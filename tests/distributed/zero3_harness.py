@@ -33,7 +33,7 @@ RATES = {"spatial": 1e-3, "temporal": 2e-3, "embedding": 5e-4, "condition": 4e-4
 WEIGHT_DECAY = 0.1
 BETAS = (0.8, 0.95)
 EPS = 1e-4
-"""Large: Adam would otherwise make full steps of gradients that are rounding errors alone."""
+"""Large, so that Adam makes no full steps along gradients that are only rounding errors."""
 NO_LORA = LoraConfig(rank=0)
 
 

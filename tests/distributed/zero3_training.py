@@ -35,7 +35,7 @@ def check_no_rank_holds_the_model(ranks: Ranks) -> None:
         unet = UNet(SMALL)
     sizes = {name: tensor.numel() for name, tensor in random_weights().items()}
     for name, parameter in unet.named_parameters():
-        assert parameter.numel() == 0, f"{name} is whole"
+        assert parameter.numel() == 0, f"{name} is not partitioned"
         assert parameter.ds_tensor.numel() == -(-sizes[name] // ranks.env.world)
         assert parameter.ds_tensor.dtype == torch.bfloat16
 

@@ -1,4 +1,4 @@
-"""Weights put into an engine and lent to it."""
+"""Weights loaded into an engine, permanently or for an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a GPU, every attention backend and custom layer agrees with float64, values and gradients."""
+"""Attention backends and custom layers on a GPU agree with float64 in values and gradients."""
 
 from __future__ import annotations
 

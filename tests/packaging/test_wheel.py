@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("elsewhere")
 
 
-def follow(installed: Path, folder: Path, *command: str) -> str:
+def run_command(installed: Path, folder: Path, *command: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     program, *arguments = command
@@ -90,19 +90,19 @@ def test_wheel_has_configs_tools_and_types(wheel: Path) -> None:
 
 
 def test_installed_package_trains_samples_and_reports(installed: Path, folder: Path) -> None:
-    home = follow(installed, folder, "python", "-c", "import svd_ds; print(svd_ds.__file__)")
+    home = run_command(installed, folder, "python", "-c", "import svd_ds; print(svd_ds.__file__)")
     assert home.startswith(str(installed.parent)), "the repository's own is not used"
-    follow(installed, folder, "svd-ds", "make-shards", "--quickstart", "data/quickstart")
-    follow(installed, folder, "python", "-m", "svd_ds.train", *SMALL, "run.dir=runs/one")
-    follow(installed, folder, "svd-ds", "launch", "-n", "2", "--", *SMALL, "run.dir=runs/two")
+    run_command(installed, folder, "svd-ds", "make-shards", "--quickstart", "data/quickstart")
+    run_command(installed, folder, "python", "-m", "svd_ds.train", *SMALL, "run.dir=runs/one")
+    run_command(installed, folder, "svd-ds", "launch", "-n", "2", "--", *SMALL, "run.dir=runs/two")
     Image.fromarray(moving_square(1, height=64, width=64)[0]).save(folder / "frame.png")
     sample = ("runs/one", "--image", "frame.png", "--steps", "2", "--out", "samples")
-    follow(installed, folder, "svd-ds", "sample", *sample)
+    run_command(installed, folder, "svd-ds", "sample", *sample)
     assert (folder / "samples" / "contact_sheet.png").is_file()
-    follow(installed, folder, "svd-ds", "report", "runs/one", "runs/two", "--out", "report.html")
+    run_command(installed, folder, "svd-ds", "report", "runs/one", "runs/two", "--out", "report.html")
     assert (folder / "report.html").stat().st_size > 10_000
 
 
 def test_console_script_lists_commands_and_explains_keys(installed: Path, folder: Path) -> None:
-    assert "make-shards" in follow(installed, folder, "svd-ds")
-    assert "optimiser step" in follow(installed, folder, "svd-ds", "train", "--help", "batch.size")
+    assert "make-shards" in run_command(installed, folder, "svd-ds")
+    assert "optimiser step" in run_command(installed, folder, "svd-ds", "train", "--help", "batch.size")

@@ -1,4 +1,4 @@
-"""Where the configs of a command line come from: conf/, --config-dir, hydra.searchpath, --config-path."""
+"""Config sources of a command line: conf/, --config-dir, hydra.searchpath, --config-path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAYS: dict[str, Callable[[Path], list[str]]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With a group `subset` of two configs, and a member of the group `experiment`."""
+    """Config folder with a group `subset` of two configs, and a member of the group `experiment`."""
     path = tmp_path / "my configs"
     for group, name, steps in (("subset", "few", 3), ("subset", "many", 7), ("experiment", "mine", 5)):
         (path / group).mkdir(parents=True, exist_ok=True)
@@ -82,17 +82,17 @@ def test_job_starts_exactly_one_run(words: list[str], message: str) -> None:
 
 
 def test_config_of_a_run_starts_another_run(tmp_path: Path) -> None:
-    told = compose(["run.seed=5", "debug=tiny"])
-    settings = told.as_dict() | {"code": {"commit": "1a2b"}}
+    first = compose(["run.seed=5", "debug=tiny"])
+    settings = first.as_dict() | {"code": {"commit": "1a2b"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     again = compose(["--config-path", str(tmp_path), "--config-name", "config", "run.steps=9"])
-    assert (again.run.seed, again.run.steps, again.model) == (5, 9, told.model)
+    assert (again.run.seed, again.run.steps, again.model) == (5, 9, first.model)
 
 
-def test_hydra_composes_what_we_compose(folder: Path) -> None:
+def test_hydra_composes_the_same_config(folder: Path) -> None:
     """`--config-dir` after an override, through the real entry point."""
     command = [sys.executable, "-m", "svd_ds.train", "run.seed=4", "--config-dir", str(folder), "+subset=few"]
-    told = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    printed = yaml.safe_load(told.stdout)
+    ended = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    printed = yaml.safe_load(ended.stdout)
     assert (printed["name"], printed["run"]["steps"], printed["run"]["seed"]) == ("member-few", 3, 4)

@@ -1,4 +1,4 @@
-"""A run resumes where what it reads was moved, whichever key says where, and not with other content."""
+"""A run resumes after its inputs were moved, under any key, and is refused if their content changed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CASES = {
 
 
 def begin(run: Path, places: Path, word: str, resume: Path | None = None) -> Inputs:
-    """What a start of a run reads; it leaves the run folder, and a checkpoint's state."""
+    """Read the inputs of a restart; write the run folder and the state of a checkpoint."""
     data = f"data.path={places}/one"
     config = compose(["debug=tiny", "evaluation.clips=2", data, f"run.dir={run}", word.format(places)])
     inputs = read_inputs(config, CPU, resume)

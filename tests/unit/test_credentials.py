@@ -76,8 +76,8 @@ PLAIN = [
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """What one test remembers is no secret to the others."""
+def _reset_known_secrets() -> Iterator[None]:
+    """Reset the secrets that the previous test registered."""
     yield
     credentials._known.clear()
 
@@ -91,7 +91,9 @@ def test_secret_is_masked_and_the_rest_of_the_path_is_kept(place: str) -> None:
         assert SECRET not in shown and MASK in shown
         assert redact(shown) == shown
     assert "host" not in full or "host" in redact(full)
-    assert redact(place.format("another-secret9")) == redact(full), "a renewed one is the same place"
+    assert redact(place.format("another-secret9")) == redact(full), (
+        "a renewed secret gives the same masked path"
+    )
 
 
 @pytest.mark.parametrize("text", PLAIN)
@@ -205,7 +207,7 @@ def test_secret_without_its_url_is_masked_once_a_config_has_it(tmp_path: Path) -
         "names of users and dates are also part of other texts"
     )
     remember_tree({"a": ["https://me:x@host"]})
-    assert redact("x marks the spot") == "x marks the spot", "so short a one is looked for in its place alone"
+    assert redact("x marks the spot") == "x marks the spot", "so short a secret is masked only in its URL"
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -229,7 +231,7 @@ def test_names_of_files_and_folders_have_no_secret(place: str) -> None:
     url = place.format(SECRET)
     assert SECRET not in _cache_name(url)
     names = [folder_name([f"data.path={place.format(secret)}"]) for secret in (SECRET, "renewed-secret")]
-    assert SECRET not in names[0] and names[0] == names[1], "the multirun goes on in the same folder"
+    assert SECRET not in names[0] and names[0] == names[1], "the multirun resumes in the same folder"
 
 
 def test_masking_keeps_the_structure_of_a_tree() -> None:

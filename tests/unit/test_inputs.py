@@ -1,5 +1,4 @@
-"""What a run reads: whose latents it takes, what its previews show, from which stage it can start, and
-which conditions fit."""
+"""Inputs of a run: latents, the fixed set, the stage that it starts from, and conditions that fit."""
 
 from __future__ import annotations
 
@@ -102,14 +101,14 @@ def test_fixed_set_is_the_same_in_every_run_of_a_data_set(
     assert set(held_out.clips.ids) == {"clip9", "clip10", "clip11"}
     assert held_out.data != whole.data != fixed_set(0, 1, "data.height=32").data
     monkeypatch.setattr(Autoencoder, "fingerprint", lambda self: "another")
-    assert fixed_set(0, 1).data != whole.data, "errors of other latents"
+    assert fixed_set(0, 1).data != whole.data, "errors on other latents are not comparable"
 
 
 CPU = replace(Env.read({}), device=torch.device("cpu"))
 
 
 def stage(folder: Path, *overrides: str) -> RunConfig:
-    """A config, and the weights that a run with it would leave in `folder`."""
+    """Write a config, and the weights of a run with it, to `folder`."""
     config = compose(["debug=tiny", *overrides])
     folder.mkdir()
     save_unet(UNet(config.model), folder / "weights.safetensors", "original")

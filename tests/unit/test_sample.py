@@ -1,5 +1,4 @@
-"""Sampling puts its parts together rightly: shown with a network, an autoencoder and a conditioner made for
-the test."""
+"""Sampling, with a network, an autoencoder and a conditioner whose results are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files from strangers cannot do (docs/security.md). Each test plants an attack that leaves a mark."""
+"""Untrusted files (docs/security.md): each test plants an attack that would leave a mark."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_markup_in_names_and_values_is_text_in_a_report(tmp_path: Path) -> None:
 
 
 class Code(HTMLParser):
-    """Where a page has code: its script elements and its event attributes."""
+    """Collect the code of a page: its script elements and its event attributes."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files that people look at."""
+"""Videos, contact sheets and images that users look at."""
 
 from __future__ import annotations
 

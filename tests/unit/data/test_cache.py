@@ -122,7 +122,7 @@ def test_file_of_another_size_is_fetched_again_and_short_fetch_is_refused(tmp_pa
     assert read(cache, 1) == content(1)
     with pytest.raises(ValueError, match="it has 3 bytes, and its index says 1000"):
         cache.open(name(2), 1000, lambda: [b"abc"])
-    assert not list((tmp_path / FOLDER).glob("part-*")), "what is not whole is not left"
+    assert not list((tmp_path / FOLDER).glob("part-*")), "an incomplete file is removed"
     assert read(cache, 2) == content(2)
 
 

@@ -99,7 +99,7 @@ def test_samples_without_the_number_are_left_out_and_counted(tmp_path: Path) -> 
     for number in range(len(values)):
         writer.add(f"s{number}", "mp4", encode(frames), sample_metadata(frames, annotations={"a": 0.0}))
     writer.close()
-    # As older versions wrote them: what is written now has no such values.
+    # Earlier versions wrote such values; the writer no longer does.
     index = tmp_path / "index.jsonl"
     rows = [json.loads(line) for line in index.read_text().splitlines()]
     for row, value in zip(rows[1:], values, strict=True):

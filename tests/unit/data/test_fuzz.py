@@ -101,7 +101,7 @@ def test_order_is_exact_for_any_shards_ranks_and_damage(
     assert sorted(whole) == list(range(steps * BATCH)), "every ordinal once"
     assert first | rest == whole and not first.keys() & rest.keys() and after == end
     times = Counter(name for name, *_ in whole.values())
-    assert not bad & times.keys(), "what cannot be read is replaced"
+    assert not bad & times.keys(), "unreadable samples are replaced"
     low = {f"s{number}" for number in range(0, total, 3)} if buckets else set()
     for members in (low, {f"s{number}" for number in range(total)} - low):
         turns = [times[name] for name in members - bad]

@@ -1,4 +1,4 @@
-"""The scalings and what the network sees."""
+"""Scalings of the denoiser, and the inputs of its network."""
 
 from __future__ import annotations
 

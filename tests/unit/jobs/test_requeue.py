@@ -23,7 +23,7 @@ def test_job_without_progress_is_not_restarted(tmp_path: Path) -> None:
         record_queued_restart(folder, 7, limit=3)
     with pytest.raises(ValueError, match=r"job 7 .* 3 times from step 0"):
         record_queued_restart(folder, 7, limit=3)
-    record_queued_restart(folder, 8, limit=3)  # someone has submitted it anew
+    record_queued_restart(folder, 8, limit=3)  # the run is submitted again
     for name, marker in (("step-0000020", True), ("step-0000040", False)):
         (folder.checkpoints / name).mkdir(parents=True)
         if marker:

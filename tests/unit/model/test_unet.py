@@ -145,7 +145,7 @@ def test_blocks_are_the_16_transformers_and_22_residual_blocks() -> None:
 
 class TestImages:
     def test_image_only_equals_the_image_model(self, image_unet: Any, randomize: Any) -> None:
-        """With image_only the output equals the image UNet's: temporal layers have no effect."""
+        """Temporal layers have no effect with image_only: the output equals the image UNet."""
         config = replace(SMALL, in_channels=4, num_scalars=0)
         theirs = image_unet(config)
         for name, module in theirs.named_modules():

@@ -15,7 +15,7 @@ def test_norm_is_accumulated_from_start_to_take() -> None:
     local_norm = LocalNorm(network)
 
     def backward() -> float:
-        """The norm of a backward's gradients, which are then forgotten."""
+        """The norm of a backward's gradients, which are then discarded."""
         network(torch.randn(2, 3)).square().sum().backward()
         norm = math.hypot(*(p.grad.norm().item() for p in network.parameters() if p.grad is not None))
         network.zero_grad()

@@ -1,4 +1,4 @@
-"""tools/convert.py: a run becomes what the public code loads, and back."""
+"""tools/convert.py: runs are converted to files that the public code loads, and back."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ import resource
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,13 +249,13 @@ def test_two_restarts_at_the_same_moment_leave_one_owner(
     name = "write_text" if moment == "before the draft" else "replace_file"
     real = getattr(retention, name)
 
-    def second_start_comes_first(*arguments: Any) -> None:
+    def second_restart_comes_first(*arguments: Any) -> None:
         if not others:
             others.append(checkpoints(folder, start_session=None))
             others[0].start_session(0)
         real(*arguments)
 
-    monkeypatch.setattr(retention, name, second_start_comes_first)
+    monkeypatch.setattr(retention, name, second_restart_comes_first)
     first = checkpoints(folder, start_session=None)
     try:
         first.start_session(0)
@@ -311,7 +310,7 @@ def test_averages_of_pruned_checkpoints_are_kept(tmp_path: Path) -> None:
     assert len(pieces["a"][0].parameters) == 3
 
 
-@pytest.mark.parametrize("removed", range(5))
+@pytest.mark.parametrize("removed", range(3))
 def test_interrupted_prune_loses_no_averages(
     removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,7 +326,7 @@ def test_interrupted_prune_loses_no_averages(
             remove(path)
 
     monkeypatch.setattr(shutil, "rmtree", cut)
-    with suppress(StopIteration):
+    with pytest.raises(StopIteration):
         save(store, 3)
     monkeypatch.undo()
     checkpoints(tmp_path / "checkpoints", start_session=3)

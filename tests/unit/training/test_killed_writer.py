@@ -30,7 +30,7 @@ WATCHED = ("fsync", "replace", "unlink", "rmdir", "mkdir")
 
 
 def save(folder: Path, begin: int, step: int) -> None:
-    """A restart of the run after step `begin`, which saves one checkpoint whose weights are all `step`."""
+    """Restart the run after step `begin`, and save one checkpoint whose weights are all `step`."""
     engine, objective = Shards(), StatefulObjective(float(step))
     for values in (engine.weights, *engine.adam.values()):
         for value in values.values():

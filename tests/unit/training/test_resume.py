@@ -1,4 +1,4 @@
-"""run.resume: the first start of a run, and every restart of it with the same arguments."""
+"""run.resume, for a new run and for each restart of it with the same arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _one_rank() -> Iterator[None]:
 
 
 def restart(folder: Path, resume: str) -> tuple[Resume, Checkpoints]:
-    """Restart the run with these arguments, up to the point from which it may save."""
+    """Restart the run with this run.resume, up to the point from which it may save."""
     store = checkpoints(folder, start_session=None, keep_last=9)
     found = find_checkpoint(store, resume)
     step = int(found.path.name.removeprefix("step-")) if found.path is not None else 0

@@ -36,7 +36,7 @@ def _one_rank() -> Iterator[None]:
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_draft_without_the_file_of_a_rank_is_not_committed(folder: Path, missing: int) -> None:
-    """Rank 0 sees such a draft where the folder of another rank is on another disk."""
+    """Rank 0 sees such a draft if the folder of another rank is on another disk."""
     token = acquire(folder, 0)
     draft = folder / draft_name("step-0000002", token)
     (draft / "unet").mkdir(parents=True)
@@ -69,7 +69,7 @@ def test_torn_last_row_belongs_to_the_newest_restart(folder: Path) -> None:
     restarts.write_bytes(restarts.read_bytes()[:-9])
     check_not_fenced(folder, store.token)
     save(store, 1)
-    assert stale.is_fenced(), "one of the two writes"
+    assert stale.is_fenced(), "only one of the two may write"
 
 
 def test_stale_process_stays_fenced_after_damage_of_the_restarts_file(folder: Path) -> None:
@@ -95,7 +95,7 @@ def test_queued_restart_does_not_fence_the_running_process(folder: Path) -> None
 def test_restart_that_is_queued_during_an_acquire_removes_no_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the stale process, whose token would be the newest again, could write."""
+    """If it did, the token of the stale process would be the newest again, and it could write."""
     stale, append_row = checkpoints(folder), requeue.append_row
     acquired: list[str] = []
 
@@ -136,7 +136,7 @@ def test_checkpoint_folder_that_was_moved_is_one_sentence(tmp_path: Path) -> Non
 
 
 def test_links_to_checkpoints_are_pruned_and_their_targets_are_kept(tmp_path: Path) -> None:
-    """Links such as those to checkpoints that a person has moved to another disk."""
+    """Example: links to checkpoints that a user moved to another disk."""
     folder, other = tmp_path / "checkpoints", tmp_path / "other"
     store = checkpoints(folder, keep_last=1)
     save(store, 1)

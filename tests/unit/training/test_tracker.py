@@ -299,7 +299,7 @@ def test_key_in_the_environment_means_online(home: Path, monkeypatch: pytest.Mon
     assert module._resolve_mode("auto") == "offline"
     wandb.teardown()
     monkeypatch.setenv("WANDB_API_KEY", "too short")
-    assert module._resolve_mode("auto") == "online", "wandb.init says what is wrong with it"
+    assert module._resolve_mode("auto") == "online", "wandb.init reports the invalid key"
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert module._resolve_mode("auto") == "online"
 

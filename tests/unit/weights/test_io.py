@@ -1,4 +1,4 @@
-"""Weights come back bit by bit, in the public layouts and from a run's shards; wrong files are refused."""
+"""Weights are loaded exactly, from the public layouts and from shards of a run; wrong files are refused."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def measure(work, path):
 
 for path in sys.argv[1:]:
     for work in (load, convert)[: 1 if "image" in path else 2]:
-        # A process for each: what is freed is not given back.
+        # One process each: freed memory is not returned to the system.
         if os.fork() == 0:
             measure(work, path)
             os._exit(0)

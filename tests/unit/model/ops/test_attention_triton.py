@@ -1,4 +1,4 @@
-"""The kernel for few tokens computes what float64 does: on a GPU, else in Triton's interpreter."""
+"""The kernel for few tokens agrees with float64: on a GPU, else in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hand-written layers are torch's to the last digits, and keep nothing but their inputs."""
+"""Custom layers equal torch to the last digits, and save nothing but their inputs for backward."""
 
 from __future__ import annotations
 

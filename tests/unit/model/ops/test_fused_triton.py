@@ -1,4 +1,4 @@
-"""Triton's kernels compute what float64 does, whatever the shape: on a GPU, else in Triton's interpreter."""
+"""Triton kernels agree with float64 at any shape: on a GPU, else in Triton's interpreter."""
 
 from __future__ import annotations
 
