@@ -1,3 +1,5 @@
+"""Writing that is fsynced: files are replaced completely, and errors name the file."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""JSON lines: damaged lines are reported, and no other line is lost."""
+
 from __future__ import annotations
 
 import json

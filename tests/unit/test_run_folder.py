@@ -1,3 +1,5 @@
+"""The run folder: its config is checked, and metrics are cut on resume."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""Position in the data: a cursor is stored as JSON and refuses other data."""
+
 from __future__ import annotations
 
 import json

@@ -119,8 +119,8 @@ def test_captions_in_any_layout_are_found_or_counted(
         ({"info.json": b"\x81"}, "its info.json cannot be read"),
         ({"txt": b"\x81\xff"}, "its text is neither UTF-8"),
         ({"rgb.png": b"x", "depth.png": b"x", "png": None}, "it has 2 images (depth.png, rgb.png)"),
-        ({"png": b"no image"}, "cannot be"),
-        ({"png": b""}, ""),
+        ({"png": b"no image"}, "the file cannot be decoded"),
+        ({"png": b""}, "the file cannot be decoded"),
         ({"png": None, "txt": b"x"}, "none of its members (txt) is a video or an image"),
     ],
 )

@@ -1,3 +1,5 @@
+"""Signals ask for a checkpoint; a second Ctrl-C ends the run at once."""
+
 from __future__ import annotations
 
 import os

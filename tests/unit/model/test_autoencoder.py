@@ -1,3 +1,5 @@
+"""The frozen autoencoder equals that of diffusers, and its fingerprint identifies the encoder."""
+
 from __future__ import annotations
 
 import re

@@ -1,3 +1,5 @@
+"""Conditioning signals: values, shapes, and independent drops."""
+
 from __future__ import annotations
 
 from pathlib import Path

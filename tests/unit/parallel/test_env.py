@@ -1,3 +1,5 @@
+"""Rank, world size and master address from torchrun, srun, or neither; the device of a rank."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""Gradient norm of a single rank before the reduction over ranks."""
+
 from __future__ import annotations
 
 import math
@@ -15,7 +17,7 @@ def test_norm_is_accumulated_from_start_to_take() -> None:
     local_norm = LocalNorm(network)
 
     def backward() -> float:
-        """The norm of a backward's gradients, which are then discarded."""
+        """Return the norm of the gradients of a backward pass, and discard them."""
         network(torch.randn(2, 3)).square().sum().backward()
         norm = math.hypot(*(p.grad.norm().item() for p in network.parameters() if p.grad is not None))
         network.zero_grad()

@@ -1,3 +1,5 @@
+"""Recomputation of activations: the same gradients, and the expected number of forward passes."""
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,4 +1,8 @@
+"""The DeepSpeed configuration that is made of the settings."""
+
 from __future__ import annotations
+
+from dataclasses import fields
 
 import pytest
 
@@ -34,7 +38,7 @@ def test_every_field_has_its_effect() -> None:
     plain = deepspeed_config(ZeroConfig(), **common)
     assert plain["bf16"] == {"enabled": False}
     assert plain["gradient_clipping"] == 0.5
-    for changed in (
+    changes = (
         ZeroConfig(persistence_threshold=7),
         ZeroConfig(prefetch_bucket=7),
         ZeroConfig(max_live=7),
@@ -43,7 +47,10 @@ def test_every_field_has_its_effect() -> None:
         ZeroConfig(reduce_dtype="bf16"),
         ZeroConfig(overlap_comm=False),
         ZeroConfig(offload_optimizer=True),
-    ):
+    )
+    names = [field.name for field in fields(ZeroConfig)]
+    assert {n for c in changes for n in names if getattr(c, n) != getattr(ZeroConfig(), n)} == set(names)
+    for changed in changes:
         assert deepspeed_config(changed, **common) != plain, changed
 
 

@@ -105,7 +105,7 @@ def test_finished_sweep_ends_the_job(run_job: Callable[..., JobEnd]) -> None:
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_trial_that_cannot_resume_fails_the_job(run_job: Callable[..., JobEnd], code: int) -> None:
-    """If scontrol fails, the next start of the job begins with that trial."""
+    """If scontrol fails, the next restart of the job begins with that trial."""
     assert run_job(f"raise SystemExit({code})") == (code, [], 1)
 
 
@@ -137,7 +137,7 @@ def test_job_requeued_by_its_trial_is_not_requeued_twice(run_job: Callable[..., 
 def test_usr1_reaches_the_trial_during_its_start(run_job: Callable[..., JobEnd]) -> None:
     """The signal may arrive while Python starts; no other trial begins after this one."""
     assert run_job(REQUEST + HANDLE + RECORD + SETTLE) == (0, ["requeue 7"], 1)
-    assert Path("arguments").exists(), "it handled the signal, and was not killed"
+    assert Path("arguments").exists(), "the trial handled the signal, and was not killed"
 
 
 def test_usr1_between_trials_requeues_the_job(run_job: Callable[..., JobEnd]) -> None:

@@ -1,3 +1,5 @@
+"""Checkpoints: asynchronous saves, pruning, fencing of stale processes, and loading on other ranks."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Averages of the weights: power functions and constant decays."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The version of the code that a run records."""
+
 from __future__ import annotations
 
 import subprocess

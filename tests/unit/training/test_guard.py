@@ -1,3 +1,5 @@
+"""Loss spikes are skipped, and many skips in a row roll the run back."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Metrics files, console lines, and full disks."""
+
 from __future__ import annotations
 
 import json

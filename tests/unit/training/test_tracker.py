@@ -1,3 +1,5 @@
+"""Logging to W&B, with a recorder and with the real client."""
+
 from __future__ import annotations
 
 import os

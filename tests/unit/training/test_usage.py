@@ -1,3 +1,5 @@
+"""Goodput, MFU and peak memory."""
+
 from __future__ import annotations
 
 import json

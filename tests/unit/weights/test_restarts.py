@@ -1,3 +1,5 @@
+"""Checkpoints that count, given the restarts of a run."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The diffusion objective: inputs of the network, drops, and a loss that falls."""
+
 from __future__ import annotations
 
 import math
