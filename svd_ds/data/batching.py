@@ -15,7 +15,7 @@ from svd_ds.settings import Settings, number
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """The global batch as the ranks share it."""
+    """Division of the global batch among the ranks."""
 
     size: int
     """Clips of an optimiser step over all ranks."""
@@ -25,7 +25,7 @@ class BatchSplit:
     """Clips a rank processes at once, for each bucket."""
 
     def num_micro_batches(self, bucket: int) -> int:
-        """Micro-batches a rank processes in a step of `bucket`."""
+        """Return the number of micro-batches that a rank processes in a step of `bucket`."""
         return self.size // (self.world * self.micro[bucket])
 
 
@@ -37,18 +37,19 @@ class BatchConfig(Settings, section="batch"):
     size: int = number(8, ge=1, le=2**20)
     """Clips in an optimiser step, over all ranks and micro-batches: the paper's batch size."""
     micro: int | None = number(None, ge=1, le=2**20)
-    """Clips a rank processes at once; null processes its whole share. Buckets have sizes of their own
-    (data.buckets)."""
+    """Clips a rank processes at once; null processes its whole share. Not used with data.buckets, which has
+    a size for each bucket."""
 
     def split(self, world: int, buckets: Mapping[str, int] | None = None) -> BatchSplit:
         """Divide the batch among `world` ranks.
 
         Args:
+            world: number of ranks.
             buckets: data.buckets, shape -> clips a rank processes at once; empty or None without buckets.
 
         Raises:
-            ValueError: a micro-batch size does not divide a rank's share; the message has the nearest sizes
-                that do.
+            ValueError: the batch cannot be split over the ranks, or a rank's share into micro-batches; the
+                message has the nearest numbers that are possible.
         """
         if self.size % world:
             raise ValueError(
@@ -56,20 +57,20 @@ class BatchConfig(Settings, section="batch"):
                 f"{_nearest_divisors(self.size, world)}"
             )
         share = self.size // world
-        wanted = {f"data.buckets.{name}": micro for name, micro in (buckets or {}).items()}
-        wanted = wanted or {"batch.micro": self.micro or share}
-        for key, micro in wanted.items():
+        micro_sizes = {f"data.buckets.{name}": micro for name, micro in (buckets or {}).items()}
+        micro_sizes = micro_sizes or {"batch.micro": self.micro or share}
+        for key, micro in micro_sizes.items():
             if share % micro:
                 raise ValueError(
                     f"{key} {micro} does not divide the {share} clips that each of {world} ranks has of "
                     f"batch.size {self.size}; choose {_nearest_divisors(share, micro)}"
                 )
-        return BatchSplit(self.size, world, tuple(wanted.values()))
+        return BatchSplit(self.size, world, tuple(micro_sizes.values()))
 
 
-def _nearest_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` next below and next above `wanted`, as text."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below = [n for n in divisors if n < wanted][-1:]
-    above = [n for n in divisors if n > wanted][:1]
+def _nearest_divisors(total: int, target: int) -> str:
+    """Return the divisors of `total` next below and next above `target`, as text."""
+    divisors = [n for n in range(1, total + 1) if total % n == 0]
+    below = [n for n in divisors if n < target][-1:]
+    above = [n for n in divisors if n > target][:1]
     return " or ".join(str(n) for n in below + above)

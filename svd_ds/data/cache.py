@@ -32,7 +32,7 @@ MARK_TEXT = """Signature: 8a477f597d28d172789f06886806bc55
 FILE_NAME = re.compile(r"(shard|part|index-[0-9a-f]{16})-[0-9a-f]{16}-[A-Za-z0-9_.-]{1,40}(~[A-Za-z0-9.-]+)?")
 """Pattern of the names of the files that this module writes."""
 STALE_SECONDS = 24 * 3600
-"""Age in seconds after which an unfinished file is taken to be left over from a killed process."""
+"""Age in seconds after which an unfinished file is assumed to be the remainder of a killed process."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """Error numbers of file systems that have no locks."""
 
@@ -64,7 +64,7 @@ class FileCache:
         self._prepare()
         path = self.folder / f"index-{hashlib.sha256(content).hexdigest()[:16]}-{name}"
         if not path.exists() or path.stat().st_size != len(content):
-            part = self.folder / f"part-{name}~{_process_name()}"
+            part = self.folder / f"part-{name}~{_thread_name()}"
             part.write_bytes(content)
             replace_file(part, path)
         return path
@@ -99,7 +99,7 @@ class FileCache:
             for block in fetch():
                 _write(file, block)
             if (actual := file.tell()) != num_bytes:
-                raise ValueError(f"it has {actual} bytes, and its index says {num_bytes}")
+                raise ValueError(f"it has {actual} bytes, but its index says {num_bytes}")
         except BaseException:
             part.unlink(missing_ok=True)
             file.close()
@@ -113,8 +113,12 @@ class FileCache:
         return file
 
     def _open_part(self, part: Path) -> tuple[Path, IO[bytes]]:
-        """Open and lock the unfinished file of this name, or one of this process's own if there are no
-        locks."""
+        """Open and lock the unfinished file `part`; on a file system without locks, open a file that only
+        this thread uses.
+
+        Returns:
+            The path of the file, and the open file.
+        """
         while True:
             file = _open_new(part)
             try:
@@ -124,7 +128,7 @@ class FileCache:
                 if error.errno not in NO_LOCKS:
                     raise
                 part.unlink(missing_ok=True)
-                part = part.with_name(f"{part.name}~{_process_name()}")
+                part = part.with_name(f"{part.name}~{_thread_name()}")
                 return part, _open_new(part)
             # While this process waited for the lock, the file may have been renamed or removed.
             with suppress(FileNotFoundError):
@@ -145,7 +149,7 @@ class FileCache:
         for name in os.listdir(self.folder):
             if name != MARK and not FILE_NAME.fullmatch(name):
                 raise ValueError(
-                    f"{self.folder} is not a data cache: it holds {name!a}, and no {MARK}; set data.cache to "
+                    f"{self.folder} is not a data cache: it holds {name!a}, but no {MARK}; set data.cache to "
                     "another folder"
                 )
         with suppress(FileExistsError), open(mark, "x") as file:
@@ -197,11 +201,11 @@ def _open_new(part: Path) -> IO[bytes]:
 
 
 def _write(file: IO[bytes], block: bytes) -> None:
-    left = memoryview(block)
-    while left:
-        left = left[file.write(left) :]
+    unwritten = memoryview(block)
+    while unwritten:
+        unwritten = unwritten[file.write(unwritten) :]
 
 
-def _process_name() -> str:
-    """Name of this thread, unique among the machines that share a folder."""
+def _thread_name() -> str:
+    """Return a name of this thread that is unique among the machines that share a folder."""
     return f"{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}-{os.getpid()}-{threading.get_ident()}"

@@ -1,8 +1,8 @@
 """Tensors cached for a sample, in a safetensors file of which only the rows of a clip are read.
 
-The file's metadata has one entry, `origin`: JSON that says from what, and by which network, the tensors were
-computed. Format: https://huggingface.co/docs/safetensors (eight bytes with the length of the header, the
-header as JSON, the tensors).
+The file's metadata has one entry, `origin`: JSON with the input and the network that the tensors were
+computed from. Format: https://huggingface.co/docs/safetensors (eight bytes with the length of the header,
+the header as JSON, the tensors).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def pack(tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> bytes:
 
     Args:
         tensors: name -> tensor, on any device.
-        origin: JSON values that say from what, and by which network, the tensors were computed.
+        origin: input and network that the tensors were computed from, as JSON values.
 
     Returns:
         The bytes of the file.
@@ -43,12 +43,12 @@ def pack(tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> bytes:
         stored[name] = tensor.to("cpu", dtype).contiguous()
         if not stored[name].isfinite().all():
             raise ValueError(f"its {name} are not finite in float16")
-    # One entry: safetensors writes several in an order of its own each time.
+    # A single entry: safetensors writes several in random order, and equal tensors must give equal bytes.
     return safetensors.torch.save(stored, {"origin": json.dumps(dict(origin))})
 
 
 class TensorFile:
-    """Reader of a file that `pack` made, which fetches only the bytes that it needs."""
+    """Reader of a file that `pack` wrote; it fetches only the bytes that are needed."""
 
     def __init__(self, read: ReadRange, member: str) -> None:
         """Read the header.
@@ -58,7 +58,7 @@ class TensorFile:
             member: name of the file in error messages.
 
         Raises:
-            ValueError: the file is not one that `pack` made, or is cut short.
+            ValueError: `pack` did not write the file, or it is cut short.
         """
         self.member, self._read = member, read
         try:
@@ -67,9 +67,9 @@ class TensorFile:
             self.origin: dict[str, Any] = dict(json.loads(self._header.pop("__metadata__")["origin"]))
             end = max(tensor["data_offsets"][1] for tensor in self._header.values())
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"its {member} does not say what it was made of") from error
+            raise ValueError(f"its {member} has no valid origin in its metadata") from error
         self._begin = LENGTH_BYTES + length
-        self._bytes(end - 1, 1)  # Detect a file that is cut short, whichever rows are read of it.
+        self._bytes(end - 1, 1)  # Detect a file that is cut short, even if its last rows are not read.
 
     def __contains__(self, name: str) -> bool:
         return name in self._header
@@ -99,16 +99,16 @@ class TensorFile:
             ValueError: the tensor is missing, has too few rows, or is damaged.
         """
         try:
-            number, *shape = self._header[name]["shape"]
+            num_rows, *shape = self._header[name]["shape"]
             dtype = np.dtype(DTYPES[self._header[name]["dtype"]])
             begin = self._header[name]["data_offsets"][0]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its {self.member} has no {name}") from error
-        if rows[-1] >= number:
-            raise ValueError(f"its {self.member} has {number} frames, and the clip needs number {rows[-1]}")
+        if rows[-1] >= num_rows:
+            raise ValueError(f"its {self.member} has {num_rows} rows of {name}, but row {rows[-1]} is needed")
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        together = len(rows) == rows[-1] - rows[0] + 1
-        spans = [(rows[0], len(rows))] if together else [(row, 1) for row in rows]
+        is_contiguous = len(rows) == rows[-1] - rows[0] + 1
+        spans = [(rows[0], len(rows))] if is_contiguous else [(row, 1) for row in rows]
         content = bytearray().join(self._bytes(begin + row * size, count * size) for row, count in spans)
         stored = torch.from_numpy(np.frombuffer(content, dtype).reshape(len(rows), *shape))
         if stored.is_floating_point() and not bool(stored.isfinite().all()):
@@ -125,8 +125,9 @@ class TensorFile:
             raise ValueError(f"its {self.member} has no {name}")
         return self.rows(name, range(self._header[name]["shape"][0]))
 
-    def _bytes(self, begin: int, number: int) -> bytes:
+    def _bytes(self, begin: int, num_bytes: int) -> bytes:
+        """Read bytes of the tensors; `begin` counts from the end of the header."""
         try:
-            return self._read(self._begin + begin, number)
+            return self._read(self._begin + begin, num_bytes)
         except ValueError as error:
             raise ValueError(f"its {self.member} is damaged ({error})") from error

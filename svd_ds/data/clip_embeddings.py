@@ -35,8 +35,10 @@ class EmbeddingsOrigin:
     """Fingerprint of the text encoder; None if the file has no text embeddings."""
 
     def encoder(self, context: str) -> str | None:
-        """Return the fingerprint of the encoder for a `context` (image, ends or text); None if there is
-        none."""
+        """Return the fingerprint of the encoder for a `context`: image, ends or text.
+
+        None if the file has no embeddings for it.
+        """
         return self.text_encoder if context == "text" else self.image_encoder
 
 
@@ -63,16 +65,16 @@ def read_origin(file: TensorFile) -> EmbeddingsOrigin:
     """Return the source of a file's embeddings.
 
     Raises:
-        ValueError: `pack` did not make the file.
+        ValueError: `pack` did not write the file.
     """
     try:
         return EmbeddingsOrigin(**file.origin)
     except TypeError as error:
-        raise ValueError(f"its {MEMBER} does not say what it was made of") from error
+        raise ValueError(f"its {MEMBER} has no valid origin in its metadata") from error
 
 
 def embedding_shape(file: TensorFile, context: str) -> tuple[int, ...]:
-    """Return the shape that the embeddings for a `context` share: (D,) of images, (L, D) of texts.
+    """Return the shape of the embeddings for a `context`: (D,) of images, (L, D) of texts, () if missing.
 
     Raises:
         ValueError: the file is damaged.

@@ -2,11 +2,11 @@
 
 Shape legend: T frames, H x W pixels of the clip, C = 3 RGB channels.
 
-The stride between frames is a whole number of stored frames, so motion is even and the frame rate that
+The stride between frames is a whole number of stored frames, so motion is uniform and the frame rate that
 conditions the network is exact; a sample too short for the wanted rate takes the largest stride that fits.
 The window of the wanted aspect ratio is cut out first, then resized by torch's antialiased bicubic filter on
-bytes: no slower than swscale in one pass with the colour conversion, and within one level of Pillow's result,
-where swscale's bicubic is off by up to 43.
+uint8: no slower than swscale in one pass with the colour conversion, and within one level of Pillow's result,
+from which swscale's bicubic filter differs by up to 43 levels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from svd_ds.pixels.still import MAX_PIXELS
 
 @dataclass(frozen=True)
 class ClipDraws:
-    """Random draws of reading a clip: uniform numbers in [0, 1)."""
+    """Random numbers for the choices in reading a clip, uniform in [0, 1)."""
 
     start: float
     top: float
@@ -67,7 +67,7 @@ class Timing:
             stored_fps: their rate, in frames a second.
             num_frames: frames of the clip.
             wanted_fps: wanted rate, in frames a second; 0 takes every stored frame.
-            draw: uniform number in [0, 1) that chooses the start.
+            draw: uniform number in [0, 1) that selects the start.
         """
         assert stored_frames >= num_frames, "short samples are left out of the order"
         stride = max(1, round(stored_fps / wanted_fps)) if wanted_fps else 1
@@ -125,7 +125,7 @@ def resize_crop(frame: Tensor, box: Box, height: int, width: int, flip: bool = F
         uint8 RGB, (height, width, 3).
     """
     window_HWC = frame[box.top : box.top + box.height, box.left : box.left + box.width]
-    # By the strides of this axis of size one torch sees that channels are last, and resizes without copies.
+    # The strides of the added axis mark the tensor as channels_last, which torch resizes without copies.
     window_1CHW = window_HWC[None].permute(0, 3, 1, 2)
     resized_1CHW = F.interpolate(window_1CHW, size=(height, width), mode="bicubic", antialias=True)
     resized_HWC = resized_1CHW[0].permute(1, 2, 0)
@@ -180,7 +180,8 @@ def read_frames(
 def choose_captioner(captions: Mapping[str, str], weights: Mapping[str, float], draw: float) -> str:
     """Draw one of a sample's captioners by weight.
 
-    If none of the sample's captioners has a weight, all of them are equally likely.
+    If none of the sample's captioners has a weight above 0, those that `weights` does not name are equally
+    likely.
 
     Args:
         captions: captioner -> caption.
@@ -188,7 +189,7 @@ def choose_captioner(captions: Mapping[str, str], weights: Mapping[str, float], 
         draw: uniform number in [0, 1).
 
     Raises:
-        ValueError: the sample has no caption of a weight above 0.
+        ValueError: `weights` names all captioners of the sample, with weight 0.
     """
     weight_by_name = {name: weights.get(name, 0.0) for name in sorted(captions)}
     if not any(weight_by_name.values()):
@@ -196,11 +197,12 @@ def choose_captioner(captions: Mapping[str, str], weights: Mapping[str, float], 
     total = sum(weight_by_name.values())
     if total == 0:
         raise ValueError(
-            f"its captions ({', '.join(weight_by_name) or 'none'}) have no weight in {dict(weights)}"
+            f"its captions ({', '.join(weight_by_name) or 'none'}) have no weight above 0 in "
+            f"data.caption_weights={dict(weights)}"
         )
-    left = draw * total
+    remaining = draw * total
     for name, weight in weight_by_name.items():
-        left -= weight
-        if left < 0:
+        remaining -= weight
+        if remaining < 0:
             return name
     return max(weight_by_name, key=weight_by_name.__getitem__)

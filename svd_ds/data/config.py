@@ -45,9 +45,9 @@ class DataConfig(Settings, section="data"):
     """Frames per clip. Samples with fewer are left out; 1 trains on images and single frames of videos."""
     # No video codec has larger frames.
     height: int = number(320, ge=1, le=16_384)
-    """Height of a clip in pixels. Smaller samples are left out: none is enlarged."""
+    """Height of a clip in pixels. Samples with smaller frames are left out, not enlarged."""
     width: int = number(576, ge=1, le=16_384)
-    """Width of a clip in pixels. Smaller samples are left out: none is enlarged."""
+    """Width of a clip in pixels. Samples with smaller frames are left out, not enlarged."""
     fps: float = number(6.0, ge=0, le=1000)
     """Frame rate of a clip in frames per second, approximated by taking every n-th stored frame; 0 takes
     every stored frame."""
@@ -69,24 +69,25 @@ class DataConfig(Settings, section="data"):
     """Fraction of the clips of videos that are replaced by a still image: one frame, repeated, which takes
     the network's image path. Above 0 the images of the data set are read too, always as stills."""
     latents: bool = False
-    """Read the latents that tools/encode.py cached, in place of most frames. It needs data.crop=center and
+    """Read the latents that tools/encode.py cached, in place of most frames. Requires data.crop=center and
     data.flip=false."""
     caption_weights: dict[str, float] = number(dict, ge=0, le=1e12)
     """Captioner -> weight with which its caption is drawn; 0: never. Captioners that are not named are drawn,
-    with equal weights, only for samples that have no caption of a named one. Empty: equal weights for all."""
+    with equal weights, only for samples whose named captioners all have weight 0. Empty: equal
+    weights for all."""
     max_quarantined: float = number(0.01, ge=0, le=1)
-    """Largest fraction of samples that cannot be read; each is replaced by the next sample. Above it the run
-    stops."""
-    # A day: longer than any file system is waited for, and short enough for every timer of the system.
+    """Largest fraction of the samples that may be unreadable; each is replaced by the next sample. Above this
+    fraction the run stops."""
+    # One day: longer than anyone waits for a file system, and within the range of every system timer.
     read_timeout_seconds: float = number(600.0, gt=0, le=86_400)
-    """Longest time in seconds for a read or for the download of a remote shard. After it the run ends: the
-    file system hangs."""
+    """Time limit in seconds for a read, or for the download of a remote shard. If it is exceeded, the file
+    system hangs, and the run ends."""
     cache: str | None = location(None)
-    """Local folder for downloaded shards, in a sub-folder svd_ds-cache; null: none. Data sets at URLs need
-    it."""
+    """Local folder whose sub-folder svd_ds-cache keeps downloaded shards; null: no cache. Required for data
+    sets at URLs."""
     cache_gb: float = number(0.0, ge=0, le=1e9)
     """Size limit of the cache in GB: above it the least recently read shards are removed; 0 keeps all. It
-    must hold the shards that are read at a time."""
+    must be large enough for the shards that are read at the same time."""
     # No machine has the cores for more processes per rank, and starting them would take minutes.
     num_workers: int = number(2, ge=0, le=256)
     """Decoding processes per rank; 0 decodes in the training process."""

@@ -22,11 +22,10 @@ class Cursor:
             where: name of the data in the error message.
 
         Raises:
-            ValueError: the fingerprint is another one.
+            ValueError: the fingerprints differ.
         """
         if fingerprint != self.fingerprint:
             raise ValueError(
-                f"the run's {self.next_ordinal} samples so far are of a set with fingerprint "
-                f"{self.fingerprint}, and the clips in {where} that are long and large enough have "
-                f"{fingerprint}"
+                f"the run has read {self.next_ordinal} samples of data with fingerprint {self.fingerprint}, "
+                f"but the samples in {where} that are long and large enough have fingerprint {fingerprint}"
             )

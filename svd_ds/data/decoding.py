@@ -53,12 +53,12 @@ def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) 
             with open_video(content, max_pixels) as (container, stream):
                 frames = deinterlace(container.decode(stream))
                 # A seek may lead past a frame: then the file is decoded from its start.
-                rest = (
+                remaining = (
                     _frames_at_numbers(wanted, frames)
                     if timeline is None
                     else _frames_at_times(times[found:], frames, timeline)
                 )
-                for frame in rest:
+                for frame in remaining:
                     found += 1
                     yield frame
     except av.FFmpegError as error:
@@ -66,7 +66,7 @@ def decode(content: bytes, wanted: Sequence[int], max_pixels: int = MAX_PIXELS) 
     if timeline is not None and found < count:
         raise ValueError(f"its frame {wanted[found]} cannot be decoded")
     if found < len(wanted):
-        raise ValueError(f"the file ends after {found} of {len(wanted)} frames, before number {wanted[-1]}")
+        raise ValueError(f"the file ends after {found} of {len(wanted)} frames, before frame {wanted[-1]}")
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _frames_at_numbers(wanted: Sequence[int], frames: Iterable[VideoFrame]) -> I
 
 
 def _decode_still(content: bytes, wanted: Sequence[int], max_pixels: int) -> Iterator[VideoFrame]:
-    """Decode an image file as a video of one frame; raises as `decode`."""
+    """Decode an image file as a video of one frame; see `decode` for its errors."""
     try:
         frame = VideoFrame.from_ndarray(read_still(content, max_pixels), format="rgb24")
     except TooLargeError:
@@ -144,6 +144,6 @@ def _decode_still(content: bytes, wanted: Sequence[int], max_pixels: int) -> Ite
     for found, number in enumerate(wanted):
         if number > 0:
             raise ValueError(
-                f"the file ends after {found} of {len(wanted)} frames, before number {wanted[-1]}"
+                f"the file ends after {found} of {len(wanted)} frames, before frame {wanted[-1]}"
             )
         yield frame

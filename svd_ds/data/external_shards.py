@@ -55,10 +55,9 @@ class ProbedSample:
 
 
 def probe_shard(path: Path, name: str, motion: ScoreMotion | None) -> Iterator[ProbedSample | Fault]:
-    """Yield the index entry of each sample of a shard, or the fault because of which it cannot be used.
+    """Yield the index entry of each sample of a shard, or the fault that makes it unusable.
 
-    An error in a sample or in the tar is yielded as a Fault, not raised. The shard number of the samples is
-    0.
+    An error in a sample or in the tar is yielded as a Fault, not raised. All samples have shard number 0.
 
     Args:
         path: path of the shard.
@@ -148,7 +147,7 @@ def choose_media(members: Iterable[str]) -> str:
     chosen = [extension for extension in found if _rank(extension) == best]
     if len(chosen) > 1:
         kind = "images" if best[0] else "videos"
-        raise ValueError(f"it has {len(chosen)} {kind} ({', '.join(chosen)}), and nothing says which counts")
+        raise ValueError(f"it has {len(chosen)} {kind} ({', '.join(chosen)}), and only one can be used")
     return chosen[0]
 
 
@@ -218,7 +217,7 @@ def _add_sidecar(
 
 
 def measure_media(content: bytes, still: bool) -> tuple[int, float, int, int]:
-    """Measure a video or image file, its frames numbered as by `decoding.decode`.
+    """Measure a video or image file; its frames are counted as in `decoding.decode`.
 
     Args:
         content: bytes of the file.
@@ -291,7 +290,7 @@ def _check_one_size(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     for frame in frames:
         size = size or (frame.width, frame.height)
         if (frame.width, frame.height) != size:
-            raise ValueError(f"its size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height}")
+            raise ValueError(f"its frames change from {size[0]}x{size[1]} to {frame.width}x{frame.height}")
         yield frame
 
 

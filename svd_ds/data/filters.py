@@ -33,23 +33,26 @@ GRAMMAR = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*(q?)([-+]?\d+(?:\.\d+)?(?:[eE][-
 
 @dataclass(frozen=True)
 class Condition:
-    """One comparison."""
+    """Comparison of a number of a sample with a number or a quantile."""
 
     name: str
+    """Field of the index line, scalar or annotation."""
     comparison: str
+    """Key of COMPARISONS."""
     value: float
     is_quantile: bool
-    """`value` is a percentage of the data set's samples."""
+    """True if `value` is a percentage of the data set's samples."""
 
     def __str__(self) -> str:
         return f"{self.name}{self.comparison}{'q' if self.is_quantile else ''}{self.value:g}"
 
     @staticmethod
     def parse(text: str, where: str = "data.where") -> Condition:
-        """Read NAME>=NUMBER or NAME>=qPERCENT (or <=, >, <).
+        """Parse NAME>=NUMBER or NAME>=qPERCENT (or <=, >, <).
 
         Args:
-            where: config key or option of the text, for error messages.
+            text: the condition.
+            where: config key or option that the text comes from, for error messages.
 
         Raises:
             ValueError: the text is not a condition.
@@ -67,21 +70,21 @@ class Condition:
         return Condition(name, comparison, float(number), bool(quantile))
 
     def limit(self, numbers: Iterable[float | None]) -> float | None:
-        """Compute the limit: the condition's number, or its quantile of the samples' `numbers`.
+        """Compute the number that samples are compared with: the condition's own, or a quantile of `numbers`.
 
-        A sample without the number, or with NaN, is left out and not counted, in tools/curate.py as in
-        data.where.
+        Args:
+            numbers: number of each sample; None and NaN are not counted.
 
         Returns:
-            None if no sample has the number.
+            The limit; None if no sample has the number.
         """
-        known = array("d", (number for number in numbers if number is not None and math.isfinite(number)))
-        if not known:
+        present = array("d", (number for number in numbers if number is not None and math.isfinite(number)))
+        if not present:
             return None
-        return float(np.quantile(known, self.value / 100)) if self.is_quantile else self.value
+        return float(np.quantile(present, self.value / 100)) if self.is_quantile else self.value
 
     def accepts(self, number: float | None, limit: float) -> bool:
-        """Return True if a sample with that number meets the condition; one without it does not."""
+        """Return True if a sample with that number meets the condition; False if it has none."""
         return number is not None and COMPARISONS[self.comparison](number, limit)
 
 
@@ -123,8 +126,8 @@ def select_samples(conditions: Sequence[str], index: Index) -> Selection:
             names = (*fields, *sorted(annotations - set(fields)))
             others = ", ".join(name for name in names if name != condition.name)
             raise ValueError(
-                f"data.where asks for {condition.name}, which no sample in {index.folder} has; they have "
-                f"{others}"
+                f"data.where asks for {condition.name}, which no sample in {index.folder} has; the samples "
+                f"have {others}"
             )
         limits.append((condition, limit))
     for name, values in numbers.items():

@@ -21,7 +21,8 @@ from svd_ds.data.sample import Shard
 INDEX_NAME = "index.jsonl"
 URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 FETCHED_NAME = re.compile(r"[\w.+=,][\w.+=, -]*(/[\w.+=,][\w.+=, -]*)*")
-"""Safe file names: no shell (except for blanks), URL parser or command line gives them another meaning."""
+"""Pattern of safe file names, which a URL parser, a command line and (apart from blanks) a shell pass on
+unchanged."""
 PERCENT_DECODED = ("http:", "https:", "ftps:", "sftp:", "scp:", "file:")
 """URL schemes whose openers decode percent escapes such as %20."""
 BLOCK_BYTES = 2**20
@@ -41,14 +42,16 @@ class Folder:
         return str(self.path)
 
     def location(self, file: str) -> str:
-        """Return the path or URL of a file, as error messages name it."""
+        """Return the path or URL of a file, for error messages."""
         return f"{self}/{file}"
 
     def check_name(self, name: str) -> None:
-        """Check that the name of a shard is safe to open; that it lies in the folder is checked already.
+        """Check that the name of a shard is safe to open.
+
+        `sample.check_local_name` has checked before that the file is inside the folder.
 
         Raises:
-            ValueError: a file of that name must not be opened.
+            ValueError: the name is not safe.
         """
 
     def index_path(self) -> Path:
@@ -56,14 +59,16 @@ class Folder:
 
         Raises:
             FileNotFoundError: the folder or its index is missing.
-            OSError: the index cannot be fetched; it may be possible later.
-            ValueError: the index cannot be fetched, and never can.
+            OSError: the index cannot be fetched, but a retry may succeed.
+            ValueError: the index cannot be fetched, and a retry would fail too.
         """
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no data folder {self}; tools/make_shards.py makes one")
         path = self.path / INDEX_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{self} has no {INDEX_NAME}; tools/make_shards.py writes it at its end")
+            raise FileNotFoundError(
+                f"{self} has no {INDEX_NAME}; tools/make_shards.py writes it after the shards"
+            )
         return path
 
     def check_shards(self, shards: Iterable[Shard]) -> None:
@@ -131,25 +136,32 @@ class RemoteFolder(Folder):
         """Check that the name of a shard is safe in a URL, a command line and a shell.
 
         Raises:
-            ValueError: the name is not.
+            ValueError: the name is not safe.
         """
         # A command such as ssh passes the name on to another shell, without our quotes.
         if not FETCHED_NAME.fullmatch(name) or (self.url.startswith("pipe:") and " " in name):
             raise ValueError(
-                f"shard name {name!a} is not fetched from {self.url}: it may have letters, digits and "
-                "._+=,- alone, and no part of it may begin with -"
+                f"shard name {name!a} is not fetched from {self.url}: it may have only letters, digits and "
+                "._+=,-, and no part of it may begin with -"
             )
 
     def index_path(self) -> Path:
-        """Fetch the index anew, as it may have changed, to a file named after the hash of its content: an
-        index that another run fetches later does not replace it. Raises as `Folder.index_path`."""
+        """Fetch the index anew, since it may have changed.
+
+        The local file is named after the hash of its content, so that an index that another run fetches later
+        does not replace it.
+
+        Raises:
+            OSError: the index cannot be fetched, but a retry may succeed.
+            ValueError: the index cannot be fetched, and a retry would fail too.
+        """
         url = self.location(INDEX_NAME)
         with _fetch_errors(url):
             content = b"".join(self._blocks(url))
             return self.cache.store(_cache_name(url), content)
 
     def check_shards(self, shards: Iterable[Shard]) -> None:
-        """Do nothing: shards are checked when they are fetched."""
+        """Skip the check: shards are checked when they are fetched."""
 
     def open(self, shard: Shard) -> IO[bytes]:
         url = self.location(shard.name)
@@ -163,11 +175,11 @@ class RemoteFolder(Folder):
 
 
 def check_cache_size(sets: Sequence[tuple[Folder, Sequence[Shard]]], window: int, cache_gb: float) -> None:
-    """Check that the cache is large enough for the shards that are read at a time.
+    """Check that the cache is large enough for the shards that are read at the same time.
 
     Args:
         sets: folder and shards of each data set.
-        window: number of shards of each data set that are read at a time.
+        window: number of shards of each data set that are read at the same time.
         cache_gb: largest size of the cache in GB (data.cache_gb); 0 is unlimited.
 
     Raises:
@@ -179,9 +191,9 @@ def check_cache_size(sets: Sequence[tuple[Folder, Sequence[Shard]]], window: int
             needed += sum(sorted((shard.num_bytes for shard in shards), reverse=True)[:window])
     if 0 < cache_gb * 1e9 < needed:
         raise ValueError(
-            f"data.cache_gb is {cache_gb:g}, and the {window} shards of each data set that are read from "
-            f"at a time have {needed / 1e9:.3g} GB: make it at least {needed * 1.01 / 1e9:.3g}, or 0 "
-            "to keep all shards"
+            f"data.cache_gb is {cache_gb:g}, and the {window} shards of each data set that are read "
+            f"at the same time have {needed / 1e9:.3g} GB: it must be at least {needed * 1.01 / 1e9:.3g}, or "
+            "0 to keep all shards"
         )
 
 
@@ -194,7 +206,7 @@ def _cache_name(url: str) -> str:
 
 @contextmanager
 def _fetch_errors(url: str) -> Iterator[None]:
-    """Name `url` in the errors that are raised inside.
+    """Add `url` to the errors that are raised in the context.
 
     Raises:
         OSError: an error after which a retry may help.
@@ -212,10 +224,10 @@ def _fetch_errors(url: str) -> Iterator[None]:
 
 
 def _check_shard(path: Path, num_bytes: int) -> None:
-    """Check that a local shard exists and has `num_bytes` bytes; raises as `Folder.check_shards`."""
+    """Check that a local shard exists and has `num_bytes` bytes; see `Folder.check_shards` for its errors."""
     if not path.is_file():
-        raise FileNotFoundError(f"shard {path} is missing, though the index next to it lists it")
+        raise FileNotFoundError(f"shard {path} is missing, but the index lists it")
     actual = path.stat().st_size
     if actual != num_bytes:
         cause = "it is truncated" if actual < num_bytes else "it is not the file that was indexed"
-        raise ValueError(f"shard {path} has {actual} bytes where its index says {num_bytes}: {cause}")
+        raise ValueError(f"shard {path} has {actual} bytes, but the index says {num_bytes}: {cause}")

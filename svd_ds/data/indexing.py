@@ -1,4 +1,4 @@
-"""Indexing of a folder of external shards: they are found, probed one by one, and indexed at the end.
+"""Indexing of a folder of external shards: find them, probe them one by one, and write the index at the end.
 
 The samples of a shard are cached in a part file until the index is written, so that a stopped program
 resumes. A part is valid only for a shard of the same name, size and times: shards may be added, replaced,
@@ -88,7 +88,7 @@ def find_shards(folder: Path) -> tuple[list[str], list[Fault]]:
     """
     names: list[str] = []
     faults: list[Fault] = []
-    seen: set[str] = set()
+    visited: set[str] = set()
 
     def refuse(error: OSError) -> None:
         faults.append(Fault("", clean_text(str(error.filename)), describe_error(error)))
@@ -99,25 +99,25 @@ def find_shards(folder: Path) -> tuple[list[str], list[Fault]]:
             (name for name in folders if name[0] != "." and name != MACOS_FOLDER),
             key=lambda name: (os.path.islink(os.path.join(parent, name)), name),
         )
-        if _is_seen(parent, seen):
+        if _was_visited(parent, visited):
             folders.clear()
             continue
         for name in files:
-            below = os.path.relpath(os.path.join(parent, name), folder)
+            relative = os.path.relpath(os.path.join(parent, name), folder)
             if name[0] != "." and name.lower().endswith(".tar"):
-                names.append(below)
+                names.append(relative)
             elif name[0] != "." and is_compressed_name(name):
-                faults.append(Fault("", clean_text(below), COMPRESSED_REASON))
+                faults.append(Fault("", clean_text(relative), COMPRESSED_REASON))
     names.sort(key=lambda name: (os.path.islink(folder / name), name))
-    return sorted(name for name in names if not _is_seen(folder / name, seen)), faults
+    return sorted(name for name in names if not _was_visited(folder / name, visited)), faults
 
 
-def _is_seen(path: str | Path, seen: set[str]) -> bool:
-    """Return True if the real path is in `seen`, and add it otherwise."""
+def _was_visited(path: str | Path, visited: set[str]) -> bool:
+    """Return True if the real path is in `visited`, and add it otherwise."""
     real = os.path.realpath(path)
-    if real in seen:
+    if real in visited:
         return True
-    seen.add(real)
+    visited.add(real)
     return False
 
 
@@ -240,7 +240,7 @@ def index_folder(
     if not names:
         raise ValueError(f"there is no .tar in {folder}")
     if (out / INDEX_NAME).exists() and not overwrite:
-        raise ValueError(f"{out} has an {INDEX_NAME}; --overwrite it")
+        raise ValueError(f"{out} already has an {INDEX_NAME}: choose another --out, or --overwrite it")
     parts = out / PARTS_FOLDER
     try:
         parts.mkdir(parents=True, exist_ok=True)
@@ -248,12 +248,14 @@ def index_folder(
             shutil.rmtree(parts)
             parts.mkdir()
     except OSError as error:
-        raise OSError(f"{out} cannot be written to ({error.strerror}); --out names another folder") from error
-    same = out.resolve() == folder.resolve()
-    if not same:
+        raise OSError(
+            f"{out} cannot be written to ({error.strerror}): choose another folder by --out"
+        ) from error
+    is_same_folder = out.resolve() == folder.resolve()
+    if not is_same_folder:
         _link(out / SHARDS_LINK, folder, overwrite)
     found = ProbedFolder(faults=faults)
-    probe_shards(folder, track(names), parts, motion, found, "" if same else f"{SHARDS_LINK}/")
+    probe_shards(folder, track(names), parts, motion, found, "" if is_same_folder else f"{SHARDS_LINK}/")
     replace_text(out / REFUSED, "".join(refused_csv_lines(found.faults)))
     if not found.samples:
         raise ValueError(f"none of the samples in {folder} can be used: {out / REFUSED} says why")
@@ -274,6 +276,6 @@ def _link(link: Path, folder: Path, overwrite: bool) -> None:
         link.unlink()
     if link.is_symlink() or link.exists():
         if link.resolve() != target:
-            raise ValueError(f"{link} exists and does not lead to {target}: choose another --out")
+            raise ValueError(f"{link} exists, but is not a link to {target}: choose another --out")
         return
     link.symlink_to(target, target_is_directory=True)

@@ -5,7 +5,7 @@
     frames      (bytes,)      the encoded frames as JPEGs: a clip needs its first frame as pixels
     frame_ends  (T,)          end of each JPEG in `frames`
 
-All stored frames are included, so that the stride and the start of a clip stay free. The crop is centred.
+All stored frames are included, so that a clip may have any stride and start. The crop is centred.
 
 Shape legend: T frames, M = 2C moments of C latent channels, h x w latent pixels, H x W pixels.
 """
@@ -76,12 +76,12 @@ def read_origin(file: TensorFile) -> LatentsOrigin:
     """Return the source of a file's latents.
 
     Raises:
-        ValueError: `pack` did not make the file.
+        ValueError: `pack` did not write the file.
     """
     try:
         return LatentsOrigin(**file.origin)
     except TypeError as error:
-        raise ValueError(f"its {MEMBER} does not say what it was made of") from error
+        raise ValueError(f"its {MEMBER} has no valid origin in its metadata") from error
 
 
 def moments_shape(file: TensorFile) -> tuple[int, ...]:
@@ -113,11 +113,11 @@ def check_moments(moments: Tensor) -> Tensor:
     """Return the moments, of any shape, after checking them.
 
     Raises:
-        ValueError: a moment is not finite, or larger than MAX_MOMENT.
+        ValueError: a moment is not finite, or larger than MAX_MOMENT in magnitude.
     """
     # NaN compares as False.
     if not bool((moments.abs() <= MAX_MOMENT).all()):
-        raise ValueError(f"its moments are not finite, or beyond {MAX_MOMENT:g}")
+        raise ValueError(f"its moments are not finite, or larger than {MAX_MOMENT:g} in magnitude")
     return moments
 
 

@@ -3,9 +3,9 @@
 1. schedule.py maps the sample ordinals of the run's global order to samples, and gives this rank its
    micro-batches of ordinals.
 2. The micro-batches are distributed to the worker processes round-robin, and collected in the same order, so
-   the number of workers changes the speed alone.
+   the number of workers changes only the speed.
 3. A worker reads each sample and makes a clip of it (reader.py). A sample that cannot be read is replaced by
-   the next sample in the order of its data set: a function of the ordinal, the same on every rank.
+   the next sample in the order of its data set; this depends on the ordinal alone, not on the rank.
 4. Clips are stacked to a `Batch`.
 5. The main process pairs each batch with the cursor after its global step, and counts the replaced samples. A
    run resumes from that cursor with the next step, at any number of ranks and workers.
@@ -116,7 +116,7 @@ class Loader:
         Raises:
             ValueError: more samples are unreadable than data.max_quarantined allows; the message names the
                 shard and the sample.
-            OSError: the same with an error that may pass, or a read hangs.
+            OSError: the same, if the last sample failed with an error that a retry may fix; or a read hangs.
         """
         faults: list[Fault] = []
         end = self.cursor.next_ordinal
@@ -124,7 +124,7 @@ class Loader:
             if not isinstance(item, _WorkerItem):
                 raise item
             if item.end != end:
-                # At the end of the step: there the ranks of a run count together, and stop together.
+                # Faults are counted at the end of a step, so that all ranks stop at the same step.
                 self.quarantine.add(faults)
                 faults, end = [], item.end
             faults += item.faults
@@ -137,10 +137,11 @@ class Loader:
 
     def pop_faults(self) -> list[Fault]:
         """Return and clear the faults of the samples that were replaced since the last call."""
-        taken, self._faults = self._faults, []
-        return taken
+        faults, self._faults = self._faults, []
+        return faults
 
     def _items(self) -> Iterator[_WorkerItem | ValueError | OSError]:
+        """Iterate over the results of the micro-batches in order, read in this process or in workers."""
         pipeline = webdataset.DataPipeline(self._micro_batches, webdataset.map(self._read), _yield_errors)
         if self.config.num_workers == 0:
             return iter(pipeline)
@@ -156,6 +157,7 @@ class Loader:
         return self._schedule.micro_batches(start, self.rank, number, num_workers)
 
     def _read(self, micro: MicroBatch) -> _WorkerItem:
+        """Read the clips of a micro-batch and stack them."""
         clips: list[Clip] = []
         faults: list[Fault] = []
         for ordinal in micro.ordinals:
@@ -168,10 +170,13 @@ class Loader:
     def _read_clip(self, ordinal: int, faults: list[Fault]) -> Clip | None:
         """Read the clip of a sample ordinal, from the first of its candidate samples that can be read.
 
-        The faults of the others are added to `faults`. None if more samples are unreadable than allowed.
+        The faults of the candidates that cannot be read are added to `faults`.
+
+        Returns:
+            The clip; None if more samples are unreadable than allowed.
         """
-        found = len(faults)
-        # Twice the length of a set covers a complete epoch of its order, so each of its samples.
+        num_earlier = len(faults)
+        # Any 2 N consecutive samples of an order contain a complete epoch, so each of its N samples.
         for bucket, source, number in islice(self._schedule.samples(ordinal), 2 * len(self)):
             key = bucket, source, number
             fault = self._unreadable.get(key)
@@ -183,7 +188,7 @@ class Loader:
                 if not fault.is_retryable:
                     self._unreadable[key] = fault
             faults.append(fault)
-            if len(set(faults[found:])) > self.quarantine.allowed:
+            if len(set(faults[num_earlier:])) > self.quarantine.allowed:
                 return None
         return None
 
@@ -206,7 +211,7 @@ class Loader:
 
 
 def _open_sources(config: DataConfig) -> list[DatasetSource]:
-    """Open the data sets of a run; raises as `Loader`."""
+    """Open the data sets of a run; see `Loader` for the errors."""
     sources = [
         open_dataset(path, weight, config, open_folder(path, config.cache, config.cache_gb, open_url))
         for path, weight in config.sets.items()
@@ -232,7 +237,8 @@ class _WorkerItem:
 
 
 def _yield_errors(items: Iterable[_WorkerItem]) -> Iterator[_WorkerItem | ValueError | OSError]:
-    """Yield an error that ends the run as the last item: torch would replace its message by a traceback."""
+    """Yield the items; yield an error that ends the run too, since torch would replace its message by a
+    traceback."""
     try:
         yield from items
     except USER_ERRORS as error:

@@ -30,7 +30,10 @@ class MotionMap:
 
     @staticmethod
     def calibrate(scores: Sequence[float]) -> MotionMap:
-        """Build the map that spreads `scores` evenly over 0 to 255. Without scores, all are standstill."""
+        """Build the map that spreads `scores` evenly over 0 to 255.
+
+        Without scores, the map has the single knot MIN_SCORE.
+        """
         floored = np.maximum(np.asarray([*scores] or [MIN_SCORE], dtype=np.float64), MIN_SCORE)
         levels = np.linspace(0.0, 1.0, NUM_QUANTILES)
         quantiles = np.quantile(floored, levels)
@@ -55,7 +58,8 @@ class MotionMap:
         return MotionMap(tuple(knots), tuple(ranks))
 
     def bucket(self, score: float) -> float:
-        """Return the bucket of a score; scores outside the calibrated range have the nearest end's."""
+        """Return the bucket of a score; a score outside the calibrated range gets that of the
+        nearest end."""
         return float(np.interp(np.log(max(score, MIN_SCORE)), np.log(self.scores), self.buckets))
 
     def score(self, bucket: float) -> float:

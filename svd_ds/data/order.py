@@ -114,7 +114,7 @@ class Interleave:
             key: seeds of the jitter.
         """
         self.shares = [(i, share) for i, share in enumerate(shares) if share > 0]
-        assert self.shares, "nothing has a share"
+        assert self.shares, "at least one share must be above 0"
         self.total = sum(share for _, share in self.shares)
         self._key = _hash_key(key)
 

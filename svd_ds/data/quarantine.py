@@ -20,7 +20,7 @@ from svd_ds.fsync_io import append_row
 from svd_ds.json_lines import read_json_lines
 
 REFUSED = "refused.csv"
-"""Name of the file in the folder of an index that lists the samples that were left out, and why."""
+"""Name of the file, in the folder of an index, with the samples that were left out and the reasons."""
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 """Part of the message of the RuntimeError that torch raises when host memory runs out."""
 
@@ -37,7 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_error(error: Exception) -> str:
-    """Describe an error in one line, with its type unless it is one that damaged files are known to raise."""
+    """Describe an error in one line, with its type unless it is an expected error of a damaged file."""
     if isinstance(error, av.FFmpegError):
         return f"it cannot be decoded ({error.strerror})"
     text = " ".join(clean_text(str(error)).split())
@@ -97,10 +97,10 @@ class Quarantine:
         """
         self.share, self.num_samples, self.path, self.key = share, num_samples, path, key
         rows = read_json_lines(path, _is_fault, skip_bad=True).rows if path is not None else []
-        self._known = {(row["shard"], row["id"]) for row in rows}
+        self._counted = {(row["shard"], row["id"]) for row in rows}
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._counted)
 
     @property
     def allowed(self) -> int:
@@ -108,7 +108,7 @@ class Quarantine:
         return math.ceil(self.share * self.num_samples)
 
     def add(self, faults: Iterable[Fault], step: int = 0, write: bool = False) -> int:
-        """Count faults; a sample that is known already is not counted again.
+        """Count faults; a sample that was counted before is not counted again.
 
         Args:
             faults: faults to be counted.
@@ -123,9 +123,9 @@ class Quarantine:
             OSError: there are more than allowed, and the last of them is retryable.
         """
         new = {(fault.shard, fault.id): fault for fault in faults}
-        for name in self._known & new.keys():
+        for name in self._counted & new.keys():
             del new[name]
-        self._known |= new.keys()
+        self._counted |= new.keys()
         if write and new:
             assert self.path is not None, "a list has a path"
             for fault in new.values():
@@ -135,7 +135,7 @@ class Quarantine:
             where = f"; {self.path} lists them" if self.path is not None else ""
             raise last.error(
                 f"sample {last.id} of {last.shard} cannot be read: {last.cause}; that makes {len(self)} of "
-                f"{self.num_samples} samples, where {self.key}={self.share:g} allows "
+                f"{self.num_samples} samples, but {self.key}={self.share:g} allows "
                 f"{self.allowed}{where}"
             )
         return len(self)

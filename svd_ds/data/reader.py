@@ -1,8 +1,8 @@
 """Reader: turns a sample of one data set into a clip of one shape.
 
-Its bytes are read within a time limit, then decoded. A latent cache (latents.py) gives the clip's moments and
-the pixels of its conditioning frames; cached CLIP embeddings (clip_embeddings.py) give the input of the
-cross-attention. Random choices are the same with and without these caches.
+The bytes of a sample are read within a time limit, then decoded. A latent cache (latents.py) gives the
+clip's moments and the pixels of its conditioning frames; cached CLIP embeddings (clip_embeddings.py) give the
+input of the cross-attention. Random choices are the same with and without these caches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from svd_ds.data.sources import DatasetSource
 from svd_ds.scalars import ClipProperties, clip_scalars
 
 SIDES = re.compile(r"\b(left|right)(\b|ward|most|hand)", re.IGNORECASE)
-"""Words of a caption that mirroring the clip would make wrong."""
+"""Words of a caption that would be wrong for the mirrored clip."""
 CODED_MARGIN = 128
 """Pixels by which a decoded frame may be higher and wider than its visible part."""
 NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
@@ -60,7 +60,7 @@ class Reader:
     """Motion map of all the run's data sets together."""
     seed: int
     context: str | None
-    """Kind of cached CLIP embeddings to read: image, ends or text; None: none."""
+    """Kind of cached CLIP embeddings to read: image, ends or text; None reads none."""
     read_last_frame: bool
     """True if the last frame's pixels are read as well as the first's, next to latents."""
 
@@ -74,19 +74,20 @@ class Reader:
         shard = self.index.shard_location(number)
         seconds = self.config.read_timeout_seconds
         hung = f"a read of {shard} has hung for data.read_timeout_seconds={seconds:g}"
-        take = with_timeout(lambda: self._take(number, ordinal), seconds, hung)
-        with _as_unreadable(take.clip.id, shard):
-            return take.clip if take.media is None else self._decode(take, take.media)
+        stored = with_timeout(lambda: self._read_stored(number, ordinal), seconds, hung)
+        with _as_unreadable(stored.clip.id, shard):
+            return stored.clip if stored.media is None else self._decode(stored, stored.media)
 
-    def _take(self, number: int, ordinal: int) -> _Take:
-        """Read the clip's bytes from the file system."""
+    def _read_stored(self, number: int, ordinal: int) -> _StoredClip:
+        """Read the bytes of sample `number` from the file system."""
         shard = self.index.shard_location(number)
         with _as_unreadable(f"number {number}", shard, is_retryable):
             sample = self.index.sample(number)
         with _as_unreadable(sample.id, shard, is_retryable), self.index.open(sample) as read:
-            return self._take_from(read, sample, ordinal)
+            return self._read_members(read, sample, ordinal)
 
-    def _take_from(self, read: ReadMember, sample: Sample, ordinal: int) -> _Take:
+    def _read_members(self, read: ReadMember, sample: Sample, ordinal: int) -> _StoredClip:
+        """Choose the frames and the caption of a clip, and read the members of the sample that it needs."""
         config, draws = self.config, ClipDraws.draw(self.seed, ordinal)
         # In a run on videos, a single frame is a still: it takes the image path.
         still = config.num_frames > 1 and (
@@ -102,11 +103,11 @@ class Reader:
             media = read(sample.media)
         else:
             file = TensorFile(partial(read, latents.MEMBER), latents.MEMBER)
-            if (other := latents.read_origin(file)) != (ours := self.source.latents_origin):
-                raise ValueError(f"its latents are {other}, and the first sample's {ours}")
+            if (origin := latents.read_origin(file)) != (expected := self.source.latents_origin):
+                raise ValueError(f"its latents are {origin}, but the first sample's are {expected}")
             _check_shape("latents", latents.moments_shape(file), self.source.latents_shape)
-            given = [wanted[0], wanted[-1]] if self.read_last_frame else [wanted[0]]
-            moments, frames = latents.read_moments(file, wanted), latents.read_frames(file, given)
+            conditioning = [wanted[0], wanted[-1]] if self.read_last_frame else [wanted[0]]
+            moments, frames = latents.read_moments(file, wanted), latents.read_frames(file, conditioning)
         clip = Clip(
             id=sample.id,
             ordinal=ordinal,
@@ -120,69 +121,75 @@ class Reader:
                 ),
                 sample.number,
             ),
-            # One image T times, in the shape of a clip: each of the T gets noise of its own.
+            # A still is repeated to T frames, each of which gets its own noise.
             moments_TMhw=None if moments is None else moments.expand(self.shape.num_frames, -1, -1, -1),
-            context_LD=self._context(read, wanted, captioner),
+            context_LD=self._read_context(read, wanted, captioner),
             still=still,
         )
         max_pixels = (sample.height + CODED_MARGIN) * (sample.width + CODED_MARGIN)
-        return _Take(clip, media, wanted, draws, max_pixels)
+        return _StoredClip(clip, media, wanted, draws, max_pixels)
 
-    def _context(self, read: ReadMember, wanted: range, captioner: str) -> Tensor | None:
+    def _read_context(self, read: ReadMember, wanted: range, captioner: str) -> Tensor | None:
+        """Read the cached CLIP embeddings of a clip, (L, D); None if the run does not use them."""
         if self.context is None:
             return None
         file = TensorFile(partial(read, clip_embeddings.MEMBER), clip_embeddings.MEMBER)
-        if (other := clip_embeddings.read_origin(file)) != (ours := self.source.embeddings_origin):
-            raise ValueError(f"its CLIP embeddings are {other}, and the first sample's {ours}")
-        ours_shape = self.source.embeddings_shapes[self.context]
-        _check_shape("CLIP embeddings", clip_embeddings.embedding_shape(file, self.context), ours_shape)
-        found_LD = clip_embeddings.read(file, self.context, wanted, captioner)
-        if self.context == "text":  # Each caption has embeddings of its own.
-            _check_shape("CLIP embeddings", tuple(found_LD.shape), ours_shape)
-        return found_LD
+        if (origin := clip_embeddings.read_origin(file)) != (expected := self.source.embeddings_origin):
+            raise ValueError(f"its CLIP embeddings are {origin}, but the first sample's are {expected}")
+        expected_shape = self.source.embeddings_shapes[self.context]
+        _check_shape("CLIP embeddings", clip_embeddings.embedding_shape(file, self.context), expected_shape)
+        context_LD = clip_embeddings.read(file, self.context, wanted, captioner)
+        if self.context == "text":  # The shape above is that of any caption, not of this one.
+            _check_shape("CLIP embeddings", tuple(context_LD.shape), expected_shape)
+        return context_LD
 
-    def _decode(self, take: _Take, media: bytes) -> Clip:
-        config, draws = self.config, take.draws
+    def _decode(self, stored: _StoredClip, media: bytes) -> Clip:
+        """Decode the frames of a clip from `media`, cropped, resized and possibly mirrored."""
+        config, draws = self.config, stored.draws
         top, left = (draws.top, draws.left) if config.crop == "random" else (0.5, 0.5)
-        mirrored = config.flip and draws.flip < 0.5 and not SIDES.search(take.clip.caption)
+        mirrored = config.flip and draws.flip < 0.5 and not SIDES.search(stored.clip.caption)
         size = (self.shape.height, self.shape.width)
-        frames_TCHW = read_frames(media, take.wanted, size, top, left, mirrored, take.max_pixels)
-        return replace(take.clip, frames_TCHW=frames_TCHW.expand(self.shape.num_frames, -1, -1, -1))
+        frames_TCHW = read_frames(media, stored.wanted, size, top, left, mirrored, stored.max_pixels)
+        return replace(stored.clip, frames_TCHW=frames_TCHW.expand(self.shape.num_frames, -1, -1, -1))
 
 
 @dataclass(frozen=True)
-class _Take:
-    """Contents of a sample: a clip, without its frames if these are still to be decoded from `media`."""
+class _StoredClip:
+    """A clip as it was read from the file system, before decoding."""
 
     clip: Clip
+    """Clip; its frames are missing if `media` is not None."""
     media: bytes | None
+    """Bytes of the video or image to decode; None with cached latents."""
     wanted: range
-    """Indices of the clip's frames among the stored ones."""
+    """Numbers of the clip's frames among the stored ones."""
     draws: ClipDraws
     max_pixels: int
-    """Largest number of pixels of a frame in `media`, by the index."""
+    """Largest number of pixels of a frame in `media`, according to the index."""
 
 
-def _check_shape(what: str, shape: tuple[int, ...], ours: tuple[int, ...]) -> None:
-    """Check that a sample's tensors can be in one batch with the others'.
+def _check_shape(kind: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Check that a sample's tensors can be batched with those of other samples.
 
     Raises:
-        ValueError: they have another shape than the first sample's.
+        ValueError: the shape is not `expected`, that of the first sample.
     """
-    if shape != ours:
-        raise ValueError(f"its {what} have shape {shape}, and the first sample's {ours}")
+    if shape != expected:
+        raise ValueError(f"its {kind} have shape {shape}, but the first sample's have {expected}")
 
 
 @contextmanager
 def _as_unreadable(
     sample_id: str, shard: str, is_transient: Callable[[BaseException], bool] = lambda error: False
 ) -> Iterator[None]:
-    """Turn the errors that a library raises for a sample's bytes into UnreadableError: no sample ends a run.
+    """Convert the errors that a library raises for a sample's bytes to UnreadableError: no sample ends a run.
 
-    Our own assertions, and a machine out of memory, still do.
+    Failed assertions and out-of-memory errors are not converted.
 
     Args:
-        is_transient: returns True for an error after which the sample may be readable another time.
+        sample_id: id of the sample.
+        shard: path or URL of its shard.
+        is_transient: returns True for an error after which a retry may succeed.
     """
     try:
         yield
@@ -197,7 +204,10 @@ def _as_unreadable(
 
 
 def read_captions(read: ReadMember, sample: Sample) -> dict[str, str]:
-    """Read the captions of a sample: captioner -> caption; an empty one if it has neither json nor txt.
+    """Read the captions of a sample.
+
+    Returns:
+        Captioner -> caption; one empty caption if the sample has neither json nor txt.
 
     Raises:
         ValueError: the json has no captions, or the text cannot be decoded.

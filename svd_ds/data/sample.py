@@ -1,8 +1,8 @@
 """Types of an index's contents, and the one place where each value is checked.
 
 An index may come from an untrusted source, or from a disk that failed. Every value is checked when it is
-read: a wrong header is refused, and a wrong sample is one unreadable sample. Every parser of an index line,
-of any format, calls `parse_sample`.
+read: a wrong header is refused, and a wrong line makes only its sample unreadable. Every parser of an index
+line, of any format, calls `parse_sample`.
 """
 
 from __future__ import annotations
@@ -121,29 +121,29 @@ def parse_sample(fields: Any, shards: Sequence[Shard] | None = None, shard: int 
     """
     _check_keys(fields, set(REQUIRED_FIELDS), {"annotations", *SAMPLE_FIELDS})
     sample = Sample(
-        id=_id(fields["id"]),
-        shard=_integer("shard", fields["shard"], 0, MAX_FRAMES if shards is None else len(shards) - 1),
-        members=_members(fields["members"]),
-        num_frames=_integer("num_frames", fields["num_frames"], 1, MAX_FRAMES),
-        fps=_number("fps", fields["fps"], 0, MAX_RATE),
-        height=_integer("height", fields["height"], 1, MAX_SIDE),
-        width=_integer("width", fields["width"], 1, MAX_SIDE),
-        motion=_number("motion", fields["motion"], 0, MAX_SCORE),
+        id=_parse_id(fields["id"]),
+        shard=_check_int("shard", fields["shard"], 0, MAX_FRAMES if shards is None else len(shards) - 1),
+        members=_parse_members(fields["members"]),
+        num_frames=_check_int("num_frames", fields["num_frames"], 1, MAX_FRAMES),
+        fps=_check_number("fps", fields["fps"], 0, MAX_RATE),
+        height=_check_int("height", fields["height"], 1, MAX_SIDE),
+        width=_check_int("width", fields["width"], 1, MAX_SIDE),
+        motion=_check_number("motion", fields["motion"], 0, MAX_SCORE),
         scalars={
-            name: _number(name, fields[name], scalar.low, scalar.high)
+            name: _check_number(name, fields[name], scalar.low, scalar.high)
             for name, scalar in SAMPLE_FIELDS.items()
             if fields.get(name) is not None
         },
-        annotations=_annotations(fields.get("annotations")),
+        annotations=_parse_annotations(fields.get("annotations")),
     )
     if not sample.fps:
-        raise ValueError("fps is 0, and must be above 0")
+        raise ValueError("fps is 0: it must be above 0")
     if sample.height * sample.width > MAX_PIXELS:
         raise ValueError(
-            f"height x width is {sample.height} x {sample.width}, and a frame may have {MAX_PIXELS} pixels"
+            f"height x width is {sample.height} x {sample.width}: it must be at most {MAX_PIXELS} pixels"
         )
     if shard is not None and sample.shard != shard:
-        raise ValueError(f"shard is {sample.shard}, and its line in the index belongs to shard {shard}")
+        raise ValueError(f"shard is {sample.shard}, but its line in the index belongs to shard {shard}")
     if shards is not None:
         end, num_bytes = (
             max(offset + size for offset, size in sample.members.values()),
@@ -151,7 +151,7 @@ def parse_sample(fields: Any, shards: Sequence[Shard] | None = None, shard: int 
         )
         if end > num_bytes:
             raise ValueError(
-                f"members end at byte {end}, and shard {shards[sample.shard].name} has {num_bytes} bytes"
+                f"members end at byte {end}, but shard {shards[sample.shard].name} has {num_bytes} bytes"
             )
     return sample
 
@@ -177,11 +177,11 @@ def parse_header(header: Any, check_name: Callable[[str], None]) -> tuple[tuple[
         _check_keys(header, {"format", "version", "motion_map", "shards"}, set())
         if not isinstance(header["shards"], list) or not header["shards"]:
             raise ValueError("lists no shards")
-        shards = tuple(_shard(fields, check_name) for fields in header["shards"])
+        shards = tuple(_parse_shard(fields, check_name) for fields in header["shards"])
         name, times = Counter(shard.name for shard in shards).most_common(1)[0]
         if times > 1:
             raise ValueError(f"lists shard {_format(name)} {times} times")
-        return shards, _motion_map(header["motion_map"])
+        return shards, _parse_motion_map(header["motion_map"])
     except ValueError as error:
         raise ValueError(f"has a header that is damaged: {error}") from error
 
@@ -210,7 +210,7 @@ def check_local_name(name: Any) -> None:
 
 def _check_keys(fields: Any, required: set[str], optional: set[str]) -> None:
     if not isinstance(fields, dict):
-        raise ValueError(f"it is {_format(fields)}, and must be a JSON object")
+        raise ValueError(f"it is {_format(fields)}: it must be a JSON object")
     if not fields.keys() >= required:
         raise ValueError(f"it has no {min(required - fields.keys())}")
     if len(fields) > len(required) and (unknown := fields.keys() - required - optional):
@@ -220,73 +220,73 @@ def _check_keys(fields: Any, required: set[str], optional: set[str]) -> None:
         )
 
 
-def _shard(fields: Any, check_name: Callable[[str], None]) -> Shard:
+def _parse_shard(fields: Any, check_name: Callable[[str], None]) -> Shard:
     _check_keys(fields, {"name", "num_bytes", "num_samples"}, set())
     check_local_name(fields["name"])
     check_name(fields["name"])
-    num_bytes = _integer("num_bytes", fields["num_bytes"], 0, MAX_BYTES)
-    return Shard(fields["name"], num_bytes, _integer("num_samples", fields["num_samples"], 0, MAX_BYTES))
+    num_bytes = _check_int("num_bytes", fields["num_bytes"], 0, MAX_BYTES)
+    num_samples = _check_int("num_samples", fields["num_samples"], 0, MAX_BYTES)
+    return Shard(fields["name"], num_bytes, num_samples)
 
 
-def _motion_map(fields: Any) -> MotionMap:
+def _parse_motion_map(fields: Any) -> MotionMap:
     _check_keys(fields, set(asdict(MotionMap((), ()))), set())
     if not all(isinstance(values, list) and values for values in fields.values()):
-        raise ValueError(f"motion_map is {_format(fields)}, and must hold lists of numbers")
-    scores = tuple(_number("motion_map.scores", score, 0, MAX_SCORE) for score in fields["scores"])
-    buckets = tuple(_number("motion_map.buckets", bucket, 0, MAX_BUCKET) for bucket in fields["buckets"])
+        raise ValueError(f"motion_map is {_format(fields)}: it must hold lists of numbers")
+    scores = tuple(_check_number("motion_map.scores", score, 0, MAX_SCORE) for score in fields["scores"])
+    buckets = tuple(_check_number("motion_map.buckets", b, 0, MAX_BUCKET) for b in fields["buckets"])
     ascending = list(scores) == sorted(set(scores)) and list(buckets) == sorted(buckets)
     if len(scores) != len(buckets) or not scores[0] > 0 or not ascending:
         raise ValueError("motion_map must have as many buckets as scores, both ascending, scores above 0")
     return MotionMap(scores, buckets)
 
 
-def _id(value: Any) -> str:
+def _parse_id(value: Any) -> str:
     if not isinstance(value, str) or not ID.fullmatch(value):
-        raise ValueError(f"id is {_format(value)}, and must be of letters, digits, _ and -")
+        raise ValueError(f"id is {_format(value)}: it must consist of letters, digits, _ and -")
     return value
 
 
-def _members(value: Any) -> dict[str, tuple[int, int]]:
+def _parse_members(value: Any) -> dict[str, tuple[int, int]]:
     if not isinstance(value, dict) or not all(map(EXTENSION.fullmatch, value)):
-        raise ValueError(f"members is {_format(value)}, and must map extensions to [offset, size]")
+        raise ValueError(f"members is {_format(value)}: it must map extensions to [offset, size]")
     if value.keys().isdisjoint(MEDIA):
         raise ValueError(f"members has no video or image, but {', '.join(value) or 'nothing'}")
     members = {}
     for name, span in value.items():
         if not isinstance(span, list | tuple) or len(span) != 2:
-            raise ValueError(f"members.{name} is {_format(span)}, and must be [offset, size]")
+            raise ValueError(f"members.{name} is {_format(span)}: it must be [offset, size]")
         offset, size = span
         if type(offset) is not int or offset % TAR_BLOCK or not TAR_BLOCK <= offset <= MAX_BYTES:
             raise ValueError(
-                f"members.{name}[0] is {_format(offset)}, and must be an offset in a tar: a multiple of "
-                f"{TAR_BLOCK}"
+                f"members.{name}[0] is {_format(offset)}: it must be a tar offset, a multiple of {TAR_BLOCK}"
             )
         if type(size) is not int or not 0 <= size <= MAX_BYTES:
-            raise ValueError(f"members.{name}[1] is {_format(size)}, and must be a number of bytes")
+            raise ValueError(f"members.{name}[1] is {_format(size)}: it must be a number of bytes")
         if name in TEXTS and size > MAX_TEXT:
-            raise ValueError(f"members.{name}[1] is {size}, and a text may have {MAX_TEXT} bytes")
+            raise ValueError(f"members.{name}[1] is {size} bytes: it must be at most {MAX_TEXT}")
         members[name] = (offset, size)
     return members
 
 
-def _annotations(value: Any) -> dict[str, float]:
+def _parse_annotations(value: Any) -> dict[str, float]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"annotations is {_format(value)}, and must map names to numbers")
+        raise ValueError(f"annotations is {_format(value)}: it must map names to numbers")
     return {name: number for name, number in value.items() if is_number(number)}
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
+def _check_int(name: str, value: Any, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} is {_format(value)}, and must be an integer from {low} to {high}")
+        raise ValueError(f"{name} is {_format(value)}: it must be an integer from {low} to {high}")
     return value
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def _check_number(name: str, value: Any, low: float, high: float) -> float:
     # NaN is in no range.
     if type(value) not in (int, float) or not low <= value <= high:
-        raise ValueError(f"{name} is {_format(value)}, and must be a number from {low:g} to {high:g}")
+        raise ValueError(f"{name} is {_format(value)}: it must be a number from {low:g} to {high:g}")
     return value
 
 

@@ -28,19 +28,19 @@ STEPS, CLIPS = 1, 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples that one rank processes at once."""
+    """Samples that one rank processes at once."""
 
     bucket: int
     ordinals: range
     """Sample ordinals."""
     num_micro_batches: int
-    """Micro-batches of this rank in the step."""
+    """Number of micro-batches of this rank in the step."""
     end: int
     """Sample ordinal at which the next step begins."""
 
 
 class Schedule:
-    """The global order over buckets and data sets."""
+    """Global order of the samples over buckets and data sets."""
 
     def __init__(
         self,
@@ -49,11 +49,13 @@ class Schedule:
         split: BatchSplit,
         seed: int,
     ) -> None:
-        """
+        """Compute the shares of the buckets and data sets.
+
         Args:
             shard_sizes: number of samples by bucket, data set and shard.
             weights: share of the clips that each data set supplies, in any unit.
             split: the global batch, divided among the ranks.
+            seed: seed of the run.
         """
         numbers = [[sum(sizes) for sizes in sets] for sets in shard_sizes]
         totals = [sum(column) for column in zip(*numbers, strict=True)]
@@ -67,8 +69,11 @@ class Schedule:
         self._orders = [[Order(sizes, seed) for sizes in sets] for sets in shard_sizes]
 
     def samples(self, ordinal: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (bucket, data set, number of the sample in them) for a sample ordinal; after it, without end,
-        the samples that replace it where it cannot be read: the next ones of the order of its set."""
+        """Yield, without end, the sample of an ordinal and then the samples that may replace it.
+
+        The replacements of an unreadable sample are the next ones in the order of its data set. Each item is
+        (bucket, data set, number of the sample in both).
+        """
         step, offset = divmod(ordinal, self.split.size)
         bucket, step_of_bucket = self._steps.at(step)
         source, first = self._clips[bucket].at(step_of_bucket * self.split.size + offset)
@@ -85,6 +90,9 @@ class Schedule:
 
         Args:
             start: sample ordinal at which the first step begins.
+            rank: rank that reads.
+            worker: number of the worker process, from 0.
+            num_workers: number of worker processes of the rank.
         """
         number = 0
         size, world = self.split.size, self.split.world

@@ -57,7 +57,7 @@ class Index:
         path, name = folder.index_path(), folder.location(INDEX_NAME)
         content = path.read_bytes()
         try:
-            header = _json(content[: content.find(b"\n") + 1])
+            header = _parse_json(content[: content.find(b"\n") + 1])
         except ValueError:
             header = None
         try:
@@ -94,7 +94,7 @@ class Index:
             yield self._require_valid(number, sample)
 
     def sample(self, number: int) -> Sample:
-        """Read the sample of a number, which counts through the shards in turn.
+        """Read a sample by its number, which counts through the shards in turn.
 
         Raises:
             ValueError: its line is damaged.
@@ -124,16 +124,16 @@ class Index:
             hashes[number] = number if isinstance(sample, ValueError) else hash(sample.id)
             if isinstance(sample, ValueError):
                 refuse(number, "", str(sample))
-        seen: dict[str, int] = {}
+        first_numbers: dict[str, int] = {}
         values, times = np.unique(hashes[valid], return_counts=True)
         if (times > 1).any():
             shared = np.isin(hashes, values[times > 1]) & valid
             for number in np.flatnonzero(shared).tolist():
                 sample_id = self.sample(number).id
-                if sample_id in seen:
-                    first = self._line_number(seen[sample_id])
+                if sample_id in first_numbers:
+                    first = self._line_number(first_numbers[sample_id])
                     refuse(number, sample_id, f"line {first} has the same id")
-                seen.setdefault(sample_id, number)
+                first_numbers.setdefault(sample_id, number)
         return self._subset(valid), faults
 
     def _parsed(self) -> Iterator[Sample | ValueError]:
@@ -165,12 +165,12 @@ class Index:
     def _parse(self, line: bytes, shard: int) -> Sample | ValueError:
         """Parse the line of a sample of a shard; an error is returned."""
         try:
-            return parse_sample(_json(line), self.shards, shard)
+            return parse_sample(_parse_json(line), self.shards, shard)
         except ValueError as error:
             return error
 
     def _require_valid(self, number: int, sample: Sample | ValueError) -> Sample:
-        """Return a parsed sample.
+        """Return a parsed sample, or raise its error.
 
         Raises:
             ValueError: its line is damaged; the message names the index and the line.
@@ -203,8 +203,8 @@ class Index:
             choose: returns the number of the part of a sample, from 0; None leaves the sample out.
             parts: number of parts.
         """
-        given = (choose(sample) for sample in self.samples())
-        part_numbers = np.fromiter((-1 if p is None else p for p in given), dtype=np.int64, count=len(self))
+        choices = (choose(sample) for sample in self.samples())
+        part_numbers = np.fromiter((-1 if p is None else p for p in choices), dtype=np.int64, count=len(self))
         return [self._subset(part_numbers == part) for part in range(parts)]
 
     def _subset(self, kept: np.ndarray) -> Index:
@@ -221,7 +221,7 @@ class Index:
         )
 
     def read(self, sample: Sample, member: str) -> bytes:
-        """Read a member of a sample; raises as `open` and `ReadMember`."""
+        """Read a member of a sample; see `open` and `ReadMember` for the errors."""
         with self.open(sample) as read:
             return read(member)
 
@@ -238,11 +238,11 @@ class Index:
             yield member_reader(file, sample, self.folder.location(shard.name))
 
 
-def _json(line: bytes) -> object:
-    """Parse a line.
+def _parse_json(line: bytes) -> object:
+    """Parse a line of JSON.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: the line is not JSON.
     """
     try:
         return json.loads(line)

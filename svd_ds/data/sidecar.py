@@ -65,8 +65,12 @@ def decode_caption(content: bytes) -> str:
 def parse_json(content: bytes, name: str = "json") -> Any:
     """Parse a JSON file in an encoding of `decode_text`.
 
+    Args:
+        content: bytes of the file.
+        name: name of the file for error messages.
+
     Raises:
-        ValueError: the file is not JSON, or nested too deeply; the message calls the file `name`.
+        ValueError: the file is not JSON, or nested too deeply.
     """
     try:
         return json.loads(decode_text(content))
@@ -97,7 +101,7 @@ def parse_captions(metadata: Any) -> dict[str, str]:
 def parse_annotations(metadata: Any) -> tuple[dict[str, float], int]:
     """Read the annotations in a parsed JSON.
 
-    Null counts as absent, and "annotations" that are not an object (a list, as in COCO) as none.
+    Null counts as absent, and so do "annotations" that are not an object (a list, as in COCO).
 
     Returns:
         Name -> number, and the number of values that are not finite numbers.
@@ -144,9 +148,9 @@ def _with_unique_names(captions: Iterator[tuple[str, str]]) -> Iterator[tuple[st
     """Make the names of the captioners unique: a, a_2, a_3."""
     taken: set[str] = set()
     for name, text in captions:
-        free, count = name, 1
-        while free in taken:
+        unique, count = name, 1
+        while unique in taken:
             count += 1
-            free = f"{name}_{count}"
-        taken.add(free)
-        yield free, text
+            unique = f"{name}_{count}"
+        taken.add(unique)
+        yield unique, text

@@ -27,7 +27,7 @@ class DatasetSource:
     path: str
     """Local path or URL, as in the config."""
     weight: float
-    """Share of the clips, in any unit."""
+    """Share of the run's clips that this data set supplies, in any unit."""
     buckets: tuple[Index, ...]
     """Index of the samples of each bucket."""
     num_left_out: int
@@ -39,7 +39,7 @@ class DatasetSource:
     latents_origin: latents.LatentsOrigin | None
     """Source of the cached latents; None decodes every frame."""
     latents_shape: tuple[int, ...]
-    """Shape (M, h, w) of the moments of the first sample, which all must have to be batched."""
+    """Shape (M, h, w) of the moments of the first sample, which all samples must have to be batched."""
     embeddings_origin: clip_embeddings.EmbeddingsOrigin | None
     """Source of the cached CLIP embeddings; None if a sample has none."""
     embeddings_shapes: dict[str, tuple[int, ...]]
@@ -76,12 +76,12 @@ def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -
     seconds = config.read_timeout_seconds
     hung = f"reading {folder.location(INDEX_NAME)} has hung for data.read_timeout_seconds={seconds:g}"
     loaded = with_timeout(lambda: Index.load(folder), seconds, hung)
-    everything, faults = loaded.drop_damaged(Quarantine(config.max_quarantined, len(loaded)))
-    selection = select_samples(config.where, everything)
-    chosen = everything.keep(selection) if config.where else everything
+    intact, faults = loaded.drop_damaged(Quarantine(config.max_quarantined, len(loaded)))
+    selection = select_samples(config.where, intact)
+    chosen = intact.keep(selection) if config.where else intact
     if not len(chosen):
         raise ValueError(
-            f"none of the {len(everything)} samples in {path} meets data.where=[{', '.join(config.where)}]"
+            f"none of the {len(intact)} samples in {path} meets data.where=[{', '.join(config.where)}]"
         )
     shapes = config.shapes
     buckets = chosen.split(lambda sample: choose_bucket(sample, config, shapes), len(shapes))
@@ -90,13 +90,13 @@ def open_dataset(path: str, weight: float, config: DataConfig, folder: Folder) -
             f"none of the {len(chosen)} samples in {path} has {_describe_shapes(shapes)}: "
             f"{_describe_largest(chosen)}"
         )
-    origin, latents_shape = _latents_of(path, buckets, shapes) if config.latents else (None, ())
-    embeddings_origin, embeddings_shapes = _embeddings_of(buckets, config)
+    origin, latents_shape = _read_latents_origin(path, buckets, shapes) if config.latents else (None, ())
+    embeddings_origin, embeddings_shapes = _read_embeddings_origin(buckets, config)
     return DatasetSource(
         path=path,
         weight=weight,
         buckets=tuple(buckets),
-        num_left_out=len(everything) - sum(map(len, buckets)),
+        num_left_out=len(intact) - sum(map(len, buckets)),
         faults=tuple(faults),
         notes=selection.notes,
         latents_origin=origin,
@@ -123,8 +123,10 @@ def choose_bucket(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -
     """
     best: tuple[tuple[bool, float, int, int], int] | None = None
     for number, shape in enumerate(shapes):
-        long = sample.num_frames >= shape.num_frames or (sample.num_frames == 1 and config.image_share > 0)
-        if not long or not covers((sample.height, sample.width), (shape.height, shape.width)):
+        is_long_enough = sample.num_frames >= shape.num_frames or (
+            sample.num_frames == 1 and config.image_share > 0
+        )
+        if not is_long_enough or not covers((sample.height, sample.width), (shape.height, shape.width)):
             continue
         stretch = math.log(sample.height * shape.width / (sample.width * shape.height))
         # Rounded, since the sides of shapes are multiples and their aspect ratios differ slightly.
@@ -139,13 +141,13 @@ def choose_bucket(sample: Sample, config: DataConfig, shapes: Sequence[Shape]) -
     return None if best is None else best[1]
 
 
-def _latents_of(
+def _read_latents_origin(
     path: str, buckets: Sequence[Index], shapes: Sequence[Shape]
 ) -> tuple[latents.LatentsOrigin, tuple[int, ...]]:
     """Read the source and the shape (M, h, w) of the cached latents from the first sample.
 
     Raises:
-        ValueError: a sample has no latents, or their size is not that of the clips.
+        ValueError: a sample has no latents, or the size of the encoded frames is not that of the clips.
     """
     for index in buckets:
         for sample in index.samples():
@@ -162,18 +164,19 @@ def _latents_of(
     for index, shape in zip(buckets, shapes, strict=True):
         if len(index) and (origin.height, origin.width) != (shape.height, shape.width):
             raise ValueError(
-                f"the latents in {path} are of {origin.height} x {origin.width} pixels, and data.height x "
-                f"data.width is {shape.height} x {shape.width}; tools/encode.py --size makes others"
+                f"the latents in {path} are of {origin.height} x {origin.width} pixels, but data.height x "
+                f"data.width is {shape.height} x {shape.width}; tools/encode.py --size sets the size"
             )
     return origin, shape_Mhw
 
 
-def _embeddings_of(
+def _read_embeddings_origin(
     buckets: Sequence[Index], config: DataConfig
 ) -> tuple[clip_embeddings.EmbeddingsOrigin | None, dict[str, tuple[int, ...]]]:
     """Read the source of the cached CLIP embeddings, and their shape for each context, from the first sample.
 
-    (None, {}) if a sample has no CLIP embeddings, or they belong to another crop or size than the clips.
+    Returns:
+        (None, {}) if a sample has no CLIP embeddings, or their crop or size is not that of the clips.
     """
     if config.crop != "center" or config.flip:
         return None, {}

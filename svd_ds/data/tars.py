@@ -1,7 +1,7 @@
-"""Reading of external tars: their files grouped by sample, wherever in the tar they are.
+"""Reading of external tars: their files grouped by sample, in any order in the tar.
 
-The members of a sample share a folder and the file name up to its first dot; files of macOS (`._NAME`,
-`__MACOSX/`) and hidden files are not members. Concatenated tars are read as one.
+The members of a sample share a folder and the file name up to its first dot; files that macOS adds
+(`._NAME`, `__MACOSX/`) and hidden files are not members. Concatenated tars are read as one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def is_compressed_name(name: str) -> bool:
 def read_contents(path: Path) -> TarContents:
     """List the files of a tar.
 
-    Of several files of one name the last one counts, as when a tar is unpacked.
+    If several files have the same name, the last one counts, as when a tar is unpacked.
 
     Raises:
         ValueError: the file is compressed.
@@ -69,7 +69,7 @@ def read_contents(path: Path) -> TarContents:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     for entry in tar:
-                        _add(contents, entry)
+                        _add_entry(contents, entry)
                     end = tar.offset
             except Exception as error:
                 if begin == 0 and not contents.samples:
@@ -100,21 +100,21 @@ def read_member(path: Path, entry: tarfile.TarInfo) -> bytes:
     return content
 
 
-def _add(contents: TarContents, entry: tarfile.TarInfo) -> None:
+def _add_entry(contents: TarContents, entry: tarfile.TarInfo) -> None:
     """Add an entry to the contents, as a member of a sample or as a refused file."""
     path = PurePosixPath(entry.name)
     if entry.isdir() or path.name.startswith(".") or MACOS_FOLDER in path.parts:
         return
     name = clean_text(entry.name)
     if not entry.isfile():
-        kind = "a link" if entry.islnk() or entry.issym() else "no regular file"
-        contents.refused.append((name, f"it is {kind} in the tar, and has no bytes of its own there"))
+        kind = "a link" if entry.islnk() or entry.issym() else "a special file"
+        contents.refused.append((name, f"it is {kind} in the tar, without content"))
         return
     stem, _, extension = path.name.partition(".")
     key = str(path.parent / stem).lstrip("./")
     members = contents.samples.setdefault(key, {})
     if extension.lower() in members:
-        contents.refused.append((name, "the tar has a later file of this name, which counts"))
+        contents.refused.append((name, "the tar has a later file of the same name, which is used"))
     members[extension.lower()] = entry
 
 

@@ -21,7 +21,7 @@ import numpy as np
 MAX_JITTER = 1.5
 """Largest deviation of a frame's time from a constant frame rate, in frames."""
 NEAR = 0.1
-"""Largest relative difference of a typical gap between frames from the median gap."""
+"""Largest relative difference of a gap between frames from the median gap for it to count as typical."""
 MAX_RATE = 240.0
 """Largest frame rate of a video of variable rate, in frames a second: two close frames do not make it
 higher."""
@@ -29,7 +29,7 @@ MAX_GAP = 60.0
 """Longest time in seconds for which a frame may be shown: a longer gap means that the times are broken."""
 VP8_SHOWN = 0x10
 """Bit of the first byte of a VP8 packet that is set if its frame is shown, not only referenced (RFC 6386,
-9.1)."""
+section 9.1)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Timeline:
     order."""
 
     def frame_time(self, frame: Any) -> int | None:
-        """Return the time of a decoded frame in ticks; None if it has none."""
+        """Return the time of a decoded frame in ticks; None if the frame has no time."""
         time: int | None = frame.dts if self.by_dts else frame.pts
         return time
 

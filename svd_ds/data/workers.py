@@ -66,8 +66,8 @@ def iterate_in_workers(
     return _check_workers(items, children, f"{num_workers} data workers of rank {rank}")
 
 
-def _check_workers(items: Iterator[Any], workers: list[Any], which: str) -> Iterator[Any]:
-    """Yield the items, and report the death of a worker.
+def _check_workers(items: Iterator[Any], workers: list[Any], group: str) -> Iterator[Any]:
+    """Yield the items, and report the death of a worker; `group` names the workers in the message.
 
     The errors of torch after the death of a worker (RuntimeError, EOFError, ConnectionError, ...) do not say
     that it died; its exit code does.
@@ -84,7 +84,7 @@ def _check_workers(items: Iterator[Any], workers: list[Any], which: str) -> Iter
             codes = [code for worker in workers if (code := _exit_code(worker))]
             if not codes:
                 raise
-            raise OSError(_describe_death(codes, which)) from error
+            raise OSError(_describe_death(codes, group)) from error
         yield item
 
 
@@ -94,18 +94,18 @@ def _exit_code(worker: Any) -> int | None:
     return worker.exitcode
 
 
-def _describe_death(codes: list[int], which: str) -> str:
+def _describe_death(codes: list[int], group: str) -> str:
     """Describe why a worker died, from the exit codes of the dead workers."""
     killed = [-code for code in codes if code < 0]
     if signal.SIGKILL in killed:
         return (
-            f"one of the {which} was killed by signal 9 (SIGKILL), most likely because the machine or the "
-            "job ran out of memory: fewer data.num_workers or a smaller data.prefetch need less"
+            f"one of the {group} was killed by signal 9 (SIGKILL), most likely because the machine or the "
+            "job ran out of memory: reduce data.num_workers or data.prefetch"
         )
     if killed:
         name = signal.strsignal(killed[0]) or "unknown"
-        return f"one of the {which} was killed by signal {killed[0]} ({name}): the rank's log may say more"
-    return f"one of the {which} ended with exit code {codes[0]}: the rank's log may say more"
+        return f"one of the {group} was killed by signal {killed[0]} ({name}): the rank's log may say more"
+    return f"one of the {group} ended with exit code {codes[0]}: the rank's log may say more"
 
 
 @contextmanager

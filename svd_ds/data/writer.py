@@ -65,7 +65,7 @@ class ShardWriter:
         media: str,
         content: bytes,
         metadata: Mapping[str, Any],
-        more: Mapping[str, bytes] | None = None,
+        extra_members: Mapping[str, bytes] | None = None,
     ) -> None:
         """Append a sample.
 
@@ -75,7 +75,7 @@ class ShardWriter:
             content: bytes of the video or image.
             metadata: content of the sample's JSON, with at least captions, num_frames, fps, height, width and
                 motion (docs/data.md).
-            more: extension -> content of further members.
+            extra_members: extension -> content of further members.
 
         Raises:
             ValueError: the id is invalid or repeats, or `metadata` cannot be written as JSON.
@@ -89,12 +89,19 @@ class ShardWriter:
             text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
         except ValueError as error:
             raise ValueError(f"sample {sample_id} cannot be written: {error}") from error
-        self._open.append((sample_id, {"json": text, media: content, **(more or {})}))
+        self._open.append((sample_id, {"json": text, media: content, **(extra_members or {})}))
         if len(self._open) == self.samples_per_shard:
             self.end_shard()
 
     def close(self, motion_map: MotionMap | None = None) -> MotionMap:
-        """Write the last shard and the index; by default the motion map is calibrated on the samples."""
+        """Write the last shard and the index.
+
+        Args:
+            motion_map: map to store in the index; None calibrates one on the samples.
+
+        Returns:
+            The stored motion map.
+        """
         self.end_shard()
         if motion_map is None:
             motion_map = MotionMap.calibrate([clip.motion for clip in self.samples if clip.num_frames > 1])
@@ -111,7 +118,7 @@ class ShardWriter:
         self._open.clear()
 
     def adopt_shard(self, num_samples: int) -> bool:
-        """Add the next shard as an earlier writer left it.
+        """Add the next shard, which an earlier writer wrote completely.
 
         Returns:
             False if it is missing or damaged, or does not have `num_samples` samples.
@@ -148,7 +155,7 @@ def remove_shards(folder: Path, which: str = "*") -> None:
 
     Args:
         folder: folder of the shards.
-        which: `*` removes all shards, `*.part` the unfinished ones alone.
+        which: suffix pattern: `*` removes all shards, `*.part` only the unfinished ones.
     """
     for stale in (folder / INDEX_NAME, *folder.glob(f"shard-*.tar{which}")):
         stale.unlink(missing_ok=True)
@@ -178,8 +185,8 @@ def complete_members(path: Path) -> dict[str, dict[str, tuple[int, int]]] | None
     with open(path, "rb") as file:
         # A tar ends with blocks of zeros, but tarfile takes anything that is not a header for the end.
         file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-        rest = file.read()
-    return members if rest and not any(rest) else None
+        tail = file.read()
+    return members if tail and not any(tail) else None
 
 
 def list_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:

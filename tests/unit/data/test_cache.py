@@ -74,7 +74,7 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "shard-00000.tar").write_bytes(b"data of the user")
     with pytest.raises(
-        ValueError, match=rf"{FOLDER} is not a data cache: it holds 'shard-00000.tar', and no {MARK}"
+        ValueError, match=rf"{FOLDER} is not a data cache: it holds 'shard-00000.tar', but no {MARK}"
     ):
         read(FileCache(tmp_path, 1), 1)
     assert (tmp_path / FOLDER / "shard-00000.tar").read_bytes() == b"data of the user"
@@ -120,7 +120,7 @@ def test_file_of_another_size_is_fetched_again_and_short_fetch_is_refused(tmp_pa
     read(cache, 1)
     (tmp_path / FOLDER / f"shard-{name(1)}").write_bytes(b"torn")
     assert read(cache, 1) == content(1)
-    with pytest.raises(ValueError, match="it has 3 bytes, and its index says 1000"):
+    with pytest.raises(ValueError, match="it has 3 bytes, but its index says 1000"):
         cache.open(name(2), 1000, lambda: [b"abc"])
     assert not list((tmp_path / FOLDER).glob("part-*")), "an incomplete file is removed"
     assert read(cache, 2) == content(2)

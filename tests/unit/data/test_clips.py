@@ -113,7 +113,7 @@ def test_decode_seeks_to_the_nearest_keyframe() -> None:
 
 def test_decode_errors_name_the_cause() -> None:
     content = encode(counting(10))
-    with pytest.raises(ValueError, match="ends after 2 of 3 frames, before number 10"):
+    with pytest.raises(ValueError, match="ends after 2 of 3 frames, before frame 10"):
         list(decode(content, [3, 9, 10]))
     for junk in (b"", b"text named mp4", content[: len(content) // 3]):
         with pytest.raises(ValueError, match="cannot be decoded"):

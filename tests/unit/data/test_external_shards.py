@@ -261,7 +261,7 @@ def test_last_of_several_files_of_one_name_counts(tmp_path: Path, probe: Callabl
     found, faults = probe([("0.png", b"old"), ("0.txt", b"new"), ("0.png", IMAGE)])
     assert captions(tmp_path, found["a-0"].sample) == {"text": "new"}
     assert [(fault.id, fault.cause) for fault in faults] == [
-        ("0.png", "the tar has a later file of this name, which counts")
+        ("0.png", "the tar has a later file of the same name, which is used")
     ]
 
 

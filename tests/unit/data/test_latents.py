@@ -68,12 +68,12 @@ def test_moments_beyond_float16_are_refused() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", content_of(numbered())[:20]])
 def test_other_and_damaged_files_are_refused(content: bytes) -> None:
-    with pytest.raises(ValueError, match="does not say what it was made of"):
+    with pytest.raises(ValueError, match="has no valid origin"):
         opened(content)
 
 
 def test_too_few_frames_are_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match="has 12 frames, and the clip needs number 12"):
+    with pytest.raises(ValueError, match="has 12 rows of moments, but row 12 is needed"):
         read_moments(opened(content_of(numbered())), [0, 12])
 
 
@@ -131,7 +131,7 @@ def test_first_sample_without_latents_is_named(tmp_path: Path) -> None:
 
 def test_latents_of_another_size_are_refused_with_both_sizes(tmp_path: Path) -> None:
     config = write(tmp_path, {"a": content_of(numbered())})
-    with pytest.raises(ValueError, match=r"are of 16 x 24 pixels, and data\.height x data\.width is 24 x 16"):
+    with pytest.raises(ValueError, match=r"are of 16 x 24 pixels, but data\.height x data\.width is 24 x 16"):
         Loader(replace(config, height=24, width=16), 0, 0, 1, BatchConfig(1))
 
 
@@ -140,7 +140,7 @@ def test_latents_of_another_size_are_refused_with_both_sizes(tmp_path: Path) -> 
     [
         (content_of(numbered(), replace(ORIGIN, autoencoder="ba9876543210")), "ba9876543210.*0123456789ab"),
         (content_of(numbered(), replace(ORIGIN, height=8)), "height=8.*height=16"),
-        (content_of(numbered(5)), "has 5 frames"),
+        (content_of(numbered(5)), "has 5 rows of moments"),
         (content_of(numbered())[:-4], "damaged"),
     ],
 )
@@ -151,7 +151,7 @@ def test_sample_with_mismatched_latents_is_named(tmp_path: Path, content: bytes,
 
 
 def test_first_sample_of_unknown_origin_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^sample a in .* its latents\.safetensors does not say"):
+    with pytest.raises(ValueError, match=r"^sample a in .* its latents\.safetensors has no valid origin"):
         Loader(write(tmp_path, {"a": b"no safetensors"}), 0, 0, 1, BatchConfig(1))
 
 

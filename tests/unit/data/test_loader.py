@@ -218,7 +218,7 @@ def test_batches_that_do_not_divide_are_refused(shards: Path) -> None:
 def test_cursor_of_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
     _, cursor = next(iter(Loader(config(shards), 0, 0, 1, BatchConfig(2))))
     other = write_shards(tmp_path, [4])
-    with pytest.raises(ValueError, match="2 samples so far are of a set with fingerprint"):
+    with pytest.raises(ValueError, match="has read 2 samples of data with fingerprint"):
         Loader(config(other), 0, 0, 1, BatchConfig(2), cursor)
 
 

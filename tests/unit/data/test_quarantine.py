@@ -33,7 +33,7 @@ def test_each_sample_is_listed_once_across_restarts(tmp_path: Path) -> None:
     later = Quarantine(0.02, 100, path)
     assert later.add(FAULTS[:2]) == 2, "a resumed run has read the list"
     message = (
-        r"^sample s2 of a\.tar cannot be read: it is junk; that makes 3 of 100 samples, where "
+        r"^sample s2 of a\.tar cannot be read: it is junk; that makes 3 of 100 samples, but "
         r"data\.max_quarantined=0\.02 allows 2; .*quarantine\.jsonl lists them$"
     )
     with pytest.raises(ValueError, match=message):
@@ -61,7 +61,7 @@ def test_loader_replaces_reports_and_stops(tmp_path: Path, num_workers: int) -> 
     assert all("cannot be decoded" in fault.cause for fault in faults) and not loader.pop_faults()
     write(tmp_path / "worse", [6, 6], dict.fromkeys((1, 3, 7), "junk"))
     config = DataConfig(str(tmp_path / "worse"), 1, 8, 8, max_quarantined=0.1, num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"that makes 3 of 12 samples, where .* allows 2$"):
+    with pytest.raises(ValueError, match=r"that makes 3 of 12 samples, but .* allows 2$"):
         list(islice(Loader(config, 0, 0, 1, BatchConfig(4)), 9))
 
 

@@ -258,5 +258,5 @@ def test_latents_of_another_shape_do_not_end_the_run(tmp_path: Path) -> None:
     writer.close()
     loader = loader_of(tmp_path, latents=True)
     assert ids(loader) == {"s0", "s1", "s3"}
-    cause = "its latents have shape (8, 2, 1), and the first sample's (8, 1, 1)"
+    cause = "its latents have shape (8, 2, 1), but the first sample's have (8, 1, 1)"
     assert {fault.cause for fault in loader.pop_faults()} == {cause}

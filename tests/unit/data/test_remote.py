@@ -215,8 +215,8 @@ def test_names_with_letters_of_any_language_are_read(shards: Path, tmp_path: Pat
 
 def test_cache_smaller_than_a_window_is_refused(shards: Path, tmp_path: Path) -> None:
     message = (
-        r"^data\.cache_gb is 1e-05, and the 8 shards of each data set that are read from at a time have "
-        r"[\d.e-]+ GB: make it at least [\d.e-]+, or 0 to keep all shards$"
+        r"^data\.cache_gb is 1e-05, and the 8 shards of each data set that are read at the same time have "
+        r"[\d.e-]+ GB: it must be at least [\d.e-]+, or 0 to keep all shards$"
     )
     with pytest.raises(ValueError, match=message):
         ids(f"pipe:cat {shards}", tmp_path / "cache", cache_gb=1e-5)

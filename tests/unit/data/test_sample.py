@@ -115,44 +115,44 @@ def test_any_value_in_the_header_is_valid_or_one_sentence(
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"fps": 0}, r"fps is 0, and must be above 0"),
-        ({"fps": float("nan")}, r"fps is nan, and must be a number from 0 to 1e\+06"),
+        ({"fps": 0}, r"fps is 0: it must be above 0"),
+        ({"fps": float("nan")}, r"fps is nan: it must be a number from 0 to 1e\+06"),
         ({"fps": float("inf")}, "fps is inf"),
         ({"fps": 1e300}, "fps is 1e\\+300"),
-        ({"fps": "24"}, "fps is '24', and must be a number"),
+        ({"fps": "24"}, "fps is '24': it must be a number"),
         ({"fps": True}, "fps is True"),
         ({"motion": float("nan")}, "motion is nan"),
         ({"motion": -1}, "motion is -1"),
-        ({"num_frames": 0}, "num_frames is 0, and must be an integer from 1"),
+        ({"num_frames": 0}, "num_frames is 0: it must be an integer from 1"),
         ({"num_frames": 1.5}, "num_frames is 1.5"),
         ({"height": -8}, "height is -8"),
-        ({"height": 16000, "width": 16000}, "height x width is 16000 x 16000, and a frame may have 89478485"),
-        ({"elevation": 120}, "elevation is 120, and must be a number from -90 to 90"),
-        ({"id": "../../etc/passwd"}, "id is '../../etc/passwd', and must be of letters"),
+        ({"height": 16000, "width": 16000}, "height x width is 16000 x 16000: it must be at most 89478485"),
+        ({"elevation": 120}, "elevation is 120: it must be a number from -90 to 90"),
+        ({"id": "../../etc/hosts"}, "id is '../../etc/hosts': it must consist of letters"),
         ({"id": 5}, "id is 5"),
-        ({"shard": 99}, "shard is 99, and must be an integer from 0 to 1"),
+        ({"shard": 99}, "shard is 99: it must be an integer from 0 to 1"),
         ({"shard": -1}, "shard is -1"),
-        ({"shard": 0}, "shard is 0, and its line in the index belongs to shard 1"),
+        ({"shard": 0}, "shard is 0, but its line in the index belongs to shard 1"),
         ({"members": {}}, "members has no video or image, but nothing"),
         ({"members": {"json": [512, 9]}}, "members has no video or image, but json"),
         (
             {"members": {"png": [512, 10**12]}},
-            "members end at byte 1000000000512, and shard .*tar has .* bytes",
+            "members end at byte 1000000000512, but shard .*tar has .* bytes",
         ),
         ({"members": {"png": [512, 2**70]}}, r"members.png\[1\] is 1180591620717411303424"),
         ({"members": {"png": [-512, 9]}}, r"members.png\[0\] is -512"),
         (
             {"members": {"png": [513, 9]}},
-            r"members.png\[0\] is 513, and must be an offset in a tar: a multiple of 512",
+            r"members.png\[0\] is 513: it must be a tar offset, a multiple of 512",
         ),
         ({"members": {"png": ["512", 9]}}, r"members.png\[0\] is '512'"),
-        ({"members": {"png": [512]}}, r"members.png is \[512\], and must be \[offset, size\]"),
-        ({"members": {"png": [512, 9], "/../x": [512, 9]}}, r"members is .*, and must map extensions"),
+        ({"members": {"png": [512]}}, r"members.png is \[512\]: it must be \[offset, size\]"),
+        ({"members": {"png": [512, 9], "/../x": [512, 9]}}, r"members is .*: it must map extensions"),
         (
             {"members": {"png": [512, 9], "json": [512, 2**25]}},
-            r"members.json\[1\] is 33554432, and a text may",
+            r"members.json\[1\] is 33554432 bytes: it must be at most 16777216",
         ),
-        ({"annotations": [1]}, r"annotations is \[1\], and must map names to numbers"),
+        ({"annotations": [1]}, r"annotations is \[1\]: it must map names to numbers"),
         (
             {"depth": 3},
             "it has a field 'depth', which this version of svd_ds does not know: a newer one wrote",
@@ -173,7 +173,7 @@ def test_wrong_line_is_one_unreadable_sample(
     assert [(fault.id, fault.shard) for fault in faults] == [("line 5", f"{shards}/index.jsonl")]
     assert re.match(cause, faults[0].cause)
     message = (
-        rf"^sample line 5 of .*index\.jsonl cannot be read: {cause}.*; that makes 1 of 6 samples, where data"
+        rf"^sample line 5 of .*index\.jsonl cannot be read: {cause}.*; that makes 1 of 6 samples, but data"
     )
     with pytest.raises(ValueError, match=message):
         Loader(DataConfig(str(shards), 1, 8, 8, num_workers=0, max_quarantined=0.0), 0, 0, 1, BatchConfig(5))
@@ -223,7 +223,7 @@ def test_members_of_other_samples_are_detected(shards: Path, lines: list[str]) -
     with index.open(index.sample(0)) as read:
         assert json.loads(read("json"))["num_frames"] == 1
         with pytest.raises(
-            ValueError, match=r"^its \.png is where the shard has that of sample s1: the index is wrong$"
+            ValueError, match=r"^at the offset of its \.png the shard has sample s1: the index is wrong$"
         ):
             read("png")
     swapped = [

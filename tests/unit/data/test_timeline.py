@@ -177,7 +177,7 @@ def test_broken_times_are_refused() -> None:
 def test_change_of_frame_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [av.VideoFrame(64, 32, "rgb24"), av.VideoFrame(32, 64, "rgb24")]
     monkeypatch.setattr(external_shards, "decode", lambda *_: iter(frames))
-    with pytest.raises(ValueError, match="its size changes from 64x32 to 32x64"):
+    with pytest.raises(ValueError, match="its frames change from 64x32 to 32x64"):
         measure_media(encode(counting(8)), False)
 
 

@@ -114,7 +114,7 @@ if __name__ == "__main__":
 
 OUT_OF_MEMORY = (
     "one of the 2 data workers of rank 3 was killed by signal 9 (SIGKILL), most likely because the machine "
-    "or the job ran out of memory: fewer data.num_workers or a smaller data.prefetch need less"
+    "or the job ran out of memory: reduce data.num_workers or data.prefetch"
 )
 
 

@@ -62,7 +62,9 @@ def test_overwrite_removes_the_shards(tmp_path: Path) -> None:
 def test_additional_members_are_written(tmp_path: Path) -> None:
     frames = moving_square(2)
     writer = ShardWriter(tmp_path)
-    writer.add("a", "mp4", b"pixels", sample_metadata(frames), more={"latents.safetensors": b"latents"})
+    writer.add(
+        "a", "mp4", b"pixels", sample_metadata(frames), extra_members={"latents.safetensors": b"latents"}
+    )
     writer.add("b", "mp4", b"pixels", sample_metadata(frames))
     writer.close()
     index = Index.load(tmp_path)

@@ -234,7 +234,7 @@ def test_read_only_folder_is_reported_with_the_remedy(
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert index(tmp_path) == 2
-    assert f"{tmp_path} cannot be written to (Read-only file system); --out" in capsys.readouterr().err
+    assert f"{tmp_path} cannot be written to (Read-only file system): choose" in capsys.readouterr().err
 
 
 def test_summary_counts_missing_captions_and_odd_samples(
