@@ -51,13 +51,13 @@ class Batch:
     scalars_B: dict[str, Tensor]
     """Scalar condition -> float32, (B,)."""
     moments_BTMhw: Tensor | None = None
-    """Mean and log-variance of the unscaled latents: float16, (B, T, 2C, h, w). None: not cached."""
+    """Mean and log-variance of the unscaled latents: float16, (B, T, 2C, h, w); None if not cached."""
     context_BLD: Tensor | None = None
-    """CLIP embeddings: float16, (B, L, D). None: not cached."""
+    """CLIP embeddings: float16, (B, L, D); None if not cached."""
     still_B: Tensor | None = None
-    """Mask of the clips that are still images: bool, (B,). None: no clip is."""
+    """Mask of the clips that are still images: bool, (B,); None if there are none."""
     num_micro_batches: int = 1
-    """Number of micro-batches that its rank takes in the same step."""
+    """Number of micro-batches that its rank processes in the same step."""
 
     @property
     def num_frames(self) -> int:
@@ -66,7 +66,7 @@ class Batch:
 
     @staticmethod
     def from_clips(clips: list[Clip], num_micro_batches: int = 1) -> Batch:
-        """Stack clips of equal shape; all of them have moments or none has, and the same for contexts."""
+        """Stack clips of equal shape, of which either all or none have moments, and likewise contexts."""
         moments = [clip.moments_TMhw for clip in clips if clip.moments_TMhw is not None]
         contexts = [clip.context_LD for clip in clips if clip.context_LD is not None]
         assert {len(moments), len(contexts)} <= {0, len(clips)}, "a cache is on or off"
@@ -128,7 +128,8 @@ class Conditioning:
     def unconditional(self) -> Conditioning:
         """Return the branch that classifier-free guidance subtracts: context and concat zero, scalars kept.
 
-        A mask of zeros means that no frame is given: a masked network then has its embedding on every frame.
+        A mask of zeros means that no frame is given: a masked network then uses its mask embedding for every
+        frame.
         """
         return replace(
             self,

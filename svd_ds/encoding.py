@@ -58,7 +58,14 @@ class Encoders:
         return self.origin.height, self.origin.width
 
     def encode(self, read: ReadMember, sample: Sample) -> dict[str, bytes]:
-        """Encode a sample: the members to add to its own.
+        """Encode the frames and captions of a sample.
+
+        Args:
+            read: reads a member of the sample.
+            sample: entry of the index.
+
+        Returns:
+            Extension -> content of the members to add to the sample.
 
         Raises:
             ValueError: the sample is unreadable, or an output is not finite.
@@ -83,7 +90,12 @@ class Encoders:
 
 
 def prepare_output(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Create `out`, or resume in it; called by all ranks with the same settings.
+    """Create `out`, or check that it can be resumed; all ranks call it with the same settings.
+
+    Args:
+        out: folder of the new shards.
+        settings: name -> JSON value that all shards in `out` share.
+        overwrite: remove the shards in `out`.
 
     Raises:
         ValueError: `out` holds other shards, or shards of other settings, and `overwrite` is false.
@@ -128,7 +140,7 @@ def encode_shards(
 ) -> None:
     """Write this rank's shards, except those that exist.
 
-    Samples that cannot be encoded are left out and listed. Shards of which no sample is left are written too,
+    Samples that cannot be encoded are left out and listed in REFUSED. Shards without samples are written too,
     so that the index has as many shards as the source.
 
     Args:
@@ -211,7 +223,10 @@ def count_uncaptioned(index: Index) -> int:
 
 
 def write_index_if_complete(source: Index, out: Path) -> bool:
-    """Write the index if all shards exist; return False if other ranks are still writing.
+    """Write the index if all shards exist.
+
+    Returns:
+        False if other ranks are still writing.
 
     Raises:
         ValueError: no sample was encoded.

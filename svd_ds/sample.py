@@ -1,4 +1,4 @@
-"""Sampling: a first frame, or a caption, to a video.
+"""Sampling of videos from a first frame, from both ends or from a caption.
 
     first frame -> Conditioning    (clean to CLIP; noised, encoded, repeated to all frames; scalars)
     or both ends                   (likewise, each on its own frame: the network interpolates)
@@ -34,13 +34,13 @@ from svd_ds.small_files import read_yaml
 from svd_ds.weights.io import load_unet, merge_lora_file
 
 TINY = Path(__file__).parent / "assets" / "tiny_svd"
-"""Frozen parts that ship with the package: frozen.path=tiny."""
+"""Folder of the frozen parts that are included in the package: frozen.path=tiny."""
 RELEASED_SIZE = (576, 1024)
-"""Height and width of the public SVD and SVD-XT; their folders do not have them."""
+"""Height and width of the public SVD and SVD-XT, which their configs do not contain."""
 
 
 def frozen_folder(path: str) -> str:
-    """Resolve a setting like `frozen.path`: a folder, a hub id, or `tiny` for the parts that ship."""
+    """Resolve a setting like `frozen.path`: a folder, a hub id, or `tiny` for those in the package."""
     return str(TINY) if path == "tiny" else path
 
 
@@ -50,26 +50,32 @@ class SampleConfig(Settings, section="sampling"):
     simple_video_sample.py)."""
 
     num_steps: int = number(25, ge=1, le=10_000)
+    """Number of sampling steps."""
     sampler: str = choice("euler", SAMPLERS)
-    """euler (one network call a step) or heun (two)."""
+    """Sampler: euler (one network call a step) or heun (two)."""
     sigma_min: float = number(0.002, ge=1e-6, le=1e6)
+    """Last noise level before 0."""
     sigma_max: float = number(700.0, ge=1e-6, le=1e6)
+    """First noise level."""
     rho: float = number(7.0, ge=1, le=100)
-    """Exponent of the ladder of sigmas (arXiv 2206.00364 equation 5); 1 spaces them evenly."""
+    """Exponent of the spacing of the noise levels (arXiv 2206.00364 equation 5); 1 spaces them evenly."""
     guidance: str = choice("linear", KINDS)
-    """constant, linear or triangle over the frames."""
+    """Guidance scale over the frames: constant, linear (from the lowest at the first frame to the highest at
+    the last) or triangle (lowest at both ends, highest in the middle)."""
     guidance_min: float = number(1.0, ge=-1000, le=1000)
-    """Scale at the first frame; a constant guidance has only the maximum."""
+    """Lowest guidance scale; not used by constant guidance."""
     guidance_max: float = number(2.5, ge=-1000, le=1000)
+    """Highest guidance scale."""
     fps: float = number(FPS.sampling_default, ge=FPS.low, le=FPS.high, hint="conf/train.yaml takes data.fps")
     """Frames per second of the video. The network embeds fps - 1, as in training."""
     motion_bucket: float = number(MOTION_BUCKET.sampling_default, ge=MOTION_BUCKET.low, le=MOTION_BUCKET.high)
     """Amount of motion, 0 to 255."""
     augmentation: float = number(AUGMENTATION.sampling_default, ge=AUGMENTATION.low, le=AUGMENTATION.high)
-    """Sigma of the noise put on the given frames."""
+    """Noise level (sigma) of the noise that is added to the conditioning frames."""
     scalars: dict[str, float] = number(dict, ge=-1e6, le=1e6)
-    """Further scalar (svd_ds/scalars.py) -> value; those without an entry have their default."""
+    """Further scalar (svd_ds/scalars.py) -> value; scalars without an entry have their default."""
     seed: int = number(0, ge=0, le=INT64_MAX)
+    """Seed of the initial noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +94,7 @@ class SampleConfig(Settings, section="sampling"):
                 raise ValueError(f"sampling.scalars.{name} is {value}: it must be {wrong}")
 
     def scalar_values(self) -> dict[str, float]:
-        """Collect the value of every scalar; one without a default that is not set has none."""
+        """Collect the value of every scalar; those that have no default and are not set are left out."""
         values = {name: scalar.sampling_default for name, scalar in SCALARS.items()}
         values |= {name: getattr(self, name) for name in RELEASED_SCALARS} | self.scalars
         return {name: value for name, value in values.items() if value is not None}
@@ -111,12 +117,17 @@ def sample_video(
     """Sample a video for each first frame.
 
     Args:
-        first_frame: (B, 3, H, W) in [-1, 1], on the network's device. It gives the video its size; a
-            conditioner that takes text alone uses nothing else of it.
+        net: UNet, or any `svd_ds.diffusion.denoiser.Network`.
+        autoencoder: encodes the conditioning frames and decodes the latents.
+        conditioner: makes the conditioning from frames, captions and scalars.
+        first_frame: (B, 3, H, W) in [-1, 1], on the network's device. A conditioner that takes only text uses
+            only its size, which is that of the video.
+        num_frames: frames of the videos, T.
+        config: settings of sampling.
         captions: one for each video; empty by default.
         ordinals: number of the noise of `config.seed` that each video starts from; by default 0 to B - 1.
         progress: called after each step with the number of steps so far.
-        last_frame: (B, 3, H, W) in [-1, 1]; needed only where the conditioner takes both ends of a clip.
+        last_frame: (B, 3, H, W) in [-1, 1]; required if the conditioner takes both ends of a clip.
         context: cached output of the conditioner's encoder, (B, L, D).
 
     Returns:
@@ -127,13 +138,13 @@ def sample_video(
             a last frame or the value of a scalar is missing.
     """
     batch_size, _, height, width = first_frame.shape
-    cell, device = autoencoder.downsampling, first_frame.device
-    _check_shape(num_frames, height, width, cell)
-    latent_shape = (num_frames, autoencoder.latent_channels, height // cell, width // cell)
+    downsampling, device = autoencoder.downsampling, first_frame.device
+    _check_shape(num_frames, height, width, downsampling)
+    latent_shape = (num_frames, autoencoder.latent_channels, height // downsampling, width // downsampling)
     given_shape = conditioner.noise_shape(autoencoder, height, width)
     draws = draw(config.seed, ordinals or range(batch_size), latent_shape, given_shape, device)
 
-    cond = conditioner(
+    conditioning = conditioner(
         autoencoder,
         first_frame=first_frame,
         captions=captions or [""] * batch_size,
@@ -151,15 +162,15 @@ def sample_video(
     sigmas = karras_sigmas(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
     start_BTChw = draws.noise_BTChw * math.sqrt(1 + sigmas[0].item() ** 2)
     latents_BTChw = SAMPLERS[config.sampler](
-        lambda x, sigma_B: guided_denoise(x, sigma_B, cond), start_BTChw, sigmas, progress
+        lambda x, sigma_B: guided_denoise(x, sigma_B, conditioning), start_BTChw, sigmas, progress
     )
     return autoencoder.decode(latents_BTChw)
 
 
-def _check_shape(num_frames: int, height: int, width: int, cell: int) -> None:
-    if height % cell or width % cell:
+def _check_shape(num_frames: int, height: int, width: int, multiple: int) -> None:
+    if height % multiple or width % multiple:
         raise ValueError(
-            f"a video of {height}x{width} pixels cannot be sampled: both must be multiples of {cell}"
+            f"a video of {height}x{width} pixels cannot be sampled: both must be multiples of {multiple}"
         )
     if num_frames < 1:
         raise ValueError(f"a video of {num_frames} frames cannot be sampled: it needs at least 1")
@@ -176,7 +187,8 @@ class Pipeline:
     height: int
     width: int
     sampling: SampleConfig
-    """Settings of the run's previews, which may have learned few noise levels; else the released SVD's."""
+    """Sampling settings of the run's previews; for public weights those of the released SVD. A run may have
+    trained on few noise levels, which its previews then use."""
 
 
 def load_pipeline(
@@ -190,8 +202,11 @@ def load_pipeline(
     """Read a run's or a checkpoint's folder, a diffusers pipeline, or an original single file.
 
     Args:
+        path: the folder or file.
+        device: device of the networks.
+        dtype: data type of the networks.
         which: name of an average of a run, or raw; by default its first average.
-        frozen: folder or hub id of vae/ and the encoders; by default the run's own, or the pipeline itself.
+        frozen: folder or hub id of vae/ and the encoders; by default frozen.path of the run, or the pipeline.
         lora: LoRA file, and the scale at which its updates are added to the weights.
 
     Raises:
@@ -203,7 +218,7 @@ def load_pipeline(
     settings = run_settings(path)
     if settings is None and frozen is None and not (path / "vae").is_dir():
         raise ValueError(
-            f"{path} has neither config.yaml nor vae/, so the folder that has vae/ must be named"
+            f"{path} has neither config.yaml nor vae/: give the folder that has vae/ by --frozen"
         )
     unet = load_unet(path, which=which)
     if lora is not None:
@@ -211,8 +226,8 @@ def load_pipeline(
     unet = unet.to(device, dtype).eval()
     if settings is None:
         shape, sampling = (unet.config.num_frames, *RELEASED_SIZE), SampleConfig()
-        given = "ends" if unet.config.masked else "image"
-        parts, conditioning = frozen or str(path), ConditionerConfig(context=given, concat=given)
+        signal = "ends" if unet.config.masked else "image"
+        parts, conditioning = frozen or str(path), ConditionerConfig(context=signal, concat=signal)
     else:
         data = settings["data"]
         shape = (data["num_frames"], data["height"], data["width"])
@@ -232,13 +247,16 @@ def load_pipeline(
 
 
 def run_settings(path: Path) -> dict[str, Any] | None:
-    """Read config.yaml of a run, given its folder or a checkpoint's; its copy in logs/ if it is damaged.
+    """Read config.yaml of the run that `path` belongs to; if it is damaged, its copy in logs/.
+
+    Args:
+        path: folder of a run, or of one of its checkpoints.
 
     Returns:
-        None if `path` belongs to no run.
+        The settings; None if `path` does not belong to a run.
 
     Raises:
-        ValueError: both are damaged; the message names config.yaml.
+        ValueError: both files are damaged; the message names config.yaml.
     """
     for folder in (path, *path.resolve().parents[:2]):
         file, copy = folder / "config.yaml", folder / "logs" / "config.yaml"
@@ -255,5 +273,5 @@ def run_settings(path: Path) -> dict[str, Any] | None:
 def _read_settings(path: Path) -> dict[str, Any]:
     settings = read_yaml(path)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is damaged: it is not the config of a run")
+        raise ValueError(f"{path} is damaged: it must be a mapping")
     return settings

@@ -31,9 +31,9 @@ class ClipProperties:
     fps: float
     """Frames per second, after striding."""
     num_frames: int
-    """1 for a still image."""
+    """Number of frames; 1 for a still image."""
     motion_bucket: float
-    """0 to 255, from the motion score by the data set's own map."""
+    """Motion bucket, 0 to 255, from the motion score by the motion map of the run."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Scalar:
     low: float
     """Smallest value that a sample may have or a video may be sampled with."""
     high: float
-    """Largest such value."""
+    """Largest value that a sample may have or a video may be sampled with."""
     unit: str = ""
     """Unit for error messages."""
     sample_field: str | None = None
@@ -57,6 +57,7 @@ class Scalar:
     sample_default: float | None = None
     """Value of samples that lack the field. None: a run that uses the scalar refuses such samples."""
     compute: Callable[[ClipProperties], float] | None = None
+    """Function that computes the value from the clip."""
     sampling_default: float | None = None
     """Value with which videos are sampled unless `sampling` sets one. None: it must be set."""
     offset: float = 0.0
@@ -109,13 +110,15 @@ def register(scalar: Scalar) -> Scalar:
 
 
 def clip_scalars(clip: ClipProperties, read_field: Callable[[str], float | None]) -> dict[str, float]:
-    """Compute the scalars of a clip, all but those that the objective draws.
+    """Compute the scalars of a clip, except those that the objective draws.
 
     Args:
-        read_field: returns the number that the clip's sample has under a name, or None.
+        clip: properties of the clip.
+        read_field: returns the value of a field or annotation of the clip's sample by name; None if it is
+            missing.
 
     Returns:
-        Name -> value; NaN for a number that the sample lacks, of a scalar without a default.
+        Name -> value; NaN if the sample lacks the number and the scalar has no default.
     """
     values = {}
     for name, scalar in SCALARS.items():

@@ -13,7 +13,7 @@ from svd_ds.jobs.slurm import Job
 EXAMPLE = """slurm/encode.sh and curate.sh call it with the allocation's own values (slurm/lib.sh):
   tools/check_nodes.py --job 42 --nodes node1,node2 --gpus 8
 
-Exit code: 0 when every node is fit; 1 after it has requeued the job, excluding those that are not."""
+Exit code: 0 if every node passes; 1 after the job was requeued, excluding the nodes that fail."""
 
 
 def main() -> None:

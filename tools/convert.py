@@ -155,7 +155,7 @@ def convert(arguments: argparse.Namespace, draft: Path) -> str:
 
 
 def checked_complete(source: Path, config: UNetConfig, tensors: Weights) -> Weights:
-    """Yield the tensors as they are read.
+    """Yield the tensors as they are read, and check at the end that none is missing.
 
     Raises:
         ValueError: `source` has only the tensors of an image model (raised at the end).
@@ -196,17 +196,17 @@ def find_pipeline_parts(source: Path, frozen: Path | None, config: UNetConfig) -
             raise FileNotFoundError(f"{frozen} has no {name}: give a local {PIPELINE} folder by --frozen")
     kind = read_json(frozen / "model_index.json")["_class_name"]
     if kind != PIPELINE:
-        raise ValueError(f"{frozen} is a {kind}: give a local {PIPELINE} folder by --frozen")
+        raise ValueError(f"{frozen} is a {kind} folder: give a local {PIPELINE} folder by --frozen")
     return frozen
 
 
 def frozen_path(settings: dict[str, Any] | None) -> Path | None:
-    """Folder of the frozen parts according to the settings of a run."""
+    """Return the folder of the frozen parts according to the settings of a run; None without settings."""
     return Path(frozen_folder(settings["frozen"]["path"])) if settings else None
 
 
 def fits_pipeline(config: UNetConfig, settings: dict[str, Any] | None) -> bool:
-    """True if the network is conditioned on an image in the way of the released models."""
+    """Return True if the network is conditioned on an image in the same way as the released models."""
     if config.in_channels != 2 * config.out_channels or config.num_scalars != len(RELEASED_SCALARS):
         return False
     if settings is None:

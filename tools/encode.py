@@ -54,7 +54,7 @@ def main() -> None:
     refused = Quarantine(arguments.max_refused, len(loaded), key="--max-refused")
     source, faults = loaded.drop_damaged(refused)
     if out.resolve() == arguments.shards.resolve():
-        raise ValueError(f"{out} cannot be both SHARDS and OUT")
+        raise ValueError(f"SHARDS and OUT are both {out}: choose another folder for OUT")
     num_large = sum(covers((sample.height, sample.width), arguments.size) for sample in source.samples())
     if not num_large:
         height, width = arguments.size
@@ -141,7 +141,7 @@ def parse_arguments(env: Env) -> argparse.Namespace:
     add("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     if arguments.overwrite and env.world > 1:
-        raise ValueError(f"--overwrite needs 1 rank, and there are {env.world}: remove {arguments.out} first")
+        raise ValueError(f"--overwrite needs 1 rank, but there are {env.world}: remove {arguments.out} first")
     return arguments
 
 

@@ -25,8 +25,8 @@ EXAMPLE = """examples:
 
 A sample is a video or an image (mp4, mov, mkv, webm, avi, m4v, jpg, jpeg, png, webp) and a caption: a text
 file with the same key (txt, text, caption, prompt), or in a JSON file "captions" by name, "caption", "text",
-"prompt", "title" or "description". The files of a sample share the name up to its first dot, wherever in the
-tar they are. NAME.mp4 is preferred to NAME.rgb.mp4, and NAME.json to NAME.mp4.json.
+"prompt", "title" or "description". The files of a sample share the name up to its first dot, in any order in
+the tar. NAME.mp4 is preferred to NAME.rgb.mp4, and NAME.json to NAME.mp4.json.
 
 The command writes index.jsonl, and refused.csv with the reason for each sample that cannot be used, to FOLDER
 or the folder --out. It resumes if it is started again after a stop."""
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder of .tar shards at any depth; links are followed")
-    add("--out", type=Path, metavar="PLACE", help="folder of the index, default FOLDER")
+    add("--out", type=Path, metavar="OUT", help="folder of the index; default: FOLDER")
     add(
         "--no-motion",
         dest="motion",

@@ -1,4 +1,4 @@
-"""One run as a Slurm job: start its ranks from the batch host, and requeue the job where that helps."""
+"""One run as a Slurm job: start its ranks from the batch host, and requeue the job if a restart may help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import FrameType
 from svd_ds.jobs.slurm import ENDING, Job, hold_signals, release_signals
 
 if __name__ == "__main__":
-    # The other imports take seconds, in which a signal would end this process.
+    # A signal during the other imports, which take seconds, would end this process.
     hold_signals()
 
 from svd_ds import compose
@@ -42,17 +42,17 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
-        """Number of the signal; 0 until one has come."""
+        """Number of the signal; 0 until it arrives."""
         self.step: subprocess.Popen[bytes] | None = None
         for number in ENDING:
             signal.signal(number, self._receive)
         release_signals()
 
     def forward_to(self, step: subprocess.Popen[bytes]) -> None:
-        """Send USR1 to `step` once the signal comes, or now if it has."""
+        """Send USR1 to `step` when the signal arrives, or now if it has already arrived."""
         self.step = step
         if self.number:
-            # It came while srun was being started.
+            # The signal arrived while srun was being started.
             step.send_signal(signal.SIGUSR1)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -85,7 +85,7 @@ def main() -> None:
         code = step.wait()
     outcome = JobOutcome.read(folder)
     final_code = settled_code(outcome, code)
-    # Where the job was cancelled, preempted or is out of time, it is Slurm that requeues it, if at all.
+    # If the job was cancelled, preempted or is out of time, Slurm itself decides whether to requeue it.
     running = job.is_running()
     terminated = final_code is None and running and stop.number == signal.SIGTERM
     stopped = final_code == INTERRUPT_CODE or terminated
@@ -96,9 +96,9 @@ def main() -> None:
         sys.exit(final_code)
     if not running:
         sys.exit(code)
-    bad = {node: why for node, why in outcome.nodes.items() if node in job.nodes} if outcome else {}
-    if bad:
-        exclude_nodes(job, bad)
+    bad_nodes = {n: fault for n, fault in outcome.nodes.items() if n in job.nodes} if outcome else {}
+    if bad_nodes:
+        exclude_nodes(job, bad_nodes)
         return
     print_line(f"job {job.id} is queued again: {reason(outcome, stop.number, code)}")
     job.requeue()
@@ -107,8 +107,8 @@ def main() -> None:
 class JobClock:
     """Time at which this job first started the run: the value of `${now:...}` on every rank of every restart.
 
-    A run folder named after the time is then one folder for all restarts. The time is kept in a file, because
-    Slurm keeps none over a requeue, and only where a value of the config uses it.
+    A run folder named after the time is therefore the same folder for all restarts. The time is kept in a
+    file, since Slurm does not keep it over a requeue; the file is written only if the config uses the time.
     """
 
     def __init__(self, job: str, arguments: Sequence[str]) -> None:
@@ -154,10 +154,11 @@ def run_folder(arguments: Sequence[str], clock: JobClock) -> RunFolder:
 
 
 def settled_code(outcome: JobOutcome | None, code: int) -> int | None:
-    """Return the exit code of the job; None where the run needs a restart.
+    """Return the exit code of the job; None if the run needs a restart.
 
     Args:
-        code: exit code of srun. For a step that srun ended itself it is 143, whatever the first rank to fail
+        outcome: recorded outcome of the ranks; None if no rank recorded one.
+        code: exit code of srun; for a step that srun ended itself 143, whatever the first rank to fail
             returned.
     """
     kind = outcome.kind if outcome is not None else None
@@ -169,12 +170,12 @@ def settled_code(outcome: JobOutcome | None, code: int) -> int | None:
 
 
 def reason(outcome: JobOutcome | None, signal_number: int, code: int) -> str:
-    """Say why the job is requeued."""
+    """Describe why the job is requeued."""
     if signal_number:
         return f"{signal.Signals(signal_number).name} asked it to end"
     if outcome is not None:
         return ": ".join(filter(None, (f"rank {outcome.rank} {outcome.kind}", outcome.message)))
-    return f"srun ended with {code}, and no rank said why"
+    return f"srun ended with {code}, and no rank reported a reason"
 
 
 def parse_arguments() -> argparse.Namespace:

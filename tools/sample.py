@@ -115,7 +115,7 @@ def make_requests(
             raise ValueError(f"{arguments.run} takes no {option}")
     if len({len(values) for values in given.values()}) > 1:
         counts = " and ".join(f"{len(values)} with {option}" for option, values in given.items())
-        raise ValueError(f"each video needs one of each, but there are {counts}")
+        raise ValueError(f"each video needs one value of each option, but there are {counts}")
     num_videos = len(next(iter(given.values()), [""]))
 
     def read(paths: list[Path]) -> list[Tensor]:
@@ -140,12 +140,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--frames", type=int, metavar="T", help="number of frames; default: as in training")
     add("--size", type=parse_size, metavar="HxW", help="default: as in training; for a pipeline 576x1024")
     add("--steps", type=int, dest="num_steps", metavar="N", help="number of sampling steps")
-    add("--sampler", choices=list(SAMPLERS))
+    add("--sampler", choices=list(SAMPLERS), help="sampler")
     add("--sigma-min", type=float, metavar="SIGMA", help="last noise level before 0")
     add("--sigma-max", type=float, metavar="SIGMA", help="first noise level")
-    add("--guidance", type=parse_guidance, dest="guidance_scale", metavar="MIN:MAX", help="over the frames")
-    add("--guidance-kind", choices=GUIDANCE_KINDS, dest="guidance")
-    add("--fps", type=float)
+    add(
+        "--guidance",
+        type=parse_guidance,
+        dest="guidance_scale",
+        metavar="MIN:MAX",
+        help="guidance scale over the frames",
+    )
+    add("--guidance-kind", choices=GUIDANCE_KINDS, dest="guidance", help="schedule of the scale")
+    add("--fps", type=float, help="frames per second")
     add("--motion-bucket", type=float, metavar="M", help="amount of motion, 0 to 255")
     add("--augmentation", type=float, metavar="SIGMA", help="noise level of the conditioning frames")
     add("--elevation", type=float, metavar="DEGREES", help="short for --scalar elevation=DEGREES")
@@ -157,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="any scalar condition of the network (svd_ds/scalars.py); may be repeated",
     )
-    add("--seed", type=int)
+    add("--seed", type=int, help="seed of the initial noise")
     add(
         "--ema",
         metavar="NAME",
@@ -184,7 +190,7 @@ def parse_guidance(text: str) -> tuple[float, float]:
 
 
 def parse_scalar(text: str) -> tuple[str, float]:
-    """elevation=20 -> ("elevation", 20.0)."""
+    """Parse elevation=20 to ("elevation", 20.0)."""
     name, value = text.split("=")
     return name, float(value)
 

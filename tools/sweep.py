@@ -15,7 +15,7 @@ from typing import Any
 from svd_ds.jobs.slurm import Job, hold_signals, release_signals
 
 if __name__ == "__main__":
-    # The other imports take seconds, in which a signal would end this process.
+    # A signal during the other imports, which take seconds, would end this process.
     hold_signals()
 
 import wandb
@@ -41,30 +41,30 @@ class JobAgent(Agent):
     def __init__(self, sweep: str, job: Job, overrides: list[str]) -> None:
         self.job = job
         self.unfinished = Path("runs", "sweeps", sweep, f"unfinished-{job.id}.json")
-        """File of the running trial, which removes it when it needs no restart."""
+        """File with the command of the running trial; the trial removes it when it needs no restart."""
         trial = ["--trial", str(self.unfinished), "--"]
         self.start = [sys.executable, "tools/job.py", *job.to_options(), *trial]
         self.overrides = overrides
         self.trial: AgentProcess | None = None
         """Newest trial."""
-        self.asked = False
-        """True once the job was asked to end: its time is almost up, or it is preempted."""
-        self.over = False
+        self.end_requested = False
+        """True once Slurm asked the job to end, because of its time limit or a preemption."""
+        self.sweep_ended = False
         """True once the sweep itself is done or cancelled."""
         signal.signal(signal.SIGUSR1, self._stop_trial)
-        # Slurm sends it to every process of a job that it ends; the trial handles it.
+        # Slurm sends SIGTERM to every process of a job that it ends; the trial handles it.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         release_signals()
         super().__init__(wandb.Api(), multiprocessing.Queue(), sweep_id=sweep)
 
     def _stop_trial(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.end_requested = True
         if self.trial is not None and self.trial.poll() is None:
             process = self.trial._popen
             assert process is not None, "a trial is a command, not a function"
             process.send_signal(number)
         elif self.job.is_running():
-            # Not later: the agent may be waiting for the server.
+            # Requeue now: the agent may be waiting for the server.
             self.job.requeue()
 
     def _run_loop(self, agent_id: str) -> None:
@@ -73,7 +73,7 @@ class JobAgent(Agent):
             raise ValueError(f"the sweep's command is {command}: it must name {TRAINER} (sweeps/)")
         arguments = command[command.index(TRAINER) + 1 :]
         self._sweep_command = [*self.start, *arguments, *self.overrides]
-        if self.unfinished.exists() and not self.asked:
+        if self.unfinished.exists() and not self.end_requested:
             self._resume_trial()
         super()._run_loop(agent_id)
 
@@ -87,7 +87,7 @@ class JobAgent(Agent):
 
     def _command_run(self, command: dict[str, Any]) -> None:
         replace_text(self.unfinished, json.dumps(command))
-        # Signals from now on are for the trial, and stay blocked until it can handle them.
+        # Signals are blocked until the new trial, which they are meant for, can handle them.
         hold_signals()
         try:
             super()._command_run(command)
@@ -96,8 +96,8 @@ class JobAgent(Agent):
             release_signals()
 
     def _heartbeat_commands(self, agent_id: str, run_status: dict[str, bool]) -> list[dict[str, Any]]:
-        if not run_status and (self.asked or self.unfinished.exists()):
-            # The trial has ended unfinished, and so does the job: the restart begins with it.
+        if not run_status and (self.end_requested or self.unfinished.exists()):
+            # The trial ended unfinished. End the job too: its restart begins with this trial.
             self._running = False
             return []
         return super()._heartbeat_commands(agent_id, run_status)
@@ -105,23 +105,23 @@ class JobAgent(Agent):
     def _command_exit(self, command: dict[str, Any]) -> None:
         # No trial is left to resume.
         self.unfinished.unlink(missing_ok=True)
-        self.over = True
+        self.sweep_ended = True
         super()._command_exit(command)
 
     def end(self) -> None:
         """End or requeue the job after the agent has ended, unless a trial has done so already."""
-        if self.over or not self.job.is_running():
+        if self.sweep_ended or not self.job.is_running():
             return
         code = self.trial.poll() if self.trial is not None else None
         killed = code is not None and code < 0
-        if not self.asked and not killed:
+        if not self.end_requested and not killed:
             sys.exit(code or 1)
-        why = (
+        reason = (
             "SIGUSR1 asked it to end"
-            if self.asked or code is None
+            if self.end_requested or code is None
             else f"signal {-code} ended the trial's own process"
         )
-        print_line(f"job {self.job.id} is queued again: {why}")
+        print_line(f"job {self.job.id} is queued again: {reason}")
         self.job.requeue()
 
 
@@ -129,7 +129,9 @@ def main() -> None:
     options = parse_arguments()
     parts = options.sweep.split("/")
     if len(parts) != 3:
-        raise ValueError(f"{options.sweep} names no sweep: wandb sweep prints it as ENTITY/PROJECT/SWEEP")
+        raise ValueError(
+            f"SWEEP is {options.sweep}: it must be ENTITY/PROJECT/SWEEP, as wandb sweep prints it"
+        )
     os.environ.update(zip(("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID"), parts, strict=True))
     # A trial that is stopped early first completes its step; wandb would kill it after 30 s.
     os.environ.setdefault("WANDB_AGENT_KILL_DELAY", "600")

@@ -74,7 +74,7 @@ def cut_clips(
     if not windows:
         longest = max(end - begin for begin, end in shots)
         needed = count_frames(settings.shortest, rate)
-        raise ValueError(f"its longest shot has {longest} frames, and a clip needs {needed}")
+        raise ValueError(f"its longest shot has {longest} frames, but a clip needs at least {needed}")
     to_encode = []
     for window in windows:
         content = None
@@ -160,10 +160,10 @@ def plan_windows(shots: Sequence[tuple[int, int]], probed: Row, settings: ClipCu
     if not 2 <= shortest <= longest:
         raise ValueError(
             f"at its {float(rate):.3g} frames a second a clip of {settings.shortest} to {settings.longest} "
-            f"has {shortest} to {longest} frames, and a clip needs 2"
+            f"has {shortest} to {longest} frames, but a clip needs at least 2"
         )
     if stride is not None and not 1 <= stride <= shortest:
-        raise ValueError(f"a stride of {stride} frames is not from 1 to the clip length of {shortest}")
+        raise ValueError(f"the stride is {stride} frames: it must be from 1 to the clip length of {shortest}")
     keyframes = _copyable_keyframes(probed, settings)
     windows = []
     for begin, end in shots:
@@ -175,8 +175,7 @@ def plan_windows(shots: Sequence[tuple[int, int]], probed: Row, settings: ClipCu
 
 
 def _copyable_keyframes(probed: Row, settings: ClipCutSettings) -> list[int]:
-    """Frames at which the video can be cut without encoding; empty if its frames cannot be stored as they
-    are."""
+    """Return the frames at which the video can be cut without encoding; empty if it must be encoded."""
     shortest_side = min(probed["height"], probed["width"])
     can_be_copied = (
         (probed["codec"], probed["pixel_format"]) == ("h264", "yuv420p")

@@ -40,13 +40,13 @@ class Craft(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = 3
+        in_channels = 3
         for width in VGG16:
             if width == POOL:
                 layers.append(nn.MaxPool2d(2, 2))
             else:
-                layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-                before = width
+                layers += [nn.Conv2d(in_channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                in_channels = width
         self.basenet = nn.ModuleDict()
         for number, begin in enumerate(SLICES[:-1]):
             named = OrderedDict((str(i), layers[i]) for i in range(begin, SLICES[number + 1]))
@@ -87,11 +87,17 @@ class Craft(nn.Module):
 
 
 class _Merge(nn.Module):
-    def __init__(self, before: int, between: int, after: int) -> None:
+    """Block of the decoder that merges features with a skip connection."""
+
+    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            *(nn.Conv2d(before, between, 1), nn.BatchNorm2d(between), nn.ReLU()),
-            *(nn.Conv2d(between, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()),
+            *(nn.Conv2d(in_channels, hidden_channels, 1), nn.BatchNorm2d(hidden_channels), nn.ReLU()),
+            *(
+                nn.Conv2d(hidden_channels, out_channels, 3, padding=1),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(),
+            ),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +115,7 @@ def load_craft(path: Path) -> Craft:
     network = Craft()
     if differing := sorted(network.state_dict().keys() ^ tensors.keys()):
         raise ValueError(
-            f"{path} holds no CRAFT weights: {len(differing)} names differ, such as {differing[0]}"
+            f"{path} is not a file of CRAFT weights: {len(differing)} names differ, such as {differing[0]}"
         )
     network.load_state_dict(tensors)
     return network.eval()
@@ -138,7 +144,16 @@ def find_text(network: Craft, frame: np.ndarray, side: int, min_score: float) ->
 
 
 def find_boxes(letters_hw: np.ndarray, links_hw: np.ndarray, min_score: float) -> list[np.ndarray]:
-    """Return the corners of each box, in cells, as the public code's getDetBoxes_core finds them."""
+    """Find the boxes of words in the score maps, like getDetBoxes_core of the public code.
+
+    Args:
+        letters_hw: scores of letters, (h, w).
+        links_hw: scores of links between letters, (h, w).
+        min_score: minimum of a box's highest letter score.
+
+    Returns:
+        Corners of each box, (4, 2), as x and y in cells of the maps.
+    """
     is_text, is_link = letters_hw > LOW_SCORE, links_hw > LINK_SCORE
     count, label_hw, stats, _ = cv2.connectedComponentsWithStats(
         (is_text | is_link).astype(np.uint8), connectivity=4

@@ -150,7 +150,7 @@ class Cascade:
             self._distinct.append(number)
 
     def _is_distinct(self, number: int, view_HWC: np.ndarray) -> bool:
-        """True if a frame differs from the last distinct one, or the picture has been still for a long time.
+        """Return True if a frame differs from the last distinct one, or the picture has long been still.
 
         Film at 10 frames a second stored at 30, animation on twos and threes, and variable frame rates that
         are filled up repeat frames. The repeated frames have no change, which would make every new picture
@@ -229,7 +229,7 @@ def find_blended_frames(
 
 
 def is_judder(changes: np.ndarray, number: int, radius: int) -> bool:
-    """True if at least MIN_JUMPS changes of similar size are within `radius` frames of change `number`.
+    """Return True if at least MIN_JUMPS similar changes are within `radius` frames of change `number`.
 
     A low frame rate stored at a higher one has such changes. If the encoding is coarse or grain was added
     later, its repeated frames are not exact copies: they count as distinct, and every jump is much larger
@@ -244,7 +244,7 @@ def is_judder(changes: np.ndarray, number: int, radius: int) -> bool:
 
 
 def _is_flash(frames_THWC: np.ndarray, at: int) -> bool:
-    """True if the picture before a change is back soon after it."""
+    """Return True if the picture before a change returns soon after it."""
     last = len(frames_THWC) - 1
     numbers = (max(0, at - MAX_FLASH_FRAMES), min(last, at + MAX_FLASH_FRAMES - 1), at - 1, at)
     before, after, left, entered = frames_THWC[list(numbers)].astype(np.float32)

@@ -1,6 +1,6 @@
 """Near-duplicates among clips, by CLIP embeddings if all clips have them, else by perceptual hashes.
 
-Both compare first with first, middle with middle, and last with last frame. The first clip of a group is
+Both methods compare the first, the middle and the last frames of two clips. The first clip of a group is
 kept.
 """
 

@@ -69,7 +69,7 @@ class CLIPEmbedder:
         return F.normalize(self.network.get_text_features(**inputs).pooler_output.float(), dim=-1).cpu()
 
     def aesthetic(self, embeddings: Tensor) -> float | None:
-        """Mean aesthetic score of embeddings; None without a head."""
+        """Compute the mean aesthetic score of embeddings, (N, width); None without a head."""
         if not self.head:
             return None
         for weight, bias in self.head:

@@ -19,21 +19,27 @@ cancels."""
 
 
 def motion_score(frames: Sequence[np.ndarray], fps: float) -> float:
-    """Mean speed over time and space, in shortest sides of the frame a second.
+    """Compute the mean speed over time and space, in shortest sides of the frame a second.
 
     Dense Farneback flow between frames half a second apart, or between the first and last of a shorter clip.
     The unit depends on neither resolution nor frame rate. A pan is measured to a few per cent up to 0.35
     shortest sides a frame pair, and underestimated beyond.
 
     Args:
-        frames: uint8 RGB, (H, W, 3) each. A single frame does not move.
+        frames: uint8 RGB, (H, W, 3) each; a single frame has the score 0.
         fps: frames a second of `frames`.
     """
     return video_motion_score(lambda numbers: (frames[number] for number in numbers), len(frames), fps)
 
 
 def video_motion_score(read: Callable[[range], Iterable[np.ndarray]], num_frames: int, fps: float) -> float:
-    """`motion_score` of frames that are read by number; only small grey copies are kept in memory."""
+    """Compute the `motion_score` of a video, keeping only small grey copies of its frames in memory.
+
+    Args:
+        read: reads frames by number, each uint8 RGB, (H, W, 3).
+        num_frames: number of frames of the video.
+        fps: its frames a second.
+    """
     if num_frames < 2:
         return 0.0
     step = min(max(1, round(fps / FLOW_FPS)), num_frames - 1)
@@ -49,7 +55,7 @@ def _grey(frame_HWC: np.ndarray) -> np.ndarray:
 
 
 def _mean_flow(first_HW: np.ndarray, second_HW: np.ndarray) -> float:
-    """Mean displacement in pixels between two grey frames."""
+    """Compute the mean displacement in pixels between two grey frames."""
     start = np.zeros((*first_HW.shape, 2), dtype=np.float32)
     flow_HW2 = cv2.calcOpticalFlowFarneback(
         first_HW,

@@ -45,8 +45,8 @@ class Listing:
     def fault_summaries(self) -> Iterator[tuple[Path, str]]:
         """Yield (list, one sentence about all of its unusable rows)."""
         for path, sentences in self.faults.items():
-            more = f"; and {len(sentences) - 1} more rows like it" if len(sentences) > 1 else ""
-            yield path, f"{sentences[0]}{more}"
+            others = f"; and {len(sentences) - 1} more rows like it" if len(sentences) > 1 else ""
+            yield path, f"{sentences[0]}{others}"
 
 
 def read_listing(folder: Path) -> Listing:
@@ -147,15 +147,17 @@ def _table_rows(path: Path, faults: list[str]) -> Iterator[tuple[str, Metadata]]
         if not isinstance(value, str) or not value.strip():
             faults.append(f"row {number} names no file: it needs one of {', '.join(NAME_COLUMNS)}")
             continue
-        rest = {key: value for key, value in row.items() if key != column}
+        values = {key: value for key, value in row.items() if key != column}
         metadata = {
             key.strip(): value
-            for key, value in rest.items()
+            for key, value in values.items()
             if key.strip().lower() in (*CAPTION_KEYS, *SAMPLE_FIELDS)
         }
-        given = rest.get("annotations")
+        given = values.get("annotations")
         numbers = dict(given) if isinstance(given, dict) else {}
-        others = {key: value for key, value in rest.items() if key.strip() not in (*metadata, "annotations")}
+        others = {
+            key: value for key, value in values.items() if key.strip() not in (*metadata, "annotations")
+        }
         numbers |= {key: _number(value) for key, value in others.items()}
         if numbers := {key: value for key, value in numbers.items() if value is not None}:
             metadata["annotations"] = numbers

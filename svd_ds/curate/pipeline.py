@@ -55,7 +55,7 @@ class CurationSettings:
             raise ValueError("llm merges the captions of coca and video_blip: give both models, or no llm")
 
     def stages(self) -> list[Stage]:
-        """The per-file stages, each after the stages that it depends on."""
+        """List the per-file stages, each after the stages that it depends on."""
         probing = Stage("probe", probe.probe, probe.COLUMNS, version=4)
         cutting = Stage("cuts", cuts.find_shots, cuts.COLUMNS, self.cuts, (probing,), version=3)
         clipping = Stage("clips", clips.cut_clips, clips.COLUMNS, self.clips, (probing, cutting))
@@ -98,7 +98,7 @@ class CurationSettings:
         return stages
 
     def unmeasured_columns(self) -> list[str]:
-        """Columns that stay empty because no model was given."""
+        """List the columns that stay empty because no model was given."""
         missing = [] if self.text else ["text_area"]
         if not self.clip_model:
             missing += ["aesthetic", "clip_similarity"]
@@ -142,7 +142,7 @@ def write_curated_shards(runner: Runner, settings: CurationSettings, shards: Pat
 
 
 def list_refused(runner: Runner) -> list[tuple[str, str]]:
-    """(file name, reason) of each file that gave no clips, or fewer than it should, in the order of the
+    """List (file name, reason) of each file that gave no clips, or fewer than it should, in the order of the
     files."""
     reasons: dict[str, list[str]] = {}
     for rows_by_file in runner.results.values():
@@ -155,7 +155,7 @@ def list_refused(runner: Runner) -> list[tuple[str, str]]:
 
 
 def caption_summary(runner: Runner) -> str:
-    """Sentence with the number of readable files whose only caption is their name."""
+    """Return a sentence with the number of readable files whose only caption is their name."""
     probed = runner.results["probe"].values()
     metadata = [json.loads(row["metadata"]) for rows in probed for row in valid_rows(rows)]
     num_uncaptioned = sum(each["captions"].keys() == {FILE_NAME_CAPTIONER} for each in metadata)
@@ -170,6 +170,6 @@ def write_refused(runner: Runner, path: Path) -> None:
 
 
 def progress_bar(console: Console | None = None) -> Progress:
-    """Progress bars with counts and the remaining time."""
+    """Make progress bars with counts and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)

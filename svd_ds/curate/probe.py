@@ -115,8 +115,8 @@ def probe_video(path: Path) -> Row:
             stream = select_video_stream(container)
             packets = read_packets(container, stream)
             # Reopened instead of sought: in MPEG-TS a seek to the first time lands after the first keyframe.
-            with open_container(path) as again:
-                frame = next(again.decode(select_video_stream(again)), None)
+            with open_container(path) as reopened:
+                frame = next(reopened.decode(select_video_stream(reopened)), None)
             if frame is None:
                 raise ValueError("none of its frames can be decoded")
             codec = stream.codec_context
@@ -148,7 +148,7 @@ def read_packets(container: Any, stream: Any) -> PacketSummary:
     packets = [packet for packet in container.demux(stream) if packet.size]
     found = [(packet.pts, packet.is_keyframe) for packet in packets if not packet.is_discard]
     if len(found) < 2:
-        raise ValueError(f"it has {len(found)} frame, and a video needs 2")
+        raise ValueError(f"its number of frames is {len(found)}: a video needs at least 2")
     times = [pts for pts, _ in found if pts is not None]
     if len(times) < len(found):
         # AVI stores no times: its frame rate is constant by construction, but packets have no frame numbers.
@@ -170,15 +170,17 @@ def read_packets(container: Any, stream: Any) -> PacketSummary:
 
 
 def count_declared_frames(container: Any, stream: Any) -> int:
-    """Number of visible frames according to the container, 0 if unknown; edit lists hide some of the stored
-    frames."""
+    """Return the number of visible frames according to the container, 0 if unknown.
+
+    Edit lists hide some of the stored frames.
+    """
     if "mp4" in container.format.name.split(","):
         return sum(not entry.is_discard for entry in stream.index_entries)
     return stream.frames
 
 
 def _clock_restarts(times: Sequence[int], tick: Fraction) -> bool:
-    """True if the times of packets, in decoding order, restart somewhere."""
+    """Return True if the times of packets, in decoding order, restart somewhere."""
     return any(
         latest - pts > MAX_REORDERING / tick
         for pts, latest in zip(times, accumulate(times, max), strict=True)
@@ -199,10 +201,20 @@ def _unwrap_times(times: Sequence[int], tick: Fraction) -> list[int]:
 
 
 def find_rate(times: Sequence[float], declared: Fraction | None) -> tuple[Fraction, bool]:
-    """Return the frame rate of ascending times in seconds, starting at 0, and whether all times fit it.
+    """Find the frame rate of a video.
 
-    The declared rate is taken if the frames fit it; else the standard rate closest to that of the usual gap;
-    else the rate of the usual gap.
+    It is the declared rate if all times fit it; else the standard rate closest to that of the usual gap; else
+    the rate of the usual gap.
+
+    Args:
+        times: ascending times of the frames in seconds, the first being 0.
+        declared: frame rate in the header of the file, if it has one.
+
+    Returns:
+        (frame rate in frames a second, True if all times fit it).
+
+    Raises:
+        ValueError: all times are the same.
     """
     gaps = [after - before for before, after in pairwise(times) if after > before]
     if not gaps:

@@ -139,7 +139,7 @@ def apply_conditions(clips: Sequence[ClipRecord], conditions: Sequence[Condition
             if number is None or math.isnan(number):
                 clip.reason = f"{condition}: it has no {condition.name}"
             elif not condition.accepts(number, limit):
-                clip.reason = f"{condition}: {number:.4g}, and the limit is {limit:.4g}"
+                clip.reason = f"{condition}: {number:.4g}, but the limit is {limit:.4g}"
 
 
 def write_clips(clips: Sequence[ClipRecord], path: Path) -> None:

@@ -35,7 +35,7 @@ class FolderListings:
         self._names: dict[str, frozenset[str]] = {}
 
     def is_file(self, path: str) -> bool:
-        """True if `path` is a regular file."""
+        """Return True if `path` is a regular file."""
         folder, name = os.path.split(path)
         if folder not in self._names:
             try:

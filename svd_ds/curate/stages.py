@@ -78,7 +78,7 @@ class Stage:
     """Increased when the same settings start to give different rows."""
 
     def fingerprint(self) -> str:
-        """Hash of name, version, settings and of the stages that this one depends on."""
+        """Return a hash of name, version, settings and of the stages that this one depends on."""
         settings = asdict(self.settings) if self.settings else {}
         settings.pop("device", None)  # the device does not change the results
         content = [self.name, self.version, settings, [stage.fingerprint() for stage in self.depends_on]]
@@ -146,7 +146,7 @@ class Runner:
         self.results[stage.name] = results
 
     def _should_retry(self, row: Row) -> bool:
-        """True if the file exceeded a time limit that was shorter than the current one."""
+        """Return True if the file exceeded a time limit that was shorter than the current one."""
         seconds = row.get("given_up_after")
         return seconds is not None and seconds < self.timeout
 
@@ -234,7 +234,7 @@ class _TimeLimited:
                 self._log(task).unlink()
 
     def has_timed_out(self, task: FileTask) -> bool:
-        """True if the timer ended the process: the task's log then contains a traceback."""
+        """Return True if the timer ended the process: the task's log then contains a traceback."""
         return self._log(task).is_file() and self._log(task).stat().st_size > 0
 
     @property
@@ -253,7 +253,7 @@ def _process_in_new_pool(limited: _TimeLimited, task: FileTask) -> list[Row]:
             return pool.submit(limited, task).result()
         except BrokenProcessPool:
             timed_out = limited.has_timed_out(task)
-            return limited.timeout_rows if timed_out else [{"error": "reading it ends the process"}]
+            return limited.timeout_rows if timed_out else [{"error": "reading it crashes the process"}]
 
 
 def _make_pool(num_workers: int) -> ProcessPoolExecutor:
@@ -295,5 +295,5 @@ def process_file(process: ProcessFn, settings: Any, context: StageContext, task:
 
 
 def valid_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows that contain a result and not an error."""
+    """Return the rows that contain a result and not an error."""
     return [row for row in rows if row["error"] is None]

@@ -47,7 +47,7 @@ def write_subsets(out: Path) -> tuple[list[Subset], list[str]]:
 
     Returns:
         The subsets, and one sentence for each annotation that some clips lack: its quantiles are taken over
-            the clips that have it, and the others are left out.
+        the clips that have it, and the others are left out.
 
     Raises:
         FileNotFoundError: OUT has no curated clips.

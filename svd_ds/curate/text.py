@@ -61,7 +61,7 @@ def measure_text(
 
 
 def text_area(frame: np.ndarray, settings: TextSettings) -> float:
-    """Share of a uint8 RGB frame, (H, W, 3), inside text boxes; overlaps count once."""
+    """Compute the share of a uint8 RGB frame, (H, W, 3), inside text boxes; overlaps count once."""
     covered_HW = np.zeros(frame.shape[:2], dtype=np.uint8)
     for corners in _find_text(frame, settings):
         cv2.fillConvexPoly(covered_HW, np.round(corners).astype(np.int32), 1)

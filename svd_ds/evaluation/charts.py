@@ -68,7 +68,7 @@ def colour_ramp(num: int) -> list[str]:
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Exponential moving average over about 1/40 of the curve, at least 10 values.
+    """Compute an exponential moving average over about 1/40 of the curve, at least 10 values.
 
     The average is corrected for its zero start; values that are not finite are skipped.
     """

@@ -61,7 +61,7 @@ def write_data_card(
         clips: all clips, kept or not.
         refused: (file, reason) of each refused file.
         num_files: number of raw files.
-        unmeasured: columns that are empty for lack of a model.
+        unmeasured: columns that are empty because no model was given.
         out: output folder of the curation.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -51,7 +51,7 @@ class Rating:
 
 
 def expected_score(rating: float | np.ndarray, other: float | np.ndarray) -> float | np.ndarray:
-    """Expected score of a model against another, from their ratings."""
+    """Compute the expected score of a model against another, from their ratings."""
     return 1.0 / (1.0 + 10.0 ** ((other - rating) / DIVISOR))
 
 

@@ -30,12 +30,14 @@ class RankedRun:
     step: int
     samples: int
     loss: float
-    """Mean over the noise levels."""
+    """Mean over all noise levels."""
     above_best: float
     """Relative distance to the lowest loss."""
     low: float
+    """Mean over the noise levels below LOW_SIGMA."""
     middle: float
     high: float
+    """Mean over the noise levels above HIGH_SIGMA."""
     raw: float
     """Mean loss of the raw weights."""
 
@@ -53,8 +55,10 @@ class Ranking:
 
 
 def charts_by_sigma(runs: Sequence[Run], palette: Sequence[str]) -> list[Chart]:
-    """Charts of loss and gradient by sigma and by frame: the newest evaluation of each run, or several of
-    a single run."""
+    """Make charts of loss and gradient by sigma and by frame.
+
+    They show the newest evaluation of each run, or several evaluations of a single run.
+    """
     shown = _shown_evaluations(runs, palette)
 
     def by_level(key: str) -> list[Curve]:
@@ -77,7 +81,7 @@ def charts_by_sigma(runs: Sequence[Run], palette: Sequence[str]) -> list[Chart]:
 def charts_over_training(
     runs: Sequence[Run], palette: Sequence[str], x_key: str, x_label: str
 ) -> list[Chart]:
-    """Charts of the mean loss over training, then of the loss in each bin of sigma."""
+    """Make a chart of the mean loss over training, then one of the loss in each bin of sigma."""
 
     def chart(title: str, bin_index: int | None) -> Chart:
         curves = [

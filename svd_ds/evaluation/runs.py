@@ -78,15 +78,16 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def split_common_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
-    """Split names into a common part before their first dash, and the rest of each; "" and the names if there
-    is none.
+    """Split names into the common part before their first dash, and the remainder of each name.
+
+    Without a common part the result is "" and the names.
 
     ("noise_schedule-edm", "noise_schedule-cosine") -> "noise_schedule", ["edm", "cosine"]
     """
     parts = [match.groups() for name in names if (match := re.fullmatch(r"([^-/]+)-(.+)", name))]
     if len(names) < 2 or len(parts) < len(names) or len({common for common, _ in parts}) > 1:
         return "", list(names)
-    return parts[0][0], [rest for _, rest in parts]
+    return parts[0][0], [remainder for _, remainder in parts]
 
 
 def _has_step(row: Row) -> bool:
@@ -110,7 +111,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} -> {"a.b": "1"}."""
+    """Flatten a tree: {"a": {"b": 1}} -> {"a.b": "1"}."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: "null" if tree is None else str(tree)}
     return {

@@ -23,8 +23,8 @@ FORMATS = (
     "flv", "asf", "ogg", "mxf", "nut", "gif", "dv", "mjpeg", "yuv4mpegpipe", "apng", "png_pipe", "jpeg_pipe",
     "webp_pipe", "mp3", "wav", "aac", "flac",
 )  # fmt: skip
-"""Allowed demuxers of libav: of files that hold their own streams. Audio formats are allowed for their better
-error message."""
+"""Allowed demuxers of libav: those of files that hold their own streams. Audio formats are included because
+their error message is then better: the file has no video stream."""
 PADDING = 2**20
 """Pixels by which libav may count a frame as larger than it is, since it rounds up to blocks."""
 
@@ -57,5 +57,5 @@ def open_container(
 
 
 def limits(max_pixels: int) -> dict[str, str]:
-    """Return the options of a decoder that refuses larger frames."""
+    """Return the options of a decoder that refuses frames of more than `max_pixels` pixels."""
     return {"max_pixels": str(max_pixels + PADDING)}

@@ -25,7 +25,7 @@ from svd_ds.pixels import hdr
 from svd_ds.pixels.still import BACKGROUND
 
 HD_HEIGHT = 720
-"""Number of lines from which players take untagged video as BT.709, and below which as BT.601."""
+"""Number of lines from which players interpret untagged video as BT.709; with fewer, as BT.601."""
 UNSPECIFIED = 2
 """Value of AVCOL_SPC_UNSPECIFIED, AVCOL_TRC_UNSPECIFIED and AVCOL_PRI_UNSPECIFIED."""
 LIMITED = 1
@@ -51,11 +51,11 @@ def to_rgb(frame: VideoFrame) -> Tensor:
     Raises:
         ValueError: the colours or the display matrix cannot be converted.
     """
-    pixels_HWC = _colours(frame)
+    pixels_HWC = _convert_colours(frame)
     a, b, c, d = display_matrix(frame)
     if b or c:
-        return _flipped(pixels_HWC.transpose(0, 1), vertically=b < 0, horizontally=c < 0)
-    return _flipped(pixels_HWC, vertically=d < 0, horizontally=a < 0)
+        return _flip(pixels_HWC.transpose(0, 1), vertically=b < 0, horizontally=c < 0)
+    return _flip(pixels_HWC, vertically=d < 0, horizontally=a < 0)
 
 
 def is_plain(frame: VideoFrame) -> bool:
@@ -149,7 +149,7 @@ def _deinterlacer(frame: VideoFrame) -> Graph:
     """
     if frame.width < 4 or frame.height < 4:
         raise ValueError(
-            f"it is interlaced, with {frame.height} x {frame.width} pixels too small to deinterlace"
+            f"it is interlaced, and its {frame.height} x {frame.width} pixels are too few to deinterlace"
         )
     graph = Graph()
     graph.threads = 1
@@ -172,12 +172,12 @@ def _side_data(frame: VideoFrame) -> list[SideData]:
     return list(container)
 
 
-def _flipped(pixels_HWC: Tensor, vertically: bool, horizontally: bool) -> Tensor:
+def _flip(pixels_HWC: Tensor, vertically: bool, horizontally: bool) -> Tensor:
     axes = [axis for axis, wanted in ((0, vertically), (1, horizontally)) if wanted]
     return pixels_HWC.flip(axes) if axes else pixels_HWC
 
 
-def _colours(frame: VideoFrame) -> Tensor:
+def _convert_colours(frame: VideoFrame) -> Tensor:
     """Convert the colours of a frame; uint8 RGB, (H, W, 3), oriented as stored.
 
     Raises:
@@ -185,16 +185,16 @@ def _colours(frame: VideoFrame) -> Tensor:
     """
     if frame.colorspace in UNREADABLE_MATRICES:
         raise ValueError(
-            f"its colours are coded as {UNREADABLE_MATRICES[frame.colorspace]}, which is not read"
+            f"its colours are coded as {UNREADABLE_MATRICES[frame.colorspace]}, which is not supported"
         )
     if frame.color_trc == UNSPECIFIED and any(data.type in DOLBY_VISION for data in _side_data(frame)):
-        raise ValueError("it is Dolby Vision without a base layer in HDR10 or HLG, which is not read")
+        raise ValueError("it is Dolby Vision without a base layer in HDR10 or HLG, which is not supported")
     if _is_wide(frame):
-        return _sdr(frame)
+        return _to_sdr(frame)
     if _has_alpha(frame.format.name):
-        return _composited(frame)
+        return _composite_on_white(frame)
     if frame.format.name.startswith("gray") and frame.color_range == LIMITED:
-        return _limited_grey(frame)
+        return _expand_grey(frame)
     pixels = frame.reformat(format="rgb24", src_colorspace=_matrix(frame), threads=1).to_ndarray()
     return torch.from_numpy(pixels)
 
@@ -204,20 +204,20 @@ def _is_wide(frame: VideoFrame) -> bool:
     return frame.color_trc in hdr.HDR or frame.color_primaries in hdr.TO_709
 
 
-def _sdr(frame: VideoFrame) -> Tensor:
+def _to_sdr(frame: VideoFrame) -> Tensor:
     """Convert HDR or wide gamut to SDR; uint8 RGB, (H, W, 3)."""
     wide = frame.reformat(format="rgb48le", src_colorspace=_matrix(frame), threads=1).to_ndarray()
     coded = torch.from_numpy(wide.astype(np.float32)) / 65535
     return (hdr.to_sdr(coded, frame.color_trc, frame.color_primaries) * 255).round().to(torch.uint8)
 
 
-def _limited_grey(frame: VideoFrame) -> Tensor:
-    """Convert limited-range grey (16 to 235), which swscale takes for full range; uint8 RGB, (H, W, 3)."""
+def _expand_grey(frame: VideoFrame) -> Tensor:
+    """Expand limited-range grey (16 to 235), which swscale takes for full range; uint8 RGB, (H, W, 3)."""
     wide = frame.reformat(format="rgb48le", threads=1).to_ndarray().astype(np.float32) * (255 / 65535)
     return torch.from_numpy(((wide - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8))
 
 
-def _composited(frame: VideoFrame) -> Tensor:
+def _composite_on_white(frame: VideoFrame) -> Tensor:
     """Composite a transparent frame on white; uint8 RGB, (H, W, 3)."""
     rgba = frame.reformat(format="rgba", src_colorspace=_matrix(frame), threads=1).to_ndarray()
     pixels, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)

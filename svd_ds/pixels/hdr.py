@@ -91,11 +91,13 @@ def _gain() -> Tensor:
     brightest = SOURCE_PEAK * torch.linspace(0, 1, LEVELS, dtype=torch.float64) ** 4
     brightest = brightest.clamp(min=1e-4)
     peak, white = (_light_to_pq(torch.tensor(level)) for level in (SOURCE_PEAK, WHITE))
-    code, most = _light_to_pq(brightest) / peak, float(white / peak)
-    knee = 1.5 * most - 0.5
+    code, max_lum = _light_to_pq(brightest) / peak, float(white / peak)
+    knee = 1.5 * max_lum - 0.5
     t = (code - knee) / (1 - knee)
     spline = (
-        (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) + (-2 * t**3 + 3 * t**2) * most
+        (2 * t**3 - 3 * t**2 + 1) * knee
+        + (t**3 - 2 * t**2 + t) * (1 - knee)
+        + (-2 * t**3 + 3 * t**2) * max_lum
     )
     mapped = torch.where(code < knee, code, spline)
     return (_pq_to_light(mapped * peak) / brightest).float()

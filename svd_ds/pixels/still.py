@@ -26,7 +26,7 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""Allowed formats. Pillow knows others for which it starts a program (EPS), or opens further files."""
+"""Allowed formats. For some others Pillow starts a program (EPS) or opens further files."""
 MAX_PIXELS = 89_478_485
 """Largest number of pixels of an image or frame: the limit at which Pillow warns of a decompression bomb, a
 quarter GiB of RGB. A frame of 8K video has 33 million."""
@@ -41,13 +41,13 @@ BACKGROUND = 255
 
 
 class TooLargeError(ValueError):
-    """Error of a file that claims frames with too many pixels, and is not decoded."""
+    """Error of a file that is not decoded because it claims frames with too many pixels."""
 
 
 def too_large(height: int, width: int, max_pixels: int) -> TooLargeError:
     """Make the error of a file whose frames have too many pixels."""
     return TooLargeError(
-        f"the file claims {height} x {width} pixels, and its frames may have {max_pixels}: it is not decoded"
+        f"the file claims {height} x {width} pixels, but at most {max_pixels} are allowed: it is not decoded"
     )
 
 
@@ -77,10 +77,10 @@ def read_still(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray
     """
     content = source if isinstance(source, bytes) else read_regular(source)
     try:
-        with _opened(content) as image:
+        with _open_image(content) as image:
             if image.width * image.height > max_pixels:
                 raise too_large(image.height, image.width, max_pixels)
-            _mend_transparency(image)
+            _scale_transparency(image)
             image.load()
             orientation = _orientation(image)
             shown = _to_srgb(_to_eight_bits(image))
@@ -94,7 +94,7 @@ def read_still(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray
         raise ValueError(f"it cannot be read as an image ({_reason(error, content)})") from error
 
 
-def _opened(content: bytes) -> Image.Image:
+def _open_image(content: bytes) -> Image.Image:
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         return Image.open(io.BytesIO(content), formats=FORMATS)
 
@@ -107,7 +107,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _mend_transparency(image: Image.Image) -> None:
+def _scale_transparency(image: Image.Image) -> None:
     """Scale the transparent colour of a 16-bit PNG to 8 bits, as Pillow does with the pixels."""
     colour = image.info.get("transparency")
     if isinstance(colour, tuple) and any("RGB;16" in str(tile) for tile in getattr(image, "tile", ())):
@@ -151,9 +151,9 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     if profile:
-        image = _converted(image, profile)
+        image = _apply_profile(image, profile)
     elif gamma and "srgb" not in image.info and abs(gamma / SRGB_GAMMA - 1) > SAME_GAMMA:
-        image = _with_gamma(image.convert("RGB"), gamma)
+        image = _apply_gamma(image.convert("RGB"), gamma)
     shown = image.convert("RGB")
     if alpha is not None:
         shown.putalpha(alpha)
@@ -162,12 +162,12 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     return shown
 
 
-def _with_gamma(image: Image.Image, gamma: float) -> Image.Image:
+def _apply_gamma(image: Image.Image, gamma: float) -> Image.Image:
     """Convert an RGB image with the gamma of a PNG's gAMA chunk to that of sRGB, as browsers do."""
     return image.point([round(255 * (level / 255) ** (SRGB_GAMMA / gamma)) for level in range(256)] * 3)
 
 
-def _converted(image: Image.Image, profile: bytes) -> Image.Image:
+def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
     """Convert an image to sRGB by its colour profile; unchanged if the profile does not match its mode."""
     try:
         embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -184,5 +184,5 @@ def _reason(error: Exception, content: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
         if content[4:8] == b"ftyp" and content[8:12] in HEIC:
             return "it is HEIC; convert it to JPEG or PNG"
-        return f"it is none of {', '.join(FORMATS)}"
+        return f"its format is unknown: it must be one of {', '.join(FORMATS)}"
     return " ".join(str(error).split()) or type(error).__name__

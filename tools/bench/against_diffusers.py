@@ -104,7 +104,7 @@ def measure(case: Case, pairs: int, device: torch.device, advance: Callable[[], 
         peaks = []
         for timed_network in networks:
             with timed_network.resident(device):
-                # The first step, which is slower (allocation, choice of kernels), is here, too.
+                # This includes the first step, which is slower (allocation, choice of kernels).
                 extra = measure_step_memory(timed_network, inputs)
                 peaks.append(timed_network.held_bytes() + extra)
         seconds = []
@@ -120,7 +120,7 @@ def measure(case: Case, pairs: int, device: torch.device, advance: Callable[[], 
 
 
 def timed(timed_network: TimedNetwork, inputs: Inputs) -> float:
-    """Time a step, in seconds; on a GPU after a warm-up step, for the network was just moved there."""
+    """Time a step, in seconds; on a GPU after a warm-up step, since the network was just moved there."""
     device = inputs[0].device
     with timed_network.resident(device):
         if device.type == "cuda":

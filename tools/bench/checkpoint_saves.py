@@ -32,8 +32,8 @@ EXAMPLE = """example:
 Data, network and optimiser are those of the config, with a checkpoint a step. A round is a block of steps of
 each kind, after one step that is not timed: so the checkpoint of the previous step is being written during
 each timed step. The overhead of checkpoints is (with - without) / without, that of averages is the time in
-them over the time of steps without checkpoints: the median of the rounds, with the smallest and the
-largest."""
+them over the time of steps without checkpoints. The output has the median of the rounds, with the smallest
+and the largest."""
 KINDS = {"none": None, "asynchronous": True, "synchronous": False}
 """Kind -> checkpoint.asynchronous, or None for no checkpoint."""
 

@@ -29,8 +29,8 @@ EXAMPLE = """example:
 The checkpoint has one rank's slices of --gb in all: weights, both moments and an average, in tensors of 16
 MB. Each round saves it as a run does, and loads it with and without verification, in alternating order.
 Before each load the files are dropped from the page cache. The overhead is (with - without) / without; the
-time of a save without checksums is its time less that in them. The median of the rounds, with the smallest
-and the largest."""
+time of a save without checksums is the time of the save less that in checksums. The output has the median of
+the rounds, with the smallest and the largest."""
 FOLDERS = ("unet", "adam-exp_avg", "adam-exp_avg_sq", "ema-power-0.050")
 NUMEL = 2**22
 """Elements of a tensor."""
@@ -171,13 +171,13 @@ def speed(num_bytes: int, action: Callable[[], object], times: int = 5) -> float
     return statistics.median(found)
 
 
-def report_shares(what: str, pairs: list[tuple[Times, Times]]) -> None:
-    """Print the overhead of checksums on saves or loads."""
+def report_shares(operation: str, pairs: list[tuple[Times, Times]]) -> None:
+    """Print the overhead of checksums on an operation, save or load."""
     for kind in ("wall", "processor"):
         times = [(getattr(checked, kind), getattr(plain, kind)) for checked, plain in pairs]
         shares = [100 * (checked / plain - 1) for checked, plain in times]
         print(
-            f"| {what}, {kind} time | {statistics.median(plain for _, plain in times):.2f} s without | "
+            f"| {operation}, {kind} time | {statistics.median(plain for _, plain in times):.2f} s without | "
             f"{statistics.median(shares):.0f} % more ({min(shares):.0f} to {max(shares):.0f}) |"
         )
 

@@ -53,7 +53,7 @@ def main() -> None:
         next(clips)
     for _ in range(arguments.rounds):
         for name, clips in loaders.items():
-            seconds[name].append(timed(partial(take, clips, arguments.clips)))
+            seconds[name].append(timed(partial(load, clips, arguments.clips)))
     for name, times in seconds.items():
         clips_per_s = arguments.clips / statistics.median(times)
         print(f"{name:>14}: {clips_per_s:8.2f} clips/s   {1000 / clips_per_s:8.2f} ms a clip")
@@ -102,9 +102,9 @@ def decode_frames(config: DataConfig) -> Iterator[object]:
         yield frames
 
 
-def take(clips: Iterator[object], number: int) -> None:
-    """Load the next `number` clips."""
-    for _ in islice(clips, number):
+def load(clips: Iterator[object], num_clips: int) -> None:
+    """Load the next `num_clips` clips."""
+    for _ in islice(clips, num_clips):
         pass
 
 

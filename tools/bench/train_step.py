@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         "--recompute",
         default="none",
         choices=POLICIES,
-        help="of our network; diffusers has its own, unless none",
+        help="recompute policy of our network; diffusers uses its own, unless none",
     )
     add("--pairs", type=int, default=5, help="timed pairs of steps; default 5")
     add("--full", action="store_true", help="time the released network at its sizes in bf16, on a GPU")
@@ -97,16 +97,16 @@ def parse_arguments() -> argparse.Namespace:
         help="only count the operations of the released network",
     )
     add("--debug", action="store_true", help="show the traceback of an error")
-    wanted, _ = parser.parse_known_args()
-    if wanted.full:
+    presets, _ = parser.parse_known_args()
+    if presets.full:
         parser.set_defaults(**RELEASED)
-    elif wanted.flops:
+    elif presets.flops:
         parser.set_defaults(widths=RELEASED["widths"], dtype="fp32")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.flops:
-        for name, asked in (("--full", arguments.full), ("--batch largest", arguments.batch == "largest")):
-            if asked:
-                raise ValueError(f"{name} needs a GPU, and torch {torch.__version__} sees none")
+        for option, is_set in (("--full", arguments.full), ("--batch largest", arguments.batch == "largest")):
+            if is_set:
+                raise ValueError(f"{option} needs a GPU, but torch {torch.__version__} sees none")
     return arguments
 
 
@@ -129,13 +129,15 @@ def print_comparison(result: Comparison, peak: float) -> None:
 
 
 def print_row(*cells: object) -> None:
+    """Print a row of the table."""
     print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def describe_machine(device: torch.device, peaks: dict[str, float]) -> str:
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    """Describe the device; `peaks` maps data types to operations per second of a matrix product."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
     fastest = ", ".join(f"{peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
-    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix product: {fastest}"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix product: {fastest}"
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ def main() -> None:
         scheduler=untrained_parts.scheduler(),
         feature_extractor=CLIPImageProcessorPil(),
     ).save_pretrained(out)
-    words = untrained_parts.tokenizer()
-    words.save_pretrained(out / "tokenizer")
-    untrained_parts.text_encoder(words).half().save_pretrained(out / "text_encoder")
+    tokenizer = untrained_parts.tokenizer()
+    tokenizer.save_pretrained(out / "tokenizer")
+    untrained_parts.text_encoder(tokenizer).half().save_pretrained(out / "text_encoder")
     # The class name in the public folder: transformers picks the implementation that the machine can run.
     edit(out / "model_index.json", "CLIPImageProcessorPil", "CLIPImageProcessor")
     # By default diffusers loads in float32, but transformers in the data type of the config.

@@ -13,7 +13,7 @@ from svd_ds.data.writer import ShardWriter
 from svd_ds.video import write_mp4
 
 NUM_VIEWS, SIZE, FPS = 21, 64, 7
-"""Frames of an orbit, and height and width of a frame in pixels."""
+"""Frames of an orbit, height and width of a frame in pixels, and frames per second."""
 
 
 def image_unet() -> UNet2DConditionModel:
@@ -32,7 +32,7 @@ def image_unet() -> UNet2DConditionModel:
 
 
 def write_image_model(folder: Path) -> None:
-    """Write the image model as a diffusers folder; it is the same each time."""
+    """Write the image model as a diffusers folder; its weights are the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         image_unet().save_pretrained(folder)
@@ -43,9 +43,9 @@ def write_orbits(folder: Path, num_orbits: int = 4) -> None:
     paper's range (arXiv 2311.15127 D.6)."""
     writer = ShardWriter(folder)
     for i, elevation in enumerate(np.linspace(-5.0, 30.0, num_orbits).tolist()):
-        film = folder / "orbit.mp4"
-        write_mp4(_orbit(elevation, num_cells=i + 2), film, FPS)
-        about = {
+        video = folder / "orbit.mp4"
+        write_mp4(_orbit(elevation, num_cells=i + 2), video, FPS)
+        metadata = {
             "captions": {"text": "a ball that turns"},
             "num_frames": NUM_VIEWS,
             "fps": FPS,
@@ -54,8 +54,8 @@ def write_orbits(folder: Path, num_orbits: int = 4) -> None:
             "motion": 0.1,
             "elevation": elevation,
         }
-        writer.add(f"orbit-{i}", "mp4", film.read_bytes(), about)
-        film.unlink()
+        writer.add(f"orbit-{i}", "mp4", video.read_bytes(), metadata)
+        video.unlink()
     writer.close()
 
 

@@ -92,11 +92,11 @@ def tokenizer() -> CLIPTokenizer:
     )
 
 
-def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
-    """Build a text encoder of width WIDTH with random weights."""
+def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Build a text encoder of width WIDTH with random weights for a tokenizer."""
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(words),
+            vocab_size=len(tokenizer),
             hidden_size=WIDTH,
             intermediate_size=2 * WIDTH,
             projection_dim=WIDTH,
@@ -104,8 +104,8 @@ def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
             num_attention_heads=2,
             max_position_embeddings=77,
             hidden_act="gelu",
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )

@@ -64,7 +64,7 @@ def new_vae() -> AutoencoderKLTemporalDecoder:
             nn.init.zeros_(parameter)
     nn.init.dirac_(vae.decoder.time_conv_out.weight)
     with torch.no_grad():
-        # A posterior far narrower than the latents: its noise would dominate the first steps.
+        # The posterior starts far narrower than the latents: otherwise its noise dominates the first steps.
         vae.quant_conv.weight[4:] *= 0.1
         vae.quant_conv.bias[4:] = -8.0
     return vae
@@ -116,20 +116,21 @@ def train_vae(
 def make_optimizers(
     vae: nn.Module, learning_rate: float
 ) -> tuple[list[torch.optim.Optimizer], list[tuple[Tensor, Tensor]]]:
-    """Build Muon for the inner kernels and AdamW for the rest: 1.4 dB better than AdamW alone after 100 s on
-    one core.
+    """Build Muon for the inner kernels and AdamW for all other parameters.
+
+    This is 1.4 dB better than AdamW alone after 100 s on one core.
 
     Returns:
         The optimizers, and pairs of a kernel and the matrix that shares its memory: Muon takes only matrices.
     """
     outer = ("encoder.conv_in.weight", "decoder.conv_out.weight", "decoder.time_conv_out.weight")
     kernels = [p for name, p in vae.named_parameters() if p.dim() > 1 and name not in outer]
-    rest = [p for name, p in vae.named_parameters() if p.dim() == 1 or name in outer]
+    others = [p for name, p in vae.named_parameters() if p.dim() == 1 or name in outer]
     matrices = [nn.Parameter(kernel.data.flatten(1)) for kernel in kernels]
     muon = torch.optim.Muon(
         matrices, lr=learning_rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
-    adam = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    adam = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     return [muon, adam], list(zip(kernels, matrices, strict=True))
 
 
@@ -157,11 +158,11 @@ def reconstruction_loss(
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKLTemporalDecoder) -> tuple[list[float], list[float]]:
     """Rescale each latent channel, in the weights, to the standard deviation 1 / SCALING_FACTOR on the
-    training clips. It is exact: the decoder's first layer is divided by what the encoder's last is
-    multiplied by.
+    training clips. It is exact: the decoder's first layer is divided by the factors that the encoder's
+    last layer is multiplied by.
 
     Returns:
-        Means and standard deviations of the channels after it, times SCALING_FACTOR.
+        Means and standard deviations of the rescaled channels, times SCALING_FACTOR.
     """
     frames = torch.cat(
         [resize_crop(read_frames(name, heights[-1])[::5], *SIZE) for name, heights in TRAINING.items()]

@@ -60,9 +60,9 @@ def test_neither_motion_nor_a_flash_is_a_cut(tmp_path: Path) -> None:
 def test_too_short_videos_and_bad_strides_are_refused(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 16 + counting(10))
     _, rows = run_stages(path, settings("11"), tmp_path / "out")
-    assert rows == [{"error": "its longest shot has 10 frames, and a clip needs 11"}]
+    assert rows == [{"error": "its longest shot has 10 frames, but a clip needs at least 11"}]
     _, rows = run_stages(path, settings("5", "6"), tmp_path / "out")
-    assert rows == [{"error": "a stride of 6 frames is not from 1 to the clip length of 5"}]
+    assert rows == [{"error": "the stride is 6 frames: it must be from 1 to the clip length of 5"}]
 
 
 def test_lengths_are_frames_or_seconds() -> None:

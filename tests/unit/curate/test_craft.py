@@ -55,6 +55,6 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(
-        ValueError, match=r"other\.pth holds no CRAFT weights: \d+ names differ, such as basenet"
+        ValueError, match=r"other\.pth is not a file of CRAFT weights: \d+ names differ, such as basenet"
     ):
         TextSettings(str(path))

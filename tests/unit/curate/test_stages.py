@@ -180,7 +180,7 @@ def test_duplicate_results_of_two_machines_count_once(tmp_path: Path) -> None:
 def test_file_that_crashes_its_process_is_refused_and_the_others_are_processed(folder: Path) -> None:
     (folder / "raw" / "bad.mp4").write_text("exit")
     runner = run(folder, Stage("first", measure, COLUMNS, SizeSettings()), num_workers=2)
-    assert list_refused(runner) == [("b.mp4", "it is no good"), ("bad.mp4", "reading it ends the process")]
+    assert list_refused(runner) == [("b.mp4", "it is no good"), ("bad.mp4", "reading it crashes the process")]
     assert {name for name, rows in runner.results["first"].items() if valid_rows(rows)} == {
         "a.mp4",
         "b.mp4",

@@ -83,12 +83,10 @@ def test_image_claiming_more_pixels_than_its_index_is_not_decoded(tmp_path: Path
 
 
 def test_pixel_limit_error_has_both_numbers() -> None:
-    with pytest.raises(
-        ValueError, match=rf"^the file claims 9500 x 9500 pixels, and its frames may have {MAX_PIXELS}"
-    ):
+    with pytest.raises(ValueError, match=rf"^the file claims 9500 x 9500 pixels, but at most {MAX_PIXELS}"):
         read_frames(png_bomb(9500, 9500), [0], (8, 8))
     with pytest.raises(
-        ValueError, match=r"^the file claims 16 x 16 pixels, and its frames may have 64: it is not"
+        ValueError, match=r"^the file claims 16 x 16 pixels, but at most 64 are allowed: it is not"
     ):
         read_frames(encode(moving_square(2, 16, 16)), [0], (8, 8), max_pixels=64)
     assert read_frames(picture(3, 8), [0], (8, 8), max_pixels=64).shape == (1, 3, 8, 8)

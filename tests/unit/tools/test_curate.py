@@ -116,7 +116,7 @@ def test_junk_is_refused_with_reasons_and_good_files_are_kept(
     assert "neither a video nor an image" in refused["notes.doc"]
     assert "cannot be read" in refused["broken.png"]
     assert refused["audio.mp4"] == "it has no video stream"
-    assert refused["one_frame.mp4"] == "it has 1 frame, and a video needs 2"
+    assert refused["one_frame.mp4"] == "its number of frames is 1: a video needs at least 2"
     assert refused["jump.mkv"] == "its clock jumps by 3599 s after frame 29"
     assert {"truncated.mp4", "damaged.mp4"} < set(refused), "files that give clips are reported too"
     assert not {"good.mp4", "portrait.mp4", "variable.mkv", "ten_bit.mkv"} & set(refused)

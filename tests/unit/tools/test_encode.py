@@ -242,7 +242,7 @@ def test_other_settings_in_the_same_folder_are_refused_with_both_values(
     ("arguments", "message"),
     [
         (("nowhere", "out", "--size", SIZE), "there is no data folder"),
-        (("shards", "shards", "--size", SIZE, "--overwrite"), "cannot be both SHARDS and OUT"),
+        (("shards", "shards", "--size", SIZE, "--overwrite"), "SHARDS and OUT are both "),
         (("shards", "out", "--size", "64x64"), "none of the 4 samples in"),
         (("shards", "out", "--size", "30x40"), "frames are 30x40, but"),
         (("shards", "out", "--size", SIZE, "--frozen", "nowhere"), "neither a folder nor a hub id"),
