@@ -56,7 +56,7 @@ def test_truncated_shard_is_named_with_both_sizes(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:5000])
     with pytest.raises(
-        ValueError, match=rf"shard-00001\.tar has 5000 bytes .* {len(whole)}: it is truncated"
+        ValueError, match=rf"shard-00001\.tar has 5000 bytes, .* {len(whole)}: it is truncated"
     ):
         Index.load(tmp_path)
 
