@@ -122,7 +122,7 @@ def test_decoder_run_converts_to_a_pipeline_with_its_decoder_as_vae(
     assert (tmp_path / "out" / "image_encoder").is_dir(), "frozen.path=OUT has every part"
 
     assert convert(resumed, tmp_path / "svd.safetensors", "--layout", "original") == 2
-    assert "holds a decoder: it takes --layout diffusers" in capsys.readouterr().err
+    assert "is a decoder: it needs --layout diffusers and --frozen" in capsys.readouterr().err
 
 
 def test_decoder_and_unet_checkpoints_are_refused_in_place_of_each_other(

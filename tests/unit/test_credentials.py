@@ -97,7 +97,7 @@ def test_secret_is_masked_and_the_rest_of_the_path_is_kept(place: str) -> None:
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_text_without_credentials_is_left_as_it_is(text: str) -> None:
+def test_text_without_credentials_is_unchanged(text: str) -> None:
     assert redact(text) == text
 
 

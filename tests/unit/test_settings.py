@@ -72,7 +72,7 @@ def test_every_setting_has_a_rule() -> None:
             assert rule.ge is not None or rule.gt is not None, f"{setting.key} has no lower bound"
 
 
-def test_keys_are_those_of_the_config_file() -> None:
+def test_keys_equal_the_keys_of_the_config_file() -> None:
     settings = RunConfig().as_dict()
     keys = {key for name, part in settings.items() for key in _keys(name, part)}
     assert {setting.key for setting in SETTINGS} == keys

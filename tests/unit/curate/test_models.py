@@ -78,7 +78,7 @@ def frames(number: int) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 255, (number, 48, 64, 3), dtype=np.uint8))
 
 
-def test_embeddings_equal_those_of_transformers(folders: dict[str, str]) -> None:
+def test_embeddings_equal_transformers(folders: dict[str, str]) -> None:
     model = load_clip_model(CLIPModelSettings(folders["clip"]))
     embeddings = model.embed_frames(frames(3))
     assert embeddings.shape == (3, 16)

@@ -259,7 +259,7 @@ def test_keys_are_unique() -> None:
     assert [file.key for file in name_files(names, [Path()] * 4)] == ["a_b_c", "a_b_c_2", "a_b_c_3", "d_e"]
 
 
-def test_raw_files_are_those_of_a_folder_or_a_manifest(tmp_path: Path) -> None:
+def test_raw_files_are_found_in_a_folder_or_a_manifest(tmp_path: Path) -> None:
     for name in ("a/one.mp4", "b.mkv", "b.txt", ".hidden.mp4", "out/shard.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

@@ -162,7 +162,7 @@ def test_one_reader_fetches_for_all(tmp_path: Path) -> None:
     assert not list((tmp_path / FOLDER).glob("part-*"))
 
 
-def test_without_locks_each_process_fetches_for_itself(
+def test_every_process_fetches_if_files_cannot_be_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(*_: Any) -> None:

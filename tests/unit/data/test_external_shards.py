@@ -237,7 +237,7 @@ def test_long_videos_without_presentation_times_are_refused(
     assert "it has no presentation times, and more than 10 frames" in fault.cause
 
 
-def test_hidden_files_and_those_of_macos_are_ignored(tmp_path: Path, probe: Callable) -> None:
+def test_hidden_files_and_macos_forks_are_ignored(tmp_path: Path, probe: Callable) -> None:
     files: Files = []
     for key in ("0", "d/1"):
         folder, _, name = key.rpartition("/")

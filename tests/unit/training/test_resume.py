@@ -105,7 +105,7 @@ def test_another_named_checkpoint_is_resumed(tmp_path: Path) -> None:
         (None, None, False),
     ],
 )
-def test_resume_never_refuses_checkpoints_except_those_of_the_same_job(
+def test_resume_never_refuses_a_folder_with_checkpoints_of_another_job(
     saved: tuple[str, str] | None,
     now: tuple[str, str] | None,
     resumes: bool,

@@ -69,7 +69,7 @@ class TestPublicLayouts:
         assert first.keys() == last.keys()
         assert all(torch.equal(first[name], last[name]) for name in first)
 
-    def test_diffusers_itself_reads_and_computes_the_same(self, unet: UNet, tmp_path: Path) -> None:
+    def test_diffusers_loads_the_files_and_computes_the_same(self, unet: UNet, tmp_path: Path) -> None:
         from diffusers import UNetSpatioTemporalConditionModel
 
         save_unet(unet, tmp_path / "unet")

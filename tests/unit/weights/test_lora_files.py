@@ -156,7 +156,7 @@ def test_linear_layer_outside_attention_is_merged(unet: UNet, tmp_path: Path) ->
         (f"unet.{ATTENTION}.to_k.lora.down.weight", "without its other half"),
     ],
 )
-def test_other_files_are_refused_by_what_they_hold(unet: UNet, key: str, words: str, tmp_path: Path) -> None:
+def test_other_files_are_refused_by_their_content(unet: UNet, key: str, words: str, tmp_path: Path) -> None:
     save_file({key: torch.zeros(4, 64)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=words):
         merge_lora_file(unet, tmp_path / "lora.safetensors")
