@@ -50,7 +50,7 @@ run_tasks() {  # run_tasks SCRIPT ARGUMENT...: one srun task per rank of a scrip
   # 2: a user's mistake, which a restart would repeat. A job that no longer runs is left to Slurm, or requeued already.
   if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && can_requeue &&
     [[ "$(scontrol show job -o "$SLURM_JOB_ID")" == *JobState=RUNNING* ]]; then
-    echo "job $SLURM_JOB_ID is queued again: srun ended with $code"
+    echo "job $SLURM_JOB_ID is requeued: srun ended with $code"
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"

@@ -1,4 +1,4 @@
-"""Checks that a network fits its frozen parts, conditions, data and the previous stage, before it computes.
+"""Checks before the training begins: the network fits its frozen parts, conditions, data and previous stage.
 
 Each check raises ValueError with one sentence that names the config key and both numbers.
 """
@@ -57,8 +57,9 @@ def _check_cache(config: RunConfig, loader: Loader, autoencoder: Autoencoder) ->
         origin = source.latents_origin
         if origin is not None and origin.autoencoder != (ours := autoencoder.fingerprint()):
             raise ValueError(
-                f"the latents in {source.path} are of the autoencoder {origin.autoencoder}, and the one in "
-                f"frozen.path={config.frozen.path} is {ours}; tools/encode.py --frozen makes others"
+                f"the latents in {source.path} were computed by the autoencoder {origin.autoencoder}, and "
+                f"that in frozen.path={config.frozen.path} is {ours}: compute them again by "
+                "tools/encode.py --frozen"
             )
     if (context := loader.context) is None:
         return
@@ -68,8 +69,9 @@ def _check_cache(config: RunConfig, loader: Loader, autoencoder: Autoencoder) ->
         assert source.embeddings_origin is not None, "embeddings are read if all sources have them"
         if encoder is not None and encoder != (theirs := source.embeddings_origin.encoder(context)):
             raise ValueError(
-                f"the CLIP embeddings in {source.path} are of the {part} {theirs}, and the one in "
-                f"frozen.path={config.frozen.path} is {encoder}; tools/encode.py --frozen makes others"
+                f"the CLIP embeddings in {source.path} were computed by the {part} {theirs}, and that in "
+                f"frozen.path={config.frozen.path} is {encoder}: compute them again by "
+                "tools/encode.py --frozen"
             )
 
 
@@ -93,29 +95,32 @@ def _check_unet(config: RunConfig, autoencoder: Autoencoder, conditioner: Condit
 
 
 def _check_num_frames(config: RunConfig, shape: Shape) -> None:
-    """Check that the network and its conditions can have clips of this length."""
+    """Check that the network and its conditions accept clips of this length."""
     named = f"data.buckets.{shape}" if shape != config.data.shape else "data.num_frames"
     main = config.data.num_frames
     if (main == 1) != (config.model.temporal == "none") or (main == 1 < shape.num_frames):
         raise ValueError(
-            f"{named} is {shape.num_frames} and model.temporal {config.model.temporal}: "
-            "images, clips of one frame, need temporal=none, and videos temporal layers"
+            f"{named} is {shape.num_frames} and model.temporal is {config.model.temporal}: it must be none "
+            "for images (clips of 1 frame), and must not be none for videos"
         )
     if config.conditioning.uses_last_frame and shape.num_frames < 3:
-        raise ValueError(f"{named} is {shape.num_frames}, but a clip whose ends condition it has at least 3")
+        raise ValueError(
+            f"{named} is {shape.num_frames}: with the first and the last frame as conditions it must be at "
+            "least 3"
+        )
 
 
 def _check_conditions(config: RunConfig, loader: Loader) -> None:
-    """Check that the network has inputs for its signals, and that the data and `sampling` have values."""
+    """Check that the network has inputs for its conditions, and that the data and `sampling` have values."""
     concat = config.conditioning.concat
     if config.model.masked != (concat == "ends"):
         raise ValueError(
-            f"model.masked is {str(config.model.masked).lower()} and conditioning.concat {concat}: a mask is "
-            "needed with ends, and with nothing else"
+            f"model.masked is {str(config.model.masked).lower()} and conditioning.concat is {concat}: "
+            "model.masked must be true with ends, and false otherwise"
         )
     for name in config.conditioning.scalars:
         if name not in config.sampling.scalar_values():
-            raise ValueError(f"conditioning.scalars names {name}, and sampling.scalars.{name} is not given")
+            raise ValueError(f"conditioning.scalars names {name}: sampling.scalars.{name} must be given")
     check_sample_scalars(config, loader)
 
 
@@ -147,19 +152,21 @@ def check_trainable(config: RunConfig, layers: Mapping[str, str]) -> None:
     """Check that no layer is frozen that starts at random or at zero.
 
     Args:
-        layers: tag of such layers -> end of the sentence "... layers that would".
+        layers: tag of such layers -> the consequence, which completes the sentence "... layers that would".
 
     Raises:
         ValueError: `lora.rank` or a learning rate scale of 0 freezes such layers.
     """
-    for tag, would in sorted(layers.items()):
+    for tag, consequence in sorted(layers.items()):
         if config.lora.rank or config.optim.lr_scale(tag) == 0:
             frozen = "lora.rank freezes" if config.lora.rank else f"optim.{tag}_lr_scale=0 freezes"
-            raise ValueError(f"{frozen} {tag} layers that would {would}")
+            raise ValueError(f"{frozen} {tag} layers that would {consequence}")
 
 
 def check_scalar_order(config: RunConfig, path: Path, num_scalars: int) -> None:
-    """Check that the scalars of the previous stage come first, in its order: weights know only their order.
+    """Check that the scalars of the previous stage come first and in its order.
+
+    The weights of the scalars' embedding are identified only by this order.
 
     Args:
         path: previous stage, init.from.

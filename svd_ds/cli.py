@@ -21,7 +21,8 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
 MAX_MMAP_THRESHOLD = 32 << 20
 """Largest value that glibc accepts for M_MMAP_THRESHOLD, in bytes."""
 EXIT_PEER_FAILED = 1
-"""Exit code of a rank that ends because another did. The lowest: srun reports the highest of all ranks."""
+"""Exit code of a rank that ends because another rank did. It is the lowest code of an error, because srun
+reports the highest code of all ranks."""
 USER_ERRORS = (ValueError, OSError)
 """Errors of our checks: a user's mistake, or a failure of disk or network. Any other error is a bug."""
 USER_PATH_ERRORS = (
@@ -57,7 +58,7 @@ def mask_tracebacks() -> None:
 
 
 def wants_traceback() -> bool:
-    """True with --debug or HYDRA_FULL_ERROR=1."""
+    """Return True with --debug or HYDRA_FULL_ERROR=1."""
     return "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -102,13 +103,13 @@ class LossyStream:
 
 
 def open_console(stderr: bool = False) -> Console:
-    """Open a console on stdout or stderr that ignores errors of writing."""
+    """Open a console on stdout or stderr that ignores write errors."""
     stream = LossyStream(sys.stderr if stderr else sys.stdout)
     return Console(file=cast(IO[str], stream), soft_wrap=True, highlight=False)
 
 
 def print_line(text: str) -> None:
-    """Print a line on stdout and flush it; errors of writing are ignored."""
+    """Print a line on stdout and flush it; write errors are ignored."""
     open_console().print(printable(text), markup=False)
 
 
@@ -121,7 +122,7 @@ def printable(text: str) -> str:
 
 
 def print_error(error: BaseException | str, prefix: str = "") -> None:
-    """Print `error` as one line on stderr; errors of writing are ignored.
+    """Print `error` as one line on stderr; write errors are ignored.
 
     Args:
         prefix: text before the sentence, such as "rank 3: ".
@@ -131,10 +132,10 @@ def print_error(error: BaseException | str, prefix: str = "") -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep freed memory for the next training step. Other C libraries are left alone.
+    """Make glibc's malloc keep freed memory for the next training step. With another C library do nothing.
 
-    By default glibc returns every large tensor to the system and faults it in again page by page, which takes
-    a large share of a step on a CPU.
+    By default glibc returns the memory of every large tensor to the system. Page faults when it is allocated
+    again take a large share of a step on a CPU.
     """
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)

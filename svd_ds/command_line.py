@@ -1,4 +1,4 @@
-"""Command line of the training: Hydra's own options, overrides, and the folders that configs come from."""
+"""Command line of the training: Hydra's options, overrides, and the search path of configs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ PRIMARY = "train"
 MAIN_FILE = str(Path(__file__).with_name("train.py"))
 """File from whose folder Hydra resolves a relative --config-path."""
 NO_RUN = ("help", "hydra_help", "cfg", "resolve", "package", "shell_completion", "info", "experimental_rerun")
-"""Options of Hydra that do something else than run one composed config."""
+"""Options of Hydra that do something other than run a composed config."""
 OWN_FOLDER = (
     "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"
 )  # fmt: skip
-"""Settings of Hydra in conf/train.yaml, for another primary config. Without them Hydra would write into the
-run folder, with the credentials of the overrides unmasked."""
+"""Settings of Hydra in conf/train.yaml, which are added for another primary config. Without them Hydra would
+write files of its own into the run folder, with unmasked credentials of the overrides."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class CommandLine:
         """Check that the arguments start exactly one run.
 
         Raises:
-            ValueError: they start several runs, or none.
+            ValueError: the arguments start several runs, or no run.
         """
         if self.multirun:
             raise ValueError("-m starts several runs one after the other, and this command starts one")
@@ -98,7 +98,7 @@ class CommandLine:
 
     @contextmanager
     def hydra(self) -> Iterator[None]:
-        """A context in which `hydra.compose` uses the search path that hydra.main would use."""
+        """Make `hydra.compose` use the search path of hydra.main inside the context."""
         version.setbase(VERSION_BASE)
         before = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()

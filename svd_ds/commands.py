@@ -1,4 +1,4 @@
-"""The console script `svd-ds COMMAND ARGUMENT...`: the training, or a file of tools/.
+"""The console script `svd-ds COMMAND ARGUMENT...`. A command is `train` or the name of a file in tools/.
 
 The command replaces this process, so its exit code, signals and output are those of
 `python -m svd_ds.train ARGUMENT...` or `python tools/COMMAND.py ARGUMENT...`.

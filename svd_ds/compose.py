@@ -36,7 +36,7 @@ REQUIRED_MARK = "? "
 """Prefix of the value of a key that must be given on the command line; a description follows. (OmegaConf's
 own mark, ???, is overridden by a default.)"""
 
-ADDED = ("code", "contents")
+EXTRA_SECTIONS = ("code", "contents")
 """Sections of config.yaml that are not settings; they are ignored where the file is used as a config."""
 
 
@@ -50,19 +50,19 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
     """Convert Hydra's DictConfig to a RunConfig, which checks every value.
 
     Args:
-        now: returns the time of `${now:PATTERN}`; called only if a value uses it. Hydra's own resolver reads
-            the clock of each rank in each restart of a job, which would give each a run folder of its own.
+        now: returns the time of `${now:PATTERN}`; called only if a value uses it. Hydra's own resolver would
+            read the clock of each rank in each restart of a job, so each would get a different run folder.
 
     Raises:
         ValueError: a key is unknown, or a value is wrong or missing.
     """
     OmegaConf.register_new_resolver("now", lambda pattern: now().strftime(pattern), replace=True)
     with read_write(node), open_dict(node):
-        for name in ADDED:
+        for name in EXTRA_SECTIONS:
             node.pop(name, None)
-    _check_keys(node, _known())
+    _check_keys(node, _cached_schema())
     if OmegaConf.get_type(node, "run") is dict:
-        # A primary config of the user does not name the schema in its defaults.
+        # A user's own primary config need not name the schema in its defaults.
         node = cast(DictConfig, OmegaConf.merge(_schema(), node))
     _check_written(node)
     parts: Any = OmegaConf.to_object(node)
@@ -113,8 +113,9 @@ def settings_by_key() -> dict[str, Setting]:
     return {setting.key: setting for setting in all_settings(RunConfig)}
 
 
-def keys_without_folder(line: CommandLine) -> list[str]:
-    """Return the keys that differ between the runs of a multirun while run.dir does not.
+def keys_for_folder(line: CommandLine) -> list[str]:
+    """Return the keys that must be added to run.dir: they differ between runs of a multirun that have the
+    same run.dir.
 
     Args:
         line: from `parse_command_line`.
@@ -130,7 +131,7 @@ def keys_without_folder(line: CommandLine) -> list[str]:
     ]
 
 
-def folder_of_job(folder: str, keys: Collection[str]) -> str:
+def multirun_folder(folder: str, keys: Collection[str]) -> str:
     """Return run.dir of one run of a multirun, with its values of `keys`. Call it in Hydra's task."""
     words = [word for word in HydraConfig.get().overrides.task if _key(word) in keys]
     return f"{folder}-{override_words.folder_name(words)}" if words else folder
@@ -155,7 +156,7 @@ def _compose_node(line: CommandLine) -> DictConfig:
 def _run_dir(line: CommandLine, overrides: Sequence[str]) -> str:
     node = _compose_node(replace(line, overrides=tuple(overrides)))
     HydraConfig.instance().set_config(node)
-    # The time alone does not make two folders different.
+    # Two runs can begin in the same second, so the time does not keep their folders apart.
     OmegaConf.register_new_resolver("now", lambda pattern: pattern, replace=True)
     return str(node.run.dir)
 
@@ -202,7 +203,12 @@ def _wrong_type(error: BaseException) -> str:
 
 
 def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
-    """Refuse keys that +key=value added outside the schema, and required values that are missing."""
+    """Check that all keys are in the schema (+key=value can add others), and that no required value is
+    missing.
+
+    Raises:
+        ValueError: a key is unknown, or a required value is missing.
+    """
     for key in node:
         if key not in schema:
             raise ValueError(
@@ -221,8 +227,8 @@ def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
 
 
 def _check_written(node: DictConfig) -> None:
-    """Check values before interpolations of them: an error must name data.num_frames, which was written
-    wrongly, and not model.num_frames, which is ${data.num_frames}."""
+    """Check the values that are not interpolations. An error must name data.num_frames, which the user wrote,
+    and not model.num_frames, which is ${data.num_frames}."""
     for key, setting in settings_by_key().items():
         section, _, name = key.rpartition(".")
         part: Any = node[section] if section else node
@@ -232,7 +238,7 @@ def _check_written(node: DictConfig) -> None:
 
 
 @cache
-def _known() -> DictConfig:
+def _cached_schema() -> DictConfig:
     return _schema()
 
 

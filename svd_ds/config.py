@@ -1,4 +1,4 @@
-"""Configuration of a run: one dataclass, composed of the components' own, with the checks across them."""
+"""Configuration of a run: one dataclass, composed of those of the components, and checks across sections."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class RunConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     loss: DecoderLossConfig = field(default_factory=DecoderLossConfig)
-    """Loss of the decoder; the UNet has the squared error of v."""
+    """Loss of the decoder; the loss of the UNet is the squared error of v."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -117,7 +117,8 @@ class RunConfig(Settings):
     def _check_decoder(self) -> None:
         if self.init.source is not None:
             raise ValueError(
-                f"init.from is {self.init.source} and task is decoder: it starts from frozen.path's vae/"
+                f"init.from is {self.init.source} and task is decoder: it must be null, because a decoder "
+                "starts from the vae/ in frozen.path"
             )
         if self.data.latents:
             raise ValueError("data.latents is true and task is decoder: a decoder is trained on frames")

@@ -1,6 +1,6 @@
 """Reference of the configuration: `--help KEY` of the training command, and docs/configuration.md.
 
-    python -m svd_ds.config_reference docs/configuration.md    write the page anew
+    python -m svd_ds.config_reference docs/configuration.md    write the page
 
 Types and ranges come from the settings dataclasses, explanations from the docstrings under their fields,
 defaults from conf/train.yaml as a run composes it.
@@ -27,10 +27,10 @@ import yaml
 from svd_ds.command_line import CONF, PRIMARY
 from svd_ds.compose import compose
 from svd_ds.config import RunConfig
-from svd_ds.settings import Setting, Text, settings_of
+from svd_ds.settings import Setting, Text, direct_settings
 
 TOP = "top"
-"""Name here of the section of the keys without a section: name, task, precision, recompute."""
+"""Name of the section that has the keys without a section: name, task, precision, recompute."""
 KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 LISTS = {int: "whole numbers", float: "numbers", str: "texts", bool: "true and false"}
 WIDTH = 100
@@ -102,7 +102,7 @@ def sections() -> dict[str, Section]:
         descriptions = _field_descriptions(kind)
         entries = tuple(
             Entry(setting, values[setting.key.rpartition(".")[2]], descriptions.get(setting.name, ""))
-            for setting in settings_of(kind)
+            for setting in direct_settings(kind)
         )
         found[name] = Section(name, _class_description(kind), entries)
     return found
@@ -122,7 +122,7 @@ def help_text(name: str) -> str:
     """Explain a key (`batch.size`), a section (`batch`) or a config group (`noise`).
 
     Raises:
-        ValueError: there is none of that name; the message has the nearest ones.
+        ValueError: no key, section or group has this name; the message has the nearest names.
     """
     name = name.lstrip("+")
     entries = {entry.setting.key: entry for section in sections().values() for entry in section.entries}
@@ -225,7 +225,7 @@ def _default_choices() -> Mapping[str, str]:
 
 
 def _plus(group: str) -> str:
-    """Return what precedes a group's name on the command line: + if no choice of it is there by default."""
+    """Return the prefix of a group on the command line: + if the defaults have no choice of the group."""
     return "" if group in _default_choices() or group == "debug" else "+"
 
 

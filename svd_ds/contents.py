@@ -1,7 +1,7 @@
 """Fingerprints of the weights at `frozen.path` and `init.from`.
 
-A run resumes after these were moved, but not with other weights. The data at `data.path`, `data.mixture` and
-`evaluation.path` have fingerprints in the cursor of each checkpoint and in the rows of evaluation.jsonl.
+A run can resume after its weights were moved, but not with other weights. The fingerprints of the data are
+elsewhere: in the cursor of each checkpoint, and for `evaluation.path` in the rows of evaluation.jsonl.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ NOTHING = "none"
 ENCODERS = {"image": ("image_encoder",), "ends": ("image_encoder",), "text": ("text_encoder",)}
 """Context -> parts of the pipeline that compute it."""
 SAMPLE = 64
-"""Elements of a vector that enter its fingerprint; of a matrix the first row does."""
+"""Number of elements of a vector that are hashed; of a matrix the first row is hashed."""
 
 
-def contents_of(config: RunConfig, begun: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Compute the fingerprints, the section `contents` of config.yaml.
+def compute_contents(config: RunConfig, initial_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Compute the fingerprints, which are the section `contents` of config.yaml.
 
     Args:
-        begun: config.yaml of a run that resumes. Its initial weights may be gone by now, or trained further:
-            if `init.from` is unchanged, their fingerprint is taken from there.
+        initial_config: config.yaml of a run that resumes, else None. The weights at `init.from` may be gone
+            by now, or trained further: if the key is unchanged, the fingerprint in this config is used.
     """
     path = frozen_folder(config.frozen.path)
     parts = ("vae", *ENCODERS.get(config.conditioning.context, ())) if config.task == "unet" else ("vae",)
     frozen = {part: found for part in parts if (found := fingerprint(path, part)) is not None}
-    return {"frozen": {"path": frozen}, "init": {"from": _initial(config, begun or {})}}
+    return {"frozen": {"path": frozen}, "init": {"from": _init_fingerprint(config, initial_config or {})}}
 
 
-def _initial(config: RunConfig, begun: Mapping[str, Any]) -> str:
+def _init_fingerprint(config: RunConfig, initial_config: Mapping[str, Any]) -> str:
     if config.init.source is None:
         return NOTHING
-    if begun.get("init") == {"from": config.init.source, "which": config.init.which}:
-        known = begun.get("contents", {}).get("init", {}).get("from")
+    if initial_config.get("init") == {"from": config.init.source, "which": config.init.which}:
+        known = initial_config.get("contents", {}).get("init", {}).get("from")
         if known is not None:
             return str(known)
     try:
@@ -58,22 +58,22 @@ def source_fingerprint(source: WeightSource) -> str:
     """Hash name, shape and first elements of each tensor, without loading it, into 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(source.tensor_refs):
-        for piece in source.tensor_refs[name]:
-            leaves: list[TensorRef]
-            if isinstance(piece, WeightedSum):
-                digest.update(f"{piece.weights}".encode())
-                leaves = [leaf for parameter in piece.parameters for leaf in parameter]
+        for source_tensor in source.tensor_refs[name]:
+            refs: list[TensorRef]
+            if isinstance(source_tensor, WeightedSum):
+                digest.update(f"{source_tensor.weights}".encode())
+                refs = [ref for shards in source_tensor.parameters for ref in shards]
             else:
-                leaves = [piece]
-            for leaf in leaves:
-                digest.update(f"{name} {leaf.name} {leaf.shape}\n".encode())
-                digest.update(_first_elements(leaf))
+                refs = [source_tensor]
+            for ref in refs:
+                digest.update(f"{name} {ref.name} {ref.shape}\n".encode())
+                digest.update(_first_elements(ref))
     return digest.hexdigest()[:12]
 
 
-def _first_elements(piece: TensorRef) -> bytes:
-    if not piece.shape:
-        numbers = piece.read().reshape(1)
+def _first_elements(ref: TensorRef) -> bytes:
+    if not ref.shape:
+        numbers = ref.read().reshape(1)
     else:
-        numbers = piece.file.get_slice(piece.name)[: 1 if len(piece.shape) > 1 else SAMPLE]
+        numbers = ref.file.get_slice(ref.name)[: 1 if len(ref.shape) > 1 else SAMPLE]
     return bytes(numbers.contiguous().view(torch.uint8).numpy())

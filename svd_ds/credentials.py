@@ -83,8 +83,8 @@ def redact_tree(tree: Any) -> Any:
 
 
 def remember_tree(tree: Any) -> None:
-    """Mask the secrets in these texts from now on also on their own, as in an error that quotes only the
-    password."""
+    """Remember the secrets in a tree of texts. From now on `redact` also masks them without the text around
+    them, as in an error that quotes only the password."""
     if isinstance(tree, dict):
         tree = [*tree.keys(), *tree.values()]
     if isinstance(tree, (list, tuple)):

@@ -2,7 +2,8 @@
 
 Durable: a file is on disk, and not only in the page cache, before its writer returns. Atomic: a reader, also
 after a power cut, sees the old content or the new one. Every file of a run is written here; small_files.py
-and json_lines.py read them. A file that is damaged all the same is not deleted: `set_aside` keeps a copy.
+and json_lines.py read them. If a file is damaged all the same, `keep_damaged_copy` copies it before it is
+replaced.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def name_errors(path: Path) -> Iterator[None]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file durably, without atomicity; missing folders are made.
+    """Write a safetensors file durably, without atomicity; missing folders are created.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -95,7 +96,7 @@ def replace_text(path: Path, text: str) -> None:
 def replace_bytes(path: Path, content: bytes) -> None:
     """Write or replace a file atomically and durably, even if several processes write the same file.
 
-    Each process has a draft of its own, NAME.HOST-PID.part; on an error it is removed.
+    Each process has its own draft, NAME.HOST-PID.part; on an error it is removed.
 
     Raises:
         OSError: the file cannot be written; the message names it.
@@ -154,16 +155,16 @@ def replace_file(draft: Path, path: Path) -> None:
         OSError: the message names the file.
     """
     for entry in (*draft.rglob("*"), draft):
-        if entry.exists():  # a link may lead nowhere
+        if entry.exists():  # a symbolic link may be broken
             fsync_path(entry)
     os.replace(draft, path)
     fsync_path(path.parent)
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until the disk has a file's content, or a folder's entries.
+    """Wait until a file's content, or the entries of a folder, are on disk.
 
-    A file system that does not offer fsync is accepted; a disk that fails is not.
+    A file system that does not support fsync is not an error; a failing disk is.
 
     Raises:
         OSError: the message names the path.
@@ -181,8 +182,8 @@ def fsync_path(path: Path) -> None:
 
 
 class LineFile:
-    """File to which lines are appended. Each line is one system call: a killed process leaves complete lines,
-    and `close` has nothing left to write after an error such as a full disk."""
+    """File to which lines are appended. Each line is one system call. Therefore a killed process leaves
+    complete lines, and after an error such as a full disk `close` has nothing left to write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -222,7 +223,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         lines.close()
 
 
-def set_aside(path: Path) -> Path:
+def keep_damaged_copy(path: Path) -> Path:
     """Copy a damaged file to NAME.damaged-1 (or -2, ...) next to it, for a person to inspect.
 
     The damaged file is left in place: its owner replaces it.

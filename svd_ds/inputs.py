@@ -13,7 +13,7 @@ from torch import Tensor
 from svd_ds.batch import Batch
 from svd_ds.checks import check_config_fits, check_sample_scalars, check_scalar_order, check_trainable
 from svd_ds.config import RunConfig
-from svd_ds.contents import contents_of
+from svd_ds.contents import compute_contents
 from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
@@ -42,39 +42,39 @@ class Inputs:
     """Fingerprints of the weights that the run starts from (svd_ds.contents)."""
     checkpoints: Checkpoints
     resume: Path | None
-    """Checkpoint that the run resumes from."""
+    """Checkpoint that the run resumes from; None if it begins at step 0."""
     progress: Progress
     loader: Loader
     preview_clips: Batch
     fixed_set: FixedSet | None
-    """Clips of the evaluation by noise level; None without one."""
+    """Clips of the evaluation by noise level; None if there is no evaluation."""
     autoencoder: Autoencoder
     conditioner: Conditioner | None
     """None with task=decoder: the decoder gets only latents."""
     precision: str
     weights: Iterator[tuple[str, Tensor]] | None
-    """Initial weights, by name; None: random ones, or those of the checkpoint."""
+    """Initial weights, by name; None if they are random, or come from the checkpoint."""
 
 
-def checkpoints_of(config: RunConfig, env: Env) -> Checkpoints:
-    """Return the checkpoints of the run."""
+def open_checkpoints(config: RunConfig, env: Env) -> Checkpoints:
+    """Return the checkpoints of the run of `config`."""
     return Checkpoints(RunFolder(Path(config.run.dir)).checkpoints, config.checkpoint, env, config.task)
 
 
 def find_resume(config: RunConfig, env: Env) -> Resume:
     """Find an intact checkpoint to resume from. All ranks call it.
 
-    Each verifies a share of the files. Rank 0 lists the checkpoints: while another restart of the run still
-    writes, two ranks could find different ones.
+    Each rank verifies a share of the files. Rank 0 alone lists the checkpoints: while another restart of the
+    run still writes, two ranks could find different ones.
 
     Raises:
         SharedError: run.resume names no checkpoint, or all checkpoints are damaged.
     """
-    checkpoints, verify = checkpoints_of(config, env), config.checkpoint.verify
+    checkpoints, verify = open_checkpoints(config, env), config.checkpoint.verify
     found = broadcast_from_rank0(lambda: find_checkpoint(checkpoints, config.run.resume))
     if config.run.resume == "auto" or (found.path is not None and found.is_own):
         path = newest_intact_checkpoint(checkpoints.folder, env, verify)
-        # Damaged checkpoints have been set aside by now.
+        # Damaged checkpoints have been renamed by now.
         found = broadcast_from_rank0(lambda: find_checkpoint(checkpoints, config.run.resume))
         if found.path == path:
             return found
@@ -95,12 +95,12 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     """
     config.batch.split(env.world, config.data.buckets)
     folder = RunFolder(Path(config.run.dir))
-    begun = folder.initial_config()
-    contents = contents_of(config, begun)
+    initial_config = folder.initial_config()
+    contents = compute_contents(config, initial_config)
     folder.check_config_matches(config.as_dict() | {"contents": contents})
-    if resume is None and begun is not None:
-        # Without a checkpoint the weights are read again, whatever an earlier start has read.
-        contents = contents_of(config, None)
+    if resume is None and initial_config is not None:
+        # Without a checkpoint the run begins again: fingerprint the weights that it reads now.
+        contents = compute_contents(config, None)
     progress = Progress.read(resume / "state.json") if resume else None
 
     loader = _loader(config, env, progress.cursor if progress else None)
@@ -125,7 +125,7 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     return Inputs(
         folder=folder,
         contents=contents,
-        checkpoints=checkpoints_of(config, env),
+        checkpoints=open_checkpoints(config, env),
         resume=resume,
         progress=progress or Progress(loader.cursor),
         loader=loader,
@@ -139,25 +139,25 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
 
 
 def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
-    """Open the weights at init.from; None without any.
+    """Open the weights at init.from; return None if it is null.
 
     Raises:
         ValueError: the network of this stage cannot start from them.
     """
     if config.init.source is None:
         if config.task == "unet":
-            check_trainable(config, dict.fromkeys(TAGS, "begin at random, for init.from is null"))
+            check_trainable(config, dict.fromkeys(TAGS, "begin at random, because init.from is null"))
         return None
     path = Path(config.init.source)
     source = open_weights(path, config.init.which)
     new = source.check(config.model)
     check_scalar_order(config, path, source.config.num_scalars)
     network = network_parameters(config.model, source.lora)
-    reason = f"begin at random, for {path} lacks {len(new)} tensors"
-    check_trainable(config, {network[name].tag: reason for name in new})
+    at_random = f"begin at random, because {path} lacks {len(new)} of their tensors"
+    check_trainable(config, {network[name].tag: at_random for name in new})
     if (theirs := source.config.in_channels) < (ours := config.model.in_channels):
-        zero = f"ignore what is new, for {path} has {theirs} input channels and model.in_channels is {ours}"
-        check_trainable(config, {"spatial": zero})
+        channels = f"{path} has {theirs} input channels and model.in_channels is {ours}"
+        check_trainable(config, {"spatial": f"ignore the new channels, because {channels}"})
     return source.tensors(config.model, merge=True)
 
 
@@ -175,33 +175,37 @@ def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
 
 
 def _fixed_loader(
-    data: DataConfig, like: Loader, seed: int, count: int, rank: int = 0, world: int = 1
+    data: DataConfig, main_loader: Loader, seed: int, count: int, rank: int = 0, world: int = 1
 ) -> Loader:
     """Return a loader whose first batch is this rank's share of the first `count` clips, as uncropped pixels.
 
-    The clips are the same in every restart of the run. Cached CLIP embeddings are read if `like` reads them.
+    The clips are the same in every restart of the run.
+
+    Args:
+        main_loader: loader of the run; cached CLIP embeddings are read if it reads them.
     """
     centred = replace(
         data, crop="center", flip=False, image_share=0.0, latents=False, buckets={}, num_workers=0
     )
-    return Loader(centred, seed, rank, world, BatchConfig(count), context=like.context)
+    return Loader(centred, seed, rank, world, BatchConfig(count), context=main_loader.context)
 
 
-def _preview_clips(config: RunConfig, like: Loader) -> Batch:
-    clips, _ = next(iter(_fixed_loader(config.data, like, config.run.seed, config.sampling.num_videos)))
+def _preview_clips(config: RunConfig, main_loader: Loader) -> Batch:
+    loader = _fixed_loader(config.data, main_loader, config.run.seed, config.sampling.num_videos)
+    clips, _ = next(iter(loader))
     return clips
 
 
-def _fixed_set(config: RunConfig, env: Env, like: Loader, autoencoder: Autoencoder) -> FixedSet | None:
-    """Read the clips of the evaluation, the same for all runs of an ablation, even if these differ in
-    data.where or data.caption_weights."""
+def _fixed_set(config: RunConfig, env: Env, main_loader: Loader, autoencoder: Autoencoder) -> FixedSet | None:
+    """Read the clips of the evaluation. They are the same for all runs of an ablation, even if the runs
+    differ in data.where or data.caption_weights."""
     if config.evaluation.every == 0 or config.task != "unet":
         return None
     data = replace(config.data, where=(), caption_weights={})
     if config.evaluation.path is not None:
         data = replace(data, path=config.evaluation.path, mixture={})
     per_rank = -(-config.evaluation.clips // env.world)
-    loader = _fixed_loader(data, like, SEED, per_rank * env.world, env.rank, env.world)
+    loader = _fixed_loader(data, main_loader, SEED, per_rank * env.world, env.rank, env.world)
     check_sample_scalars(config, loader)
     clips, _ = next(iter(loader))
     read = (data.num_frames, data.height, data.width, data.fps)

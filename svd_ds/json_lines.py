@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svd_ds.fsync_io import replace_text, set_aside
+from svd_ds.fsync_io import keep_damaged_copy, replace_text
 from svd_ds.small_files import read_regular
 
 
@@ -18,7 +18,7 @@ class JsonLines:
 
     rows: list[dict[str, Any]]
     damage: str | None
-    """Sentence about lines that cannot be read; None where all can."""
+    """Sentence about lines that cannot be read; None if all can be read."""
 
 
 def read_json_lines(
@@ -69,7 +69,7 @@ def rewrite_json_lines(
 ) -> JsonLines:
     """Reduce a JSON lines file to the rows that `keep` accepts, atomically.
 
-    If lines of it cannot be read, the file is set aside first, and `damage` names the copy.
+    If some lines cannot be read, the file is copied first, and `damage` names the copy.
 
     Args:
         keep: returns True for rows to keep.
@@ -82,7 +82,7 @@ def rewrite_json_lines(
         OSError: the file cannot be read or written; the message names it.
     """
     found = read_json_lines(path, valid, skip_bad=True)
-    damage = found.damage and f"{found.damage}; it was kept as {set_aside(path)}"
+    damage = found.damage and f"{found.damage}; it was kept as {keep_damaged_copy(path)}"
     rows = [row for row in found.rows if keep(row)]
     if path.exists():
         replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))

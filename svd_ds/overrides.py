@@ -1,8 +1,8 @@
 """Overrides on a command line, KEY=VALUE: quoted for Hydra, or refused in one sentence.
 
-Hydra's grammar reads values as numbers, lists, dicts and texts of few characters. A path or name is taken as
-it is written instead: `data.path=~/clips, v1/epoch=3` needs no quotes beyond the shell's. Keys of DeepSpeed
-and of other trainers are answered with ours.
+Hydra's grammar reads values as numbers, lists, dicts, and texts of only a few characters. Here a path or name
+is taken as it is written: `data.path=~/clips, v1/epoch=3` needs no quotes beyond the shell's. For a key of
+DeepSpeed or of another trainer the error message names our key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ACCUMULATION = (
 )
 GLOBAL_BATCH = "use batch.size, clips per step over all ranks"
 MICRO_BATCH = "use batch.micro, clips per rank at once"
-OTHERS = {
+FOREIGN_KEYS = {
     "deepspeed": DEEPSPEED_FILE,
     "deepspeed_config": DEEPSPEED_FILE,
     "zero_optimization": ZERO_STAGE,
@@ -127,7 +127,7 @@ def _quote_word(
 
 
 def _quote_text(setting: Setting, value: str, multirun: bool) -> str:
-    """Quote the value of a text where Hydra would read something else."""
+    """Quote the value of a text setting if Hydra would read it as something else."""
     override = _parse(f"{setting.key}={value}")
     if override is None:
         if value.startswith(("'", '"')):
@@ -147,7 +147,7 @@ def _quote_text(setting: Setting, value: str, multirun: bool) -> str:
 
 
 def _quote_list_of_texts(value: str) -> list[str] | None:
-    """Quote each text of a list [a,b]; return None where Hydra reads the list as it is."""
+    """Quote each text of a list [a,b]; return None if Hydra can read the list without quotes."""
     inner = value.strip()
     if _parse(f"key={value}") is not None or not (inner.startswith("[") and inner.endswith("]")):
         return None
@@ -187,15 +187,15 @@ def _check_option(word: str) -> None:
             f"there is no option {word}, which DeepSpeed's launcher adds: start the ranks with torchrun, "
             "srun or tools/launch.py, which set it as a variable"
         )
-    if name in OTHERS:
-        raise ValueError(f"there is no option --{name}: {OTHERS[name]}")
+    if name in FOREIGN_KEYS:
+        raise ValueError(f"there is no option --{name}: {FOREIGN_KEYS[name]}")
 
 
 def _check_key(key: str, settings: Mapping[str, Setting], groups: Callable[[], Collection[str]]) -> None:
-    """Refuse a key that no config has.
+    """Check that a key exists.
 
     Raises:
-        ValueError: the message names the key that is probably meant.
+        ValueError: it does not; the message names the key that is probably meant.
     """
     parts = key.split(".")
     parents = [".".join(parts[:count]) for count in range(1, len(parts))]
@@ -207,8 +207,8 @@ def _check_key(key: str, settings: Mapping[str, Setting], groups: Callable[[], C
     section = {name for name in settings if name.startswith(f"{parts[0]}.")}
     if key == parts[0] and section:
         return  # a whole section, which is checked with its values
-    if foreign := next((part for part in reversed(parts) if part in OTHERS), None):
-        raise ValueError(f"there is no key {key}: {OTHERS[foreign]}")
+    if foreign := next((part for part in reversed(parts) if part in FOREIGN_KEYS), None):
+        raise ValueError(f"there is no key {key}: {FOREIGN_KEYS[foreign]}")
     same_end = [name for name in settings if name.rpartition(".")[2] == parts[-1]]
     near = same_end or difflib.get_close_matches(key, section or settings, n=1)
     if near:

@@ -1,4 +1,4 @@
-"""Folders that are next to svd_ds/ in the repository, and inside it in an installed package."""
+"""Paths of conf/, tools/ and sweeps/: next to svd_ds/ in the repository, inside it when installed."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ from svd_ds.weights.restarts import restarts_damage
 
 
 def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Progress:
-    """Train as `config` says, on this process's rank. All ranks call it, with the same config.
+    """Train with `config`, on the rank of this process. All ranks call it, with the same config.
 
     Args:
         session: receives the heartbeat of every step, and records how the run ends; None in tests and tools.
@@ -63,9 +63,9 @@ def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Prog
         The progress at the end.
 
     Raises:
-        ValueError, OSError: a user's mistake, in one sentence; SharedError where all ranks know of it.
+        ValueError, OSError: a user's mistake, in one sentence; SharedError if all ranks know of it.
     """
-    environment.init(env, config.watchdog.patience)
+    environment.init(env, config.watchdog.collective_timeout)
     try:
         check_shared_folder(Path(config.run.dir), env)
         resume = find_resume(config, env)
@@ -84,7 +84,7 @@ def _train(
     checkpoints, folder = inputs.checkpoints, inputs.folder
     damaged_restarts = broadcast_from_rank0(lambda: restarts_damage(checkpoints.folder))
     checkpoints.start_session(inputs.progress.step, resume.origin)
-    # Immediately after it: from here on no earlier process of this run can write.
+    # After start_session: from here on no earlier process of this run can write.
     damage = broadcast_from_rank0(
         lambda: folder.open(_settings(config, inputs), inputs.progress.step, checkpoints.check_not_fenced)
     )
@@ -97,7 +97,7 @@ def _train(
         checkpoints.load(inputs.resume, engine, ema, task.objective)
 
     started = time.perf_counter()
-    # W&B is closed last, which may take long: the outcome of the run is recorded before.
+    # Closing W&B, the outermost context, may take long: the outcome of the run is recorded before.
     outcome = session.record_outcome() if session is not None else nullcontext()
     stop = StopRequest(_print_from_signal_handler if env.rank == 0 else lambda text: None)
     opened = raise_on_all_ranks(lambda: _open_metrics(config, env, inputs, engine, stop))
@@ -240,7 +240,7 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
     Args:
         precision: bf16 or fp32.
     """
-    mpu = create_groups(ParallelDims(env.world), config.watchdog.patience)
+    mpu = create_groups(ParallelDims(env.world), config.watchdog.collective_timeout)
     zero = deepspeed_config(config.parallel, precision=precision, gradient_clip=config.optim.gradient_clip)
     torch.manual_seed(config.run.seed)
     with Engine.sharded_init(zero, mpu) if task.init_sharded else nullcontext():

@@ -3,7 +3,7 @@
     config.yaml  metrics.jsonl  evaluation.jsonl  report.html
     checkpoints/step-0000100/  samples/step-0000100/  logs/  wandb/
 
-Credentials are masked in config.yaml and are not compared: a renewed token does not make another config.
+Credentials are masked in config.yaml and are not compared: with a renewed token it is still the same config.
 
 logs/config.yaml is a copy of config.yaml: if one of the two is damaged, a resumed run is still checked
 against the config with which the run began.
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from svd_ds.credentials import redact_tree
-from svd_ds.fsync_io import replace_text, set_aside
+from svd_ds.fsync_io import keep_damaged_copy, replace_text
 from svd_ds.json_lines import rewrite_json_lines
 from svd_ds.small_files import read_yaml
 
@@ -145,7 +145,7 @@ class RunFolder:
         )
 
     def initial_config(self) -> dict[str, Any] | None:
-        """Return the config with which the run began; None if there is none, or none that can be read."""
+        """Return the config with which the run began; None if the run is new, or no copy can be read."""
         return self._read_config()[0]
 
     def open(
@@ -172,9 +172,9 @@ class RunFolder:
         damage = []
         if (found := self._config_damage(config)) is not None:
             damage.append(
-                f"{found}; it was kept as {set_aside(self.config)}" if self.config.exists() else found
+                f"{found}; it was kept as {keep_damaged_copy(self.config)}" if self.config.exists() else found
             )
-        # Each is on disk before the other is written: a power failure cannot damage both.
+        # One is on disk before the other is written, so a power failure cannot damage both.
         text = yaml.safe_dump(config, sort_keys=False, explicit_end=True)
         for path in (self.config, self.config_copy):
             replace_text(path, text)
@@ -200,8 +200,8 @@ class RunFolder:
         return found
 
     def _read_config(self) -> tuple[dict[str, Any] | None, str | None]:
-        """Return the config with which the run began, None if none can be read, and a sentence about
-        damage."""
+        """Return the config with which the run began (None if no copy can be read), and a sentence about
+        damage (None if there is no damage)."""
         try:
             return _read_complete_config(self.config, end_needed=self.config_copy.exists()), None
         except FileNotFoundError:
@@ -214,7 +214,7 @@ class RunFolder:
             copy = _read_complete_config(self.config_copy, end_needed=True)
             return copy, f"{damage}; its copy {self.config_copy} is used"
         except (ValueError, FileNotFoundError):
-            return None, f"{damage}: whether the run began with this config could not be checked"
+            return None, f"{damage}: it could not be checked that the run began with this config"
 
     def _config_damage(self, config: dict[str, Any]) -> str | None:
         try:
@@ -230,7 +230,7 @@ class RunFolder:
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first key that differs and must not, with both values; None if there is none."""
+    """Return the first key that must not differ but does, with both values; None if there is no such key."""
     # A config.yaml of an earlier version may have credentials in it.
     theirs, ours = _flat(redact_tree(there)), _flat(here)
     allowed = (

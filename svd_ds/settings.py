@@ -22,11 +22,11 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from svd_ds.credentials import MASK
 
-WHOLE = f"whole: its credentials were masked ({MASK}) where it was stored, give it on the command line"
+UNMASKED = f"complete: its credentials were masked ({MASK}) when it was stored; give it on the command line"
 INT64_MAX = 2**63 - 1
-"""Upper bound of whole numbers without one of their own: the range of tensors and files."""
+"""Default upper bound of whole numbers: the range of tensors and files."""
 FLOAT32_MAX = 3.4e38
-"""Bound of the magnitude of numbers without one of their own: the range of a float32 tensor."""
+"""Default bound of the magnitude of numbers: the range of a float32 tensor."""
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -69,7 +69,7 @@ class Choice:
     """Words that a field accepts."""
 
     options: Collection[str]
-    """May grow: a registry's names."""
+    """Allowed words. A registry's names may be added to later, so this is the live collection."""
 
     def check(self, value: Any) -> str:
         return "" if value in self.options else self.describe()
@@ -91,7 +91,7 @@ class Text:
             return "a path, and not empty" if self.is_path else "a text, and not empty"
         if not value.isprintable():
             return "one line without control characters"
-        return WHOLE if self.is_path and MASK in value else ""
+        return UNMASKED if self.is_path and MASK in value else ""
 
 
 Rule = Range | Choice | Text
@@ -131,7 +131,7 @@ def location(default: Any, key: str | None = None) -> Any:
     """Declare a dataclass field for a path or URL.
 
     Args:
-        key: name of the config key where it differs from that of the field.
+        key: name of the config key, if it differs from the name of the field.
     """
     return _field(default, Text(is_path=True), key)
 
@@ -166,7 +166,7 @@ class Setting:
 class Settings:
     """Base class of settings dataclasses. It checks the rule of every field, and expands "~" in paths.
 
-    A subclass with a `__post_init__` of its own, for checks across fields, calls this one first.
+    A subclass may override `__post_init__` for checks across fields; it calls this one first.
     """
 
     section: ClassVar[str] = ""
@@ -179,14 +179,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
-        for setting in settings_of(kind):
+        for setting in direct_settings(kind):
             value = getattr(self, setting.name)
             check_setting(setting, value)
             object.__setattr__(self, setting.name, _normalize(setting, value))
 
 
 @cache
-def settings_of(kind: Any) -> tuple[Setting, ...]:
+def direct_settings(kind: Any) -> tuple[Setting, ...]:
     """Return the fields of a settings dataclass that are values, not nested settings."""
     hints = get_type_hints(kind)
     prefix = f"{section}." if (section := getattr(kind, "section", "")) else ""
@@ -208,7 +208,7 @@ def settings_of(kind: Any) -> tuple[Setting, ...]:
 
 def all_settings(kind: Any) -> Iterator[Setting]:
     """Yield every setting of a tree of settings dataclasses."""
-    yield from settings_of(kind)
+    yield from direct_settings(kind)
     for entry in fields(kind):
         if entry.default_factory is not MISSING and is_dataclass(part := entry.default_factory()):
             yield from all_settings(type(part))
@@ -228,9 +228,9 @@ def check_setting(setting: Setting, value: Any) -> None:
     if isinstance(setting.rule, Range) and setting.rule.path_keys:
         for name in value:
             if MASK in name:
-                raise ValueError(f"{setting.key} has {name!r}: it must be {WHOLE}")
+                raise ValueError(f"{setting.key} has {name!r}: it must be {UNMASKED}")
     for key, element in _elements(setting, value):
-        if wrong := _fault(setting, element):
+        if wrong := _requirement_not_met(setting, element):
             raise ValueError(f"{key} is {_show(element)}: it must be {wrong}")
 
 
@@ -244,8 +244,9 @@ def _elements(setting: Setting, value: Any) -> Iterator[tuple[str, Any]]:
         yield setting.key, value
 
 
-def _fault(setting: Setting, value: Any) -> str:
-    # True is an int, and a whole number is a float.
+def _requirement_not_met(setting: Setting, value: Any) -> str:
+    """Return what the value must be; "" if it is valid."""
+    # isinstance(True, int) holds, and a whole number is accepted for a float.
     kinds: Any = (int, float) if setting.kind is float else setting.kind
     if not isinstance(value, kinds) or (isinstance(value, bool) and setting.kind is not bool):
         return TYPE_NAMES[setting.kind]

@@ -1,7 +1,7 @@
-"""Small files of unknown origin: only regular files are read, up to a maximal size.
+"""Reading of small untrusted files: only regular files, up to a maximal size.
 
-A folder from a stranger may contain a pipe, on which a reader waits for ever, a link to an endless device, or
-a text that expands as it is parsed.
+An untrusted folder may contain a pipe, on which a reader waits for ever, a link to an endless device, or a
+text that expands as it is parsed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MAX_YAML = 2**20
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML loader that refuses aliases, a few lines of which can expand to more values than fit in memory.
-    svd_ds writes none."""
+    """YAML loader that refuses aliases: a few lines of aliases can expand to more values than fit in memory.
+    svd_ds writes no aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -42,7 +42,7 @@ class Task:
     """True if the network can be built inside DeepSpeed's zero.Init. If False, each rank builds all of it
     before it is sharded."""
     is_trainable: Callable[[str], bool]
-    """Function that returns False for the names of parameters that are frozen whatever their tag."""
+    """Returns False for the name of a parameter that is frozen in any case, independently of its tag."""
     weights: Iterator[tuple[str, Tensor]] | None
     """Initial weights by name; None if they are random, or come from the checkpoint."""
     settings: NetworkSettings
@@ -60,8 +60,8 @@ def read_task(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     """Build the task of a run.
 
     Raises:
-        ValueError: a file that it needs is unsuitable, or the machine lacks a kernel that it needs.
-        OSError: a file that it needs cannot be read.
+        ValueError: a file of weights does not fit the task, or the machine lacks a kernel that was chosen.
+        OSError: a file of weights cannot be read.
     """
     return _unet(config, env, inputs) if config.task == "unet" else _decoder(config, env, inputs)
 
@@ -104,7 +104,7 @@ def _decoder(config: RunConfig, env: Env, inputs: Inputs) -> Task:
     loss, notes, weights = config.loss, [], None
     shape = DecoderConfig.from_autoencoder(inputs.autoencoder.network)
     if inputs.resume is None:
-        # A second copy in float32: the one of the encoder is in the compute precision.
+        # A second copy in float32: inputs.autoencoder is in the compute precision.
         network = Autoencoder.load(frozen_folder(config.frozen.path)).network
         decoder, new = build_decoder(network, config.run.seed)
         weights = ((name, parameter.detach()) for name, parameter in decoder.named_parameters())

@@ -1,7 +1,7 @@
 """Tensors of safetensors files, opened without reading them, and checks of folders of weights.
 
-An index cannot lead out of its folder by a name, and no pipe or device is opened. Links are followed: the
-cache of a hub client consists of them.
+An index must not name files outside its folder, and no pipe or device is opened. Symbolic links are followed,
+because the caches of hub clients consist of them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def open_tensors(path: Path) -> dict[str, TensorRef]:
     """Open a safetensors file.
 
     Returns:
-        name -> tensor, of every tensor in it.
+        Name -> tensor, for every tensor of the file.
 
     Raises:
-        ValueError: it is not a safetensors file.
+        ValueError: the file is not a safetensors file.
     """
     check_regular(path)
     try:
@@ -66,8 +66,8 @@ def _other_format(path: Path) -> str | None:
 
 
 def is_finite(values: Tensor) -> bool:
-    """True if no element is NaN or infinite."""
-    # One pass that allocates nothing: both ends are NaN if any element is. isfinite is far slower.
+    """Return True if no element is NaN or infinite."""
+    # One pass that allocates nothing: minimum and maximum are NaN if any element is. isfinite is far slower.
     return values.numel() == 0 or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
@@ -75,7 +75,7 @@ def index_files(index: Path) -> list[Path]:
     """List the files that a safetensors index (*.index.json) names.
 
     Raises:
-        ValueError: one of them is not a file in the folder of the index.
+        ValueError: a name is not that of a file in the folder of the index.
     """
     content = read_json(index)
     try:
@@ -107,7 +107,7 @@ def check_model_folder(folder: Path) -> None:
 def _hub_code(fields: Any) -> str | None:
     """Find an attention implementation from a hub, ORGANISATION/NAME, anywhere in a config.
 
-    transformers fetches and runs such code, unasked, if the package `kernels` is installed.
+    If the package `kernels` is installed, transformers fetches and runs such code without asking.
     """
     if not isinstance(fields, dict):
         return None

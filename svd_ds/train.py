@@ -42,7 +42,7 @@ def main() -> None:
         return
     compose.register()
     errors: list[Exception] = []
-    unnamed: list[str] = []
+    folder_keys: list[str] = []
 
     try:
         env = Env.read()
@@ -53,10 +53,10 @@ def main() -> None:
 
     @hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name=PRIMARY)
     def task(node: Any) -> None:
-        # Hydra would print errors of the run in its own way before raising them: it does not see them.
+        # Hydra would print errors of the run in its own format, so they do not reach it.
         if not errors:
             try:
-                _run(node, env, debug, unnamed)
+                _run(node, env, debug, folder_keys)
             except (*compose.COMPOSE_ERRORS, *USER_ERRORS) as error:
                 errors.append(error)
 
@@ -64,7 +64,7 @@ def main() -> None:
         line = compose.parse_command_line([word for word in sys.argv[1:] if word != "--debug"])
         sys.argv[1:] = line.words()
         if line.multirun:
-            unnamed += compose.keys_without_folder(line)
+            folder_keys += compose.keys_for_folder(line)
         with _hydra_raises():
             task()
         if errors:
@@ -74,7 +74,7 @@ def main() -> None:
     except (*compose.COMPOSE_ERRORS, *USER_ERRORS) as error:
         if debug:
             raise
-        # All ranks read the same settings: rank 0 alone reports what is wrong with them.
+        # All ranks read the same settings, so only rank 0 reports errors in them.
         if env.rank == 0:
             print_error(compose.explain(error) if isinstance(error, compose.COMPOSE_ERRORS) else error)
         sys.exit(2)
@@ -99,7 +99,8 @@ def _print_help(names: Sequence[str]) -> None:
 
 @contextmanager
 def _hydra_raises() -> Iterator[None]:
-    """Make Hydra raise errors of composing, for us to report; it prints them in several lines otherwise."""
+    """Make Hydra raise errors of the composition, which we report in one line; otherwise it prints
+    several."""
     before = os.environ.get(HYDRA_SWITCH)
     os.environ[HYDRA_SWITCH] = "1"
     try:
@@ -111,19 +112,19 @@ def _hydra_raises() -> Iterator[None]:
             os.environ[HYDRA_SWITCH] = before
 
 
-def _run(node: Any, env: Env, debug: bool, unnamed: Collection[str]) -> None:
+def _run(node: Any, env: Env, debug: bool, folder_keys: Collection[str]) -> None:
     """Run one config.
 
     Args:
-        unnamed: keys that differ among the runs of a multirun while run.dir does not.
+        folder_keys: keys whose values are added to run.dir (`compose.keys_for_folder`).
     """
     compose.mask_multirun_file()
-    # W&B's client stores them.
+    # W&B's client stores the arguments.
     sys.argv[1:] = map(redact, sys.argv[1:])
     settings = compose.to_config(node, cache(lambda: start_time(env)))
-    if unnamed:
+    if folder_keys:
         # Two runs in one folder would overwrite each other.
-        folder = compose.folder_of_job(settings.run.dir, unnamed)
+        folder = compose.multirun_folder(settings.run.dir, folder_keys)
         settings = replace(settings, run=replace(settings.run, dir=folder))
     with RankSession(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as session:
         # DeepSpeed takes seconds to import: mistakes in the settings are reported before that.

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from svd_ds.jobs.slurm import ENDING, Job, hold_signals, release_signals
+from svd_ds.jobs.slurm import STOP_SIGNALS, Job, hold_signals, release_signals
 
 if __name__ == "__main__":
     # A signal during the other imports, which take seconds, would end this process.
@@ -44,7 +44,7 @@ class StopSignal:
         self.number = 0
         """Number of the signal; 0 until it arrives."""
         self.step: subprocess.Popen[bytes] | None = None
-        for number in ENDING:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
         release_signals()
 
@@ -100,7 +100,7 @@ def main() -> None:
     if bad_nodes:
         exclude_nodes(job, bad_nodes)
         return
-    print_line(f"job {job.id} is queued again: {reason(outcome, stop.number, code)}")
+    print_line(f"job {job.id} is requeued: {reason(outcome, stop.number, code)}")
     job.requeue()
 
 

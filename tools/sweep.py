@@ -22,7 +22,7 @@ import wandb
 from wandb.wandb_agent import Agent, AgentProcess
 
 from svd_ds.cli import print_line, run_cli
-from svd_ds.fsync_io import replace_text, set_aside
+from svd_ds.fsync_io import keep_damaged_copy, replace_text
 from svd_ds.small_files import read_json
 
 EXAMPLE = """slurm/sweep.sh calls it with the allocation's own values:
@@ -81,7 +81,7 @@ class JobAgent(Agent):
         try:
             self._command_run(read_json(self.unfinished))
         except ValueError as error:
-            copy = set_aside(self.unfinished)
+            copy = keep_damaged_copy(self.unfinished)
             print_line(f"warning: {error}; it was kept as {copy}, and its trial is not resumed")
             self.unfinished.unlink()
 
@@ -121,7 +121,7 @@ class JobAgent(Agent):
             if self.end_requested or code is None
             else f"signal {-code} ended the trial's own process"
         )
-        print_line(f"job {self.job.id} is queued again: {reason}")
+        print_line(f"job {self.job.id} is requeued: {reason}")
         self.job.requeue()
 
 

@@ -1,7 +1,7 @@
 """Random numbers of a batch, drawn clip by clip from a generator seeded by (seed, sample ordinal).
 
-So they do not depend on which rank or micro-batch a clip belongs to. Within a clip they are drawn in the
-order of the fields of `Draws`, offset noise last.
+Therefore they do not depend on the rank or micro-batch of a clip. Within a clip they are drawn in the order
+of the fields of `Draws`, offset noise last.
 
 Shape legend: B clips, T frames, K conditioning frames, C channels, H x W pixels or latent pixels, h x w
 latent pixels, N conditioning signals.
@@ -19,8 +19,8 @@ from torch import Tensor
 from svd_ds.scalars import OTHER_SIGNALS, SCALARS
 
 NUM_SIGNALS = 8
-"""Columns of `drop_BN` that come from the clip's generator. Further ones have a generator of their own, so
-that a new signal does not change any other number."""
+"""Number of columns of `drop_BN` that come from the clip's generator. Further columns come from a second
+generator, so that a new signal does not change any other number."""
 
 TAIL = 2.0**-32
 """Distance of u from 0 and 1, where a quantile may be infinite: 6.2 standard deviations of a normal."""
@@ -28,12 +28,12 @@ TAIL = 2.0**-32
 
 @dataclass(frozen=True)
 class Draws:
-    """Standard uniform and normal numbers of a batch; their users scale them."""
+    """Standard uniform and normal numbers of a batch; the code that uses them scales them."""
 
     u_B: Tensor
     """float64, uniform in (0, 1): becomes sigma through `NoiseSchedule.quantile`."""
     augmentation_B: Tensor
-    """float64, standard normal: becomes ln of the conditioning frames' noise level."""
+    """float64, standard normal: becomes ln sigma of the conditioning frames' noise."""
     drop_BN: Tensor
     """float64, uniform in [0, 1): a column for each of `signal_names`, then unused ones."""
     noise_BTChw: Tensor
@@ -49,7 +49,7 @@ class Draws:
 
 
 def signal_names() -> tuple[str, ...]:
-    """Names of the conditioning signals that can be dropped, in the order of their draws."""
+    """Return the names of the conditioning signals that can be dropped, in the order of their draws."""
     return (*OTHER_SIGNALS, *SCALARS)
 
 
@@ -86,7 +86,7 @@ def _draw_clip(
     offset_noise: float,
 ) -> tuple[np.ndarray, ...]:
     # numpy hashes the pair into 128 bits of state; torch's CPU generator would keep 32 bits of a seed, too
-    # few to give each of the paper's 77 million clips a stream of its own.
+    # few to give each of the paper's 77 million clips its own stream.
     generator = np.random.default_rng((seed, ordinal))
     u = np.asarray(generator.uniform(TAIL, 1 - TAIL))
     augmentation = np.asarray(generator.standard_normal())

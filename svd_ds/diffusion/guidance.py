@@ -1,4 +1,4 @@
-"""Classifier-free guidance with one scale a frame (arXiv 2311.15127 D.4.1).
+"""Classifier-free guidance with one scale per frame (arXiv 2311.15127 D.4.1).
 
 Shape legend: B clips, T frames, C channels, h x w latent pixels.
 """

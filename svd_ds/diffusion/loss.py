@@ -1,9 +1,9 @@
 """The training error, in v-space.
 
 The paper minimises lambda(sigma) |D - x0|^2 with lambda = (1 + sigma^2) / sigma^2 (arXiv 2311.15127 D.1; EDM,
-arXiv 2206.00364 table 1, for data of standard deviation 1). With its scalings lambda c_out^2 = 1 at every
-sigma, so the same number is the plain squared error of the network's output against v. And nothing is divided
-by a small sigma, which would overflow or lose digits in 16 bits.
+arXiv 2206.00364 table 1, for data of standard deviation 1). With the paper's scalings lambda c_out^2 = 1 at
+every sigma, so this equals the plain squared error of the network's output against v. In this form nothing is
+divided by a small sigma, which would overflow or lose digits in 16 bits.
 
 Shape legend: B clips, T frames, C channels, h x w latent pixels.
 """

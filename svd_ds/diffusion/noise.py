@@ -39,7 +39,7 @@ class NoiseConfig(Settings, section="noise"):
 
     kind: str = choice("lognormal", KINDS)
     """Kind of density: lognormal, discrete, cosine, shifted_cosine, interpolated_cosine or log_uniform."""
-    # Within these, no draw of sigma has a square beyond float32.
+    # Within these bounds the square of sigma never overflows float32.
     P_mean: float = number(1.0, ge=-20, le=20)
     """lognormal: mean of ln sigma."""
     P_std: float = number(1.6, gt=0, le=3.5)
@@ -66,14 +66,14 @@ class NoiseConfig(Settings, section="noise"):
 
 
 class NoiseSchedule(ABC):
-    """Density of sigma."""
+    """Training density of sigma, given by its quantile function, and the loss weight that belongs to it."""
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
-        """Return the u-quantile of sigma, for u in (0, 1)."""
+        """Return the u-quantile of sigma, for u in (0, 1); shape and dtype are u's."""
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """Return the multiplier of the squared error of v."""
+        """Return the multiplier of the squared error of v; shape and dtype are sigma's."""
         return torch.ones_like(sigma)
 
 

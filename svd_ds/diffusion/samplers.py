@@ -1,6 +1,6 @@
 """Solvers of the probability-flow ODE dx / dsigma = (x - D(x; sigma)) / sigma (EDM, arXiv 2206.00364).
 
-A sampler is a pure function of a denoiser, a start and a sequence of sigmas that descends to 0
+A sampler is a pure function of a denoiser, the initial noise and a sequence of sigmas that descends to 0
 (`karras_sigmas` of noise.py).
 """
 

@@ -1,7 +1,7 @@
 """Outcome of a job: how the newest restart of a run ended. The launcher reads it.
 
-logs/outcome.json           outcome of the newest restart; missing where it was killed
-logs/outcome-0123abcd.json  outcome of a restart that lost the run folder to another, by its token
+logs/outcome.json           outcome of the newest restart; missing if it was killed
+logs/outcome-0123abcd.json  outcome of a restart that lost the run folder to another; 0123abcd is its token
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class JobOutcome:
     """Rank that recorded it."""
     message: str
     restart_id: tuple[int, int]
-    """Restart that ended (svd_ds.parallel.env.restart_id): ranks of an earlier one, on a node that was cut
-    off, may still write."""
+    """Restart that ended (svd_ds.parallel.env.restart_id). It tells this outcome from those of earlier
+    restarts, whose ranks may still write from a node that was cut off."""
     nodes: dict[str, str] = field(default_factory=dict)
     """Host -> why the next restart should not use it."""
 
@@ -79,7 +79,7 @@ def outcome_path(folder: RunFolder, token: str = "") -> Path:
 
 
 def _read_outcome(path: Path) -> JobOutcome | None:
-    """The outcome in a file, of whichever restart; None where it is missing or damaged."""
+    """Read the outcome in a file, of any restart; None if it is missing or damaged."""
     try:
         values = read_json(path)
         nodes = {str(host): str(why) for host, why in values.get("nodes", {}).items()}

@@ -1,9 +1,10 @@
 """Preflight check of a job's nodes: their GPUs, their disks, and the network between them.
 
-    srun --ntasks-per-node=1 python -m svd_ds.jobs.preflight alone RUN_FOLDER NOTES --gpus 8
+    srun --ntasks-per-node=1 python -m svd_ds.jobs.preflight alone RUN_FOLDER RESULTS --gpus 8
 
-runs on each node, and the same with `together`; `failing_nodes` starts both from the batch host and finds the
-nodes to blame. Each node writes a file of its name into the folder NOTES: "fit", or what is wrong.
+This command runs on each node, and a second one with `together` in place of `alone`. `failing_nodes` starts
+both from the batch host and finds the nodes to blame. Each node writes its result to the file RESULTS/NODE:
+"fit", or what is wrong.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from svd_ds.parallel import env as environment
 from svd_ds.parallel.env import Env
 
 FIT = "fit"
-LIMIT_S = 300.0
-"""Time limit for all nodes to answer; Python starts from a shared disk within it."""
-MEET_S = 90.0
-"""Time limit for the nodes to find each other."""
-END_S = 10.0
-"""Time that steps get to end after LIMIT_S, before they are killed."""
+CHECK_TIMEOUT_S = 300.0
+"""Seconds within which all nodes must answer; this includes the start of Python from a shared disk."""
+RENDEZVOUS_TIMEOUT_S = 90.0
+"""Seconds within which the nodes must find each other."""
+KILL_AFTER_S = 10.0
+"""Seconds between SIGTERM, at CHECK_TIMEOUT_S, and SIGKILL of a step that has not ended."""
 
 
 class Job(Protocol):
@@ -63,63 +64,66 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
         together: also check that the nodes reach each other.
 
     Returns:
-        Node -> why it should not be used; all nodes where no single one is to blame.
+        Node -> why it should not be used; all nodes if no single one is to blame.
     """
     # A node that fails must not end the step for those that are slower to answer.
-    notes = _try(job, "alone", [job.nodes], folder, "--kill-on-bad-exit=0")
-    faults = {node: note for node, note in notes.items() if note != FIT}
+    results = _run_check(job, "alone", [job.nodes], folder, "--kill-on-bad-exit=0")
+    faults = {node: result for node, result in results.items() if result != FIT}
     if faults or not together or len(job.nodes) == 1:
         return faults
-    notes = _try(job, "together", [job.nodes], folder)
-    if all(note == FIT for note in notes.values()):
+    results = _run_check(job, "together", [job.nodes], folder)
+    if all(result == FIT for result in results.values()):
         return {}
-    return _out_of_reach(job, folder) or dict.fromkeys(
-        job.nodes, "reaches a neighbour, and not all nodes together"
+    return _unreachable_nodes(job, folder) or dict.fromkeys(
+        job.nodes, "reaches a neighbour, but the all-reduce over all nodes fails"
     )
 
 
 def exclude_nodes(job: Job, faults: dict[str, str]) -> None:
     """Requeue the job, excluding nodes.
 
-    Where all of several nodes fail, the cause is elsewhere, and none is excluded.
+    If all of several nodes fail, the cause is elsewhere, and no node is excluded.
 
     Args:
         faults: node -> why it should not be used.
     """
     if len(faults) == len(job.nodes) > 1:
         node, fault = next(iter(faults.items()))
-        print_line(f"job {job.id} is queued again: all its nodes fail, {node} {fault}")
+        print_line(f"job {job.id} is requeued: all its nodes fail, {node} {fault}")
         job.requeue()
         return
     reasons = "; ".join(f"{node} {fault}" for node, fault in faults.items())
-    print_line(f"job {job.id} is queued again without {', '.join(faults)}: {reasons}")
+    print_line(f"job {job.id} is requeued without {', '.join(faults)}: {reasons}")
     job.requeue(exclude=list(faults))
 
 
-def _out_of_reach(job: Job, folder: Path) -> dict[str, str]:
-    """Find the nodes to blame where each is fit alone, and not all meet: those that meet neither of their
-    neighbours in a ring; of two nodes the second, for the first is the batch host, which Slurm reaches."""
+def _unreachable_nodes(job: Job, folder: Path) -> dict[str, str]:
+    """Find the nodes to blame if each is fit alone, but the check of all nodes together fails.
+
+    They are the nodes that reach neither of their neighbours in a ring. Of two nodes it is the second,
+    because the first is the batch host, which Slurm reaches.
+    """
     nodes = job.nodes
     if len(nodes) == 2:
         return {nodes[1]: f"does not reach {nodes[0]}"}
     ring = [(node, nodes[(i + 1) % len(nodes)]) for i, node in enumerate(nodes)]
-    met: set[str] = set()
-    # No node is in two pairs of a round; in a ring of an odd length the last pair has a round of its own.
+    reached: set[str] = set()
+    # No node is in two pairs of a round; in a ring of odd length the last pair is a round by itself.
     rounds = [ring[0 : len(ring) - 1 : 2], ring[1::2], ring[len(ring) - 1 :: 2] if len(ring) % 2 else []]
     for pairs in filter(None, rounds):
-        notes = _try(job, "together", pairs, folder)
-        met |= {node for node, note in notes.items() if note == FIT}
-    return {node: "reaches none of its neighbours" for node in nodes if node not in met}
+        results = _run_check(job, "together", pairs, folder)
+        reached |= {node for node, result in results.items() if result == FIT}
+    return {node: "reaches none of its neighbours" for node in nodes if node not in reached}
 
 
-def _try(
+def _run_check(
     job: Job, check: str, groups: Sequence[Sequence[str]], folder: Path, *options: str
 ) -> dict[str, str]:
     """Run a check on each group of nodes, all groups at the same time; return the result of each node."""
-    notes = folder / "logs" / "preflight"
-    shutil.rmtree(notes, ignore_errors=True)
-    notes.mkdir(parents=True)
-    command = [sys.executable, "-m", "svd_ds.jobs.preflight", check, str(folder), str(notes)]
+    results = folder / "logs" / "preflight"
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    command = [sys.executable, "-m", "svd_ds.jobs.preflight", check, str(folder), str(results)]
     command += ["--gpus", str(job.gpus)]
     steps = [
         job.start_step(
@@ -128,7 +132,7 @@ def _try(
             f"--ntasks={len(group)}",
             "--ntasks-per-node=1",
             f"--nodelist={','.join(group)}",
-            # A % in the folder's name is not one of srun's patterns.
+            # srun would read a % in the folder's name as a pattern.
             f"--error={str(folder).replace('%', '%%')}/logs/preflight.log",
             *options,
             MASTER_ADDR=group[0],
@@ -136,9 +140,9 @@ def _try(
         for group in groups
     ]
     _wait(steps)
-    silence = f"does not answer, or cannot write to {notes}"
+    no_result = f"does not answer, or cannot write to {results}"
     return {
-        node: ((notes / node).read_text() if (notes / node).exists() else "") or silence
+        node: ((results / node).read_text() if (results / node).exists() else "") or no_result
         for group in groups
         for node in group
     }
@@ -146,7 +150,10 @@ def _try(
 
 def _wait(steps: Sequence[subprocess.Popen[bytes]]) -> None:
     """Wait until all steps have ended, by themselves or at their time limit."""
-    for limit_s, end in ((LIMIT_S, subprocess.Popen.terminate), (END_S, subprocess.Popen.kill)):
+    for limit_s, end in (
+        (CHECK_TIMEOUT_S, subprocess.Popen.terminate),
+        (KILL_AFTER_S, subprocess.Popen.kill),
+    ):
         deadline = time.monotonic() + limit_s
         for step in steps:
             try:
@@ -161,11 +168,11 @@ def check_node(folder: Path, gpus: int) -> None:
     """Check the GPUs of this machine, the run folder and the temporary folder.
 
     Args:
-        gpus: number that the machine should have; without any, the CPU is checked.
+        gpus: number of GPUs that the machine should have; with 0 the CPU is checked.
 
     Raises:
-        OSError: a GPU is missing, multiplies wrongly, or a folder cannot be written.
-        RuntimeError: a GPU raises an error.
+        OSError: a GPU is missing or multiplies wrongly, or a folder cannot be written.
+        RuntimeError: torch raises an error on a GPU.
     """
     if gpus:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -186,9 +193,9 @@ def check_interconnect(env: Env) -> None:
     """All-reduce over the nodes of the step.
 
     Raises:
-        RuntimeError: they do not meet, or the sum is wrong.
+        RuntimeError: the nodes do not reach each other, or the sum is wrong.
     """
-    environment.init(env, timeout=timedelta(seconds=MEET_S))
+    environment.init(env, timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S))
     ones = torch.ones(1 << 20, device=env.device)
     dist.all_reduce(ones)
     if not bool((ones == env.world).all()):
@@ -204,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("check", choices=("alone", "together"))
     parser.add_argument("folder", type=Path, help="run folder")
-    parser.add_argument("notes", type=Path, help="folder in which each node writes its result")
+    parser.add_argument("results", type=Path, help="folder in which each node writes its result")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that each node should have")
     options = parser.parse_args()
     fault = None
@@ -215,7 +222,7 @@ def main() -> None:
             check_interconnect(Env.read())
     except (OSError, RuntimeError) as error:
         fault = " ".join(str(error).split())
-    write_text(options.notes / environment.host(), fault or FIT)
+    write_text(options.results / environment.host(), fault or FIT)
     sys.exit(1 if fault else 0)
 
 

@@ -33,7 +33,7 @@ from svd_ds.jobs.outcome import (
     JobOutcome,
     outcome_path,
 )
-from svd_ds.jobs.requeue import is_queued_by_job
+from svd_ds.jobs.requeue import is_managed_by_job
 from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
 from svd_ds.parallel.collectives import SharedError, is_peer_failure
 from svd_ds.parallel.env import Env, host, restart_id
@@ -41,23 +41,23 @@ from svd_ds.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    """Consequence of an error."""
+class _ErrorReport:
+    """Report of an error of this rank."""
 
     code: int
     """Exit code of the process."""
     sentence: str | None = None
-    """Line for the console; None where another rank prints it."""
+    """Line for the console; None if another rank prints it."""
     prefix: str = ""
     """Text before the sentence that names the rank."""
 
 
 class RankSession:
-    """A context around everything that a rank does: its stderr goes to the rank's log, and an error becomes
-    an outcome, one line on the console, and an exit code.
+    """Context manager around everything that a rank does. It redirects stderr to the rank's log, and turns an
+    error into an outcome, one line on the console, and an exit code.
 
-    The first rank to record the outcome prints its error: one line however many ranks fail. Log and outcome
-    are written as far as the disk allows; the console gets the sentence in any case.
+    Only the first rank that records the outcome prints its error, so the console gets one line however many
+    ranks fail. If the disk fails, log and outcome may be lost; the console gets the line in any case.
 
     Args:
         debug: also raise the error, so that its traceback is shown.
@@ -73,15 +73,15 @@ class RankSession:
         """Exit code of a rank that ends without an error."""
         self._token = ""
         self._is_fenced: Callable[[], bool] = lambda: False
-        self._verdict: _Verdict | None = None
-        self._record_error = ""
-        """Why the outcome cannot be written; empty where it can."""
+        self._error_report: _ErrorReport | None = None
+        self._write_failure = ""
+        """Error of writing the outcome; empty if it could be written."""
 
     def __enter__(self) -> RankSession:
         try:
             self._open_log()
         except USER_ERRORS as error:
-            # There is no file yet by which the ranks could agree on who reports it: one of each node does.
+            # Without the log folder the ranks cannot agree on who reports the error: one rank a node does.
             if self.env.local_rank == 0 or str(self.log_path) in str(error):
                 print_error(error, f"rank {self.env.rank}: " if self.env.world > 1 else "")
             if self.debug:
@@ -106,7 +106,7 @@ class RankSession:
 
     def _open_log(self) -> None:
         self.folder.logs.mkdir(parents=True, exist_ok=True)
-        if self.env.rank == 0 and not is_queued_by_job(self.folder):
+        if self.env.rank == 0 and not is_managed_by_job(self.folder):
             outcome_path(self.folder).unlink(missing_ok=True)
         self.log = self.log_path.open("a", buffering=1, errors="backslashreplace")
         try:
@@ -120,12 +120,12 @@ class RankSession:
             raise
 
     def set_fencing_token(self, token: str, is_fenced: Callable[[], bool]) -> None:
-        """Note that this restart has acquired the run folder. All ranks call it, rank 0 first.
+        """Set the token that this restart got with the run folder. All ranks call it, rank 0 first.
 
         Args:
             token: fencing token of this restart.
-            is_fenced: returns True once another restart has acquired the folder: this one must not write
-                outcome.json any more.
+            is_fenced: returns True once another restart has acquired the folder; this one then no longer
+                writes outcome.json.
         """
         self._token, self._is_fenced = token, is_fenced
         if self.env.rank == 0:
@@ -134,7 +134,7 @@ class RankSession:
 
     def is_managed_by_job(self) -> bool:
         """True if tools/job.py waits for the outcome, and can restart the run on other nodes."""
-        return is_queued_by_job(self.folder)
+        return is_managed_by_job(self.folder)
 
     def record_end(
         self,
@@ -149,7 +149,7 @@ class RankSession:
             finished: the last step was reached.
             interrupted: a person asked to stop, at the terminal or with W&B's stop button.
             by_keyboard: Ctrl-C asked to stop; the exit code is 130.
-            bad_nodes: host -> what it computed wrongly, where that is why the ranks have stopped.
+            bad_nodes: host -> what it computed wrongly, if the ranks have stopped for that reason.
         """
         if self.env.rank == 0:
             if not finished and by_keyboard:
@@ -161,8 +161,8 @@ class RankSession:
                 self._record(BAD_NODES, message, bad_nodes)
             else:
                 self._record(PREEMPTED, "")
-            if self._record_error:
-                self._print(f"warning: how the run ended is not recorded: {self._record_error}")
+            if self._write_failure:
+                self._print(f"warning: the outcome of the run is not recorded: {self._write_failure}")
 
     def record_hang(self, sentence: str) -> None:
         """Record, in the watchdog's thread, that this rank is about to be ended."""
@@ -175,12 +175,12 @@ class RankSession:
 
     @contextmanager
     def record_outcome(self) -> Iterator[None]:
-        """Record the outcome of an error inside at once: the contexts around may take so long to close that
-        Slurm ends the process before."""
+        """Record the outcome of an error inside this context at once: closing the outer contexts may take so
+        long that Slurm ends the process first."""
         try:
             yield
         except BaseException as error:
-            self._verdict = self._judge(error)
+            self._error_report = self._report_error(error)
             raise
 
     def __exit__(
@@ -194,28 +194,28 @@ class RankSession:
         sys.stderr = self._stderr
         os.dup2(self._console, 2)
         os.close(self._console)
-        verdict = None
+        report = None
         if error is not None and not isinstance(error, SystemExit):
-            verdict = self._verdict or self._judge(error)
-            if verdict.sentence is not None:
-                print_error(verdict.sentence, verdict.prefix)
+            report = self._error_report or self._report_error(error)
+            if report.sentence is not None:
+                print_error(report.sentence, report.prefix)
         with suppress(OSError):
             if error is not None:
                 self.log.write(redact("".join(traceback.format_exception(error))))
         with suppress(OSError):
             self.log.close()
-        if verdict is not None and not self.debug:
-            raise SystemExit(verdict.code) from None
+        if report is not None and not self.debug:
+            raise SystemExit(report.code) from None
         if error is None and self.code:
             raise SystemExit(self.code)
 
-    def _judge(self, error: BaseException) -> _Verdict:
+    def _report_error(self, error: BaseException) -> _ErrorReport:
         """Decide the exit code and the sentence for an error, and record the outcome if no rank has yet."""
         if is_peer_failure(error):
-            return _Verdict(EXIT_PEER_FAILED)
+            return _ErrorReport(EXIT_PEER_FAILED)
         if isinstance(error, KeyboardInterrupt):
             self._record(INTERRUPTED, "")
-            return _Verdict(130)
+            return _ErrorReport(130)
         is_user_error = isinstance(error, USER_ERRORS)
         sentence = str(error) if is_user_error else f"{type(error).__name__}: {error}"
         names_no_file = isinstance(error, OSError) and error.errno is not None and error.filename is None
@@ -223,20 +223,20 @@ class RankSession:
             sentence += f"; its log is {self.log_path}"
         code = 2 if is_user_error else 1
         if not self._record(REFUSED if is_user_error and not is_retryable(error) else FAILED, sentence):
-            return _Verdict(code)
-        # All ranks raise a shared error: no single one is to be named.
+            return _ErrorReport(code)
+        # All ranks raise a shared error, so the line names no rank.
         is_shared = isinstance(error, SharedError)
-        if self._record_error and is_shared and self.env.rank != 0:
-            return _Verdict(code)
+        if self._write_failure and is_shared and self.env.rank != 0:
+            return _ErrorReport(code)
         names_rank = self.env.world > 1 and not is_shared
-        return _Verdict(code, sentence, f"rank {self.env.rank}: " if names_rank else "")
+        return _ErrorReport(code, sentence, f"rank {self.env.rank}: " if names_rank else "")
 
     def _record(self, kind: str, message: str, nodes: Mapping[str, str] | None = None) -> bool:
-        """Record the outcome; return True if this rank has to report it: it is the first to record one, or
-        it cannot because the disk fails."""
+        """Record the outcome. Return True if this rank has to print it, because it is the first to record one
+        or because the disk fails."""
         outcome = JobOutcome(kind, self.env.rank, message, restart_id(), dict(nodes or {}))
         try:
             return outcome.record(outcome_path(self.folder, self._token if self._is_fenced() else ""))
         except OSError as error:
-            self._record_error = str(error)
+            self._write_failure = str(error)
         return True

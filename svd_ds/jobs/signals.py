@@ -1,9 +1,9 @@
 """Graceful shutdown on signals.
 
-Each asks for a checkpoint at the end of the step, and then for the exit:
+Each signal requests a checkpoint at the end of the step, and then the exit:
 
 SIGTERM, SIGUSR1   sent by Slurm, by a launcher, or by `kill`
-SIGHUP             the terminal was closed; it stays ignored where it was ignored before, as by `nohup`
+SIGHUP             the terminal was closed; it stays ignored if it was ignored before, as by `nohup`
 SIGINT             Ctrl-C; a second one ends the run at once, without a checkpoint
 """
 
@@ -18,8 +18,8 @@ KEYBOARD = "Ctrl-C: a checkpoint is saved at the end of this step; another Ctrl-
 
 
 class StopRequest:
-    """Handler of the signals, which records that this rank was asked to stop. The ranks agree on it in the
-    reduction of the step. A context: after it Ctrl-C does what it did before.
+    """Handler of the signals, which records that this rank was asked to stop. The ranks exchange that in the
+    reduction of each step. As a context manager it restores the handler of Ctrl-C at its exit.
 
     Args:
         notify: called in a signal handler with a sentence for the person who pressed Ctrl-C.
@@ -31,7 +31,7 @@ class StopRequest:
         """True if a person or a sweep asked to stop: the run must not be restarted."""
         self.by_keyboard = False
         self.failing_nodes: dict[str, str] = {}
-        """Host -> what it computed wrongly, where the ranks have agreed to stop for that reason."""
+        """Host -> what it computed wrongly, if the ranks have agreed to stop for that reason."""
         self._notify = notify
         self._keyboard = signal.getsignal(signal.SIGINT)
         for number in SIGNALS:

@@ -1,7 +1,7 @@
-"""Slurm job, controlled from its batch host with srun and scontrol: start steps, requeue.
+"""Slurm job, controlled from its batch host: steps are started with srun, requeues requested with scontrol.
 
-A job that still runs may requeue itself; one that was cancelled or preempted is left to Slurm. Signals ask a
-job to end, and must not be lost while a process is being started.
+A job that still runs may requeue itself; one that was cancelled or preempted is left to Slurm. A signal that
+asks the job to end must not be lost while a process is being started.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out")
-AWAY_WAITS_S = (5.0, 30.0, 120.0)
+CONTROLLER_UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out")
+RETRY_WAITS_S = (5.0, 30.0, 120.0)
 PR_SET_PDEATHSIG = 1
-ENDING = (signal.SIGUSR1, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Signals that ask a job to end."""
 libc = ctypes.CDLL(None)
 
 
 def hold_signals() -> None:
-    """Block the signals in ENDING, here and in processes that are started meanwhile, until each can handle
-    them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    """Block the signals in STOP_SIGNALS, here and in processes that are started meanwhile, until each can
+    handle them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def release_signals() -> None:
-    """Unblock the signals in ENDING; pending ones are delivered at once."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    """Unblock the signals in STOP_SIGNALS; pending ones are delivered at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One allocation, seen from its batch host."""
+    """One allocation of Slurm; its methods run on the batch host."""
 
     id: str
     nodes: tuple[str, ...]
@@ -84,8 +84,8 @@ class Job:
     def start_step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start `command` as the tasks of a job step.
 
-        One failed task ends the step, so that no other waits in a collective for ever; so does the end of
-        this process.
+        One failed task ends the step, so that no other task waits in a collective for ever. The end of this
+        process ends the step, too.
 
         Args:
             options: options of srun.
@@ -101,7 +101,7 @@ class Job:
         )
 
     def is_running(self) -> bool:
-        """True while Slurm neither ends the job nor has requeued it."""
+        """Return True unless Slurm is ending the job or has requeued it."""
         shown = _scontrol("show", "job", "-o", self.id)
         state = re.search(r"JobState=(\w+)", shown)
         return state is not None and state[1] == "RUNNING"
@@ -135,23 +135,24 @@ def _scontrol(*arguments: str) -> str:
     """Run scontrol and return its output; wait for a controller that is being restarted.
 
     Raises:
-        OSError: scontrol fails; the message has its own error.
+        OSError: scontrol fails; the message includes its error.
     """
-    for wait_s in (*AWAY_WAITS_S, None):
+    for wait_s in (*RETRY_WAITS_S, None):
         ended = subprocess.run(
             ["scontrol", *arguments], capture_output=True, text=True, preexec_fn=_ignore_sigterm
         )
         if ended.returncode == 0:
             return ended.stdout
         error = ended.stderr.strip() or ended.stdout.strip()
-        if wait_s is None or not any(message in error for message in CONTROLLER_AWAY):
+        if wait_s is None or not any(message in error for message in CONTROLLER_UNREACHABLE):
             break
         time.sleep(wait_s)
     raise OSError(f"scontrol {' '.join(arguments)}: {error}")
 
 
 def _ignore_sigterm() -> None:
-    # Slurm sends it to all processes of a requeued job, scontrol included, which may have output left.
+    # Slurm sends SIGTERM to all processes of a requeued job, also to scontrol before it has written its
+    # output.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

@@ -19,19 +19,19 @@ from svd_ds.settings import Settings, number
 GRACE_S = 5.0
 """Seconds between the report of a hang and the end of the process: each rank has time to notice by itself."""
 MARGIN = timedelta(minutes=10)
-"""Time by which a collective waits longer than the watchdog, whose report of a hang says more."""
+"""Time by which the timeout of collectives exceeds the watchdog's, whose report of a hang says more."""
 
 
 @dataclass(frozen=True)
 class WatchdogConfig(Settings, section="watchdog"):
     """Time limits of a step."""
 
-    # At most a week: timers of the system and of gloo and NCCL hold no more than some years.
+    # At most a week: timers of the system, gloo and NCCL overflow after some years.
     minutes: float = number(30.0, ge=0, le=10_080)
     """Minutes without a completed step after which a rank writes its stack trace to its log and ends; 0
     switches the watchdog off. It must exceed evaluation, checkpoint and previews together."""
     first_minutes: float = number(90.0, ge=0, le=10_080)
-    """Minutes until the first step, in which files are read, weights loaded and kernels chosen."""
+    """Limit in minutes until the first step is complete; files are read and weights loaded in this time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,8 +42,8 @@ class WatchdogConfig(Settings, section="watchdog"):
             )
 
     @property
-    def patience(self) -> timedelta:
-        """Timeout of collectives: longer than the watchdog's, or a day where it is off."""
+    def collective_timeout(self) -> timedelta:
+        """Timeout of collectives: longer than the watchdog's, or a day if the watchdog is off."""
         return timedelta(minutes=self.first_minutes) + MARGIN if self.minutes else timedelta(days=1)
 
 
@@ -82,7 +82,7 @@ class Watchdog:
     def _arm(self, minutes: float) -> None:
         self._minutes = minutes
         self._deadline = time.monotonic() + 60 * minutes
-        # A thread of C inside the interpreter: it also ends a rank that never releases the GIL.
+        # faulthandler's timer is a C thread, which also ends a rank that never releases the GIL.
         faulthandler.dump_traceback_later(60 * minutes + GRACE_S, exit=True, file=self._log)
 
     def _watch(self) -> None:

@@ -27,15 +27,14 @@ TEMPORAL_CLASS, IMAGE_CLASS = "AutoencoderKLTemporalDecoder", "AutoencoderKL"
 
 
 class Autoencoder:
-    """A frozen autoencoder: no method keeps a graph, and results are float32 in any compute dtype."""
+    """A frozen autoencoder. Its methods build no autograd graph and return float32 for any compute dtype."""
 
     def __init__(self, network: AutoencoderKLTemporalDecoder | AutoencoderKL, chunk: int = 14) -> None:
         """Wrap diffusers' network.
 
         Args:
             network: the autoencoder.
-            chunk: number of frames that are encoded, or decoded together, at a time. The public SVD decodes
-                14 together.
+            chunk: number of frames that are encoded or decoded at a time. The public SVD decodes 14 together.
 
         Raises:
             ValueError: `chunk` is below 1.
@@ -53,7 +52,7 @@ class Autoencoder:
         dtype: torch.dtype = torch.float32,
         chunk: int = 14,
     ) -> Autoencoder:
-        """Load the vae/ of a pipeline, of a video or an image model.
+        """Load the vae/ of the pipeline of a video or image model.
 
         The public weights overflow in float16, as their config states (`force_upcast`): they stay in float32.
 
@@ -67,7 +66,7 @@ class Autoencoder:
             FileNotFoundError: the folder lacks vae/ or its weights.
             ValueError: the autoencoder is of another class.
         """
-        import diffusers  # takes seconds: not before it is needed
+        import diffusers  # takes seconds, so only when it is needed
 
         name = class_name(path, "vae")
         if name not in (TEMPORAL_CLASS, IMAGE_CLASS):
@@ -90,14 +89,14 @@ class Autoencoder:
 
     @property
     def downsampling(self) -> int:
-        """Side of a latent pixel in pixels."""
+        """Side of a latent pixel, in pixels."""
         return int(2 ** (len(self.network.config.block_out_channels) - 1))
 
     def fingerprint(self) -> str:
-        """Hash the encoder, on which alone moments depend, to 12 hexadecimal digits.
+        """Hash the encoder to 12 hexadecimal digits; latents depend on no other part.
 
-        Names, shapes and values of the parameters count, the values in bfloat16: the result is the same if
-        the weights were loaded in float32 or bfloat16.
+        The hash is over names, shapes and values of the parameters, the values in bfloat16: it is the same
+        whether the weights were loaded in float32 or bfloat16.
         """
         digest = hashlib.sha256()
         for part in ("encoder", "quant_conv"):
@@ -126,7 +125,7 @@ class Autoencoder:
             frames: in [-1, 1], (N, 3, H, W).
 
         Returns:
-            Means, then log-variances, NOT scaled: (N, 2C, h, w), float32.
+            Means, then log-variances, not multiplied by the scaling factor: (N, 2C, h, w), float32.
 
         Raises:
             ValueError: a side is not a multiple of the downsampling.
@@ -147,10 +146,10 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode clips.
 
-        A temporal decoder mixes the frames that it gets together: `chunk` frames of one clip, never of two.
+        A temporal decoder mixes the frames of a call, so it is called with up to `chunk` frames of one clip.
 
         Args:
-            latents: scaled, as the UNet has them, (B, T, C, h, w).
+            latents: multiplied by the scaling factor, as those of the UNet, (B, T, C, h, w).
 
         Returns:
             Frames in [-1, 1], (B, T, 3, H, W), float32.
@@ -176,7 +175,7 @@ def posterior(moments: Tensor, noise: Tensor | None = None) -> Tensor:
         noise: standard normal, (..., C, h, w); None for the mean.
 
     Returns:
-        Unscaled latents, (..., C, h, w).
+        Latents, not multiplied by the scaling factor, (..., C, h, w).
     """
     mean, log_variance = moments.chunk(2, dim=-3)
     if noise is None:

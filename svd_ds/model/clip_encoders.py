@@ -41,7 +41,7 @@ class ImageEncoder:
         Raises:
             FileNotFoundError: the pipeline lacks it.
         """
-        from transformers import CLIPVisionModelWithProjection  # takes seconds: not before it is needed
+        from transformers import CLIPVisionModelWithProjection  # takes seconds, so only when it is needed
 
         return ImageEncoder(load_frozen(CLIPVisionModelWithProjection, path, "image_encoder", device, dtype))
 
@@ -102,7 +102,7 @@ def preprocess_frames(frames: Tensor, size: int) -> Tensor:
         size: side of the encoder's images.
 
     Returns:
-        (B, 3, size, size), less CLIP's mean, divided by its deviation.
+        (B, 3, size, size), with CLIP's mean subtracted and divided by its deviation.
     """
     pixels_BCHW = resize_antialiased(frames.float(), size)
     mean, std = (pixels_BCHW.new_tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))

@@ -8,8 +8,8 @@
 As in arXiv 2311.15127, sections 4.3 and D.4, and sgm's svd.yaml and encoders/modules.py. Noise augmentation
 and dropout (for classifier-free guidance) are drawn once for a clip: all of its frames share them.
 
-For interpolation (D.5) the first and the last frame of a clip are given: two CLIP tokens, and latents on
-these two frames alone, with a mask as a further channel.
+For interpolation (D.5) the first and the last frame of a clip are given: two CLIP tokens, and latents on only
+these two frames, with a mask as a further channel.
 
     both frames ---- encoder -> + sigma * noise -> concat, each on its frame, mask 1; elsewhere 0, mask 0
 
@@ -45,36 +45,36 @@ class ConditionerConfig(Settings, section="conditioning"):
     scalars: tuple[str, ...] = choice(RELEASED_SCALARS, SCALARS.keys())
     """Scalar conditions (svd_ds/scalars.py), in the order of their embeddings."""
     context_width: int | None = number(None, ge=1, le=65_536)
-    """Width of the zero token that the UNet is given with context "none", and only then."""
+    """Width of the zero token that the UNet gets with context "none"; null with any other context."""
     drop_context: float = number(0.1, ge=0, le=1)
     """Share of clips without the image tokens. The paper gives none: 0.1 is SVD_Xtend's, Vista has 0.15."""
     drop_text: float = number(0.15, ge=0, le=1)
     """Share of clips without the caption (arXiv 2311.15127, D.2)."""
     drop_concat: float = number(0.1, ge=0, le=1)
-    """Share of clips without the concatenated frames, drawn apart from the context's (sgm
+    """Share of clips without the concatenated frames, drawn independently of the context's (sgm
     GeneralConditioner)."""
     drop_scalars: dict[str, float] = number(dict, ge=0, le=1)
-    """Scalar -> share of clips without it, each drawn apart from the others. The paper drops none."""
-    # Within these, no draw of sigma has a square beyond float32.
+    """Scalar -> share of clips without it, drawn independently of the others. The paper drops none."""
+    # Within these bounds the square of sigma never overflows float32.
     augmentation_mean: float = number(-3.0, ge=-20, le=20)
-    """Mean of ln sigma of the noise put on the conditioning frame (D.4): on its pixels in [-1, 1], or with
-    concat "ends" on its latents, as the network sees them scaled to deviation 1."""
+    """Mean of ln sigma of the noise that is added to the conditioning frame (D.4): to its pixels in [-1, 1],
+    or with concat "ends" to its latents, in units of the scaled latents, whose deviation is 1."""
     augmentation_std: float = number(0.5, ge=0, le=3.5)
     """Standard deviation of ln sigma of that noise (D.4)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(set(self.scalars)) < len(self.scalars):
-            raise ValueError(f"conditioning.scalars is {[*self.scalars]}: each may be named once")
+            raise ValueError(f"conditioning.scalars is {[*self.scalars]}: no name may occur twice")
         if AUGMENTATION.name in self.scalars and self.concat == "none":
             raise ValueError(
-                "conditioning.scalars names augmentation and conditioning.concat is none: no frame gets any "
-                "noise"
+                "conditioning.scalars names augmentation and conditioning.concat is none: there is no frame "
+                "that gets noise"
             )
         if (self.context_width is not None) != (self.context == "none"):
             raise ValueError(
                 f"conditioning.context_width is {self.context_width} and conditioning.context is "
-                f"{self.context}: a width must be given with the context none, and with no other"
+                f"{self.context}: the width must be given with the context none, and null with any other"
             )
         for name in self.drop_scalars:
             if name not in self.scalars:
@@ -110,7 +110,7 @@ class ConditionerConfig(Settings, section="conditioning"):
 
 
 class Conditioner:
-    """Computes the conditioning from frames, captions and scalars, in float32 and without a graph."""
+    """Computes the conditioning from frames, captions and scalars, in float32 and without autograd."""
 
     def __init__(
         self,
@@ -118,10 +118,10 @@ class Conditioner:
         encoder: ImageEncoder | TextEncoder | None = None,
         cached_width: int | None = None,
     ) -> None:
-        """Build from an encoder that is loaded already.
-
+        """
         Args:
-            cached_width: D of the CLIP embeddings that every call is given instead of using an `encoder`.
+            encoder: encoder of images or text; None without one, or if cached embeddings are used.
+            cached_width: width D of the cached CLIP embeddings, which every call then gets as `context`.
         """
         self.config = config
         self.encoder = encoder
@@ -137,7 +137,7 @@ class Conditioner:
         """Read the encoder that `config` needs from a pipeline folder, or from a hub id.
 
         Raises:
-            FileNotFoundError: the folder does not have it.
+            FileNotFoundError: the pipeline lacks the encoder.
         """
         if config.context == "none":
             return Conditioner(config)
@@ -153,7 +153,7 @@ class Conditioner:
         assert width is not None  # by ConditionerConfig, with context "none"
         return width
 
-    def configured(self, config: ConditionerConfig) -> Conditioner:
+    def with_config(self, config: ConditionerConfig) -> Conditioner:
         """Return a conditioner with the same encoder and another config."""
         return Conditioner(config, self.encoder, self.cached_width)
 
@@ -163,7 +163,7 @@ class Conditioner:
         return len(self.config.scalars)
 
     def concat_channels(self, autoencoder: Autoencoder) -> int:
-        """Count the UNet's input channels beyond the noisy latents' own."""
+        """Return the number of the UNet's input channels besides those of the noisy latents."""
         return {
             "image": autoencoder.latent_channels,
             "ends": autoencoder.latent_channels + 1,
@@ -171,7 +171,14 @@ class Conditioner:
         }[self.config.concat]
 
     def noise_shape(self, autoencoder: Autoencoder, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return (K, C, H, W) of a clip's augmentation noise: one frame's pixels, or both ends' latents."""
+        """Return the shape (K, C, H, W) of a clip's augmentation noise.
+
+        It is that of one frame's pixels, or with concat "ends" that of the latents of both ends.
+
+        Args:
+            height: height of a frame in pixels.
+            width: width of a frame in pixels.
+        """
         if self.config.concat != "ends":
             return 1, 3, height, width
         cell = autoencoder.downsampling
@@ -200,11 +207,11 @@ class Conditioner:
         Args:
             first_frame: (B, 3, H, W) in [-1, 1].
             captions: one for each clip, read by a text encoder.
-            scalars: scalar -> (B,); at least those of `config.scalars`, and augmentation (sigma) where frames
+            scalars: scalar -> (B,); at least those of `config.scalars`, and augmentation (sigma) if frames
                 are concatenated.
             noise: standard normal, (B, K, C, H, W), of `noise_shape`.
-            last_frame: (B, 3, H, W) in [-1, 1]; needed only where a signal is "ends".
-            context: cached output of the encoder, (B, L, D); None: it is computed.
+            last_frame: (B, 3, H, W) in [-1, 1]; needed only if `config.context` or `config.concat` is "ends".
+            context: cached output of the encoder, (B, L, D); None computes it.
             drop_context: bool, (B,); None drops nothing.
             drop_concat: bool, (B,); None drops nothing.
             drop_scalars: scalar -> bool, (B,); those without an entry are kept.
@@ -216,9 +223,15 @@ class Conditioner:
         frames = [first_frame]
         if self.config.uses_last_frame:
             if last_frame is None:
-                raise ValueError("the network is conditioned on first and last frames, and no last is given")
+                raise ValueError(
+                    f"conditioning.context is {self.config.context} and conditioning.concat is "
+                    f"{self.config.concat}: last_frame must be given"
+                )
             if num_frames < 3:
-                raise ValueError(f"a clip of {num_frames} frames has none between its ends: 3 are the fewest")
+                raise ValueError(
+                    f"num_frames is {num_frames}: with the first and the last frame given it must be at "
+                    "least 3"
+                )
             frames.append(last_frame)
         context_BLD = self._context(frames, captions) if context is None else context.float()
         if drop_context is not None:
@@ -230,23 +243,23 @@ class Conditioner:
         return Conditioning(
             context_BLD=context_BLD,
             scalars_BS=torch.stack(columns, dim=1) if columns else first_frame.new_zeros(len(first_frame), 0),
-            concat_BTChw=None if given_BKChw is None else _placed(given_BKChw, num_frames),
+            concat_BTChw=None if given_BKChw is None else _expand_to_clip(given_BKChw, num_frames),
         )
 
     def _scalar(self, name: str, scalars: Mapping[str, Tensor], drop: Mapping[str, Tensor]) -> Tensor:
         """Return the number that the UNet embeds, (B,) float32; NaN where it is dropped."""
         if name not in scalars:
-            raise ValueError(f"conditioning.scalars names {name}, and sampling.scalars.{name} is not given")
+            raise ValueError(f"conditioning.scalars names {name}: sampling.scalars.{name} must be given")
         value_B = scalars[name].float()
         if offset := SCALARS[name].offset:
             value_B = value_B + offset
         return value_B.masked_fill(drop[name], torch.nan) if name in drop else value_B
 
     def _context(self, frames: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """Compute the context, nothing dropped: (B, L, D)."""
+        """Compute the context before dropout: (B, L, D)."""
         if isinstance(self.encoder, ImageEncoder):
-            seen = frames if self.config.context == "ends" else frames[:1]
-            return torch.cat([self.encoder(frame_BCHW) for frame_BCHW in seen], dim=1)
+            encoded = frames if self.config.context == "ends" else frames[:1]
+            return torch.cat([self.encoder(frame_BCHW) for frame_BCHW in encoded], dim=1)
         if isinstance(self.encoder, TextEncoder):
             return self.encoder(captions)
         assert self.config.context == "none", "without an encoder every call is given a cached context"
@@ -259,7 +272,7 @@ class Conditioner:
         scalars: Mapping[str, Tensor],
         noise_BKCHW: Tensor,
     ) -> Tensor | None:
-        """Compute the latents, and mask, of each given frame, nothing dropped: (B, K, C, h, w)."""
+        """Compute the latents (and the mask, if any) of each given frame before dropout: (B, K, C, h, w)."""
         if self.config.concat == "none":
             return None
         sigma_BKCHW = scalars[AUGMENTATION.name][:, None, None, None, None]
@@ -271,8 +284,8 @@ class Conditioner:
         return torch.cat([noised_BKChw, torch.ones_like(noised_BKChw[:, :, :1])], dim=2)
 
 
-def _placed(given_BKChw: Tensor, num_frames: int) -> Tensor:
-    """Lay given frames out over a clip, (B, T, C, h, w): one on all frames (a view), two at the ends."""
+def _expand_to_clip(given_BKChw: Tensor, num_frames: int) -> Tensor:
+    """Expand given frames to (B, T, C, h, w): one is repeated on all frames (a view), two are at the ends."""
     num_clips, num_given, *shape = given_BKChw.shape
     if num_given == 1:
         return given_BKChw.expand(-1, num_frames, -1, -1, -1)

@@ -2,8 +2,8 @@
 
 It is diffusers' TemporalDecoder (sgm temporal_ae.py): each residual block of Stable Diffusion 2.1's decoder
 is followed by one that mixes frames, blended in by a learned share that starts at 0.5, and the output passes
-a convolution over time (training: VideoLDM, arXiv 2304.08818 section 3.1.1). `build_decoder` also makes one
-of an image decoder. weights/decoder.py loads and saves decoders.
+a convolution over time (training: VideoLDM, arXiv 2304.08818 section 3.1.1). `build_decoder` can also extend
+an image decoder to one. weights/decoder.py loads and saves decoders.
 
 Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent pixels (H/8 x W/8).
 """
@@ -32,7 +32,7 @@ class DecoderConfig:
     latent_channels: int = 4
     out_channels: int = 3
     widths: tuple[int, ...] = (128, 256, 512, 512)
-    """Channels at each level, from the frames' to the latents'."""
+    """Channels at each level, from the level of the frames to that of the latents."""
     num_layers: int = 2
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class Decoder(TemporalDecoder):
         """
         for module in self._temporal_modules():
             if isinstance(module, TemporalResnetBlock):
-                last: Any = module.conv2  # its bias is optional, says its type
+                last: Any = module.conv2  # its bias has an optional type
                 last.weight.zero_()
                 last.bias.zero_()
         end: Any = self.time_conv_out
@@ -103,9 +103,9 @@ class Decoder(TemporalDecoder):
 def build_decoder(autoencoder: Any, seed: int = 0) -> tuple[Decoder, list[str]]:
     """Build the decoder of diffusers' `autoencoder`, float32 on the CPU.
 
-    An image autoencoder (AutoencoderKL) has no temporal layers: they are new, drawn from `seed`, and leave
-    its frames unchanged. Its 1 x 1 convolution of the latents is folded into the next one, see
-    `fold_pointwise_conv`.
+    An image autoencoder (AutoencoderKL) has no temporal layers. New ones are initialised from `seed` such
+    that they leave its frames unchanged. Its 1 x 1 convolution of the latents is folded into the next one,
+    see `fold_pointwise_conv`.
 
     Returns:
         The decoder, and the names of its new parameters.
@@ -122,8 +122,8 @@ def build_decoder(autoencoder: Any, seed: int = 0) -> tuple[Decoder, list[str]]:
         return decoder, []
     if decoder.config.num_layers != NUM_IMAGE_LAYERS:
         raise ValueError(
-            f"an image autoencoder of {decoder.config.num_layers} layers a block takes no temporal layers: "
-            f"it needs {NUM_IMAGE_LAYERS}, as Stable Diffusion's"
+            f"the image autoencoder has {decoder.config.num_layers} layers a block: to get temporal layers "
+            f"it must have {NUM_IMAGE_LAYERS}, as Stable Diffusion's"
         )
     decoder.init_temporal_identity()
     weights = {

@@ -55,8 +55,8 @@ def load_frozen(
 def fingerprint(path: str | Path, part: str) -> str | None:
     """Hash the weights of a part, without loading them, to 12 hexadecimal digits.
 
-    Names, shapes and first rows of the tensors count, in bfloat16: no two trainings share them. For a hub id,
-    the id is hashed.
+    The hash is over names, shapes and first rows of the tensors, in bfloat16, in which any two trainings
+    differ. For a hub id, the id is hashed.
 
     Returns:
         None if the pipeline has no such part.
@@ -97,7 +97,7 @@ def class_name(path: str | Path, part: str) -> str:
         except OSError as error:
             raise _not_on_the_hub(path, part, error) from error
     if "_class_name" not in fields:
-        raise ValueError(f"{path}'s {part}/config.json has no _class_name, which diffusers' have")
+        raise ValueError(f"{path}'s {part}/config.json has no _class_name: it is not a config of diffusers")
     return fields["_class_name"]
 
 
@@ -138,7 +138,7 @@ def part_folder(path: str | Path, part: str) -> Path | None:
     config = "tokenizer_config.json" if part == "tokenizer" else "config.json"
     if not (folder / config).is_file():
         raise FileNotFoundError(
-            f"{path} has no {part}/{config}, but must be a folder in the layout of the public SVD pipeline"
+            f"{path} has no {part}/{config}: it must be a folder in the layout of the public SVD pipeline"
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""The network without temporal layers: Stable Diffusion 2.1's image model, and stage 1 of the paper.
+"""The blocks of the network without temporal layers: Stable Diffusion 2.1, and stage 1 of the paper.
 
 The video blocks (blocks.py, pseudo3d.py) extend these blocks, so a video network takes the image model's
 weights under the same names. Frames are independent of each other; an image is a clip of one frame.

@@ -97,12 +97,12 @@ def add_lora(unet: UNet, config: LoraConfig) -> list[str]:
         The names of the adapters' parameters.
 
     Raises:
-        ValueError: the network has no layers of this target, or has adapters already.
+        ValueError: the network has no layers of this target, or already has adapters.
     """
     if config.rank:
         layers = linear_layers(unet, config.target)
         if not layers:
-            raise ValueError(f"lora.target is {config.target}, of which the network has no layers")
+            raise ValueError(f"lora.target is {config.target}: the network has no such layers")
         attach_adapters(unet, layers, config.rank, config.alpha)
     return adapter_parameters(unet)
 

@@ -1,8 +1,9 @@
 """Make-A-Video's temporal layers in place of SVD's, for comparison (arXiv 2209.14792 section 3.2: pseudo-3D).
 
 A convolution over time follows each 3 x 3 convolution of a residual block and starts as the identity;
-attention over time follows each spatial transformer block and starts with an output of zero. So the network
-starts as the image model. There is no learned blend, and only the image model's layers see the context.
+attention over time follows each spatial transformer block and starts with an output of zero. Therefore the
+network starts as the image model. There is no learned blend, and only the image model's layers attend to the
+context.
 
 x is (B, T, h, w, C): B clips, T frames, h x w latent pixels, C channels. embedding is (B, E), E the width of
 the time embedding; context (B, L, D), L tokens of width D; image_only (B, T) bool, True if a frame is an

@@ -1,4 +1,4 @@
-"""The spatial blocks: Stable Diffusion 2.1's, applied to each frame on its own.
+"""The spatial blocks: those of Stable Diffusion 2.1, applied to each frame independently.
 
 x is (B, T, h, w, C): B clips, T frames, h x w latent pixels, C channels. embedding is (B, E), E the width of
 the time embedding; context (B, L, D), L tokens of width D; image_only (B, T) bool, True if a frame is an

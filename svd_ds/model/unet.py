@@ -65,7 +65,8 @@ class UNetConfig(Settings, section="model"):
     head_width: int = number(64, ge=1, le=65_536)
     """Channels of an attention head."""
     num_scalars: int = number(3, ge=0, le=1000)
-    """Number of scalar conditions of a clip: fps - 1, motion bucket, augmentation sigma. 0: no such input."""
+    """Number of scalar conditions of a clip, such as fps - 1, motion bucket and augmentation sigma; 0: the
+    network has no input for scalars."""
     scalar_width: int = number(256, ge=2, le=65_536)
     """Width of the sinusoidal embedding of each scalar."""
     num_frames: int = number(14, ge=1, le=10_000)
@@ -89,8 +90,8 @@ class UNetConfig(Settings, section="model"):
         for width in self.widths:
             if width % NORM_GROUPS or width % self.head_width:
                 raise ValueError(
-                    f"each of model.widths must be a multiple of {NORM_GROUPS} (group norm) and of "
-                    f"model.head_width, {self.head_width}, which {width} is not"
+                    f"model.widths has {width}: each width must be a multiple of {NORM_GROUPS} (group norm) "
+                    f"and of model.head_width, {self.head_width}"
                 )
         if self.masked and self.in_channels < (minimum := self.out_channels + 2):
             raise ValueError(
@@ -107,7 +108,7 @@ class UNetConfig(Settings, section="model"):
 
     @property
     def size_multiple(self) -> int:
-        """Number of which latent heights and widths must be multiples."""
+        """Latent heights and widths must be multiples of this number."""
         return 2 ** (len(self.widths) - 1)
 
 

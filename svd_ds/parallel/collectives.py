@@ -19,7 +19,7 @@ class SharedError(ValueError):
 
 
 class RetryableSharedError(SharedError, OSError):
-    """A shared error that a retry may not meet, such as a full disk (svd_ds.cli.is_retryable)."""
+    """A shared error after which a retry may succeed, such as a full disk (svd_ds.cli.is_retryable)."""
 
 
 def is_peer_failure(error: BaseException) -> bool:
@@ -65,7 +65,7 @@ def all_gather_objects(items: list[Result]) -> list[Result]:
 
 
 def broadcast_from_rank0(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 and return its result on every rank, which might find a different one itself.
+    """Run `action` on rank 0 only, and return its result on every rank.
 
     All ranks call it.
 
@@ -84,8 +84,9 @@ def raise_on_all_ranks(action: Callable[[], Result]) -> Result:
         action: must not contain a collective.
 
     Raises:
-        SharedError: on every rank, with the message of the first rank that failed, so that none waits for it.
-        RetryableSharedError: likewise, where the error of that rank is retryable.
+        SharedError: on every rank, so that no rank waits for a failed one; the message is that of the first
+            rank that failed.
+        RetryableSharedError: likewise, if the error of that rank is retryable.
     """
     failure, result = None, None
     try:

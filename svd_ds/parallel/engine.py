@@ -1,7 +1,7 @@
-"""Training engine: DeepSpeed ZeRO-3 with a small interface. The only import of deepspeed.
+"""Training engine: DeepSpeed ZeRO-3 with a small interface. No other module imports deepspeed.
 
     with Engine.sharded_init(config, mpu):
-        module = Network()                      # every parameter is sharded as soon as it is made
+        module = Network()                      # every parameter is sharded as soon as it is created
     engine = Engine(module, groups, config, mpu)
     engine.load_full(stream of (name, tensor))  # each rank keeps its shard
     ...
@@ -50,7 +50,7 @@ class Engine:
         module: built inside `sharded_init`.
         groups: parameter groups as torch.optim takes them, each with `params`, `name` and `weight_decay`. A
             parameter in no group is frozen.
-        config: from `deepspeed_config`; the same that `sharded_init` got.
+        config: result of `deepspeed_config`, the same as for `sharded_init`.
         leaves: modules whose parameters are gathered and released together. Their inputs and outputs are
             tensors, and their outputs must not be changed in place.
     """
@@ -86,15 +86,15 @@ class Engine:
                 )
             self._adam = DeepSpeedCPUAdam(list(groups), lr=0.0, betas=betas, eps=eps)
         _start_communication()
-        live = {"stage3_max_live_parameters": 2 * largest_leaf_module(leaves)}
-        config = {**config, "zero_optimization": live | config["zero_optimization"]}
+        max_live = {"stage3_max_live_parameters": 2 * largest_leaf_module(leaves)}
+        config = {**config, "zero_optimization": max_live | config["zero_optimization"]}
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._adam, config=config, mpu=mpu
         )
         self.module = module
         self.group = mpu.get_data_parallel_group()
         self._rank = mpu.get_data_parallel_rank()
-        self._backwards, self._due = 0, 1
+        self._num_backwards, self._num_micro_batches = 0, 1
         # DeepSpeed has added ds_tensor, this rank's shard in the compute precision, and ds_shape.
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         self.shapes: dict[str, torch.Size] = {name: p.ds_shape for name, p in self._parameters.items()}
@@ -120,7 +120,7 @@ class Engine:
         """Run the module. All ranks call it together, under torch.no_grad too."""
         output = self._engine(*inputs, **named_inputs)
         if not torch.is_grad_enabled():
-            # The last blocks stay gathered for a backward pass, which does not follow.
+            # DeepSpeed keeps the last blocks gathered for a backward pass, but none follows.
             self._zero.empty_partition_cache()
         return output
 
@@ -131,44 +131,45 @@ class Engine:
             loss: mean over the clips of this rank's micro-batch, a scalar.
             num_micro_batches: micro-batches of this step.
         """
-        self._backwards += 1
-        self._due = num_micro_batches
-        self._engine.set_gradient_accumulation_boundary(self._backwards == self._due)
+        self._num_backwards += 1
+        self._num_micro_batches = num_micro_batches
+        self._engine.set_gradient_accumulation_boundary(self._num_backwards == self._num_micro_batches)
         # Scaled here: DeepSpeed knows only the number in its configuration.
-        self._engine.backward(loss / self._due, scale_wrt_gas=False)
+        self._engine.backward(loss / self._num_micro_batches, scale_wrt_gas=False)
 
     def gradient_norm(self) -> float:
-        """Return the global norm of the mean gradient since the last step, inf where it is not finite.
+        """Return the global norm of the mean gradient since the last step; inf if it is not finite.
 
         All ranks call it, after at least one `backward`.
         """
-        if self._backwards != self._due:
+        if self._num_backwards != self._num_micro_batches:
             # An offloaded optimiser gets its gradients only at the end of a step.
             self._zero.finalize_gradient_accumulation_boundary()
         norms = [float(norm) for norm in self._zero._get_norm_groups()]
-        # Each was divided by the micro-batches of a complete step; DeepSpeed returns -1 where not finite.
-        scale = self._due / self._backwards
+        # DeepSpeed has divided each by the micro-batches of a complete step; -1 stands for "not finite".
+        scale = self._num_micro_batches / self._num_backwards
         return scale * math.hypot(*norms) if min(norms) >= 0 else math.inf
 
     def step(self, rates: Mapping[str, float]) -> None:
-        """Clip the gradient, take one AdamW step, and discard the gradients. A gradient that is not finite
-        changes nothing.
+        """Clip the gradient, take one AdamW step, and discard the gradients.
+
+        If the gradient is not finite, no weight changes.
 
         Args:
             rates: name of each parameter group -> its learning rate.
         """
-        seen, due = self._backwards, self._due
+        seen, due = self._num_backwards, self._num_micro_batches
         assert seen == due, f"a step of {due} micro-batches ends after {seen}"
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]]
         self._engine.step()
-        self._backwards = 0
+        self._num_backwards = 0
 
     def discard_gradients(self) -> None:
         """Discard the gradients since the last step."""
-        # DeepSpeed calls it for a gradient that is not finite; the argument is only logged.
+        # DeepSpeed's own reaction to a gradient that is not finite; it only logs the argument.
         self._zero._overflow_clean_up(prev_scale=1.0)
-        self._backwards = 0
+        self._num_backwards = 0
 
     def local_shards(self) -> dict[str, Tensor]:
         """Return name -> this rank's flat shard of the float32 master weights of trained parameters.
@@ -210,9 +211,9 @@ class Engine:
             Names of parameters that the stream lacks.
 
         Raises:
-            ValueError: a name or shape that the module does not have.
+            ValueError: the stream has a parameter that the module lacks, or that has another shape there.
         """
-        return self.load_shards((name, self._shard_of(name, tensor)) for name, tensor in tensors)
+        return self.load_shards((name, self._own_shard(name, tensor)) for name, tensor in tensors)
 
     @torch.no_grad()
     def load_shards(self, shards: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -220,27 +221,27 @@ class Engine:
         missing = dict.fromkeys(self.shapes)
         with self._parameters_released():
             for name, shard in shards:
-                exact = self._masters if name in self._masters else self._frozen
-                exact[name].copy_(shard)
+                float32_shards = self._masters if name in self._masters else self._frozen
+                float32_shards[name].copy_(shard)
                 self._parameters[name].ds_tensor.copy_(shard)
                 missing.pop(name, None)
         return list(missing)
 
     @contextmanager
     def weights(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
-        """Replace weights inside the context by the flat `shards` of any parameters, such as averages."""
-        own = {name: self._parameters[name].ds_tensor.clone() for name in shards}
+        """Replace weights inside the context by flat `shards` of this rank, such as those of averages."""
+        original = {name: self._parameters[name].ds_tensor.clone() for name in shards}
         self._set_compute_shards(shards)
         try:
             yield
         finally:
-            self._set_compute_shards(own)
+            self._set_compute_shards(original)
 
     def _find_optimizer_state(self) -> None:
         """Find this rank's shard of each parameter in the optimiser's flat float32 buffers."""
         buffers = self._zero.fp32_partitioned_groups_flat
         for buffer in buffers:
-            # AdamW makes its state at its first step; a checkpoint is loaded before that.
+            # AdamW creates its state at its first step, but a checkpoint is loaded before that.
             moments = {moment: torch.zeros_like(buffer) for moment in MOMENTS}
             step = torch.zeros((), device=buffer.device) if self._fused else 0
             self._adam.state[buffer] = {"step": step, **moments}
@@ -252,7 +253,7 @@ class Engine:
                     shards[name] = self._adam.state[buffers[index]][moment].narrow(0, start, numel)
 
     def _store_frozen_shards(self) -> None:
-        """Keep float32 shards of frozen parameters: DeepSpeed keeps those of trained ones only."""
+        """Store float32 shards of frozen parameters: DeepSpeed stores those of trained parameters only."""
         for name, parameter in self._parameters.items():
             if name not in self._masters:
                 self._frozen[name] = parameter.ds_tensor.detach().to("cpu", torch.float32)
@@ -266,7 +267,7 @@ class Engine:
             if name in self._masters:
                 self._masters[name][kept:].zero_()
 
-    def _shard_of(self, name: str, tensor: Tensor) -> Tensor:
+    def _own_shard(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.shapes:
             raise ValueError(f"the weights hold {name}, which the network does not have")
         if tensor.shape != self.shapes[name]:
@@ -284,7 +285,7 @@ class Engine:
 
     @contextmanager
     def _parameters_released(self) -> Iterator[None]:
-        """A context in which no parameter is gathered; persistent ones are gathered again after it."""
+        """Release all gathered parameters inside the context; persistent ones are gathered again after it."""
         self._zero.checkpoint_event_prologue()
         yield
         self._zero.checkpoint_event_epilogue()

@@ -2,7 +2,7 @@
 
 Three ways to start a rank are supported, in this order:
 - torchrun or tools/launch.py: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;
-- srun: a task of a Slurm job step. The shell of sbatch or salloc is not a task, but a run of one rank;
+- srun: a task of a Slurm job step. The shell of sbatch or salloc is not a task: a run there has one rank;
 - by hand: one rank, no network.
 Nothing else in svd_ds reads these variables.
 """
@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 import torch
 import torch.distributed as dist
 
-WAIT = timedelta(minutes=30)
+DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Default timeout of collectives and of the rendezvous."""
 STARTED = "SVD_DS_STARTED"
 """Environment variable in which tools/job.py passes the time of the job's first start, in ISO format."""
@@ -69,7 +69,7 @@ class Env:
         )
 
     def check_gpus(self) -> None:
-        """Check that each rank on this machine has a GPU of its own, or none has one.
+        """Check that this machine has a GPU for each of its ranks, at most one that they share, or none.
 
         Raises:
             ValueError: there are fewer GPUs than ranks.
@@ -95,22 +95,22 @@ def restart_id(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
 def start_time(env: Env, environ: Mapping[str, str] = os.environ) -> datetime:
     """Return the start time of the run, the same on all ranks: from tools/job.py, else from rank 0's clock.
 
-    All ranks call it equally often, before `init`.
+    All ranks call it the same number of times, before `init`.
     """
     if job_started := environ.get(STARTED):
         return datetime.fromisoformat(job_started)
     now = datetime.now()
     if env.world == 1:
         return now
-    # Rank 0 may host the store: it is kept open for ranks that come later.
-    _stores.append(_rendezvous(env, WAIT)[0])
+    # Rank 0 may host the store, so it is kept open for ranks that connect later.
+    _stores.append(_rendezvous(env, DEFAULT_TIMEOUT)[0])
     key = f"start-time-{len(_stores)}"
     if env.rank == 0:
         _stores[-1].set(key, now.isoformat())
     return datetime.fromisoformat(_stores[-1].get(key).decode())
 
 
-def init(env: Env, timeout: timedelta = WAIT) -> None:
+def init(env: Env, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
     """Initialise torch.distributed. All ranks call it.
 
     Args:
@@ -120,8 +120,8 @@ def init(env: Env, timeout: timedelta = WAIT) -> None:
         ValueError: see `Env.check_gpus`.
     """
     env.check_gpus()
-    # For DeepSpeed, which reads the environment itself: LOCAL_RANK is its device's index, and without
-    # LOCAL_SIZE it starts a process to count the processor's NUMA nodes at every reduction of gradients.
+    # DeepSpeed reads the environment itself: LOCAL_RANK as the index of the device; without LOCAL_SIZE it
+    # starts a process that counts the NUMA nodes of the CPU, at every reduction of gradients.
     local_rank = env.local_rank if env.device.index is None else env.device.index
     os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world))
     os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_SIZE=str(env.local_world))
@@ -199,13 +199,14 @@ def _torchrun(environ: Mapping[str, str]) -> _LauncherRank | None:
 
 
 def _srun(environ: Mapping[str, str]) -> _LauncherRank | None:
-    # sbatch sets SLURM_PROCID in its shell too, and salloc's shell is a step of one task: the step's own task
-    # count tells what srun really started.
+    # sbatch sets SLURM_PROCID in its shell too, and salloc's shell is a step of one task: only the task count
+    # of the step is the number of processes that srun started.
     if not all(name in environ for name in ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         return None
     tasks_per_node = _expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_STEP_NUM_TASKS"]))
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    # Every rank must find the same port, and two steps on one node another; below the ephemeral range.
+    # All ranks of a step must find the same port, and two steps on one node different ones, all below the
+    # ephemeral range.
     step = 7 * _number(environ, "SLURM_JOB_ID", default=0) + _number(environ, "SLURM_STEP_ID")
     port = 15000 + step % 15000
     return _LauncherRank(

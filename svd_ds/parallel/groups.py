@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from svd_ds.parallel.env import WAIT
+from svd_ds.parallel.env import DEFAULT_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ModelParallelUnit:
         return dist.get_world_size(self._model)
 
 
-def create_groups(dims: ParallelDims, timeout: timedelta = WAIT) -> ModelParallelUnit:
+def create_groups(dims: ParallelDims, timeout: timedelta = DEFAULT_TIMEOUT) -> ModelParallelUnit:
     """Create the process groups of `dims`. All ranks call it, once, after torch.distributed is initialised.
 
     Args:

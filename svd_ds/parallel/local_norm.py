@@ -15,16 +15,16 @@ class LocalNorm:
         self._started = False
 
     def start(self) -> None:
-        """Register the hooks: the norm is kept from the next backward on."""
+        """Register the hooks: the norm is accumulated from the next backward pass on."""
         if not self._started:
             self._started = True
             for parameter in self._parameters:
                 parameter.register_hook(self._add)
 
     def take(self) -> Tensor | None:
-        """Return the norm since the last call, None where nothing was kept.
+        """Return the norm since the last call, a float64 scalar; None if there was no backward pass.
 
-        It is the root of the sum of the squares of all gradients of all micro-batches: a float64 scalar.
+        It is the square root of the sum of squares over the gradients of all parameters and micro-batches.
         """
         squares, self._squares = self._squares, []
         return torch.stack(squares).sum().sqrt() if squares else None

@@ -10,23 +10,23 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 POLICIES = ("none", "blocks", "attention", "full")
-KEPT = ("aten::_scaled_dot_product_", "flash_attn::_flash_attn_forward")
+SAVED_KERNELS = ("aten::_scaled_dot_product_", "flash_attn::_flash_attn_forward")
 """Prefixes of the names of fused attention kernels: torch's on every device, and flash_attn's."""
 
 
 def apply_recompute(module: nn.Module, names: Iterable[str], policy: str) -> None:
     """Discard activations of blocks in forward, and compute them again in backward.
 
-    Parameter names do not change. Only `forward` is wrapped, not the call: the hooks by which ZeRO-3 gathers
-    a block's parameters before its forward and its backward run once each, outside the recomputation (with
-    full, inside it, and once more).
+    Parameter names do not change. Only `forward` is wrapped, not `__call__`. The hooks by which ZeRO-3
+    gathers a block's parameters therefore run outside the recomputation: once before the forward pass, and
+    once before the backward pass. With the policy full they run inside it, once more.
 
     Args:
         names: blocks, by their names in `module`.
         policy: none keeps every activation. blocks keeps the inputs of each block. attention also keeps the
-            outputs of fused attention kernels: one tensor per attention saves its recomputation, the most
-            expensive one per byte. full keeps only the inputs of the modules around the blocks: the least,
-            but recomputing one of them takes more memory at once.
+            outputs of fused attention kernels, which are the most expensive to recompute per byte. full keeps
+            only the inputs of the modules around the blocks; it keeps the fewest tensors, but recomputing one
+            of these modules takes more memory at once.
 
     Raises:
         ValueError: unknown policy.
@@ -53,5 +53,5 @@ def _around(module: nn.Module, name: str) -> str:
 
 
 def _keep(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    kept = operator.name().startswith(KEPT)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    is_saved = operator.name().startswith(SAVED_KERNELS)
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE

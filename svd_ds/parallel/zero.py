@@ -1,4 +1,4 @@
-"""ZeRO-3 settings, and the DeepSpeed configuration made of them."""
+"""ZeRO-3 settings, and the DeepSpeed configuration that is built from them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ class ZeroConfig(Settings, section="parallel"):
     """Settings of ZeRO stage 3; counts are in elements, not bytes."""
 
     persistence_threshold: int = number(0, ge=0)
-    """Parameters up to this size stay gathered on every rank between steps. With 0 none do: small ones are
-    gathered with their block, whereas each that stays costs a message of its own after every step."""
+    """Parameters up to this size stay gathered on every rank between steps. With 0 none stays: small
+    parameters are gathered with their block, whereas one that stays takes an extra message after every
+    step."""
     prefetch_bucket: int = number(50_000_000, ge=0)
-    """Elements that are gathered ahead of their use."""
+    """Elements that are gathered ahead of their use (prefetched)."""
     max_live: int | None = number(None, ge=0)
-    """While this many elements are gathered, none are gathered ahead. None: twice the largest block, so that
-    one block computes while the next is gathered. A rank then holds 201 million of SVD's 1,525 million
-    parameters at once; DeepSpeed's default of 1,000 million is most of SVD."""
+    """Prefetching pauses while this many elements are gathered. null: twice the largest block, so that one
+    block computes while the next is gathered. A rank then holds 201 million of SVD's 1,525 million parameters
+    at once; DeepSpeed's default of 1,000 million is most of SVD."""
     max_reuse_distance: int = number(0, ge=0)
     """A gathered parameter is kept if it is used again within this many elements. With 0 a block is gathered
     for its forward pass, and again for its backward pass."""
     reduce_bucket: int = number(50_000_000, ge=1, le=4_000_000_000)
-    """Gradients are reduced once this many elements are ready; the buffer is allocated at the start."""
+    """Gradients are reduced once this many elements are ready; a buffer of this size is allocated at the
+    start."""
     reduce_dtype: str = choice("fp32", PRECISIONS)
-    """Data type in which gradients are summed over the ranks; bf16 halves the traffic and rounds each sum."""
+    """Data type of the sum of gradients over the ranks; bf16 halves the traffic and rounds each sum."""
     overlap_comm: bool = True
     """Overlap communication with computation (GPUs only)."""
     offload_optimizer: bool = False

@@ -20,10 +20,11 @@ def _numel(parameter: Any) -> int:
 
 
 def ensure_input_gradient(leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook: make an input of the leaf require a gradient where everything before it is frozen.
+    """Make an input of the leaf require a gradient if everything before the leaf is frozen.
 
-    DeepSpeed reduces a leaf's gradients and releases its parameters once the gradients of its inputs are
-    ready: without any, it would do so before the leaf has run backward.
+    This is a forward pre-hook. DeepSpeed reduces a leaf's gradients and releases its parameters once the
+    gradients of its inputs are ready. If no input requires a gradient, it does so too early: before the
+    backward pass of the leaf.
     """
     if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return None

@@ -5,14 +5,14 @@
                                 checkpoint
         state.json              Progress
         adam.json               number of steps that the optimiser has taken
-        objective.safetensors   state of the objective, if it has one: the discriminator
+        objective.safetensors   state of the objective (the discriminator), if it has any
         unet/config.json        UNetConfig, and lora.json if adapters are trained; decoder/ for task=decoder
-        unet/rank-00000-of-00002.safetensors            this rank's shards of the weights, frozen ones too
+        unet/rank-00000-of-00002.safetensors            this rank's shards of all weights, trained and frozen
         adam-exp_avg/... adam-exp_avg_sq/...            this rank's shards of the optimiser's moments
         ema-power-0.050/...                             this rank's shards of each average of trained weights
 
-Shards are flat float32. Any number of ranks can load them; weights and averages are read without DeepSpeed
-too.
+Shards are flat float32. Any number of ranks can load them; weights and averages can also be read without
+DeepSpeed. weights/restarts.py defines complete, intact, valid and proven checkpoints.
 
 A save has four stages; training waits only for the first.
 
@@ -20,8 +20,8 @@ A save has four stages; training waits only for the first.
 2. A thread of each rank writes the copy into the draft folder, fsyncs it, and computes the checksums. A value
    that is not finite aborts the save.
 3. At the end of each step the ranks exchange the status of their threads. No thread waits for another rank,
-   and all ranks learn of a failure at the same point. The ranks also wait for a step after the saved one that
-   the guard takes: weights from which no step was taken are not committed.
+   and all ranks learn of a failure at the same point. The ranks also wait until a step after the saved one
+   was taken, not skipped by the guard: then the weights are proven.
 4. Rank 0's thread then writes the manifest, renames the draft, and prunes old checkpoints.
 """
 
@@ -88,9 +88,9 @@ class Checkpoints:
         self._host = HostCopies(env.device)
         self._pending: PendingSave | None = None
         self._unproven: int | None = None
-        """Step of the checkpoint that was loaded or committed last, until a step after it is taken."""
-        self._good = -1
-        """Newest step with a good checkpoint: one after which a step was taken."""
+        """Step of the checkpoint that was loaded or committed last; None once a step after it was taken."""
+        self._newest_proven = -1
+        """Step of the newest proven checkpoint; -1 before there is one."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> Checkpoints:
@@ -105,12 +105,11 @@ class Checkpoints:
             self._thread.shutdown()
 
     def latest(self) -> Path | None:
-        """Return the newest complete checkpoint. Call it on one rank: at another time another may be
-        found."""
+        """Return the newest complete checkpoint, if any. Call it on one rank: others may find a newer one."""
         return next(reversed(complete_checkpoints(self.folder).values()), None)
 
     def check_network(self, path: Path) -> None:
-        """Raise ValueError if a checkpoint is of another network than the run trains."""
+        """Check that a checkpoint has the network that the run trains; raise ValueError if not."""
         network = checkpoint_network(path)
         if network != self.network:
             raise ValueError(f"{path} is a checkpoint of a {network}, and this run trains a {self.network}")
@@ -128,7 +127,7 @@ class Checkpoints:
         self.token = broadcast_from_rank0(lambda: acquire(self.folder, step, origin, restart_id()))
 
     def check_not_fenced(self) -> None:
-        """Raise ValueError if another restart has acquired the run folder."""
+        """Check that this restart still owns the run folder; raise ValueError if not."""
         check_not_fenced(self.folder, self.token)
 
     def is_fenced(self) -> bool:
@@ -139,7 +138,7 @@ class Checkpoints:
         except ValueError:
             return True
         except OSError:
-            pass  # a failing file system is no evidence of another restart
+            pass  # a failing file system does not mean that there is another restart
         return False
 
     def save(
@@ -211,9 +210,9 @@ class Checkpoints:
         return progress
 
     def reload(self, engine: Engine, ema: ShardEMA, objective: Objective, reason: str) -> Progress:
-        """Load the newest intact checkpoint after which a step was taken. All ranks call it.
+        """Load the newest checkpoint that is intact and proven. All ranks call it.
 
-        Newer checkpoints are renamed and kept. A pending save is dropped if no step was taken after it.
+        Newer checkpoints are renamed and kept. A pending save that is not proven is dropped.
 
         Args:
             reason: reason for the rollback, for the error.
@@ -222,19 +221,19 @@ class Checkpoints:
             SharedError: the run has no checkpoint yet.
         """
         self._drop_unproven()
-        path = newest_intact_checkpoint(self.folder, self.env, self.config.verify, self._is_good)
+        path = newest_intact_checkpoint(self.folder, self.env, self.config.verify, self._is_proven)
         if path is None:
             raise SharedError(f"{reason}; {self.folder} has no checkpoint yet to roll back to")
         progress = self.load(path, engine, ema, objective)
-        self._good = min(self._good, progress.step)
+        self._newest_proven = min(self._newest_proven, progress.step)
         return progress
 
-    def _is_good(self, step: int, manifest: Manifest) -> bool:
-        return step <= self._good or manifest.proven
+    def _is_proven(self, step: int, manifest: Manifest) -> bool:
+        return step <= self._newest_proven or manifest.proven
 
     def _note_taken(self) -> None:
         if self._unproven is not None:
-            self._good, self._unproven = self._unproven, None
+            self._newest_proven, self._unproven = self._unproven, None
         if self._pending is not None:
             self._pending.proven = True
 
@@ -254,9 +253,10 @@ class Checkpoints:
             if pending.proven:
                 self._note_taken()
             files = {name: digest for rank_files in digests for name, digest in rank_files.items()}
-            manifest, good = Manifest(self.token, len(digests), pending.proven, files), self._good
+            manifest = Manifest(self.token, len(digests), pending.proven, files)
+            proven = self._newest_proven
             if self.env.rank == 0:
-                pending.job = self._submit(lambda: commit(pending.draft, manifest, self.config, good))
+                pending.job = self._submit(lambda: commit(pending.draft, manifest, self.config, proven))
 
     def _abort(self, pending: PendingSave, status: int) -> None:
         self._pending = None
@@ -274,7 +274,7 @@ class Checkpoints:
                 shutil.rmtree(pending.draft, ignore_errors=True)
 
     def _drop_unproven(self) -> None:
-        """Drop the pending save if no step was taken after it, else finish it."""
+        """Drop the pending save if it is not proven, else finish it."""
         if (pending := self._pending) is None:
             return
         if pending.proven or pending.written:
@@ -288,7 +288,7 @@ class Checkpoints:
             shutil.rmtree(pending.draft, ignore_errors=True)
 
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
-        """Run `work` in the thread after its previous job; if that one failed, fail with the same error."""
+        """Run `work` in the thread after the previous job; if that job failed, fail with the same error."""
         previous = self._pending.job if self._pending is not None else None
 
         def job() -> Any:

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: the components of a run are collected into files, and read back from them."""
+"""Files of a checkpoint: which component of a run is in which file, for saving and loading."""
 
 from __future__ import annotations
 

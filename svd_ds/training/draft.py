@@ -22,7 +22,7 @@ TensorFiles = Mapping[str, Mapping[str, Tensor]]
 
 
 class NonFiniteValueError(ValueError):
-    """A value in this rank's shards is not finite."""
+    """A value in this rank's shards is not finite; the run raises checkpoint.NonFiniteError on all ranks."""
 
 
 @dataclass
@@ -72,8 +72,8 @@ def write_draft(
         draft: folder to write into.
         tensors: tensors of each file.
         texts: file name -> content of a text file.
-        num_valid: parameter name -> number of elements of this rank's shard before the padding; a name that
-            is missing has no padding.
+        num_valid: parameter name -> number of elements of this rank's shard before the padding; a tensor
+            without an entry has no padding.
 
     Returns:
         File name -> size and checksum, read back from the disk.

@@ -21,12 +21,11 @@ from svd_ds.weights.posthoc_ema import power_exponent
 
 @dataclass(frozen=True)
 class EMAConfig(Settings, section="ema"):
-    """Profiles of the averages of the weights. Samples are drawn from the first: decays come before
-    lengths."""
+    """Averages of the weights. Samples are drawn from the first one; decays are counted before lengths."""
 
     lengths: tuple[float, ...] = number((0.05, 0.10), ge=0.001, le=0.28)
-    """Lengths of power-function averages: the relative standard deviation sigma_rel of EDM2, so 0.05 is 5 %
-    of the run."""
+    """Lengths of power-function averages: relative standard deviations (sigma_rel of EDM2), so 0.05 is 5 % of
+    the run."""
     decays: tuple[float, ...] = number((), gt=0, lt=1)
     """Decays per step of averages with a constant decay, such as 0.9999."""
     on_host: bool = False

@@ -4,8 +4,8 @@ The set consists of fixed triples (clip, sigma, noise): the first clips of one o
 each at one sigma in each of NUM_BINS equal bins of ln sigma, with one fixed noise and no condition dropped.
 The triples depend on the data and on the size of the clips only: not on the seed of a run, its training
 density of sigma, or its number of ranks. Every run is measured by the squared error of v at weight 1,
-whatever loss it minimises. So the results of two members of an ablation differ only because their networks
-differ.
+whatever loss it minimises. Therefore the results of two members of an ablation differ only because their
+networks differ.
 
 The clips are from the training data, which the run sees with other crops, sigmas and noises, unless
 `evaluation.path` names held-out shards.
@@ -42,16 +42,16 @@ run."""
 
 @dataclass(frozen=True)
 class EvaluationConfig(Settings, section="evaluation"):
-    """When the network is evaluated, and on which clips."""
+    """Interval of the evaluations, and the clips that they use."""
 
     every: int = number(1000, ge=0)
     """Steps between evaluations; the last step always has one. 0 switches evaluation off. An evaluation costs
     as much as training on ten times its clips, and a third more for the averaged weights."""
     clips: int = number(16, ge=1, le=2**20)
-    """Clips in the fixed set. Only runs with the same number can be compared."""
+    """Number of clips in the fixed set. Only runs with the same number can be compared."""
     frame_gradients: bool = True
-    """Measure the norm of the gradient of each frame's loss too. It takes one more pass over the clips for
-    each of their frames."""
+    """Also measure the norm of the gradient of each frame's loss. This takes one more pass over the clips for
+    each frame."""
     path: str | None = location(None)
     """Folder or URL of held-out shards; null evaluates on clips of the training data."""
 
@@ -86,8 +86,8 @@ class FixedSet:
     data: str
     """Fingerprint of the clips and of how they are read."""
     clips: Batch
-    """Clips of this rank, equally many on every rank. Their ordinals are their indices in the set; if the
-    number of ranks does not divide it, the last ranks have clips beyond its end, which are not counted."""
+    """Clips of this rank, the same number on every rank. Their ordinals are their indices in the set. If the
+    number of ranks does not divide the set, the last ranks have clips beyond its end, which do not count."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Evaluation:
     env: Env
 
     def __post_init__(self) -> None:
-        assert self.diffusion.seed == SEED and self.diffusion.offset_noise == 0, "the set's own noise"
+        assert self.diffusion.seed == SEED and self.diffusion.offset_noise == 0, "not the noise of the set"
 
     def measure(self, engine: Engine, ema: ShardEMA) -> EvalResult:
         """Evaluate the weights and their first average. All ranks call it, between two steps.
@@ -171,7 +171,7 @@ class Evaluation:
     def _errors(
         self, engine: Engine, ordinals: tuple[int, ...], batch: PreparedBatch, bin_index: int | None
     ) -> Tensor:
-        # Each clip has another sigma within the bin, so that the clips together cover the bin evenly.
+        # Each clip has a different sigma within the bin, so that the clips cover the bin evenly.
         fractions = [((ordinal % self.config.clips) + 0.5) / self.config.clips for ordinal in ordinals]
         bins = [ordinal % NUM_BINS if bin_index is None else bin_index for ordinal in ordinals]
         sigmas = [sigma_in_bin(index, fraction) for index, fraction in zip(bins, fractions, strict=True)]
@@ -196,7 +196,7 @@ def as_eval_objective(diffusion: DiffusionObjective) -> DiffusionObjective:
     """Return a run's diffusion objective with the noises of the fixed set, and no condition dropped."""
     conditioner = diffusion.conditioner
     undropped = replace(conditioner.config, drop_context=0.0, drop_text=0.0, drop_concat=0.0, drop_scalars={})
-    return replace(diffusion, offset_noise=0.0, seed=SEED, conditioner=conditioner.configured(undropped))
+    return replace(diffusion, offset_noise=0.0, seed=SEED, conditioner=conditioner.with_config(undropped))
 
 
 def sigma_in_bin(index: int, fraction: float) -> float:

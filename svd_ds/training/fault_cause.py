@@ -4,12 +4,12 @@ The step is computed again, from the same clips, noise and weights. If both comp
 numbers, the clips or the weights are bad; if not, the hardware fails.
 
 "The same" is not bitwise: some GPU kernels add in varying order (atomics), so the last bits differ on healthy
-hardware too. Two computations differ if one has a number that is not finite and the other has not, or if
-their relative difference is above guard.recompute_tolerance.
+hardware too. Two computations differ if a number is finite in only one of them, or if their relative
+difference is above guard.recompute_tolerance.
 
 Each rank computes its losses alone, so a wrong loss identifies the rank and its host. The gradient norm is
-over all ranks and identifies none; after the first hardware fault `LocalNorm` records the norm of each rank's
-own gradient.
+computed over all ranks and identifies no rank; after the first hardware fault `LocalNorm` records the norm of
+each rank's own gradient.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def find_cause(ranks: Sequence[Recomputation], norms: tuple[float, float], toler
         return FaultCause(True, f"{message}: the failing node cannot be identified")
     message = "; ".join(f"rank {entry.rank} on {entry.host} {text}" for entry, text in wrong)
     if len({entry.host for entry, _ in wrong}) == len(hosts) > 1:
-        # The fault may be in what all nodes share: the network, or a shard of the weights that one node sent.
+        # The cause may be something that all nodes share: the network, or a shard that one node has sent.
         return FaultCause(True, f"{message}: the failing node cannot be identified")
     nodes: dict[str, str] = {}
     for entry, text in wrong:

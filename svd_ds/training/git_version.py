@@ -1,4 +1,4 @@
-"""Version of the code that makes a run."""
+"""Version of the code that a run uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def code_version(package: Path = PACKAGE) -> dict[str, Any]:
     """Return the version of the package, its git commit, and dirty: True if tracked files differ from the
     commit.
 
-    commit and dirty are None if the package is not in a git checkout of its own.
+    commit and dirty are None if the package is not in a checkout of its own repository.
     """
     found: dict[str, Any] = {"version": version("svd_ds"), "commit": None, "dirty": None}
     try:

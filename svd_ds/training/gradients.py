@@ -20,7 +20,7 @@ from svd_ds.training.usage import StageTimer
 
 
 class StepBatches:
-    """The micro-batches of one step, each read when the loop over them asks for it."""
+    """The micro-batches of one step, read lazily by iteration."""
 
     def __init__(self, batches: Iterator[tuple[Batch, Cursor]], timer: StageTimer) -> None:
         self._batches, self._timer = batches, timer
@@ -53,14 +53,14 @@ class StepGradients:
     """Norm of this rank's own gradient; None unless `LocalNorm` is on."""
 
     def numbers(self) -> tuple[tuple[float, ...], float | None]:
-        """The loss of each clip, and the norm of this rank's own gradient, read from the device."""
+        """Copy the loss of each clip, and the norm of this rank's own gradient, from the device."""
         norm = None if self.local_norm is None else self.local_norm.item()
         return tuple(torch.cat(self.losses).tolist()), norm
 
 
 @dataclass(frozen=True)
 class GradientComputation:
-    """Computes the gradients of a step, a second time where the guard doubts them."""
+    """Computes the gradients of a step, and computes them again if the guard finds them out of bounds."""
 
     engine: Engine
     objective: Objective
@@ -69,7 +69,7 @@ class GradientComputation:
     device: torch.device
 
     def compute(self, micro_batches: Iterable[Batch]) -> StepGradients:
-        """Forward and backward pass of each micro-batch of a step. All ranks call it together."""
+        """Run the forward and backward pass of each micro-batch of a step. All ranks call it together."""
         clip_ids: list[str] = []
         losses, means = [], []
         for batch in micro_batches:

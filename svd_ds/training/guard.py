@@ -1,11 +1,11 @@
 """Guard against loss spikes: it skips steps whose loss or gradient norm is far above the recent median.
 
-After too many skipped steps in a row the run rolls back to its last good checkpoint and continues with new
-clips. A step that is out of bounds is computed again (fault_cause.py); if the second computation differs and
-is within the bounds, the step is taken with it.
+After too many skipped steps in a row the run rolls back to its newest proven checkpoint and continues with
+new clips. A step that is out of bounds is computed again (fault_cause.py); if the second computation differs
+and is within the bounds, the step is taken with its gradients.
 
 A step is checked after its last backward pass and before the optimiser step, by two numbers that are the same
-on all ranks. The guard's state is part of `Progress`, so a resumed run decides the same.
+on all ranks. The guard's state is part of `Progress`, so a resumed run makes the same decisions.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class GuardConfig(Settings, section="guard"):
     bound. The norm varies far more than the loss."""
     recompute_tolerance: float = number(0.01, gt=0, lt=1, off=0)
     """Relative difference above which two computations of one step mean failing hardware. A step out of
-    bounds is computed again for the comparison; 0 computes no step again. Choose it far above the differences
-    by the order of a GPU's sums."""
-    # The state of the guard is written with every checkpoint: the window is bounded.
+    bounds is computed again for this comparison; with 0 no step is computed again. Choose it far above the
+    differences that a varying order of additions on a GPU causes."""
+    # The state of the guard is written with every checkpoint, so the window is bounded.
     window: int = number(100, ge=1, le=100_000)
-    """Number of taken steps over which the median is computed. Before there are as many, only steps that are
-    not finite are skipped."""
+    """Number of taken steps over which the median is computed. Until that many steps were taken, only steps
+    that are not finite are skipped."""
     max_skips: int = number(5, ge=0)
     """Largest number of consecutive skipped steps; one more rolls the run back to its last checkpoint."""
     max_rollbacks: int = number(3, ge=0)
@@ -45,7 +45,7 @@ class GuardConfig(Settings, section="guard"):
 
 @dataclass(frozen=True)
 class GuardState:
-    """State of the guard: the recent levels, and counts over the run."""
+    """State of the guard: recent losses and gradient norms, and counts over the run."""
 
     losses: tuple[float, ...] = ()
     """Losses of the last taken steps, oldest first, at most guard.window of them."""
@@ -65,7 +65,11 @@ class GuardState:
         return replace(self, hardware_faults=self.hardware_faults + 1)
 
     def rolled_back(self, saved: GuardState) -> GuardState:
-        """Return the state after a rollback: levels as `saved` in the checkpoint, counts of the whole run."""
+        """Return the state after a rollback, with the counts of the whole run.
+
+        Args:
+            saved: state in the checkpoint; its recent losses and gradient norms are used.
+        """
         return replace(
             saved,
             skipped=self.skipped,

@@ -1,4 +1,4 @@
-"""Training loop: the order in which a run does its work, without tensor arithmetic of its own."""
+"""Training loop: the sequence of steps, evaluations, checkpoints and previews. No tensor arithmetic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from svd_ds.training.usage import StageTimer
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Length of a run, and the intervals of what happens between its steps."""
+    """Length of a run, and the intervals of evaluations, checkpoints and previews."""
 
     total_steps: int
     batch_size: int
@@ -46,7 +46,7 @@ class LoopConfig:
     preview_every: int
     evaluate_every: int
     exclude_bad_nodes: bool = False
-    """True where the launcher can restart the ranks on other nodes: the run then stops at a failing node."""
+    """True if the launcher can restart the ranks on other nodes: the run then stops at a failing node."""
 
     @property
     def total_samples(self) -> int:
@@ -97,7 +97,7 @@ class _StepResult:
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class _GuardDecision:
     """The guard's decision about a step, the same on all ranks."""
 
     loss: float
@@ -105,7 +105,7 @@ class _Verdict:
     grad_norm: float
     guard: GuardState
     fault: str | None
-    """Value that was out of bounds in the first computation; None if none was."""
+    """Sentence about the value that was out of bounds in the first computation; None if there was none."""
     skipped: str | None
     """Reason why the step is not taken; None if it is."""
     cause: FaultCause | None = None
@@ -162,58 +162,58 @@ def train_step(run: TrainingComponents, config: LoopConfig, progress: Progress) 
     gradients = run.gradients.compute(batches)
     overheads_s = run.timer.lap()
     loss, overheads_s["data"], stop = _exchange(run, progress, gradients.loss, overheads_s["data"])
-    verdict = _check_step(run, progress, batches.read, gradients, loss)
+    decision = _check_step(run, progress, batches.read, gradients, loss)
 
-    if verdict.skipped is None:
+    if decision.skipped is None:
         run.engine.step(group_lrs(config.optim, lr))
     else:
         run.engine.discard_gradients()
     loss_terms = run.objective.end_step()
     run.ema.update(run.engine.local_shards(), samples, config.batch_size)
-    progress = progress.advance(batches.cursor, config.batch_size, verdict.guard)
+    progress = progress.advance(batches.cursor, config.batch_size, decision.guard)
 
-    clip_ids = all_gather_objects(list(gradients.clip_ids)) if verdict.fault is not None else []
+    clip_ids = all_gather_objects(list(gradients.clip_ids)) if decision.fault is not None else []
     step_s = time.perf_counter() - started
     run.metrics.log(
         StepMetrics(
             step=progress.step,
             samples=progress.samples,
-            loss=verdict.loss,
+            loss=decision.loss,
             lr=lr,
-            grad_norm=verdict.grad_norm,
+            grad_norm=decision.grad_norm,
             clips_per_s=config.batch_size / step_s,
             step_s=step_s,
             overheads_s=overheads_s,
-            skipped=verdict.guard.skipped,
-            hardware_faults=verdict.guard.hardware_faults,
+            skipped=decision.guard.skipped,
+            hardware_faults=decision.guard.hardware_faults,
             terms=loss_terms,
         )
     )
-    if verdict.fault is not None:
-        taken = verdict.skipped is None
-        run.metrics.log_fault(progress.step, verdict.fault, clip_ids, verdict.cause, taken)
-    if verdict.cause is not None and config.exclude_bad_nodes:
-        run.stop.failing_nodes |= verdict.cause.nodes
-    return _StepResult(progress, verdict.skipped, stop or bool(run.stop.failing_nodes))
+    if decision.fault is not None:
+        taken = decision.skipped is None
+        run.metrics.log_fault(progress.step, decision.fault, clip_ids, decision.cause, taken)
+    if decision.cause is not None and config.exclude_bad_nodes:
+        run.stop.failing_nodes |= decision.cause.nodes
+    return _StepResult(progress, decision.skipped, stop or bool(run.stop.failing_nodes))
 
 
 def _exchange(
     run: TrainingComponents, progress: Progress, loss: float, data_s: float
 ) -> tuple[float, float, bool]:
-    """The one exchange of numbers among the ranks in a step.
+    """Exchange numbers among the ranks: one reduction a step.
 
     Args:
         loss: mean loss of this rank.
         data_s: seconds that this rank has waited for data.
 
     Returns:
-        Mean loss and mean wait over all ranks, and whether any rank was asked to stop.
+        Mean loss over all ranks, mean wait over all ranks, and True if any rank was asked to stop.
 
     Raises:
         SharedError: another restart has acquired the run folder, or too many samples cannot be read.
     """
     faults = run.pop_faults()
-    # Rank 0 writes the files, so it checks whether they are still this process's.
+    # Rank 0 writes the files, so it checks that this restart still owns the run folder.
     fenced = run.rank == 0 and run.checkpoints.is_fenced()
     loss, data_s, asked, num_faults, any_fenced = all_reduce_mean(
         [loss, data_s, float(run.stop.asked), float(len(faults)), float(fenced)]
@@ -228,18 +228,19 @@ def _exchange(
 
 def _check_step(
     run: TrainingComponents, progress: Progress, batches: list[Batch], gradients: StepGradients, loss: float
-) -> _Verdict:
-    """Have the guard check a step; where it is out of bounds, compute it again to tell data from hardware."""
+) -> _GuardDecision:
+    """Check a step by the guard. If it is out of bounds, compute it again: bad data give the same numbers,
+    failing hardware does not."""
     fault, guard = run.guard.check(progress.guard, loss, gradients.grad_norm)
     tolerance = run.guard.config.recompute_tolerance
     if fault is None or not tolerance:
-        return _Verdict(loss, gradients.grad_norm, guard, fault, skipped=fault)
+        return _GuardDecision(loss, gradients.grad_norm, guard, fault, skipped=fault)
     again, cause = run.gradients.recompute(batches, gradients, tolerance)
     if not cause.hardware:
-        return _Verdict(loss, gradients.grad_norm, guard, fault, skipped=fault, cause=cause)
+        return _GuardDecision(loss, gradients.grad_norm, guard, fault, skipped=fault, cause=cause)
     (loss,) = all_reduce_mean([again.loss])
     skipped, guard = run.guard.check(progress.guard.with_hardware_fault(), loss, again.grad_norm)
-    return _Verdict(loss, again.grad_norm, guard, fault, skipped, cause)
+    return _GuardDecision(loss, again.grad_norm, guard, fault, skipped, cause)
 
 
 def _evaluate(run: TrainingComponents, evaluation: Evaluation, progress: Progress) -> None:
@@ -258,7 +259,7 @@ def _save(run: TrainingComponents, progress: Progress, due: bool, taken: bool) -
     """
     with run.timer("checkpoint"):
         run.checkpoints.poll_pending_save(taken)
-        # Among skipped steps the weights are in doubt: the save waits for a step that is taken.
+        # After a skipped step the weights are doubtful: the save waits for a step that is taken.
         if due and taken:
             run.checkpoints.save(progress, run.engine, run.ema, run.objective, run.settings)
     return due and not taken
@@ -272,7 +273,7 @@ def _preview(run: TrainingComponents, progress: Progress) -> None:
 
 
 def _roll_back(run: TrainingComponents, progress: Progress, reason: str) -> Progress:
-    """Load the last good checkpoint. The data order continues: the bad clips are not seen again."""
+    """Load the newest proven checkpoint. The data order continues: the bad clips are not seen again."""
     saved = run.checkpoints.reload(run.engine, run.ema, run.objective, reason)
     run.metrics.print_line(f"step {progress.step}  {reason}")
     run.metrics.log_rollback(saved.step, progress.step)
@@ -280,10 +281,10 @@ def _roll_back(run: TrainingComponents, progress: Progress, reason: str) -> Prog
 
 
 def _check_last_steps_were_taken(run: TrainingComponents, config: LoopConfig, progress: Progress) -> None:
-    """Refuse to call a run finished whose last steps were skipped.
+    """Check that the last steps were taken. If the run was stopped among skipped steps, print a note.
 
     Raises:
-        SharedError: the run has reached its last step, and it was skipped.
+        SharedError: the run has reached its last step, and that step was skipped.
     """
     if (skipped := progress.guard.consecutive_skips) == 0:
         return

@@ -3,7 +3,7 @@
 metrics.jsonl         StepMetrics of every step
 evaluation.jsonl      step, samples and EvalResult of every evaluation
 logs/skipped.jsonl    every step that the guard found out of bounds: step, fault, cause (hardware, data, or
-                      unknown where it was not computed again), message, taken, clips
+                      unknown if it was not computed again), message, taken, clips
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ HISTOGRAM_SAMPLE = 2**20
 
 @dataclass(frozen=True)
 class LoggerConfig(Settings, section="logger"):
+    """Lines on the console, and the W&B run."""
+
     every: int = number(10, ge=1)
     """Steps between lines on the console."""
     wandb: str = choice("auto", MODES)
-    """W&B mode: auto (online where wandb has an API key, else offline) | online | offline | disabled.
-    WANDB_MODE overrides auto."""
+    """W&B mode: auto (online if wandb has an API key, else offline) | online | offline | disabled. WANDB_MODE
+    overrides auto."""
     project: str = text("svd_ds")
     """W&B project."""
     entity: str | None = text(None)
@@ -76,8 +78,8 @@ class Metrics(NullMetrics):
             mfu_counter: None leaves MFU out.
             tags: parameter name -> tag, for histograms.
             on_stop: called when the run is stopped in W&B.
-            check_not_fenced: raises ValueError where another restart has acquired the run folder; called
-                before a file there is written by name.
+            check_not_fenced: raises ValueError if another restart has acquired the run folder; called before
+                a file in it is opened or replaced.
         """
         self.config = config
         self.folder = folder
@@ -115,7 +117,7 @@ class Metrics(NullMetrics):
         return self.tracker.status() if self.tracker is not None else "W&B: disabled"
 
     def _append_to_log(self, line: str) -> None:
-        # A copy of the console: a full disk ends a run only where metrics or checkpoints would be lost.
+        # A copy of the console: a full disk ends a run only if metrics or checkpoints would be lost.
         with suppress(OSError):
             self.lines.append(redact(line))
 
@@ -160,7 +162,7 @@ class Metrics(NullMetrics):
 
         Args:
             cause: result of the second computation; None if the step was computed once.
-            taken: the step is taken in spite of its fault.
+            taken: True if the step is taken with the result of the second computation.
         """
         self.check_not_fenced()
         message = cause.message if cause is not None else ""
@@ -184,8 +186,8 @@ class Metrics(NullMetrics):
         if self.tracker is not None:
             self.tracker.alert("failing hardware", f"step {step}: {report}")
 
-    def log_rollback(self, step: int, left: int) -> None:
-        """Drop the rows after `step`, to whose checkpoint the run rolls back from step `left`."""
+    def log_rollback(self, step: int, from_step: int) -> None:
+        """Drop the rows after `step`: the run rolls back to its checkpoint from `from_step`."""
         self.check_not_fenced()
         self.jsonl.close()
         damage = self.folder.truncate_after(step, self.folder.metrics, self.folder.evaluation)
@@ -194,7 +196,8 @@ class Metrics(NullMetrics):
         for sentence in damage:
             self.print_line(f"warning: {sentence}")
         self.print_line(
-            f"step {left}  rolled back to the checkpoint of step {step}; the data continues with new clips"
+            f"step {from_step}  rolled back to the checkpoint of step {step}; the data continues with new "
+            "clips"
         )
 
     def log_evaluation(self, step: int, samples: int, result: EvalResult) -> None:

@@ -1,4 +1,4 @@
-"""Interface of the metrics, which logs nothing: metrics of the ranks above 0."""
+"""Interface of the metrics, and its implementation for the ranks above 0, which logs nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class StepMetrics:
     clips_per_s: float
     step_s: float
     overheads_s: dict[str, float]
-    """Seconds of each of usage.OVERHEADS: data within `step_s`, the others since the last step."""
+    """Seconds of each of usage.OVERHEADS. `step_s` includes the data's; the others were spent since the last
+    step."""
     skipped: int = 0
     """Number of steps that the guard has skipped so far."""
     hardware_faults: int = 0
@@ -34,7 +35,7 @@ class StepMetrics:
     """Terms of the loss, by name."""
 
     def numbers(self) -> dict[str, float]:
-        """All numbers by name, overheads and loss terms included."""
+        """Return all numbers by name, overheads and loss terms included."""
         numbers = asdict(self)
         overheads_s, terms = numbers.pop("overheads_s"), numbers.pop("terms")
         return numbers | {f"{kind}_s": seconds for kind, seconds in overheads_s.items()} | terms
@@ -57,7 +58,8 @@ class NullMetrics:
         return ""
 
     def print_wall_time(self) -> None:
-        """Print how the run's wall time since its first start is divided."""
+        """Print the shares of compute, overheads and restarts in the run's wall time since its first
+        start."""
 
     def log(self, metrics: StepMetrics) -> None:
         """Log one step."""
@@ -72,8 +74,8 @@ class NullMetrics:
             taken: True if the step was taken with the result of the second computation.
         """
 
-    def log_rollback(self, step: int, left: int) -> None:
-        """Drop the metrics of the steps after `step`, up to `left`: the run resumes from `step`."""
+    def log_rollback(self, step: int, from_step: int) -> None:
+        """Drop the metrics of the steps after `step`, up to `from_step`: the run resumes from `step`."""
 
     def log_evaluation(self, step: int, samples: int, result: EvalResult) -> None:
         """Log an evaluation on the fixed set."""

@@ -31,10 +31,10 @@ class OptimConfig(Settings, section="optim"):
     temporal_lr_scale: float = number(1.0, ge=0, le=10_000)
     """Multiplier of optim.lr for the temporal layers; 0 freezes them."""
     embedding_lr_scale: float = number(1.0, ge=0, le=10_000)
-    """Multiplier of optim.lr for the embedding of the noise level, which the image model has too; 0 freezes
+    """Multiplier of optim.lr for the embedding of the noise level, which image models also have; 0 freezes
     it."""
     condition_lr_scale: float = number(1.0, ge=0, le=10_000)
-    """Multiplier of optim.lr for the embeddings of scalars and mask, which the image model has not; 0 freezes
+    """Multiplier of optim.lr for the embeddings of scalars and mask, which image models lack; 0 freezes
     them."""
     beta1: float = number(0.9, ge=0, lt=1)
     """Decay per step of AdamW's first moment."""
@@ -57,7 +57,8 @@ class OptimConfig(Settings, section="optim"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not any(self.lr_scale(tag) > 0 for tag in TAGS):
-            raise ValueError(f"optim freezes everything: {'_lr_scale, '.join(TAGS)}_lr_scale are all 0")
+            keys = ", ".join(f"optim.{tag}_lr_scale" for tag in TAGS)
+            raise ValueError(f"{keys} are all 0: at least 1 must be above 0, or all layers are frozen")
 
     def lr_scale(self, tag: str) -> float:
         """Return the multiplier of the learning rate for parameters with a tag, one of TAGS."""

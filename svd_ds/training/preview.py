@@ -26,13 +26,13 @@ from svd_ds.video import contact_sheet, from_uint8, to_uint8, write_mp4
 
 @dataclass(frozen=True)
 class PreviewConfig(SampleConfig):
-    """Previews during training, and how they are sampled."""
+    """Preview videos during training, and the sampler that makes them."""
 
     every: int = number(1000, ge=1)
     """Steps between previews; the last step always has one."""
     num_videos: int = number(4, ge=1, le=10_000)
     """Number of preview videos. Each is sampled from the conditions of a fixed training clip: its first
-    frame, its last frame, its caption, as the network takes them."""
+    frame, last frame or caption, as the network needs them."""
 
 
 PreviewFn = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]
@@ -99,7 +99,7 @@ class Previews:
             The preview on rank 0, None on the others.
         """
         per_rank = -(-len(self.clips) // self.env.world)
-        # Every rank must run the sharded network equally often: the last ones may sample a clip again.
+        # Every rank must run the sharded network the same number of times: the last ranks may repeat a clip.
         indices = [min(self.env.rank * per_rank + i, len(self.clips) - 1) for i in range(per_rank)]
         clips = self.clips.select(indices).to(self.env.device)
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):

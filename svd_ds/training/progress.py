@@ -19,7 +19,7 @@ class Progress:
     """Progress of a run after a step, the same on all ranks."""
 
     cursor: Cursor
-    """Next sample ordinal of the data, over all ranks."""
+    """Position in the data: the next sample ordinal, over all ranks."""
     step: int = 0
     """Number of steps done, including those that the guard skipped."""
     samples: int = 0
@@ -37,7 +37,8 @@ class Progress:
         return Progress(cursor, self.step + 1, self.samples + batch, guard)
 
     def rolled_back(self, saved: Progress) -> Progress:
-        """Return the progress after a rollback: the step of the checkpoint, with the data order continued."""
+        """Return the progress after a rollback: that of the checkpoint, `saved`, but the data order
+        continues."""
         return replace(saved, cursor=self.cursor, guard=self.guard.rolled_back(saved.guard))
 
     def as_json(self) -> str:

@@ -1,7 +1,7 @@
 """Choice of the checkpoint that a restart resumes from.
 
-    run.resume=auto    the newest checkpoint of the run, if it has one
-    run.resume=never   none: a run folder that has checkpoints is refused
+    run.resume=auto    the newest checkpoint of the run; without checkpoints the run begins at step 0
+    run.resume=never   the run begins at step 0; a run folder that has checkpoints is refused
     run.resume=PATH    that checkpoint, of this run or of another
 
 A requeued job restarts the run with the same arguments. Therefore a named checkpoint counts only until the
@@ -16,7 +16,7 @@ from pathlib import Path
 from svd_ds.parallel.env import restart_id
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.weights.manifest import COMPLETE
-from svd_ds.weights.restarts import restart_of
+from svd_ds.weights.restarts import find_saving_restart
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Resume:
     origin: str = ""
     """Named checkpoint that the run descends from (svd_ds.weights.restarts.Restart); empty without one."""
     is_own: bool = False
-    """True if it is the newest of the run's own checkpoints, not one that was chosen by name."""
+    """True if it is the newest of the run's own checkpoints, False if it was chosen by name."""
     note: str = ""
     """Sentence for the user about the choice; empty without one."""
 
@@ -36,14 +36,15 @@ class Resume:
 def find_checkpoint(checkpoints: Checkpoints, resume: str) -> Resume:
     """Find the checkpoint that `run.resume` selects.
 
-    One rank calls it for all: while another restart of the run still writes, two ranks could find different
+    Only one rank calls it: while another restart of the run still writes, two ranks could find different
     checkpoints.
 
     Raises:
-        ValueError: the named checkpoint cannot be resumed, or `never` meets checkpoints.
+        ValueError: the named checkpoint cannot be resumed, or run.resume is never and the run has
+            checkpoints.
     """
     own = checkpoints.latest()
-    saved_by = restart_of(own) if own is not None else None
+    saved_by = find_saving_restart(own) if own is not None else None
     origin = saved_by.origin if saved_by is not None else ""
     if resume == "auto":
         return Resume(own, origin, is_own=own is not None)
@@ -70,7 +71,7 @@ def _check_named(path: Path) -> None:
         )
     if not (path / COMPLETE).exists():
         raise ValueError(
-            f"run.resume is {str(path)!r}: this checkpoint is not complete, for it has no file {COMPLETE}"
+            f"run.resume is {str(path)!r}: this checkpoint is not complete: it has no file {COMPLETE}"
         )
 
 

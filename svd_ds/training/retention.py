@@ -1,10 +1,10 @@
-"""Folder of a run's checkpoints, as rank 0 manages it: ownership, commits, pruning.
+"""Ownership of a run folder, commits and pruning of its checkpoints. Rank 0 does all of this.
 
 Each restart that acquires a run folder gets a *fencing token*, a random number that it adds to
-logs/restarts.jsonl; the newest one owns the folder. It guarantees that of several processes of a run, one
-writes: one with an older token, such as on a node that was cut off, finds that out before its next commit and
-ends. Should it look a moment too early, the checkpoint that it commits is invalid (svd_ds.weights.restarts),
-and nothing resumes from it.
+logs/restarts.jsonl. The restart with the newest token owns the folder, and only the owner writes. A process
+with an older token, such as one on a node that was cut off, checks the file before each commit and ends. If
+it has checked a moment too early, the checkpoint that it commits is invalid (svd_ds.weights.restarts), and no
+run resumes from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from svd_ds.fsync_io import fsync_path, replace_file, set_aside, write_text
+from svd_ds.fsync_io import fsync_path, keep_damaged_copy, replace_file, write_text
 from svd_ds.settings import Settings, number
 from svd_ds.weights.manifest import COMPLETE, Manifest, find_damage
 from svd_ds.weights.restarts import (
@@ -35,7 +35,7 @@ from svd_ds.weights.shards import KEPT_AVERAGES
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings, section="checkpoint"):
-    """When checkpoints are saved, and which of them are kept."""
+    """Interval and retention of checkpoints."""
 
     every: int = number(1000, ge=1)
     """Steps between checkpoints; the last step always saves one."""
@@ -45,12 +45,13 @@ class CheckpointConfig(Settings, section="checkpoint"):
     """Checkpoints at multiples of this many steps are kept for good; 0 keeps none for good."""
     keep_averages: int = number(0, ge=0)
     """When a checkpoint at a multiple of this many steps is removed, its averages are kept in
-    averages/step-N: an average of any other length can be made of them after the run. 0 keeps none."""
+    averages/step-N: an average of any other length can be computed from them after the run. 0 keeps none."""
     asynchronous: bool = True
-    """Continue training while a checkpoint is written; takes a copy of each rank's shards in host memory."""
+    """Continue training while a checkpoint is written. This needs a copy of each rank's shards in host
+    memory."""
     verify: bool = True
-    """Before a run resumes, compare the checksum of every file of the checkpoint with its manifest. The files
-    are read once more, divided over the ranks; their sizes are compared in any case."""
+    """Before a run resumes, compare the checksum of every file of the checkpoint with its manifest. For this
+    the files are read once more, divided over the ranks. false compares only their sizes."""
 
 
 def acquire(folder: Path, step: int, origin: str = "", restart_id: tuple[int, int] = (0, 0)) -> str:
@@ -75,9 +76,9 @@ def acquire(folder: Path, step: int, origin: str = "", restart_id: tuple[int, in
     job, restart = restart_id
     restarts = [*read_restarts(folder), Restart(step, time.time(), job, restart, token, origin)]
     if restarts_damage(folder) is not None:
-        set_aside(path)
-    # A draft of its own: two restarts at once must not write into one file. The one that replaces the file
-    # last may drop the other's row, and with it ends the other; both fence every earlier one.
+        keep_damaged_copy(path)
+    # Two restarts at once must not write into one file, so each has its own draft. The restart that replaces
+    # the file last may drop the row of the other, which then ends; both fence every earlier restart.
     draft = path.with_name(f"{RESTARTS}.{token}.new")
     write_text(draft, "".join(json.dumps(asdict(each)) + "\n" for each in restarts))
     try:
@@ -86,7 +87,7 @@ def acquire(folder: Path, step: int, origin: str = "", restart_id: tuple[int, in
         raise ValueError(_fenced(folder)) from error
     if _is_fenced(folder, token):
         raise ValueError(_fenced(folder))
-    # Drafts of earlier restarts. A later one has none here yet: it would have acquired the folder first.
+    # Only drafts of earlier restarts are here: a later restart acquires the folder before it writes drafts.
     for draft in folder.glob("*.tmp"):
         _remove(draft)
     for kept in (folder.parent / KEPT_AVERAGES).glob("step-*"):
@@ -95,7 +96,8 @@ def acquire(folder: Path, step: int, origin: str = "", restart_id: tuple[int, in
 
 
 def draft_name(name: str, token: str) -> str:
-    """Name of a checkpoint while it is written: no two restarts write into one folder."""
+    """Return the name of a checkpoint while it is written. The token keeps the drafts of two restarts
+    apart."""
     return f"{name}.{token}.tmp"
 
 
@@ -117,8 +119,8 @@ def _is_fenced(folder: Path, token: str) -> bool:
     if token in tokens:
         # An unreadable row after our own may be that of a later restart.
         return tokens[-1] != token or is_damaged
-    # Every later restart keeps the readable rows and adds its own: where there is none, or what is left is
-    # damaged, only our own row is lost.
+    # Our row is missing. Every later restart keeps the readable rows and adds its own. So if there is no row,
+    # or the file is damaged, there was no later restart: only our row was lost.
     return bool(tokens) and not is_damaged
 
 
@@ -126,12 +128,12 @@ def _fenced(folder: Path) -> str:
     return f"another restart of this run has taken over {folder.parent}: this one ends and leaves it alone"
 
 
-def commit(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int) -> None:
+def commit(draft: Path, manifest: Manifest, config: CheckpointConfig, newest_proven: int) -> None:
     """Turn a draft whose files are all on disk into a checkpoint, and prune old checkpoints.
 
     Args:
         manifest: digests of the files of all ranks, and the fencing token of the restart that saved them.
-        good: newest step whose checkpoint is known to train: neither it nor a newer one is pruned.
+        newest_proven: step of the newest proven checkpoint: neither it nor a newer one is pruned.
 
     Raises:
         ValueError: another restart has acquired the folder, or a rank's file is not in the draft.
@@ -147,13 +149,13 @@ def commit(draft: Path, manifest: Manifest, config: CheckpointConfig, good: int)
     # The metrics of these steps must be on disk before the run can resume after them.
     for log in (*folder.parent.glob("*.jsonl"), *folder.parent.glob("logs/*.jsonl")):
         fsync_path(log)
-    # Not `write_text`, which makes folders: another restart that acquired the folder has removed the draft.
+    # Not `write_text`, which creates folders: a restart that has acquired the folder has removed the draft.
     (draft / COMPLETE).write_text(manifest.as_json(), encoding="utf-8")
     for written in (draft / COMPLETE, draft, *(path for path in draft.iterdir() if path.is_dir())):
         fsync_path(written)
     _publish(draft, folder / draft.name.partition(".")[0], token)
     fsync_path(folder)
-    _prune(folder, token, config, good)
+    _prune(folder, token, config, newest_proven)
 
 
 def _publish(draft: Path, final: Path, token: str) -> None:
@@ -163,8 +165,8 @@ def _publish(draft: Path, final: Path, token: str) -> None:
     if os.path.lexists(final):
         os.replace(final, aside)
         try:
-            # A process may be suspended for hours between two lines. If it still owns the folder, what it
-            # moved was invalid; and where another restart publishes from now on, os.replace below fails.
+            # A process may be suspended for hours between two lines. If it still owns the folder, the folder
+            # that it moved was invalid. If another restart publishes from now on, os.replace below fails.
             check_not_fenced(final.parent, token)
         except ValueError:
             os.replace(aside, final)
@@ -173,12 +175,15 @@ def _publish(draft: Path, final: Path, token: str) -> None:
     _remove(aside)
 
 
-def _prune(folder: Path, token: str, config: CheckpointConfig, good: int) -> None:
-    """Remove old checkpoints. Each is renamed first, so that a prune that is cut short leaves nothing that
-    looks complete, and loses no averages."""
+def _prune(folder: Path, token: str, config: CheckpointConfig, newest_proven: int) -> None:
+    """Remove old checkpoints.
+
+    Each is renamed first, so that an interrupted prune leaves no folder that looks complete, and loses no
+    averages.
+    """
     complete = complete_checkpoints(folder)
     for step, path in list(complete.items())[: -config.keep_last]:
-        if step >= good or (config.keep_every and step % config.keep_every == 0):
+        if step >= newest_proven or (config.keep_every and step % config.keep_every == 0):
             continue
         if config.keep_averages and step % config.keep_averages == 0:
             _keep_averages(path, folder.parent / KEPT_AVERAGES / path.name)
@@ -191,7 +196,7 @@ def _prune(folder: Path, token: str, config: CheckpointConfig, good: int) -> Non
 def _keep_averages(checkpoint: Path, kept: Path) -> None:
     """Move a checkpoint to `kept`, and remove all but state.json, the manifest and the power-function
     averages."""
-    # An earlier restart may have kept one of the same step.
+    # An earlier restart may have kept the averages of the same step.
     _remove(kept)
     kept.parent.mkdir(exist_ok=True)
     os.replace(checkpoint, kept)

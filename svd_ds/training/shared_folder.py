@@ -26,11 +26,11 @@ ABANDONED_S = 600.0
 
 
 def check_shared_folder(folder: Path, env: Env) -> None:
-    """Make the run folder, and check that every rank sees the folder of rank 0. All ranks call it.
+    """Create the run folder, and check that every rank sees the folder of rank 0. All ranks call it.
 
     Raises:
-        SharedError: on all ranks; a rank cannot make the folder or write to it, or sees another folder than
-            rank 0. The message names run.dir, and the ranks, their hosts and their paths where they differ.
+        SharedError: on all ranks; a rank cannot create the folder or write to it, or sees another folder than
+            rank 0. The message names run.dir; if the folders differ, also the ranks, their hosts and paths.
     """
     path = folder.absolute()
     token = path / broadcast_from_rank0(lambda: f"{TOKEN}.{secrets.token_hex(4)}")

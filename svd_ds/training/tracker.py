@@ -1,8 +1,8 @@
-"""Weights & Biases. The only import of wandb.
+"""Weights & Biases (W&B). No other module imports wandb.
 
 Only rank 0 uses it. A run folder is one W&B run over all restarts: its id is in logs/wandb-run-id. The step
-axis is our own "train/step": W&B's step continues from the last upload before a kill, not from the
-checkpoint.
+axis of W&B's charts is our metric "train/step": W&B's own step would continue from the last upload before a
+kill, not from the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from svd_ds.credentials import redact, redact_tree
-from svd_ds.fsync_io import replace_text, set_aside
+from svd_ds.fsync_io import keep_damaged_copy, replace_text
 from svd_ds.run_folder import RunFolder
 from svd_ds.training.evaluate import EvalResult
 from svd_ds.training.preview import Preview
@@ -34,7 +34,7 @@ CLIENT_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)")
 
 
 class Tracker:
-    """An open W&B run. Its client is a separate process; if it dies, training continues without it."""
+    """An open W&B run. W&B's client is a separate process; if it dies, training continues without it."""
 
     def __init__(self, run: Any, print_line: Callable[[str], None]) -> None:
         """
@@ -43,7 +43,7 @@ class Tracker:
             print_line: prints a warning for the user.
         """
         self.run, self.print_line, self.lost = run, print_line, False
-        # W&B's own step is not that of a resumed run: use ours as the axis.
+        # See the docstring of the module.
         self._send(lambda: self.run.define_metric("train/step"))
         self._send(lambda: self.run.define_metric("*", step_metric="train/step"))
 
@@ -60,7 +60,7 @@ class Tracker:
         self._send(lambda: self.run.log(row))
 
     def log_evaluation(self, step: int, result: EvalResult) -> None:
-        """Log an evaluation: means, and each list with the index of its bin or frame in the name."""
+        """Log an evaluation: the means, and each list under names with the index of the bin or frame."""
         row = {"loss": fmean(result.loss), "loss_average": fmean(result.loss_average)}
         for name in ("loss", "loss_average", "grad_norm"):
             row |= {f"{name}/sigma-{i}": x for i, x in enumerate(getattr(result, name))}
@@ -95,7 +95,7 @@ class Tracker:
         """Send the remaining data, for at most FINISH_TIMEOUT_S seconds, and close the run."""
         self._send(lambda: self.run.finish(exit_code=int(failed)))
         if self.lost:
-            # Otherwise it tries once more when the interpreter exits, and prints a traceback.
+            # Otherwise the client tries again when the interpreter exits, and prints a traceback.
             _shut_down_client()
 
     def _log_at(self, step: int, section: str, values: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ class Tracker:
             return
         try:
             call()
-        except Exception as error:  # wandb's errors have no common base, and none may end a run
+        except Exception as error:  # wandb's errors have no common base class, and none may end a run
             self.lost = True
             self.print_line(
                 f"warning: W&B is lost ({_one_line(error)}); this run continues without it, and the data "
@@ -238,9 +238,8 @@ def _run_id(folder: RunFolder, print_line: Callable[[str], None]) -> str:
         found = path.read_bytes().decode("utf-8", "replace")
         if RUN_ID.fullmatch(found):
             return found
-        damage = (
-            f"warning: {path} is damaged: it is not the id of a W&B run; it was kept as {set_aside(path)}"
-        )
+        copy = keep_damaged_copy(path)
+        damage = f"warning: {path} is damaged: it is not the id of a W&B run; it was kept as {copy}"
     known = _newest_id(folder.path / "wandb") if damage else None
     run_id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     replace_text(path, run_id)

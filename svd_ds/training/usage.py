@@ -18,7 +18,7 @@ from svd_ds.run_folder import RunFolder
 from svd_ds.weights.restarts import read_acquired_restarts
 
 OVERHEADS = ("data", "checkpoint", "evaluation", "preview")
-"""Stages of a run besides the computation of steps."""
+"""Activities of a run besides the computation of steps."""
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A800": 312e12, "L40S": 362e12}
 """Part of a GPU's name -> its peak FLOP/s in dense bfloat16, by the vendor's data sheet, of the fastest
 variant of that name. A PCIe card has a lower peak."""
@@ -49,7 +49,7 @@ class Goodput:
     started: float
     """First start of the run, in seconds since the epoch."""
     compute_s: float
-    """Seconds of computation; a step that was lost and done again counts once."""
+    """Seconds of computation; a step that was lost and computed again counts once."""
     overheads_s: dict[str, float]
     """Seconds of each of OVERHEADS."""
 

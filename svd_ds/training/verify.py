@@ -39,7 +39,7 @@ def find_damage_on_all_ranks(path: Path, env: Env, checksums: bool) -> str | Non
     manifest, damage = broadcast_from_rank0(lambda: _compare_sizes(path))
     if manifest is None or damage is not None or not checksums:
         return damage
-    # If as many ranks read as have saved, each verifies its own files, which it is about to load.
+    # If the number of ranks is that of the save, each rank verifies the files that it is about to load.
     names = sorted(manifest.files, key=lambda name: (name.rpartition("/")[2], name))
     damage = raise_on_all_ranks(lambda: _find_damage_in_share(path, manifest, names, env))
     return next(iter(all_gather_objects([damage] if damage else [])), None)
@@ -59,7 +59,7 @@ def newest_intact_checkpoint(
     folder: Path,
     env: Env,
     checksums: bool,
-    is_good: Callable[[int, Manifest], bool] = lambda step, manifest: True,
+    is_proven: Callable[[int, Manifest], bool] = lambda step, manifest: True,
 ) -> Path | None:
     """Find the newest intact checkpoint in a run's folder of checkpoints. All ranks call it.
 
@@ -67,8 +67,8 @@ def newest_intact_checkpoint(
 
     Args:
         checksums: compare the checksums of the files as well as their sizes.
-        is_good: function of step and manifest that returns True if the checkpoint may be used; others are
-            used only if no such checkpoint is intact.
+        is_proven: function of step and manifest that returns True if the checkpoint is proven; others are
+            used only if no proven checkpoint is intact.
 
     Returns:
         Its path; None if there are no checkpoints.
@@ -76,9 +76,9 @@ def newest_intact_checkpoint(
     Raises:
         SharedError: there are checkpoints, and all of them are damaged.
     """
-    candidates = broadcast_from_rank0(lambda: _candidates(folder, is_good))
+    candidates = broadcast_from_rank0(lambda: _candidates(folder, is_proven))
     damaged: dict[Path, str] = {}
-    # If none that may be used is intact, one of the others is better than none.
+    # Proven checkpoints first: an unproven one is used only if no proven one is intact.
     for path in sorted(candidates, key=lambda path: candidates[path], reverse=True):
         damage = find_damage_on_all_ranks(path, env, checksums)
         if damage is None:
@@ -89,7 +89,7 @@ def newest_intact_checkpoint(
             return path
         if not broadcast_from_rank0(path.is_dir):
             # Another restart of this run has just pruned it: look again.
-            return newest_intact_checkpoint(folder, env, checksums, is_good)
+            return newest_intact_checkpoint(folder, env, checksums, is_proven)
         damaged[path] = damage
     if damaged:
         raise SharedError(
@@ -99,12 +99,12 @@ def newest_intact_checkpoint(
     return None
 
 
-def _candidates(folder: Path, is_good: Callable[[int, Manifest], bool]) -> dict[Path, tuple[bool, int]]:
-    """Return path -> (True if the checkpoint may be used, its step)."""
+def _candidates(folder: Path, is_proven: Callable[[int, Manifest], bool]) -> dict[Path, tuple[bool, int]]:
+    """Return path -> (True unless the manifest shows that the checkpoint is not proven, its step)."""
     found = {}
     for step, path in numbered_checkpoints(folder).items():
         manifest = read_manifest_or_none(path)
-        found[path] = (manifest is None or is_good(step, manifest), step)
+        found[path] = (manifest is None or is_proven(step, manifest), step)
     return found
 
 
@@ -119,7 +119,7 @@ def _compare_sizes(path: Path) -> tuple[Manifest | None, str | None]:
 def _find_damage_in_share(path: Path, manifest: Manifest, names: list[str], env: Env) -> str | None:
     share = names[env.rank :: env.world]
     if not path.is_dir():
-        # It must not count as damage, or the other ranks would rename a good checkpoint.
+        # This must not count as damage, or the other ranks would rename an intact checkpoint.
         raise ValueError(
             f"rank {env.rank} does not see {path}, as rank 0 does: all ranks must share the run folder"
         )

@@ -1,4 +1,4 @@
-"""A trained decoder, out of a checkpoint, and into a pipeline folder."""
+"""Trained decoders: loaded from a checkpoint, and saved in a pipeline folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AUTOENCODER_FIELDS = (
     "in_channels", "out_channels", "down_block_types", "block_out_channels", "layers_per_block",
     "latent_channels", "sample_size", "scaling_factor", "force_upcast",
 )  # fmt: skip
-"""Config of diffusers' AutoencoderKLTemporalDecoder: an image autoencoder's has these and more."""
+"""Config fields of diffusers' AutoencoderKLTemporalDecoder; the config of an image autoencoder has more."""
 
 
 def load_decoder(path: str | Path, which: str | None = None) -> Decoder:
@@ -36,11 +36,11 @@ def load_decoder(path: str | Path, which: str | None = None) -> Decoder:
         raise FileNotFoundError(f"there is nothing at {path}")
     if checkpoint_network(path) is None:
         raise ValueError(f"{path} is neither a run nor a checkpoint")
-    settings, slices = open_checkpoint(path, "decoder", which)
+    settings, shards_by_name = open_checkpoint(path, "decoder", which)
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(**settings["config.json"]))
     shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
-    weights = {name: join_shards(shards, shapes[name]) for name, shards in slices.items()}
+    weights = {name: join_shards(shards, shapes[name]) for name, shards in shards_by_name.items()}
     decoder.load_state_dict(weights, assign=True)
     return decoder
 
@@ -59,9 +59,7 @@ def save_pipeline_parts(frozen: str | Path, decoder: Decoder, folder: str | Path
     autoencoder = Autoencoder.load(frozen)
     expected = DecoderConfig.from_autoencoder(autoencoder.network)
     if expected != decoder.config:
-        raise ValueError(
-            f"the decoder in {frozen} is {expected}, and the one that was trained {decoder.config}"
-        )
+        raise ValueError(f"the decoder in {frozen} is {expected}, and the trained one is {decoder.config}")
     if Path(frozen).is_dir():
         # The model_index.json of an image pipeline names the class of an image autoencoder.
         left_out = ["vae"] if autoencoder.is_temporal else ["vae", "model_index.json"]

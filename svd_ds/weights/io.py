@@ -1,13 +1,13 @@
 """Load and save the UNet's weights: the two public layouts, and the shards that a run saves.
 
-To read, `path` is one of
+A `path` to read from is one of
 
 - a diffusers pipeline folder or its unet folder: SVD, or the image UNet of Stable Diffusion 2;
 - an original single .safetensors file (`model.diffusion_model.*`), likewise video or image;
-- a run folder, which means its newest complete checkpoint, or a checkpoint folder: `unet/config.json` and
-  `unet/rank-00000-of-00002.safetensors ...`, which hold the ranks' flat slices of every parameter under our
-  names; joined in order, cut to the parameter's size and reshaped, they are the parameter. Averages are next
-  to `unet` as `ema-NAME`, without the frozen parameters.
+- a run folder, which means its newest complete checkpoint;
+- a checkpoint folder: `unet/config.json`, and the ranks' shards (shards.py) in
+  `unet/rank-00000-of-00002.safetensors ...`. Averages are next to `unet` as `ema-NAME`, without the frozen
+  parameters.
 
 Tensors are read one at a time. Nothing is unpickled.
 """
@@ -99,13 +99,13 @@ def read_weights(
 
     Args:
         path: see the top of this module.
-        config: config of the network that takes the weights; default: the one that `path` describes. It may
-            have more: temporal layers, scalars or a mask embedding that `path` lacks, which are then not
-            among the tensors, and more input channels or scalars, whose weights are then zeros.
+        config: config of the network that takes the weights; default: that of `path`. The network may have
+            temporal layers, scalars or a mask embedding that `path` lacks; these are not among the tensors.
+            It may also have more input channels or scalars, whose weights are zeros.
         which: for a run, `raw` or the name of an average; default: its first average, or raw if it has none.
 
     Returns:
-        The config, and (name, tensor) pairs: our names and shapes, the dtype on disk.
+        The config, and (name, tensor) pairs with our names and shapes, in the dtype on disk.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -147,7 +147,7 @@ def write_weights(
         path = path / "diffusion_pytorch_model.safetensors"
     elif path.suffix != ".safetensors":
         raise ValueError(
-            f"the original layout is one file, whose name must end in .safetensors, not {path.name}"
+            f"the output is {path.name}: the original layout is one file, whose name must end in .safetensors"
         )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ def write_weights(
         names = public_names(name, modules)
         parts = tensor.detach().cpu().chunk(len(names))
         for public_name, part in zip(names, parts, strict=True):
-            # safetensors refuses shared memory, so parts of one tensor are cloned.
+            # safetensors refuses tensors that share memory, so parts of one tensor are cloned.
             part = part.clone() if len(parts) > 1 else part
             public[public_name] = to_public(name, part).contiguous()
     replace_tensors(path, public, metadata)

@@ -1,7 +1,7 @@
-"""The adapters of a network in a file, and back.
+"""Save the adapters of a network to a file, and load them.
 
-Files are those of PEFT and diffusers: `unet.MODULE.lora_A.weight` and `lora_B.weight`, with diffusers' names
-of modules, and rank and alpha in the header. lora_files.py reads those of other trainers, too.
+The format is that of PEFT and diffusers: `unet.MODULE.lora_A.weight` and `lora_B.weight`, with diffusers'
+names of modules, and rank and alpha in the header. lora_files.py also reads the formats of other trainers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def save_lora(unet: UNet, path: str | Path) -> None:
 
 
 def load_lora(unet: UNet, path: str | Path) -> list[str]:
-    """Attach the adapters of a file to a network without any.
+    """Attach the adapters of a file to a network that has none.
 
     lora_files.py lists the formats. If the file adapts only some parts of a fused layer (to_q and to_v), the
     other parts keep their output.
@@ -72,7 +72,7 @@ def load_lora(unet: UNet, path: str | Path) -> list[str]:
     flat = [update for layer_updates in updates.values() for update in layer_updates]
     ranks = sorted({len(update.a) for update in flat})
     if len(ranks) != 1:
-        raise ValueError(f"{path} has adapters of the ranks {ranks}, and must have one rank for all")
+        raise ValueError(f"{path} has adapters of the ranks {ranks}: all must have the same rank")
     modules = {name.removesuffix(".weight"): layer_updates for name, layer_updates in updates.items()}
     if others := modules.keys() - set(linear_layers(unet, "attention")):
         name = modules[min(others)][0].name
@@ -84,6 +84,6 @@ def load_lora(unet: UNet, path: str | Path) -> list[str]:
         lora: Any = unet.get_submodule(f"{module}.lora")
         for update in layer_updates:
             lora.a.weight.data.chunk(update.num_parts)[update.part].copy_(update.a)
-            # An adapted network has one alpha for all layers: the layer's own goes into its B.
+            # An adapted network has one alpha for all layers: the ratio to the layer's alpha goes into its B.
             lora.b.data[update.part].copy_(update.b * (update.alpha / alpha))
     return adapter_parameters(unet)

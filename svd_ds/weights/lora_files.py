@@ -1,6 +1,7 @@
 """LoRA files of other trainers: the mapping of their names to our layers, and the scale of each update.
 
-These formats are read, with or without a wrapper's prefix, MODULE named as in diffusers or the original file:
+These formats are read, with or without a wrapper's prefix. MODULE is named as in diffusers or in the original
+file:
 
     unet.MODULE.lora_A.weight            PEFT and diffusers; alpha in the header or in adapter_config.json
     unet.MODULE.lora.down.weight         SVD_Xtend's train_svd_lora.py and older diffusers
@@ -32,7 +33,7 @@ HEADER = "lora_adapter_metadata"
 ADAPTER_CONFIG = "adapter_config.json"
 """File of PEFT's settings, next to its weights."""
 OTHER_SETTINGS = ("use_dora", "use_qalora", "fan_in_fan_out", "alora_invocation_tokens")
-"""Settings of PEFT that make an adapter something else than W + B A."""
+"""Settings of PEFT with which an adapter is not W + B A."""
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """File names in a folder of adapters: diffusers' and PEFT's."""
 WRAPPERS = ("unet.", "base_model.", ORIGINAL_PREFIX, "model.", "diffusion_model.", "module.", "_orig_mod.")
@@ -158,7 +159,7 @@ def _read_matrices(
     a, b = (read_checked(halves[half]) for half in "AB")
     a, b = (half.flatten(1) if half.dim() > 2 else half for half in (a, b))
     if not a.numel():
-        raise ValueError(f"{path}: {halves['A'].name} has the shape {halves['A'].shape}, which is of no rank")
+        raise ValueError(f"{path}: {halves['A'].name} has the shape {halves['A'].shape}: it has no elements")
     rank = a.shape[0] if a.dim() else 1
     for half, found, expected in (("A", a, (rank, weight_shape[1])), ("B", b, (weight_shape[0], rank))):
         if tuple(found.shape) != expected:
@@ -195,7 +196,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """Read PEFT's settings from the file's header, or from the adapter_config.json next to the file.
 
     Raises:
-        ValueError: they are not a JSON object, or belong to another kind of adapter.
+        ValueError: the settings are not a JSON object, or belong to another kind of adapter.
     """
     with safe_open(path, framework="pt") as file:
         written = (file.metadata() or {}).get(HEADER, "{}")
@@ -218,12 +219,12 @@ def _alpha_by_settings(path: Path, settings: Mapping[str, Any], name: str, rank:
     """Return a module's alpha by PEFT's settings; default: the rank."""
     patterns = settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"{path}: alpha_pattern is {str(patterns)[:40]}, and must be an object")
+        raise ValueError(f"{path}: alpha_pattern is {str(patterns)[:40]}: it must be an object")
     # PEFT also matches the end of a module's name.
     matches = (value for key, value in patterns.items() if f".{name}".endswith(f".{_public_name(key)}"))
     alpha = next(matches, settings.get("lora_alpha", rank))
     if not is_number(alpha):
-        raise ValueError(f"{path}: the alpha of {name} is {str(alpha)[:40]}, and must be a finite number")
+        raise ValueError(f"{path}: the alpha of {name} is {str(alpha)[:40]}: it must be a finite number")
     return float(alpha) * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
 
 
@@ -231,5 +232,5 @@ def _read_alpha(path: Path, ref: TensorRef) -> float:
     """Read a module's alpha from kohya's tensor of one number."""
     value = ref.read()
     if value.numel() != 1 or not value.isfinite():
-        raise ValueError(f"{path}: {ref.name} has the shape {ref.shape}, and must be one finite number")
+        raise ValueError(f"{path}: {ref.name} has the shape {ref.shape}: it must be one finite number")
     return float(value)

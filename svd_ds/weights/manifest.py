@@ -4,8 +4,8 @@
      "files": {"unet/rank-00000-of-00002.safetensors": {"size": 1234, "xxh3_128": "99aa..."}, ...},
      "xxh3_128": "0d3e..."}
 
-The last entry is the checksum of the others, so damage of the manifest itself is detected. A checkpoint is
-complete if its manifest can be read, and intact if every file has the size and the checksum of the manifest.
+The last entry is the checksum of the others, so damage of the manifest itself is detected. restarts.py
+defines complete, intact, valid and proven checkpoints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = 1
 OLD_CONTENT = re.compile(rb"[0-9a-f]{8}\n?")
 """Content of COMPLETE before it was a manifest: the token alone."""
 CHUNK = 2**22
-"""Bytes that are read and hashed at once; in between, other threads may run."""
+"""Bytes that are read and hashed at once; other threads may run between two chunks."""
 NUM_THREADS = 4
 """Number of files that are hashed at the same time."""
 
@@ -56,7 +56,8 @@ class Manifest:
     world_size: int
     """Number of ranks that saved it."""
     proven: bool
-    """True if a training step from these weights was taken before the checkpoint was committed."""
+    """True if the checkpoint was proven before it was committed: a training step from its weights was
+    taken."""
     files: Mapping[str, FileDigest]
     """Digest of each file, by its path inside the checkpoint."""
 
@@ -130,7 +131,7 @@ def find_damage(
         progress: called with the size of each file that has been compared.
 
     Returns:
-        The name of the first file that differs, and how it differs; None if all are as they were written.
+        The name of the first file that differs, and how it differs; None if no file differs.
     """
     wanted = list(manifest.files if names is None else names)
 

@@ -1,13 +1,13 @@
 """Post-hoc EMA: power-function averages of the weights, of any length after the run (EDM2, arXiv 2312.02696
 section 3).
 
-A profile of exponent gamma weights the network's weights of time t, until now, T, by
-p(t) = (gamma + 1) t^gamma / T^(gamma + 1). Its length sigma_rel is its standard deviation over T. Time is
-counted in samples.
+In an average at time T, a profile of exponent gamma gives the network's weights at time t <= T the weight
+p(t) = (gamma + 1) t^gamma / T^(gamma + 1). Its length sigma_rel is its standard deviation divided by T. Time
+is counted in samples.
 
-A run averages a few lengths as it goes. A weighted sum of such averages, of several lengths and moments, is
-an average again, and its profile is the same sum of their profiles: another length is the sum that is nearest
-to it in the mean square.
+A run computes averages of a few lengths. A weighted sum of such averages, of several lengths and times, is an
+average again, and its profile is the same sum of their profiles. An average of another length is approximated
+by the sum whose profile is nearest in the mean square.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Profile:
-    """A power-function average at one moment."""
+    """Profile of a power-function average at one time."""
 
     samples: int
-    """Number of samples seen until then, T."""
+    """Time of the average, T: number of samples seen."""
     length: float
     """Relative length sigma_rel, in (0, 0.28]."""
 
@@ -45,7 +45,7 @@ def profile_inner_product(a: Profile, b: Profile) -> float:
     """Integrate the product of two profiles over time; the unit is 1 / samples."""
     gamma_a, gamma_b = power_exponent(a.length), power_exponent(b.length)
     early = min(a.samples, b.samples)
-    # Through logarithms: a short profile's exponent is in the hundreds.
+    # In logarithms: the exponent of a short profile is in the hundreds.
     log_ratio = (gamma_a + 1) * math.log(early / a.samples) + (gamma_b + 1) * math.log(early / b.samples)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / early * math.exp(log_ratio)
 

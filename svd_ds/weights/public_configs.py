@@ -20,13 +20,13 @@ def config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
     """
     if config.num_scalars == 0:
         raise ValueError(
-            f"diffusers' {VIDEO_CLASS} always takes scalars and this network has num_scalars 0: "
-            "save it in the original layout"
+            f"model.num_scalars is 0, but diffusers' {VIDEO_CLASS} always takes scalars: save the network in "
+            "the original layout"
         )
     if config.temporal == "none":
         raise ValueError(
-            f"diffusers' {VIDEO_CLASS} has temporal layers, and this network none: save it in the original "
-            "layout"
+            f"model.temporal is none, but diffusers' {VIDEO_CLASS} has temporal layers: save the network in "
+            "the original layout"
         )
     kinds = ["CrossAttn" if attends else "" for attends in config.attention_levels]
     # `masked` is a field of ours, written only if it is true: diffusers has no masked network.
@@ -60,9 +60,7 @@ def config_from_diffusers(fields: dict[str, Any]) -> UNetConfig:
         raise ValueError(f"its class is {kind}, not {VIDEO_CLASS} or {IMAGE_CLASS}")
     video = kind == VIDEO_CLASS
     if not video and not fields.get("use_linear_projection"):
-        raise ValueError(
-            "its use_linear_projection is false, and only Stable Diffusion 2's kind of UNet, true, fits"
-        )
+        raise ValueError("its use_linear_projection is false: it must be true, as in Stable Diffusion 2")
     widths = fields["block_out_channels"]
     # diffusers' image UNet calls the number of heads attention_head_dim.
     heads = fields["num_attention_heads"] if video else fields["attention_head_dim"]
@@ -99,7 +97,8 @@ def _single_value(fields: dict[str, Any], key: str, default: int = 0) -> int:
 def config_from_original(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
     """Return the UNetConfig of tensor shapes under sgm's names.
 
-    Shapes do not tell the widths of heads and of scalar embeddings: these are the public models'.
+    The shapes do not determine the widths of heads and of scalar embeddings: those of the public models are
+    assumed.
 
     Raises:
         ValueError: the tensors are not those of a UNet of this family.

@@ -1,4 +1,4 @@
-"""Weights of a diffusers folder: the names of their files, and the values that they may have."""
+"""Weight files of a diffusers folder: their names, and checks of the tensors that are read from them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def diffusers_files(folder: Path) -> list[Path]:
         The single file, or the files of the index; without these, the files of the only variant (fp16).
 
     Raises:
-        ValueError: there is none, or several variants; the message lists what there is.
+        ValueError: there is no weight file, or there are several variants; the message lists them.
     """
     if (single := folder / f"{STEM}.safetensors").exists():
         return [single]
     if (index := folder / f"{STEM}.safetensors.index.json").exists():
         return index_files(index)
-    # diffusers names a variant's index NAME.safetensors.index.fp16.json; older versions moved the fp16.
+    # diffusers' name of a variant's index is NAME.safetensors.index.fp16.json; in older versions fp16 was
+    # elsewhere in the name.
     indices = sorted(folder.glob(f"{STEM}*.index*.json"))
     parts = {file for index in indices for file in index_files(index)}
     variants = [*indices, *sorted(set(folder.glob(f"{STEM}.*.safetensors")) - parts)]
@@ -42,10 +43,10 @@ def diffusers_files(folder: Path) -> list[Path]:
 
 
 def read_checked(ref: TensorRef | WeightedSum) -> Tensor:
-    """Read a tensor of a public file; 8-bit floats become float32, for torch does no arithmetic on them.
+    """Read a tensor of a public file; 8-bit floats become float32, because torch cannot compute with them.
 
     Raises:
-        ValueError: it has integers (quantised weights), or a value that is not finite.
+        ValueError: the tensor has integers (quantised weights), or a value that is not finite.
     """
     tensor = ref.read()
     if not tensor.is_floating_point():

@@ -23,7 +23,7 @@ ENDS: tuple[Row, ...] = (
     ("embedding.time.linear2", "time_embedding.linear_2", "time_embed.2"),
     ("embedding.scalars.linear1", "add_embedding.linear_1", "label_emb.0.0"),
     ("embedding.scalars.linear2", "add_embedding.linear_2", "label_emb.0.2"),
-    # No public network is masked: its name is ours in every layout.
+    # No public network has a mask embedding: it has our name in every layout.
     ("mask_embedding", "mask_embedding", "mask_embedding"),
     ("conv_in", "conv_in", "input_blocks.0.0"),
     ("norm_out", "conv_norm_out", "out.0"),
@@ -116,11 +116,11 @@ def public_modules(config: UNetConfig, layout: str) -> dict[str, tuple[str, ...]
     """
     if config.temporal not in ("svd", "none"):
         raise ValueError(
-            f"temporal layers of the kind {config.temporal} have no public layout: only the checkpoints of a "
-            "run hold them"
+            f"model.temporal is {config.temporal}: no public layout has these layers, only the checkpoints "
+            "of a run"
         )
     if layout not in LAYOUTS:
-        raise ValueError(f"the layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+        raise ValueError(f"the layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     column = 1 + LAYOUTS.index(layout)
     prefix = ORIGINAL_PREFIX if layout == "original" else ""
     modules = {}

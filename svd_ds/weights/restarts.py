@@ -1,4 +1,9 @@
-"""Restarts of a run, and which of its checkpoints are valid.
+"""Restarts of a run, and the checkpoints that count for it. A checkpoint is
+
+- complete if its manifest, the file COMPLETE, can be read; it is written last;
+- intact if every file has the size and the checksum that the manifest lists, else damaged;
+- valid unless a later restart has begun before its step (`numbered_checkpoints`);
+- proven if a training step from its weights was taken, not skipped by the guard.
 
     logs/restarts.jsonl   one row per restart of the run, the first start included, oldest first
 
@@ -44,8 +49,8 @@ class Restart:
     token: str = ""
     """Fencing token; empty in a queued row."""
     origin: str = ""
-    """Checkpoint named by run.resume that this restart and all of its checkpoints descend from, relative to
-    the folder of checkpoints where it is inside; empty where none was named."""
+    """Checkpoint named by run.resume from which this restart and its checkpoints descend: its name if it is
+    in the run's own folder of checkpoints, else its absolute path. Empty if no checkpoint was named."""
 
     @property
     def is_queued(self) -> bool:
@@ -54,7 +59,7 @@ class Restart:
 
 
 def restarts_path(checkpoints: Path) -> Path:
-    """Path of the restarts of the run whose folder of checkpoints is `checkpoints`."""
+    """Return the path of restarts.jsonl of the run whose folder of checkpoints is `checkpoints`."""
     return checkpoints.parent / "logs" / RESTARTS
 
 
@@ -62,7 +67,7 @@ def read_restarts(checkpoints: Path) -> list[Restart]:
     """Read all rows, oldest first; a damaged tail is left out.
 
     Raises:
-        ValueError: a row that readable ones follow cannot be read; the message names file and line.
+        ValueError: a row before readable ones cannot be read; the message names file and line.
     """
     names = [field.name for field in fields(Restart)]
     rows = read_json_lines(restarts_path(checkpoints), _is_restart).rows
@@ -79,15 +84,15 @@ def read_acquired_restarts(checkpoints: Path) -> list[Restart]:
 
 
 def restarts_damage(checkpoints: Path) -> str | None:
-    """Return a sentence about a damaged tail of restarts.jsonl, None without one.
+    """Return a sentence about a damaged tail of restarts.jsonl; None if all rows can be read.
 
-    The next restart sets the file aside and repairs it.
+    The next restart keeps a copy of the damaged file and repairs it.
     """
     return read_json_lines(restarts_path(checkpoints), _is_restart).damage
 
 
-def restart_of(checkpoint: Path) -> Restart | None:
-    """Find the restart that saved a checkpoint; None where it is not listed."""
+def find_saving_restart(checkpoint: Path) -> Restart | None:
+    """Find the restart that saved a checkpoint; None if restarts.jsonl does not list it."""
     manifest = read_manifest_or_none(checkpoint)
     if manifest is None:
         return None
@@ -96,7 +101,7 @@ def restart_of(checkpoint: Path) -> Restart | None:
 
 
 def _is_restart(row: dict[str, Any]) -> bool:
-    # A row that lost its token to damage must not pass for a queued one: every field has to be there.
+    # Every field is required: a row that lost its token by damage must not pass for a queued one.
     types: dict[str, Any] = {
         "step": int, "time": (int, float), "job": int, "restart": int, "token": str, "origin": str
     }  # fmt: skip
@@ -104,10 +109,10 @@ def _is_restart(row: dict[str, Any]) -> bool:
 
 
 def numbered_checkpoints(folder: Path) -> dict[int, Path]:
-    """Step -> each valid checkpoint folder, damaged ones too, oldest first.
+    """Return step -> folder of each valid checkpoint, oldest first; it need not be complete or intact.
 
-    A checkpoint is invalid once a later restart has begun before its step: the later restart never saw what
-    an earlier one had saved ahead of that step, or still writes there.
+    A checkpoint is invalid once a later restart has begun before its step. That restart does not continue
+    from it; an earlier restart saved it before, or still writes from a node that was cut off.
     """
     restarts = read_acquired_restarts(folder)
     order = {restart.token: index for index, restart in enumerate(restarts)}
@@ -116,7 +121,7 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
         match = re.fullmatch(r"step-(\d+)", path.name)
         if match and path.is_dir():
             manifest = read_manifest_or_none(path)
-            # A checkpoint of an unknown restart, as in a folder that was copied here, is valid.
+            # A checkpoint of a restart that is not listed is valid, as in a folder that was copied here.
             index = order.get(manifest.token, len(restarts)) if manifest else len(restarts)
             if all(restart.step >= int(match[1]) for restart in restarts[index + 1 :]):
                 found[int(match[1])] = path
@@ -124,12 +129,12 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
-    """Step -> each valid checkpoint with a readable manifest, oldest first; other files are not checked."""
+    """Return step -> folder of each checkpoint that is valid and complete, oldest first."""
     return {step: path for step, path in numbered_checkpoints(folder).items() if read_manifest_or_none(path)}
 
 
 def read_manifest_or_none(checkpoint: Path) -> Manifest | None:
-    """Read the manifest of a checkpoint; None where it is missing or damaged."""
+    """Read the manifest of a checkpoint; None if it is missing or damaged."""
     try:
         return read_manifest(checkpoint)
     except (ValueError, OSError):
@@ -137,10 +142,10 @@ def read_manifest_or_none(checkpoint: Path) -> Manifest | None:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """Find the newest complete checkpoint of a run folder; a warning names newer ones that are incomplete.
+    """Find the newest valid and complete checkpoint of a run folder; newer incomplete ones cause a warning.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the run has no complete checkpoint.
     """
     numbered = numbered_checkpoints(run / "checkpoints")
     complete = {step: path for step, path in numbered.items() if read_manifest_or_none(path)}
@@ -151,7 +156,7 @@ def newest_checkpoint(run: Path) -> Path:
     newest = max(complete)
     if passed := [path.name for step, path in numbered.items() if step > newest]:
         logger.warning(
-            "%s is read, for newer checkpoints have no readable COMPLETE: %s",
+            "%s is read, because newer checkpoints have no readable COMPLETE: %s",
             complete[newest],
             ", ".join(passed),
         )

@@ -1,7 +1,7 @@
-"""Sharded weights, as a run saves them: each rank's slice of every parameter.
+"""Sharded weights, as a run saves them: each rank's shard of every parameter.
 
-A slice is flat: W ranks have slices of ceil(numel / W) elements, which, joined in order and cut to numel, are
-the flattened parameter. So any number of ranks can read what another number wrote.
+A shard is flat: W ranks have shards of ceil(numel / W) elements. Concatenated in rank order and cut to numel
+they are the flattened parameter. Therefore any number of ranks can read what another number wrote.
 
 A checkpoint also has averages of the weights. An average of another length is a weighted sum of those that
 the run kept (posthoc_ema.py).
@@ -30,16 +30,16 @@ KEPT_AVERAGES = "averages"
 DAMAGED_SUFFIX = ".damaged"
 """Suffix of the folder name of a damaged checkpoint, which is kept but not used any more."""
 MAX_MISFIT = 0.1
-"""Largest misfit of an average that is made of others, as a share of the wanted profile's norm."""
+"""Largest misfit of an average that is computed from others, as a share of the wanted profile's norm."""
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """A slice of a weighted sum: elements `start` to `stop` of a parameter in several checkpoints."""
+    """Weighted sum of elements `start` to `stop` of a parameter over several checkpoints, not read yet."""
 
     weights: tuple[float, ...]
     parameters: tuple[list[TensorRef], ...]
-    """The parameter's slices in each checkpoint; the checkpoints may be of different numbers of ranks."""
+    """The parameter's shards in each checkpoint; the checkpoints may have different numbers of ranks."""
     start: int
     stop: int
 
@@ -58,18 +58,18 @@ class WeightedSum:
         return (self.stop - self.start,)
 
     def read(self) -> Tensor:
-        """Read the summands and add them, in float32; zeros follow the parameter's end."""
+        """Read the summands and add them, in float32; elements after the parameter's end are zero."""
         total = torch.zeros(self.shape)
-        for weight, slices in zip(self.weights, self.parameters, strict=True):
-            part = read_range(slices, self.start, self.stop)
+        for weight, shards in zip(self.weights, self.parameters, strict=True):
+            part = read_range(shards, self.start, self.stop)
             total[: len(part)] += weight * part
         return total
 
 
-def read_range(slices: Sequence[TensorRef], start: int, stop: int) -> Tensor:
-    """Read elements `start` to `stop` of joined slices; fewer if the slices end earlier."""
+def read_range(shards: Sequence[TensorRef], start: int, stop: int) -> Tensor:
+    """Read elements `start` to `stop` of concatenated shards; fewer if the shards end earlier."""
     found, first = [], 0
-    for ref in slices:
+    for ref in shards:
         (length,) = ref.shape
         if start < first + length and first < stop:
             found.append(ref.file.get_slice(ref.name)[max(start - first, 0) : stop - first])
@@ -78,7 +78,7 @@ def read_range(slices: Sequence[TensorRef], start: int, stop: int) -> Tensor:
 
 
 class WeightShards:
-    """A folder of slices; any range of any parameter is read from the files that hold it."""
+    """A folder of the ranks' shards, from which any range of a parameter can be read."""
 
     def __init__(self, folder: Path) -> None:
         """Open a folder of a checkpoint.
@@ -94,9 +94,9 @@ class WeightShards:
 
         Args:
             name: the parameter.
-            numel: number of its elements; zeros follow.
+            numel: number of its elements; elements from `numel` on are returned as zeros.
             start: the first element to read.
-            stop: the element after the last.
+            stop: the element after the last one to read.
 
         Raises:
             ValueError: the files have no such parameter, or a value in it is not finite.
@@ -105,13 +105,13 @@ class WeightShards:
             return torch.zeros(stop - start)
         length, end = -(-numel // len(self._paths)), min(stop, numel)
         first = start // length
-        slices = [self._slice(rank, name, length) for rank in range(first, -(-end // length))]
-        found = read_range(slices, start - first * length, end - first * length)
+        shards = [self._open_shard(rank, name, length) for rank in range(first, -(-end // length))]
+        found = read_range(shards, start - first * length, end - first * length)
         if not is_finite(found):
-            raise ValueError(f"{slices[0].path} is damaged: {name} has a value that is not finite")
+            raise ValueError(f"{shards[0].path} is damaged: {name} has a value that is not finite")
         return torch.nn.functional.pad(found, (0, stop - start - len(found)))
 
-    def _slice(self, rank: int, name: str, length: int) -> TensorRef:
+    def _open_shard(self, rank: int, name: str, length: int) -> TensorRef:
         path = self._paths[rank]
         if rank not in self._open:
             self._open[rank] = open_tensors(path)
@@ -120,14 +120,13 @@ class WeightShards:
             raise ValueError(f"{path} lacks {name}, which this run's network has")
         if ref.shape != (length,):
             raise ValueError(
-                f"{path} has {ref.shape[0]} elements of {name}, and of this run's network it would have "
-                f"{length}"
+                f"{path} has {ref.shape[0]} elements of {name}: for this run's network it must have {length}"
             )
         return ref
 
 
 def rank_file_name(rank: int, world: int) -> str:
-    """Return the name of the file of one rank's slices."""
+    """Return the name of the file of one rank's shards."""
     return f"rank-{rank:05d}-of-{world:05d}.safetensors"
 
 
@@ -160,15 +159,15 @@ def open_checkpoint(
     Args:
         path: a checkpoint, or a run, which means its newest checkpoint.
         network: one of NETWORKS.
-        which: `raw`; the name of an average; a relative length, as in 0.07, that need not be among them.
-            Default: the first average.
+        which: `raw`; the name of an average; or a relative length such as 0.07, for which an average is
+            computed from those that the run kept. Default: the first average.
 
     Returns:
-        Name -> content of each JSON file of the network, and parameter -> its slices.
+        Name -> content of each JSON file of the network, and parameter -> its shards.
 
     Raises:
-        ValueError: the checkpoint is not complete, or damaged, or lacks the average and those that it could
-            be made of, or is of another network.
+        ValueError: the checkpoint is not complete or damaged, has another network, or has neither the average
+            nor others from which it can be computed.
     """
     if (path / "checkpoints").is_dir():
         path = newest_checkpoint(path)
@@ -178,24 +177,24 @@ def open_checkpoint(
     averages = sorted(name.removeprefix("ema-") for name in folders if name.startswith("ema-"))
     which = which or next(iter(averages), "raw")
     check_checkpoint(path, [*folders[network], *folders.get(f"ema-{which}", ())])
-    slices: dict[str, Sequence[TensorRef | WeightedSum]] = {**_open_slices(path / network)}
+    shards: dict[str, Sequence[TensorRef | WeightedSum]] = {**_open_shards(path / network)}
     if which in averages:
-        slices |= _open_slices(path / f"ema-{which}")
+        shards |= _open_shards(path / f"ema-{which}")
     elif (length := _parse_length(which)) is not None:
-        slices |= _blend_averages(path, length)
+        shards |= _blend_averages(path, length)
     elif which != "raw":
         raise ValueError(
-            f"the checkpoint {path} has {', '.join(['raw', *averages])}, and no {which!r}; a length in "
-            "(0, 0.28] would be made of its averages"
+            f"the checkpoint {path} has no weights {which!r}: they must be one of "
+            f"{', '.join(['raw', *averages])}, or a length in (0, 0.28]"
         )
     texts = [path / name for name in folders[network] if name.endswith(".json")]
     settings = {text.name: read_json(text) for text in texts}
-    return settings, slices
+    return settings, shards
 
 
-def join_shards(slices: Sequence[TensorRef | WeightedSum], shape: torch.Size) -> Tensor:
-    """Read and join the flat slices of a parameter of `shape`; the last ones are padded."""
-    return torch.cat([ref.read() for ref in slices])[: shape.numel()].view(shape)
+def join_shards(shards: Sequence[TensorRef | WeightedSum], shape: torch.Size) -> Tensor:
+    """Read and concatenate the flat shards of a parameter of `shape`, without the padding at their end."""
+    return torch.cat([ref.read() for ref in shards])[: shape.numel()].view(shape)
 
 
 def _parse_length(which: str) -> float | None:
@@ -208,31 +207,33 @@ def _parse_length(which: str) -> float | None:
 
 
 def _blend_averages(checkpoint: Path, length: float) -> dict[str, list[WeightedSum]]:
-    """Make the average of `length` at a checkpoint of those that its run kept until then.
+    """Compute the average of `length` at a checkpoint from the averages that its run kept until then.
 
     Returns:
-        Trained parameter -> slices of the average.
+        Trained parameter -> shards of the average.
     """
     wanted = Profile(_samples(checkpoint), length)
     run = checkpoint.parent.parent
-    moments = [
+    snapshots = [
         # Without state.json the folder is incomplete: its run was killed while moving it there.
         *sorted(state.parent for state in (run / KEPT_AVERAGES).glob("step-*/state.json")),
         *complete_checkpoints(checkpoint.parent).values(),
         checkpoint,
     ]
-    # If two folders are of the same moment the later counts: the run may have resumed from an earlier step.
+    # If two snapshots have the same number of samples the later one counts: the run may have resumed from an
+    # earlier step.
     kept = {
         Profile(samples, float(folder.name.removeprefix("ema-power-"))): folder
-        for moment in moments
-        if (samples := _samples(moment)) <= wanted.samples
+        for snapshot in snapshots
+        if (samples := _samples(snapshot)) <= wanted.samples
         for folder in (
-            moment / name for name in sorted(files_by_folder(moment)) if name.startswith("ema-power-")
+            snapshot / name for name in sorted(files_by_folder(snapshot)) if name.startswith("ema-power-")
         )
     }
     if not kept:
         raise ValueError(
-            f"{checkpoint} has no power-function average, of which one of {length} could be made"
+            f"{checkpoint} has no power-function averages, from which one of length {length} could be "
+            "computed"
         )
     weights, misfit = posthoc_weights(list(kept), wanted)
     if misfit > MAX_MISFIT:
@@ -242,7 +243,7 @@ def _blend_averages(checkpoint: Path, length: float) -> dict[str, list[WeightedS
         )
     for folder in kept.values():
         check_checkpoint(folder.parent, files_by_folder(folder.parent)[folder.name])
-    averages = [_open_slices(folder) for folder in kept.values()]
+    averages = [_open_shards(folder) for folder in kept.values()]
     blended: dict[str, list[WeightedSum]] = {}
     for name, newest in averages[-1].items():
         first = 0
@@ -254,25 +255,26 @@ def _blend_averages(checkpoint: Path, length: float) -> dict[str, list[WeightedS
     return blended
 
 
-def _samples(moment: Path) -> int:
-    """Read the number of samples that a checkpoint's run had seen."""
-    check_checkpoint(moment, ["state.json"])
-    return int(read_json(moment / "state.json")["samples"])
+def _samples(snapshot: Path) -> int:
+    """Read the number of samples that the run had seen at a checkpoint or at kept averages."""
+    check_checkpoint(snapshot, ["state.json"])
+    return int(read_json(snapshot / "state.json")["samples"])
 
 
-def _open_slices(folder: Path) -> dict[str, list[TensorRef]]:
-    """Return name -> the ranks' slices in order."""
-    slices: dict[str, list[TensorRef]] = {}
+def _open_shards(folder: Path) -> dict[str, list[TensorRef]]:
+    """Return parameter name -> the ranks' shards in order."""
+    shards: dict[str, list[TensorRef]] = {}
     for file in _rank_files(folder):
         for name, ref in open_tensors(file).items():
-            slices.setdefault(name, []).append(ref)
-    return slices
+            shards.setdefault(name, []).append(ref)
+    return shards
 
 
 def _rank_files(folder: Path) -> list[Path]:
-    """List the ranks' files in a folder of a checkpoint, in order, by the manifest.
+    """List the ranks' files in a folder of a checkpoint, in rank order.
 
-    The folder may have other ranks' files, such as those of a checkpoint that was copied over this one.
+    Only files that the manifest lists count. The folder may have others, such as those of a checkpoint that
+    was copied over this one.
     """
     names = files_by_folder(folder.parent).get(folder.name, [])
     files = sorted(folder.parent / name for name in names if name.endswith(".safetensors"))

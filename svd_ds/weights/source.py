@@ -26,7 +26,8 @@ from svd_ds.weights.public_names import ORIGINAL_PREFIX, from_public, public_mod
 from svd_ds.weights.shards import WeightedSum, checkpoint_network, join_shards, open_checkpoint
 
 CONFIG_KEY = "svd_ds.config"
-"""Metadata key of the config in a single file of ours: shapes do not tell the width of a head."""
+"""Metadata key of the config in a single file that we write: tensor shapes do not determine the width of a
+head."""
 
 MUST_MATCH = (
     "out_channels", "widths", "num_layers", "attention_levels", "transformer_depth", "context_width",
@@ -48,9 +49,9 @@ class WeightSource:
     tensor_refs: Mapping[str, Sequence[TensorRef | WeightedSum]]
     """Our name -> the tensors that, joined along dimension 0, are the parameter."""
     flat: bool
-    """True if the tensors are slices of the flattened parameter, the last ones padded."""
+    """True if the tensors are the ranks' shards of the flattened parameter, the last ones padded."""
     lora: LoraConfig | None = None
-    """Config of the adapters among the parameters; None: there are none."""
+    """Config of the adapters among the parameters; None if there are no adapters."""
 
     def tensors(self, config: UNetConfig, merge: bool) -> Iterator[tuple[str, Tensor]]:
         """Read the parameters of a network that takes these weights, one by one.
@@ -84,19 +85,20 @@ class WeightSource:
         """Check that a network can take these weights.
 
         Returns:
-            The names of the network's parameters that the weights lack, and may lack.
+            The names of the network's parameters that are new: the weights lack them.
 
         Raises:
-            ValueError: another parameter is missing, or one has another shape or no place in the network.
+            ValueError: a parameter is missing that must not be new, or the weights have one that the network
+                lacks or that has another shape there.
         """
         self._check_config(config)
         network = network_parameters(config, self.lora)
         for name, refs in self.tensor_refs.items():
             if name not in network:
-                raise ValueError(f"{refs[0].path} holds {refs[0].name}, for which the network has no place")
+                raise ValueError(f"{refs[0].path} holds {refs[0].name}, which the network does not have")
             self._check_shape(name, network[name].shape, widens=config != self.config)
         new = [name for name in network if name not in self.tensor_refs]
-        # Each of these groups can be new, but only all of it.
+        # Each of these groups may be new, but only as a whole.
         temporal = {name for name, parameter in network.items() if parameter.tag == "temporal"}
         scalars = {name for name in network if name.startswith("embedding.scalars.")}
         mask = {"mask_embedding.weight"}
@@ -120,9 +122,9 @@ class WeightSource:
             on_disk, wanted = getattr(self.config, name), getattr(config, name)
             if name in absent or on_disk == wanted or (name in MAY_GROW and on_disk < wanted):
                 continue
-            rule = "it may only grow" if name in MAY_GROW else "it must stay"
+            rule = f"at least {on_disk}" if name in MAY_GROW else "the same"
             raise ValueError(
-                f"{self.path} has {name} {on_disk}, and the network that would start from it {wanted}: {rule}"
+                f"model.{name} is {wanted}, and the weights at {self.path} have {on_disk}: it must be {rule}"
             )
 
     def _check_shape(self, name: str, shape: torch.Size, widens: bool) -> None:
@@ -183,12 +185,12 @@ def open_weights(path: Path, which: str | None) -> WeightSource:
 
 
 def _open_checkpoint(path: Path, which: str | None) -> WeightSource:
-    settings, slices = open_checkpoint(path, "unet", which)
+    settings, shards = open_checkpoint(path, "unet", which)
     with _name_file_in_errors(path / "unet" / "config.json"):
         config = UNetConfig(**settings["config.json"])
     with _name_file_in_errors(path / "unet" / "lora.json"):
         lora = LoraConfig(**settings["lora.json"]) if "lora.json" in settings else None
-    return WeightSource(path, config, slices, flat=True, lora=lora)
+    return WeightSource(path, config, shards, flat=True, lora=lora)
 
 
 def _open_original(path: Path) -> WeightSource:
@@ -241,10 +243,10 @@ def _name_file_in_errors(path: Path) -> Iterator[None]:
 
 
 def _find_prefix(path: Path, names: Iterable[str], first_layer: str, usual: str) -> str:
-    """Find the prefix of the network's tensor names: a wrapper's name, or none.
+    """Find the prefix of the network's tensor names, such as a wrapper's name; it may be empty.
 
     Raises:
-        ValueError: no tensor is the network's first layer; the message has the name that is expected.
+        ValueError: no tensor is the network's first layer; the message has its expected name.
     """
     names = list(names)
     found = [name.removesuffix(first_layer) for name in names if f".{name}".endswith(f".{first_layer}")]
@@ -259,7 +261,11 @@ def _find_prefix(path: Path, names: Iterable[str], first_layer: str, usual: str)
 def _public_source(
     path: Path, config: UNetConfig, layout: str, tensors: dict[str, TensorRef], leave_out: str = ""
 ) -> WeightSource:
-    """Map our parameters to the tensors of a public layout; `leave_out` is dropped from the public names."""
+    """Map our parameters to the tensors of a public layout.
+
+    Args:
+        leave_out: part of the public names that the names in the files lack.
+    """
     modules = public_modules(config, layout)
     left = dict(tensors)
     refs = {}
@@ -269,5 +275,5 @@ def _public_source(
             refs[name] = [left.pop(public) for public in names]
     if left:
         ref = next(iter(left.values()))
-        raise ValueError(f"{ref.path} holds {ref.name}, for which the network has no place")
+        raise ValueError(f"{ref.path} holds {ref.name}, which the network does not have")
     return WeightSource(path, config, refs, flat=False)

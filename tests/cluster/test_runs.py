@@ -110,7 +110,7 @@ def test_run_resumes_after_an_interruption(
             stacks = (run / f"logs/rank-0000{rank}.log").read_text()
             assert "Timeout" in stacks and "training/loop.py" in stacks, stacks
         assert output.count("no step for 0.2 minutes") == 2, (
-            "printed by the rank, and as the reason why the job is queued again"
+            "printed by the rank, and as the reason why the job is requeued"
         )
 
 
@@ -158,7 +158,7 @@ def test_node_that_does_not_see_the_run_is_named_and_excluded(cluster: Cluster, 
     output = cluster.output(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
     assert ended["ExcNodeList"] == unmounted
-    assert f"queued again without {unmounted}: {unmounted} does not answer, or cannot write" in output
+    assert f"requeued without {unmounted}: {unmounted} does not answer, or cannot write" in output
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_node_that_computes_wrongly_is_named_and_excluded(cluster: Cluster, tmp_
     wrong = ended["ExcNodeList"]
     assert f"rank 1 on {wrong} computed a loss of nan, then " in output
     assert f"stopped at step 3: the job is requeued without {wrong}" in output
-    assert f"job {job} is queued again without {wrong}: {wrong} computed a loss of nan, then " in output
+    assert f"job {job} is requeued without {wrong}: {wrong} computed a loss of nan, then " in output
     assert "resuming at step 3" in output, "the step was taken and saved"
     assert steps(run) == list(range(1, STEPS + 1)), "every step once"
     assert [row["hardware_faults"] for row in metrics(run)] == [0, 0, 1, 1, 1]

@@ -117,7 +117,7 @@ def test_invalid_overrides_are_refused_by_name(override: str, named: str) -> Non
     ("override", "named"),
     [
         ("task=vae", "task is 'vae': it must be one of unet, decoder"),
-        ("init.from=runs/stage1", "it starts from frozen.path's vae/"),
+        ("init.from=runs/stage1", "a decoder starts from the vae/ in frozen.path"),
         ("data.latents=true data.crop=center", "a decoder is trained on frames"),
         ("optim.spatial_lr_scale=0 optim.temporal_lr_scale=0", "a decoder has no other layers"),
         ("loss.adversarial_start=-1", "loss.adversarial_start is -1"),

@@ -84,7 +84,7 @@ def test_other_scripts_pass_their_arguments() -> None:
 def test_failed_task_is_restarted_a_few_times(code: str, state: str, restarts: str, again: bool) -> None:
     environment = {"CODE": code, "STATE": state, "SLURM_RESTART_COUNT": restarts}
     output = shell("(. slurm/encode.sh in out); echo $?", **environment).splitlines()
-    queued = [f"job 1 is queued again: srun ended with {code}", "scontrol requeue 1"] if again else []
+    queued = [f"job 1 is requeued: srun ended with {code}", "scontrol requeue 1"] if again else []
     checked = [CHECKED] if restarts == "0" else []
     assert output == [*checked, "echo tools/encode.py in out", *queued, code]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from svd_ds.command_line import CommandLine
-from svd_ds.compose import COMPOSE_ERRORS, compose, explain, keys_without_folder, parse_command_line
+from svd_ds.compose import COMPOSE_ERRORS, compose, explain, keys_for_folder, parse_command_line
 
 MEMBER = "# @package _global_\nname: member-{name}\nrun: {{steps: {steps}}}\n"
 WAYS: dict[str, Callable[[Path], list[str]]] = {
@@ -59,7 +59,7 @@ def test_group_that_no_folder_has_is_refused(folder: Path) -> None:
 def test_runs_of_a_users_group_get_folders_of_their_own(folder: Path) -> None:
     line = parse_command_line(["-m", "--config-dir", str(folder), "+subset=glob(*)", "run.seed=1,2"])
     assert line.multirun
-    assert keys_without_folder(line) == ["run.seed"], "the members of the group differ in name"
+    assert keys_for_folder(line) == ["run.seed"], "the members of the group differ in name"
 
 
 def test_options_are_accepted_at_any_position() -> None:

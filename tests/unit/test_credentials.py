@@ -104,10 +104,12 @@ def test_text_without_credentials_is_unchanged(text: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_masked_value_is_refused_by_its_key(place: str) -> None:
     masked = redact(place.format(SECRET))
-    with pytest.raises(ValueError, match=r"^data\.path is .*: it must be whole: its credentials were masked"):
+    with pytest.raises(
+        ValueError, match=r"^data\.path is .*: it must be complete: its credentials were masked"
+    ):
         DataConfig(path=masked)
     with pytest.raises(
-        ValueError, match=r"^data\.mixture has .*: it must be whole: its credentials were masked"
+        ValueError, match=r"^data\.mixture has .*: it must be complete: its credentials were masked"
     ):
         DataConfig(mixture={"data/a": 1, masked: 1})
 

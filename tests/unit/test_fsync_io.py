@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svd_ds.fsync_io import LineFile, fsync_path, replace_text, set_aside, write_tensors, write_text
+from svd_ds.fsync_io import LineFile, fsync_path, keep_damaged_copy, replace_text, write_tensors, write_text
 from svd_ds.small_files import read_json, read_yaml
 
 
@@ -89,7 +89,7 @@ def test_damaged_files_are_all_kept(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     for content in ("one", "two"):
         path.write_text(content)
-        assert set_aside(path).read_text() == content
+        assert keep_damaged_copy(path).read_text() == content
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "state.json",
         "state.json.damaged-1",

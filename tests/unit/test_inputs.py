@@ -59,7 +59,7 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
     (tmp_path / "data" / "index.jsonl").unlink()
     write(tmp_path / "data", "0123456789ab")
     with pytest.raises(
-        ValueError, match=f"the autoencoder 0123456789ab, and the one in frozen.path=tiny is {ours}"
+        ValueError, match=f"the autoencoder 0123456789ab, and that in frozen.path=tiny is {ours}"
     ):
         read_inputs(config, env, None)
 
@@ -131,24 +131,24 @@ IMAGES_ALONE = (*IMAGES, "conditioning.scalars=[]")
         (
             (),
             ("model=svd_t2v", "conditioning=text_to_video"),
-            "has in_channels 8, and the network that would start from it 4: it may only grow",
+            "model.in_channels is 4, and the weights at .* have 8: it must be at least 8",
         ),
         (
             ("model=svd_interpolation", "conditioning=interpolation"),
             (),
-            "has in_channels 9, and the network that would start from it 8: it may only grow",
+            "model.in_channels is 8, and the weights at .* have 9: it must be at least 9",
         ),
-        (("model.context_width=32",), (), "has context_width 32, and the network .* 64: it must stay"),
+        (("model.context_width=32",), (), "model.context_width is 64, .* have 32: it must be the same"),
         (IMAGES_ALONE, ("optim.temporal_lr_scale=0",), "optim.temporal_lr_scale=0 freezes temporal layers"),
         (IMAGES_ALONE, ("optim.condition_lr_scale=0",), "condition_lr_scale=0 freezes condition layers"),
         (IMAGES_ALONE, ("lora.rank=4",), "lora.rank freezes .* layers that would begin at random"),
         (
             ("model=svd_t2v", "conditioning=text_to_video"),
             ("optim.spatial_lr_scale=0",),
-            "freezes spatial layers .* ignore what is new, .* 4 input channels and model.in_channels is 8",
+            "spatial layers .* ignore the new channels, .* 4 input channels and model.in_channels is 8",
         ),
         ((), ("init.which=power-0.050",), "not a run or a checkpoint, so it has no average 'power-0.050'"),
-        ((), IMAGES_ALONE, "has temporal svd, and the network that would start from it none"),
+        ((), IMAGES_ALONE, "model.temporal is none, and the weights at .* have svd"),
     ],
 )  # fmt: skip
 def test_wrong_order_of_stages_is_refused(
@@ -179,7 +179,7 @@ def test_image_network_without_scalars_accepts_any_new_ones(tmp_path: Path) -> N
 
 
 def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.num_frames is 1 and model.temporal svd: images"):
+    with pytest.raises(ValueError, match=r"data.num_frames is 1 and model.temporal is svd: it must be none for images"):
         read_inputs(compose(["debug=tiny", "data.num_frames=1", f"run.dir={tmp_path}"]), CPU, None)
 
 
@@ -205,12 +205,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         ),
         (
             ["conditioning=interpolation", "model.in_channels=9"],
-            "model.masked is false and conditioning.concat ends",
+            "model.masked is false and conditioning.concat is ends",
         ),
-        (["model.masked=true"], "model.masked is true and conditioning.concat image"),
+        (["model.masked=true"], "model.masked is true and conditioning.concat is image"),
         (
             ["conditioning=interpolation", "model=svd_interpolation", "data.num_frames=2"],
-            "data.num_frames is 2, but a clip whose ends condition it has at least 3",
+            "data.num_frames is 2: with the first and the last frame as conditions",
         ),
         (
             ["conditioning=multiview", "model.num_scalars=3"],
@@ -239,7 +239,7 @@ def test_conditions_that_do_not_fit_are_refused(inputs: Inputs, overrides: list[
         ),
         (
             ["data.buckets={6x64x64:1,2x64x64:1}", "conditioning=interpolation", "model=svd_interpolation"],
-            r"data\.buckets\.2x64x64 is 2, but a clip whose ends condition it has at least 3",
+            r"data\.buckets\.2x64x64 is 2: with the first and the last frame .* must be at least 3",
         ),
         (
             ["data.buckets={6x64x64:1,6x64x40:1}"],

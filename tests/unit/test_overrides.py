@@ -17,12 +17,12 @@ from svd_ds.compose import (
     COMPOSE_ERRORS,
     compose,
     explain,
-    keys_without_folder,
+    keys_for_folder,
     parse_command_line,
     settings_by_key,
 )
 from svd_ds.config import RunConfig
-from svd_ds.overrides import OTHERS, folder_name, quote_for_hydra, swept_values
+from svd_ds.overrides import FOREIGN_KEYS, folder_name, quote_for_hydra, swept_values
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = [
@@ -117,9 +117,9 @@ def test_list_of_texts_is_taken_as_written(word: str, values: tuple[str, ...]) -
     assert compose([word]).data.where == values
 
 
-@pytest.mark.parametrize("foreign", OTHERS)
+@pytest.mark.parametrize("foreign", FOREIGN_KEYS)
 def test_keys_of_other_trainers_get_advice(foreign: str) -> None:
-    advice = OTHERS[foreign]
+    advice = FOREIGN_KEYS[foreign]
     for word in (
         f"{foreign}=1",
         f"+{foreign}=1",
@@ -163,7 +163,7 @@ def test_settings_of_deepspeed_get_advice(word: str, answer: str) -> None:
 
 
 def test_advice_names_keys_that_exist() -> None:
-    words = {word.strip(",.:;") for advice in OTHERS.values() for word in advice.split()}
+    words = {word.strip(",.:;") for advice in FOREIGN_KEYS.values() for word in advice.split()}
     keys = {word.partition("=")[0] for word in words if re.fullmatch(r"[a-z]+\.[a-z_]+(=\S*)?", word)}
     assert len(keys) > 15
     assert keys <= set(settings_by_key())
@@ -205,7 +205,7 @@ def test_commas_separate_the_values_of_several_runs(words: list[str], values: li
     ],
 )
 def test_runs_of_a_multirun_differ_in_their_folders(words: list[str], unnamed: list[str]) -> None:
-    assert keys_without_folder(parse_command_line(["-m", *words])) == unnamed
+    assert keys_for_folder(parse_command_line(["-m", *words])) == unnamed
 
 
 def test_different_values_give_different_folders() -> None:

@@ -130,7 +130,7 @@ def test_empty_text_is_refused(tree: DictConfig, setting: Setting) -> None:
         ),
         ("sampling.rho", 0, "sampling.rho is 0.0: it must be at least 1"),
         ("sampling.sampler", "ddim", "sampling.sampler is 'ddim': it must be one of euler, heun"),
-        ("ema.lengths", [0.05, 0.05], "two of them have the name power-0.050"),
+        ("ema.lengths", [0.05, 0.05], "two of the averages have the name power-0.050"),
         ("run.dir", "", "run.dir is '': it must be a path, and not empty"),
         ("init.from", "", "init.from is '': it must be a path, and not empty"),
         ("name", "", "name is '': it must be a text, and not empty"),

@@ -20,7 +20,7 @@ def test_kernels_that_the_machine_cannot_run_are_refused(monkeypatch: pytest.Mon
     config = compose(["debug=tiny", "model.kernels=triton"])
     monkeypatch.setattr(fused, "triton_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "svd_ds.model.ops.kernels", SimpleNamespace(INTERPRETED=False))
-    with pytest.raises(ValueError, match=r"model.kernels is triton, which runs on a GPU, and this is a CPU"):
+    with pytest.raises(ValueError, match=r"model.kernels is triton, which needs a GPU, and this is a CPU"):
         read_task(config, env, inputs)
 
 

@@ -21,16 +21,16 @@ MAX_BATCH = 65_535
 """Largest batch of a kernel: CUDA has 16 bits for that grid dimension."""
 HALF = (torch.float16, torch.bfloat16)
 MAX_SHORT_KEYS = 64
-"""Largest number of keys, such as a clip's frames, of which fused kernels would mostly compute padding
-(docs/benchmarks.md)."""
+"""Largest number of keys, such as a clip's frames, for which `auto` avoids the tiles of fused kernels, which
+would mostly be padding (docs/benchmarks.md)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Compute softmax(q k^T / sqrt(head width)) v.
 
-    With a leading dimension, (clips, batch, tokens, heads, width), clips are processed one by one, for their
-    strides need not merge with the batch's. The memory order of the result is then (clips, tokens, batch,
-    heads, width), which attention over time needs.
+    With a leading dimension, (clips, batch, tokens, heads, width), clips are processed one by one, because
+    their strides may not merge with those of the batch. The memory order of the result is then (clips,
+    tokens, batch, heads, width), which attention over time needs.
 
     Args:
         q: queries, (batch, tokens, heads, width).
@@ -120,10 +120,10 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Non
     """
     installed = {"flash_attn": flash_attn_installed, "triton": triton_installed}
     if backend in installed and not installed[backend]():
-        raise ValueError(f"attention is to run on {backend}, which is not installed: choose auto or sdpa")
+        raise ValueError(f"the attention backend is {backend}, which is not installed: choose auto or sdpa")
     if backend == "flash_attn" and (device.type != "cuda" or dtype not in HALF):
         raise ValueError(
-            f"attention is to run on flash_attn, which takes half precision on a GPU, not {dtype} on a "
+            f"the attention backend is flash_attn, which needs half precision on a GPU, not {dtype} on a "
             f"{device.type} device: choose auto or sdpa"
         )
 
@@ -138,7 +138,7 @@ def _choose(backend: str, q: Tensor, k: Tensor) -> str:
     check_backend(backend, q.device, q.dtype)
     if backend == "triton" and not _triton_supports(q, k):
         raise ValueError(
-            f"attention is to run on triton, which does not support {k.shape[-3]} keys for "
+            f"the attention backend is triton, which does not support {k.shape[-3]} keys for "
             f"{q.shape[-3]} queries in {q.dtype} on {q.device}: choose auto or sdpa"
         )
     return backend

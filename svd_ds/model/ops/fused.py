@@ -1,18 +1,19 @@
 """Operations with their own backward pass: convolution, group norm with SiLU, GEGLU.
 
-All have channels as the last dimension, copy no data only to change its order, and keep only their inputs for
-the backward pass: intermediate results are recomputed.
+All operations have channels as the last dimension, copy no data only to change its order, and save only their
+inputs for the backward pass: intermediate results are recomputed.
 
-Convolution: torch reads channels_last memory through a permuted view, if the weight has that order, too; here
-it is (out, height, width, in). The parameter itself is kept, not a view of it, which ZeRO-3 could not free.
+Convolution: torch can convolve channels_last memory through a permuted view, if the weight has that order,
+too; here it is (out, height, width, in). The parameter itself is saved for the backward pass, not a view of
+it, because ZeRO-3 could not free a view.
 
-Group norm: torch's own is for channels first: on a GPU it copies, on a CPU it sums channels_last tensors
-sequentially (errors near 1e-5 for a large frame). Here each pass over the activations is one reduction or one
-fused multiply-add, in their dtype with float32 inside, and the rest is arithmetic on (N, C). Small tensors on
-a CPU, for which the launch of these operations would dominate, are copied, too.
+Group norm: torch's own expects channels first. On a GPU it copies channels_last tensors; on a CPU it sums
+them sequentially (errors near 1e-5 for a large frame). Here each pass over the activations is one reduction
+or one fused multiply-add, in their dtype with float32 inside, and the rest is arithmetic on (N, C). Small
+tensors on a CPU are copied, too, because the overhead of starting these operations would dominate.
 
-On a GPU with Triton, group norm and GEGLU are those of fused_triton.py, which take fewer passes; the versions
-here run on any device and are the reference in its tests.
+On a GPU with Triton, group norm and GEGLU of fused_triton.py are used, which take fewer passes; the versions
+here run on any device and are the reference in the tests of fused_triton.py.
 
 Shapes: N units (frames or clips), S positions, C channels; a group is C / groups channels; I, O channels in
 and out.
@@ -56,7 +57,7 @@ def check_kernels(kernels: str, device: torch.device) -> None:
     from svd_ds.model.ops.kernels import INTERPRETED
 
     if device.type == "cpu" and not INTERPRETED:
-        raise ValueError("model.kernels is triton, which runs on a GPU, and this is a CPU: choose auto")
+        raise ValueError("model.kernels is triton, which needs a GPU, and this is a CPU: choose auto")
 
 
 def _on_triton(kernels: str, x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Triton kernels: group norm with SiLU, GEGLU, and attention among few tokens. The only import of triton.
+"""Triton kernels: group norm with SiLU, GEGLU, and attention among few tokens. No other import of triton.
 
 A program of the group norm takes a segment of one unit's positions and COLUMNS channels, independently of the
 groups: it reads full cache lines, tile by tile, and sums by channel. A small kernel then combines segments to
@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Otherwise a kernel would be compiled for each divisibility by 16 of a number of positions, and for each
-# alignment of a parameter in ZeRO-3's flat buffer.
+# Otherwise Triton would compile a kernel again depending on whether a number of positions is divisible by 16,
+# and on the alignment of a parameter in ZeRO-3's flat buffer.
 _kernel = triton.jit(
     do_not_specialize=("S", "groups", "length", "R", "T", "units"),
     do_not_specialize_on_alignment=("weight", "bias"),

@@ -1,4 +1,4 @@
-"""Interface of training objectives: the loss of each clip, and its own state."""
+"""Interface of training objectives: the loss of each clip, and the state that a checkpoint saves."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     latents -> frames               (the network)
     loss = |difference| + perceptual distance + adversarial loss
 
-The SVD paper gives no recipe for its decoder. This is VideoLDM's (arXiv 2304.08818 section 3.1.1): the
-decoder alone is trained, on video, with a discriminator over space and time and none for single images. The
+The SVD paper gives no recipe for its decoder. This is VideoLDM's (arXiv 2304.08818 section 3.1.1): only the
+decoder is trained, on video, with a discriminator over space and time and no image discriminator. The
 pixel term is L1, as in the losses of Stable Diffusion's autoencoders (CompVis/latent-diffusion
 contperceptual.py): L2 rewards blur, the mean of all plausible images.
 
@@ -41,11 +41,11 @@ class DecoderLossConfig(Settings, section="loss"):
     perceptual_heads: str | None = location(None)
     """File with the linear heads of LPIPS for VGG16 (safetensors); null weights all channels equally."""
     perceptual_weight: float = number(1.0, ge=0, le=1e6)
-    """Weight of the perceptual term, which is there if loss.perceptual is set."""
+    """Weight of the perceptual term, which is computed only if loss.perceptual is set."""
     adversarial_weight: float = number(0.0, ge=0, le=1e6)
     """Weight of the adversarial term; 0: no discriminator is trained."""
     adversarial_start: int = number(0, ge=0)
-    """Clips of the run before the discriminator and the adversarial term begin; 0: from the first clip on."""
+    """Number of clips of the run after which the discriminator and the adversarial term begin."""
     discriminator_width: int = number(64, ge=1, le=4096)
     """Channels of the first level of the discriminator."""
     discriminator_lr: float = number(1e-4, gt=0, le=100)
@@ -145,7 +145,7 @@ class DecoderObjective(Objective):
     ) -> Tensor:
         """Return the adversarial term, (B,), which is 0 for clips before loss.adversarial_start."""
         term_B = frames_BTCHW.new_zeros(len(ordinals))
-        # By sample ordinal, so that the start does not depend on the number of ranks and micro-batches.
+        # Sample ordinals make the start independent of the number of ranks and micro-batches.
         rows = [row for row, ordinal in enumerate(ordinals) if ordinal >= self.config.adversarial_start]
         if rows:
             self._add_term(
@@ -164,7 +164,7 @@ class DecoderObjective(Objective):
         f = self.autoencoder.downsampling
         moments_BTMhw = self.autoencoder.encode_clips(frames_BTCHW)
         latent_shape = (frames_BTCHW.shape[1], self.autoencoder.latent_channels, H // f, W // f)
-        # The decoder has no frames as conditions, so none get noise.
+        # The decoder has no conditioning frames that would get noise: K = 0.
         draws = draw(self.seed, ordinals, latent_shape, (0, 3, H, W), frames_BTCHW.device)
         return posterior(moments_BTMhw, draws.posterior_noise_BTChw)
 

@@ -1,7 +1,7 @@
-"""Diffusion objective: the loss of a batch of clips, the only file of training/ that knows diffusion.
+"""Diffusion objective: the loss of a batch of clips. No other module of training/ depends on diffusion.
 
     frames -> latents x0            (the frozen autoencoder or its cached moments; the posterior sampled)
-    given frames -> Conditioning    (CLIP tokens; noised and encoded frames; scalars; signals dropped)
+    given frames -> Conditioning    (CLIP tokens; noised and encoded frames; scalars; dropout)
     u -> sigma; x = x0 + sigma n    (the training density)
     F(c_in x; c_noise) against v    (the UNet)
 
@@ -41,7 +41,7 @@ class PreparedBatch:
 
 @dataclass(frozen=True)
 class DiffusionObjective(Objective):
-    """Denoising in v-space, with everything that the loss needs besides the network and the batch."""
+    """Denoising objective in v-space: it has all that the loss needs besides the network and the batch."""
 
     noise: NoiseSchedule
     offset_noise: float

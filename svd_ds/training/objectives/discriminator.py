@@ -77,7 +77,7 @@ class DiscriminatorTrainer:
 
     def discard_gradients(self) -> None:
         """Discard the gradients since the last step."""
-        # Zeros, and not None: every rank must all-reduce the same gradients, even if it had no clips.
+        # Zeros, not None: every rank must all-reduce the same gradients, even if it had no clips.
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         self.clips.zero_()

@@ -108,14 +108,14 @@ def test_empty_result_of_a_node_on_a_full_disk_is_no_answer(tmp_path: Path) -> N
 
 
 def test_steps_that_hang_share_one_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "LIMIT_S", 0.5)
-    monkeypatch.setattr(preflight, "END_S", 0.5)
+    monkeypatch.setattr(preflight, "CHECK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(preflight, "KILL_AFTER_S", 0.5)
     job = FakeJob(
         nodes(9), silent=nodes(9), command=["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"]
     )
     started = time.monotonic()
     pairs = [[f"n{i}", f"n{i + 1}"] for i in range(0, 8, 2)]
-    notes = preflight._try(job, "together", pairs, tmp_path)
+    notes = preflight._run_check(job, "together", pairs, tmp_path)
     assert time.monotonic() - started < 2.5, "one limit and one grace for all of them"
     assert notes and all("does not answer" in note for note in notes.values())
 

@@ -241,7 +241,7 @@ def test_finished_run_exits_with_0_though_its_outcome_cannot_be_recorded(
 ) -> None:
     fail_to_record(monkeypatch, errno.ENOSPC)
     assert run_rank(tmp_path, 0) == 0
-    assert "warning: how the run ended is not recorded: [Errno 28]" in capfd.readouterr().err
+    assert "warning: the outcome of the run is not recorded: [Errno 28]" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -386,7 +386,7 @@ def test_fenced_restart_leaves_the_outcome_to_the_newest(
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     recorded = outcome(tmp_path)
     assert recorded is not None and (recorded.kind, recorded.restart_id) == (REFUSED, (9, 0)), (
-        "its job is not queued again"
+        "its job is not requeued"
     )
 
 

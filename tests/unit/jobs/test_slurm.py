@@ -11,7 +11,7 @@ from svd_ds.jobs import slurm
 from svd_ds.jobs.slurm import Job
 
 SCONTROL = """#!/bin/sh
-kill -TERM $$  # as Slurm does, once the job is queued again
+kill -TERM $$  # as Slurm does, once the job is requeued
 echo "$@" >> {log}
 case "$*" in
 "show job"*) echo "JobId=7 JobState={state} ExcNodeList=node[8-9] Requeue=1" ;;
@@ -70,7 +70,7 @@ def test_error_of_a_site_that_forbids_requeues_is_quoted(
 def test_scontrol_waits_for_a_controller_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "AWAY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(slurm, "RETRY_WAITS_S", (0.0, 0.0))
     program = tmp_path / "scontrol"
     program.write_text(
         f"#!/bin/sh\necho x >> {tmp_path}/log\n[ $(wc -l < {tmp_path}/log) -gt 2 ] && exit 0\n"

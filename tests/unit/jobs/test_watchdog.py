@@ -16,5 +16,5 @@ def test_invalid_settings_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_collectives_wait_longer_than_the_watchdog() -> None:
-    assert WatchdogConfig(minutes=45.0, first_minutes=60.0).patience > timedelta(minutes=60)
-    assert WatchdogConfig(minutes=0.0).patience == timedelta(days=1), "the watchdog is off"
+    assert WatchdogConfig(minutes=45.0, first_minutes=60.0).collective_timeout > timedelta(minutes=60)
+    assert WatchdogConfig(minutes=0.0).collective_timeout == timedelta(days=1), "the watchdog is off"

@@ -217,9 +217,9 @@ def test_dropped_ends_equal_the_unconditional_branch_of_guidance(interpolator, a
 
 
 def test_ends_need_a_last_frame_and_one_between(interpolator, autoencoder):
-    with pytest.raises(ValueError, match="no last is given"):
+    with pytest.raises(ValueError, match="last_frame must be given"):
         interpolator(autoencoder, **inputs())
-    with pytest.raises(ValueError, match=r"a clip of 2 frames .* 3 are the fewest"):
+    with pytest.raises(ValueError, match=r"num_frames is 2: .* it must be at least 3"):
         interpolator(autoencoder, **ends(autoencoder, num_frames=2))
 
 
@@ -233,7 +233,7 @@ def test_elevation_in_degrees_is_the_last_scalar(conditioner, autoencoder):
 def test_scalar_without_a_value_is_refused_by_config_key(conditioner, autoencoder):
     config = ConditionerConfig(scalars=("fps", "elevation"))
     scalars = {name: value for name, value in inputs()["scalars"].items() if name != "elevation"}
-    with pytest.raises(ValueError, match=r"names elevation, and sampling\.scalars\.elevation is not given"):
+    with pytest.raises(ValueError, match=r"names elevation: sampling\.scalars\.elevation must be given"):
         Conditioner(config, conditioner.encoder)(autoencoder, **inputs(scalars=scalars))
 
 
@@ -263,7 +263,7 @@ def test_drop_rates_depend_on_the_kind_of_context():
         ({"context": "audio"}, "context is 'audio': it must be one of image, ends"),
         ({"concat": "mask"}, "concat is 'mask': it must be one of image"),
         ({"scalars": ("fps", "colour")}, "colour"),
-        ({"scalars": ("fps", "fps")}, "each may be named once"),
+        ({"scalars": ("fps", "fps")}, "no name may occur twice"),
         ({"concat": "none"}, "no frame gets any noise"),
         ({"context": "none"}, "context_width is None"),
         ({"context_width": 8}, "context_width is 8"),

@@ -91,7 +91,7 @@ def test_folded_convolution_is_exact_except_for_the_bias_at_the_border() -> None
 
 
 def test_image_decoder_of_another_depth_is_refused() -> None:
-    with pytest.raises(ValueError, match="of 1 layers a block takes no temporal layers: it needs 2"):
+    with pytest.raises(ValueError, match="has 1 layers a block: to get temporal layers it must have 2"):
         build_decoder(image_autoencoder(num_layers=1))
 
 

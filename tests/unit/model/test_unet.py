@@ -283,7 +283,7 @@ class TestForward:
     ("changes", "words"),
     [
         ({"widths": (64, 128)}, "widths has 2 levels and model.attention_levels 4"),
-        ({"widths": (64, 100, 128, 128)}, "multiple of 32 .* 64, which 100 is not"),
+        ({"widths": (64, 100, 128, 128)}, "model.widths has 100: .* multiple of 32 .* 64"),
         ({"num_layers": 0}, "model.num_layers is 0: it must be at least 1"),
         ({"num_scalars": -1}, "model.num_scalars is -1: it must be at least 0"),
         ({"masked": True, "in_channels": 5}, "in_channels is 5: with model.masked it must be at least 6"),

@@ -157,7 +157,7 @@ def test_text_to_video_run_gives_only_its_network(
         (["{run}", "svd.ckpt", "--layout", "original"], "svd.ckpt must end in .safetensors"),
         (
             ["{run}", "{out}", "--layout", "diffusers", "--ema", "best"],
-            "has raw, power-0.050, and no 'best'",
+            "has no weights 'best': they must be one of raw, power-0.050, or a length",
         ),
         (["{run}", "{out}", "--layout", "diffusers", "--frozen", "{full}"], "has no model_index.json"),
         (["{run}/nothing", "{out}", "--layout", "diffusers"], "nothing does not exist"),

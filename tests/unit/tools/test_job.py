@@ -117,7 +117,7 @@ def test_usr1_requeues_the_job_and_term_ends_the_trial(end_job: EndJob) -> None:
 
 def test_reason_of_the_requeue_is_printed(end_job: EndJob, capsys: pytest.CaptureFixture[str]) -> None:
     end_job("failed", 143)
-    assert capsys.readouterr().out == "job 7 is queued again: rank 1 failed: its message\n"
+    assert capsys.readouterr().out == "job 7 is requeued: rank 1 failed: its message\n"
 
 
 def test_wrong_key_starts_no_run(end_job: EndJob, tool: ModuleType, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_job_is_requeued_without_a_node_that_computed_wrongly(
     for _ in range(3):
         assert end_job("bad nodes", 0, nodes=nodes, bad=bad) == (0, requests, True)
     if requests == WITHOUT_NODE1:
-        assert "job 7 is queued again without node1: node1 is broken" in capsys.readouterr().out
+        assert "job 7 is requeued without node1: node1 is broken" in capsys.readouterr().out
     with pytest.raises(ValueError, match="3 times from step 0"):
         end_job("bad nodes", 0, nodes=nodes, bad=bad)
 
@@ -228,7 +228,7 @@ def test_signal_during_imports_is_handled(end_job: EndJob, tmp_path: Path) -> No
         held = int(status.partition("SigBlk:")[2].split()[0], 16)
     tool.send_signal(signal.SIGUSR1)
     out, _ = tool.communicate()
-    assert (tool.returncode, out) == (0, "job 7 is queued again: SIGUSR1 asked it to end\n")
+    assert (tool.returncode, out) == (0, "job 7 is requeued: SIGUSR1 asked it to end\n")
     assert (tmp_path / "log").read_text() == "requeue 7\n"
 
 

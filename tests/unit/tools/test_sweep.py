@@ -113,7 +113,7 @@ def test_trial_whose_process_is_killed_is_restarted(
     run_job: Callable[..., JobEnd], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_job("import os; os.kill(os.getpid(), 9)") == (0, ["requeue 7"], 1)
-    assert "job 7 is queued again: signal 9 ended the trial's own process\n" in capfd.readouterr().out
+    assert "job 7 is requeued: signal 9 ended the trial's own process\n" in capfd.readouterr().out
     assert run_job("import sys\n" + RECORD + SETTLE) == (0, [], 3)
     assert Path("arguments").read_text() == "optim.lr=1" * 3, "the unfinished trial comes first"
 

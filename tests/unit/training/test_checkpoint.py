@@ -429,7 +429,7 @@ def test_checkpoint_of_other_widths_is_refused_with_both_numbers(folder: Path) -
     store = checkpoints(folder)
     ema = save(store, 1)
     for shapes, message in (
-        ({**SHAPES, "a": torch.Size((9,))}, "has 7 elements of a, and of this run's network it would have 9"),
+        ({**SHAPES, "a": torch.Size((9,))}, "has 7 elements of a: for this run's network it must have 9"),
         ({**SHAPES, "d": torch.Size((1,))}, "lacks d, which this run's network has"),
     ):
         engine = Shards()

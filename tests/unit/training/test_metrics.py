@@ -55,7 +55,7 @@ def test_steps_lost_to_a_rollback_are_no_goodput(tmp_path: Path) -> None:
     with Metrics(run, LoggerConfig(wandb="disabled"), {}, total_steps=5, step=0) as metrics:
         for number in (1, 2, 3):
             metrics.log(step(number))
-        metrics.log_rollback(1, left=3)
+        metrics.log_rollback(1, from_step=3)
         assert metrics.goodput.compute_s == pytest.approx(1.9)
         assert metrics.goodput.overheads_s["preview"] == pytest.approx(0.5)
         metrics.log(step(2))
@@ -152,7 +152,7 @@ def test_rollback_keeps_a_copy_of_a_damaged_file(tmp_path: Path, capsys: pytest.
             metrics.log(step(number))
         with run.metrics.open("ab") as file:
             file.write(b"\0\0\n")
-        metrics.log_rollback(1, left=2)
+        metrics.log_rollback(1, from_step=2)
         metrics.log(step(2))
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
     assert "metrics.jsonl.damaged-1" in capsys.readouterr().out

@@ -43,7 +43,7 @@ def test_draft_without_the_file_of_a_rank_is_not_committed(folder: Path, missing
     (draft / FILE.format(1 - missing)).write_bytes(b"abc")
     manifest = Manifest(token, 2, True, {FILE.format(rank): FileDigest(3, "0") for rank in range(2)})
     with pytest.raises(ValueError, match=f"rank-0000{missing}-of-00002.* is missing; all 2 ranks must see"):
-        commit(draft, manifest, CheckpointConfig(), good=-1)
+        commit(draft, manifest, CheckpointConfig(), newest_proven=-1)
     assert complete_checkpoints(folder) == {}
 
 

@@ -100,7 +100,9 @@ class TestAfterTheRun:
         shutil.rmtree(run / KEPT_AVERAGES)
         with pytest.raises(ValueError, match=r"the 4 averages .* length 0.25 with an error of \d+%, .* 10%"):
             read(run, "0.25")
-        with pytest.raises(ValueError, match=r"has raw, power-0.050, power-0.100, and no '0.3'"):
+        with pytest.raises(
+            ValueError, match=r"no weights '0.3': .* one of raw, power-0.050, power-0.100, or a length"
+        ):
             read(run, "0.3")
 
 

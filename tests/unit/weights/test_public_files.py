@@ -160,11 +160,11 @@ SETTINGS = {
     "deeply nested": ("[" * 100_000, "is not JSON"),
     "no json": ("{", "is not JSON"),
     "no object": ("[1]", "no settings of adapters by name"),
-    "alpha is a text": ('{"unet.lora_alpha": "8"}', "is 8, and must be a finite number"),
-    "alpha is a list": ('{"lora_alpha": [1]}', r"is \[1\], and must be a finite"),
-    "alpha is infinite": ('{"lora_alpha": 1e999}', "is inf, and must be a finite"),
-    "alpha beyond floats": ('{"lora_alpha": 1%s}' % ("0" * 400), "is 10000.*, and must be a finite"),
-    "patterns are a list": ('{"alpha_pattern": [1]}', r"alpha_pattern is \[1\], and must be"),
+    "alpha is a text": ('{"unet.lora_alpha": "8"}', "is 8: it must be a finite number"),
+    "alpha is a list": ('{"lora_alpha": [1]}', r"is \[1\]: it must be a finite"),
+    "alpha is infinite": ('{"lora_alpha": 1e999}', "is inf: it must be a finite"),
+    "alpha beyond floats": ('{"lora_alpha": 1%s}' % ("0" * 400), "is 10000.*: it must be a finite"),
+    "patterns are a list": ('{"alpha_pattern": [1]}', r"alpha_pattern is \[1\]: it must be"),
     "DoRA": ('{"use_dora": true}', "has use_dora: such adapters are not plain LoRA"),
 }
 

@@ -158,7 +158,7 @@ def test_released_network_needs_fewer_operations_than_diffusers(
         (("--tokens", "77,0"), "--tokens is '77,0': it must be positive integers"),
         (("--dtype", "fp8"), "--dtype is 'fp8': it must be one of fp32, bf16"),
         (("--pairs", "0"), "--pairs is 0"),
-        (("--widths", "60", "--pairs", "1"), "which 60 is not"),
+        (("--widths", "60", "--pairs", "1"), "model.widths has 60"),
     ],
 )
 def test_invalid_option_is_one_sentence(
