@@ -179,7 +179,9 @@ def test_image_network_without_scalars_accepts_any_new_ones(tmp_path: Path) -> N
 
 
 def test_images_and_videos_have_networks_of_their_own(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.num_frames is 1 and model.temporal is svd: it must be none for images"):
+    with pytest.raises(
+        ValueError, match=r"data.num_frames is 1 and model.temporal is svd: it must be none for images"
+    ):
         read_inputs(compose(["debug=tiny", "data.num_frames=1", f"run.dir={tmp_path}"]), CPU, None)
 
 

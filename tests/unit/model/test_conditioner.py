@@ -264,7 +264,7 @@ def test_drop_rates_depend_on_the_kind_of_context():
         ({"concat": "mask"}, "concat is 'mask': it must be one of image"),
         ({"scalars": ("fps", "colour")}, "colour"),
         ({"scalars": ("fps", "fps")}, "no name may occur twice"),
-        ({"concat": "none"}, "no frame gets any noise"),
+        ({"concat": "none"}, "there is no frame that gets noise"),
         ({"context": "none"}, "context_width is None"),
         ({"context_width": 8}, "context_width is 8"),
         ({"drop_context": 1.5}, "drop_context is 1.5"),
