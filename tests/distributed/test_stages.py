@@ -168,7 +168,7 @@ def test_every_noise_schedule_trains_and_one_report_ranks_them(
     members = sorted(path.stem for path in (CONF / "noise").glob("*.yaml"))
     runs = [train("noise_schedule", f"noise={member}", "evaluation.clips=1") for member in members]
     ranking = rank_runs([read_run(run) for run in runs])
-    assert ranking is not None and len(ranking.places) == len(members), "all were measured on one set"
+    assert ranking is not None and len(ranking.entries) == len(members), "all were measured on one set"
     write_report(runs, tmp_path / "compare.html")
     html = (tmp_path / "compare.html").read_text()
     assert "Ranking" in html and all(member in html for member in members)

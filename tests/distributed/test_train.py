@@ -130,7 +130,7 @@ def test_run_rolls_back_once_and_then_ends_on_all_ranks_when_it_diverges(
     reported = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(reported) == 1, ended.stderr
     assert (
-        "2 steps in a row were out of bounds, more than guard.max_skips=1, and the run has gone"
+        "2 steps in a row were out of bounds, more than guard.max_skips=1, and the run has rolled"
         in reported[0]
     )
     assert "Traceback" not in ended.stderr
