@@ -80,7 +80,10 @@ def test_two_images_are_interpolated(
     for arguments, message in (
         (["--image", red], "needs --image and --last-image"),
         (["--image", red, blue, "--last-image", red], "2 with --image and 1 with --last-image"),
-        (["--image", red, "--last-image", blue, "--frames", 2], "a clip of 2 frames has none between"),
+        (
+            ["--image", red, "--last-image", blue, "--frames", 2],
+            "num_frames is 2: with the first and the last frame given it must be at least 3",
+        ),
         (["--image", red, "--last-image", blue, "--caption", "a boat"], "takes no --caption"),
     ):
         assert run(run_folder, *arguments, *out) == 2

@@ -176,5 +176,5 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fused, "triton_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "svd_ds.model.ops.kernels", SimpleNamespace(INTERPRETED=False))
     check_kernels("triton", gpu)
-    with pytest.raises(ValueError, match=r"model.kernels is triton, which runs on a GPU"):
+    with pytest.raises(ValueError, match=r"model.kernels is triton, which needs a GPU"):
         geglu(torch.randn(2, 4), kernels="triton")
