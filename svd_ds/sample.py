@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svd_ds.batch import Conditioning
 from svd_ds.diffusion.denoiser import Network, denoise
 from svd_ds.diffusion.draws import draw
 from svd_ds.diffusion.guidance import KINDS, guidance_scale, guided
@@ -157,14 +158,25 @@ def sample_video(
         last_frame=last_frame,
         context=context,
     )
+    return autoencoder.decode(_sample_latents(net, conditioning, draws.noise_BTChw, config, progress))
+
+
+def _sample_latents(
+    net: Network,
+    conditioning: Conditioning,
+    noise_BTChw: Tensor,
+    config: SampleConfig,
+    progress: Progress | None,
+) -> Tensor:
+    """Solve the probability-flow ODE from sigma_max to 0; returns (B, T, C, h, w)."""
+    num_frames = noise_BTChw.shape[1]
     scale_T = guidance_scale(config.guidance, config.guidance_min, config.guidance_max, num_frames)
     guided_denoise = guided(partial(denoise, net), scale_T)
     sigmas = karras_sigmas(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
-    start_BTChw = draws.noise_BTChw * math.sqrt(1 + sigmas[0].item() ** 2)
-    latents_BTChw = SAMPLERS[config.sampler](
+    start_BTChw = noise_BTChw * math.sqrt(1 + sigmas[0].item() ** 2)
+    return SAMPLERS[config.sampler](
         lambda x, sigma_B: guided_denoise(x, sigma_B, conditioning), start_BTChw, sigmas, progress
     )
-    return autoencoder.decode(latents_BTChw)
 
 
 def _check_shape(num_frames: int, height: int, width: int, multiple: int) -> None:

@@ -5,9 +5,7 @@ A job that reaches no new checkpoint in several restarts is not restarted again.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from svd_ds.run_folder import RunFolder
 from svd_ds.weights.restarts import (
     Restart,
     complete_checkpoints,
+    format_restarts,
     read_restarts,
     restarts_damage,
     restarts_path,
@@ -51,7 +50,7 @@ def record_queued_restart(folder: RunFolder, job: int, limit: int) -> str | None
     if (damage := restarts_damage(folder.checkpoints)) is not None:
         damage += f"; it was kept as {keep_damaged_copy(path)}"
     if damage is not None or not _ends_with_newline(path):
-        _rewrite(path, [*restarts, row])
+        replace_text(path, format_restarts([*restarts, row]))
     else:
         # Appended, not rewritten: rank 0 of another job may add its token at the same moment. If a rewrite
         # lost that row, the process that the token fences could write again. If rank 0 replaces the file at
@@ -72,7 +71,3 @@ def is_managed_by_job(folder: RunFolder) -> bool:
 def _ends_with_newline(path: Path) -> bool:
     """Return True if a row can be appended to the file, also if it is missing or empty."""
     return not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-
-
-def _rewrite(path: Path, restarts: Sequence[Restart]) -> None:
-    replace_text(path, "".join(json.dumps(asdict(restart)) + "\n" for restart in restarts))

@@ -9,13 +9,12 @@ run resumes from it.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from svd_ds.fsync_io import fsync_path, keep_damaged_copy, replace_file, write_text
@@ -25,6 +24,7 @@ from svd_ds.weights.restarts import (
     RESTARTS,
     Restart,
     complete_checkpoints,
+    format_restarts,
     read_acquired_restarts,
     read_restarts,
     restarts_damage,
@@ -80,7 +80,7 @@ def acquire(folder: Path, step: int, origin: str = "", restart_id: tuple[int, in
     # Two restarts at once must not write into one file, so each has its own draft. The restart that replaces
     # the file last may drop the row of the other, which then ends; both fence every earlier restart.
     draft = path.with_name(f"{RESTARTS}.{token}.new")
-    write_text(draft, "".join(json.dumps(asdict(each)) + "\n" for each in restarts))
+    write_text(draft, format_restarts(restarts))
     try:
         replace_file(draft, path)
     except FileNotFoundError as error:

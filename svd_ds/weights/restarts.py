@@ -19,9 +19,11 @@ tools/job.py writes a *queued* row, without a token, before the ranks start: the
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,11 @@ def read_restarts(checkpoints: Path) -> list[Restart]:
     names = [field.name for field in fields(Restart)]
     rows = read_json_lines(restarts_path(checkpoints), _is_restart).rows
     return [Restart(**{name: row[name] for name in names}) for row in rows]
+
+
+def format_restarts(restarts: Iterable[Restart]) -> str:
+    """Return the content of restarts.jsonl with these rows, which `read_restarts` reads."""
+    return "".join(json.dumps(asdict(restart)) + "\n" for restart in restarts)
 
 
 def read_acquired_restarts(checkpoints: Path) -> list[Restart]:
