@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -20,6 +20,7 @@ LENGTH_BYTES = 8
 DTYPES = {"F16": np.float16, "U8": np.uint8, "I64": np.int64}
 """Data types that `pack` writes."""
 
+Origin = TypeVar("Origin")
 ReadRange = Callable[[int, int], bytes]
 """Reads a range of a file: (first byte, number of bytes) -> bytes; raises ValueError or OSError."""
 
@@ -70,6 +71,17 @@ class TensorFile:
             raise ValueError(f"its {member} has no valid origin in its metadata") from error
         self._begin = LENGTH_BYTES + length
         self._bytes(end - 1, 1)  # Detect a file that is cut short, even if its last rows are not read.
+
+    def parse_origin(self, kind: Callable[..., Origin]) -> Origin:
+        """Build a `kind` from the fields of the origin that `pack` stored.
+
+        Raises:
+            ValueError: the fields are not those of `kind`.
+        """
+        try:
+            return kind(**self.origin)
+        except TypeError as error:
+            raise ValueError(f"its {self.member} has no valid origin in its metadata") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._header

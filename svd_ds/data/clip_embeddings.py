@@ -67,10 +67,7 @@ def read_origin(file: TensorFile) -> EmbeddingsOrigin:
     Raises:
         ValueError: `pack` did not write the file.
     """
-    try:
-        return EmbeddingsOrigin(**file.origin)
-    except TypeError as error:
-        raise ValueError(f"its {MEMBER} has no valid origin in its metadata") from error
+    return file.parse_origin(EmbeddingsOrigin)
 
 
 def embedding_shape(file: TensorFile, context: str) -> tuple[int, ...]:

@@ -78,10 +78,7 @@ def read_origin(file: TensorFile) -> LatentsOrigin:
     Raises:
         ValueError: `pack` did not write the file.
     """
-    try:
-        return LatentsOrigin(**file.origin)
-    except TypeError as error:
-        raise ValueError(f"its {MEMBER} has no valid origin in its metadata") from error
+    return file.parse_origin(LatentsOrigin)
 
 
 def moments_shape(file: TensorFile) -> tuple[int, ...]:
