@@ -29,6 +29,7 @@ from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
+from svd_ds.parallel.gpu_settings import configure_gpu
 from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
 from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.parallel.recompute import apply_recompute
@@ -66,6 +67,7 @@ def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Prog
         ValueError, OSError: a user's mistake, in one sentence; SharedError if all ranks know of it.
     """
     environment.init(env, config.watchdog.collective_timeout)
+    configure_gpu(env.device, deterministic=False, fixed_shapes=len(config.data.shapes) == 1)
     try:
         check_shared_folder(Path(config.run.dir), env)
         resume = find_resume(config, env)
@@ -118,8 +120,7 @@ def _train(
         broadcast_from_rank0(checkpoints.check_not_fenced)
         if env.rank == 0:
             _write_report(inputs.folder, metrics)
-        seconds = time.perf_counter() - started
-        metrics.print_line(_end_summary(config, inputs.folder, progress, stop, seconds))
+        metrics.print_line(_end_summary(config, inputs.folder, progress, stop, time.perf_counter() - started))
         metrics.print_wall_time()
         if session is not None:
             finished = progress.step == config.run.steps
@@ -288,8 +289,7 @@ def _end_summary(
     config: RunConfig, folder: RunFolder, progress: Progress, stop: StopRequest, seconds: float
 ) -> str:
     if progress.step < config.run.steps and stop.failing_nodes:
-        nodes = ", ".join(stop.failing_nodes)
-        return f"stopped at step {progress.step}: the job is requeued without {nodes}"
+        return f"stopped at step {progress.step}: the job is requeued without {', '.join(stop.failing_nodes)}"
     if progress.step < config.run.steps:
         return f"stopped at step {progress.step} as asked; the same command resumes from there"
     return (

@@ -23,6 +23,7 @@ from svd_ds.command_line import CONF, PRIMARY, VERSION_BASE
 from svd_ds.credentials import redact
 from svd_ds.jobs.rank_session import RankSession
 from svd_ds.parallel.env import Env, start_time
+from svd_ds.parallel.gpu_settings import configure_allocator
 from svd_ds.run_folder import RunFolder
 
 HYDRA_SWITCH = "HYDRA_FULL_ERROR"
@@ -35,6 +36,7 @@ def main() -> None:
     has failed; 2, with one sentence, on bad input; 130 when interrupted.
     """
     keep_freed_memory()
+    configure_allocator()
     mask_tracebacks()
     debug = wants_traceback()
     if names := help_names(sys.argv[1:]):

@@ -1,0 +1,53 @@
+"""Process-wide settings of torch for GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from svd_ds.parallel.gpu_settings import ALLOCATOR_VARIABLES, configure_allocator, configure_gpu
+
+GPU = torch.device("cuda", 0)
+
+
+def flags() -> tuple[bool, bool]:
+    return torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    before = flags()
+    yield
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "fixed_shapes", "benchmark"),
+    [(False, True, True), (False, False, False), (True, True, False), (True, False, False)],
+)
+def test_algorithms_are_timed_only_for_fixed_shapes_and_never_if_deterministic(
+    deterministic: bool, fixed_shapes: bool, benchmark: bool
+) -> None:
+    configure_gpu(GPU, deterministic=deterministic, fixed_shapes=fixed_shapes)
+    assert flags() == (benchmark, deterministic)
+
+
+def test_run_on_a_cpu_changes_nothing() -> None:
+    before = flags()
+    configure_gpu(torch.device("cpu"), deterministic=True, fixed_shapes=True)
+    assert flags() == before
+
+
+def test_segments_of_the_allocator_grow() -> None:
+    environ: dict[str, str] = {}
+    configure_allocator(environ)
+    assert environ == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize("name", ALLOCATOR_VARIABLES)
+def test_the_users_configuration_of_the_allocator_is_kept(name: str) -> None:
+    environ = {name: "max_split_size_mb:512"}
+    configure_allocator(environ)
+    assert environ == {name: "max_split_size_mb:512"}
