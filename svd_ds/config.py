@@ -97,6 +97,9 @@ class RunConfig(Settings):
     recompute: str = choice("blocks", POLICIES)
     """Activation checkpointing: none | blocks (every residual block and every transformer) | attention (like
     blocks, but the outputs of attention are kept) | full (a residual block and its transformer together)."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits in every run (docs/numerics.md). It matters on GPUs alone,
+    where some of them are slower."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -37,6 +37,7 @@ RESUME_MAY_CHANGE = (
     "model.kernels",
     "parallel",
     "recompute",
+    "deterministic",
     "ema.on_host",
     "batch.micro",
     "data.path",
