@@ -10,8 +10,14 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 POLICIES = ("none", "blocks", "attention", "full")
-SAVED_KERNELS = ("aten::_scaled_dot_product_", "flash_attn::_flash_attn_forward")
-"""Prefixes of the names of fused attention kernels: torch's on every device, and flash_attn's."""
+SAVED_KERNELS = (
+    "aten::_scaled_dot_product_",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn_3::_flash_attn_forward",
+    "flash_attn_3::fwd",
+)
+"""Prefixes of the names of fused attention kernels: torch's on every device, flash_attn's, and those of
+FlashAttention-3, whose older releases call `fwd` directly."""
 
 
 def apply_recompute(module: nn.Module, names: Iterable[str], policy: str) -> None:
@@ -35,7 +41,8 @@ def apply_recompute(module: nn.Module, names: Iterable[str], policy: str) -> Non
         raise ValueError(f"recompute is {policy!r}: it must be one of {', '.join(POLICIES)}")
     if policy == "none":
         return
-    recomputed = partial(checkpoint, use_reentrant=False)
+    # The networks draw no random numbers, so the generators' states are not needed again.
+    recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if policy == "attention":
         recomputed = partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, _keep))
     units = dict.fromkeys(_around(module, name) for name in names) if policy == "full" else names

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svd_ds.parallel.recompute import POLICIES, apply_recompute
+from svd_ds.parallel.recompute import POLICIES, SAVED_KERNELS, apply_recompute
 
 
 class Block(nn.Module):
@@ -136,3 +136,42 @@ def test_kept_attention_is_not_computed_again() -> None:
     assert attentions == {"none": 2, "blocks": 4, "attention": 2, "full": 4}
     projections = {policy: counted.counts["aten::addmm"] for policy, counted in calls.items()}
     assert projections["blocks"] == projections["attention"] > projections["none"]
+
+
+@pytest.mark.parametrize("operator", [name for name in SAVED_KERNELS if name.startswith("flash_attn")])
+def test_kernels_of_other_packages_are_kept_by_their_operator_names(operator: str) -> None:
+    runs = []
+
+    def forward(x: Tensor) -> Tensor:
+        runs.append(operator)
+        return x.tanh()
+
+    kernel = torch.library.custom_op(operator, forward, mutates_args=())
+    kernel.register_autograd(
+        lambda ctx, grad: grad * (1 - ctx.saved_tensors[0] ** 2),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+    )
+
+    class Kernel(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return kernel(super().forward(x)).sin()
+
+    counts = {}
+    for policy in ("blocks", "attention"):
+        net = nn.Sequential(Kernel(4, 4))
+        apply_recompute(net, ["0"], policy)
+        runs.clear()
+        net(torch.randn(2, 4)).sum().backward()
+        counts[policy] = len(runs)
+    assert counts == {"blocks": 2, "attention": 1}
+
+
+def test_states_of_random_generators_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Tensor:
+        raise AssertionError("the networks draw no random numbers")
+
+    net = Net()
+    apply_recompute(net, ["blocks.0", "blocks.1"], "blocks")
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    gradients(net)
+    assert [block.calls for block in net.blocks] == [2, 2]
