@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from svd_ds.parallel.groups import ModelParallelUnit
 from svd_ds.parallel.zero_leaf_modules import ensure_input_gradient, largest_leaf_module
+from svd_ds.parallel.zero_shards import ZeroShards
 
 # Without it DeepSpeed warns on every rank that it had to detect the accelerator.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -38,9 +39,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_module
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's names of the running means of the gradient and of its square."""
 
 
 class Engine:
@@ -93,17 +91,10 @@ class Engine:
         )
         self.module = module
         self.group = mpu.get_data_parallel_group()
-        self._rank = mpu.get_data_parallel_rank()
         self._num_backwards, self._num_micro_batches = 0, 1
-        # DeepSpeed has added ds_tensor, this rank's shard in the compute precision, and ds_shape.
-        self._parameters: dict[str, Any] = dict(module.named_parameters())
-        self.shapes: dict[str, torch.Size] = {name: p.ds_shape for name, p in self._parameters.items()}
-        self._masters: dict[str, Tensor] = {}
-        self._frozen: dict[str, Tensor] = {}
-        self._moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
-        self._find_optimizer_state()
-        self._zero_padding()
-        self._store_frozen_shards()
+        rank = mpu.get_data_parallel_rank()
+        self._shards = ZeroShards(module, self._zero, self._adam, rank, fused=self._fused)
+        self.shapes = self._shards.shapes
 
     @staticmethod
     def sharded_init(config: Mapping[str, Any], mpu: ModelParallelUnit) -> AbstractContextManager[None]:
@@ -176,26 +167,24 @@ class Engine:
 
         They are views of the optimiser's buffers; `load_full` also updates the copy in the compute precision.
         """
-        return dict(self._masters)
+        return dict(self._shards.masters)
 
     def frozen_shards(self) -> dict[str, Tensor]:
         """Return name -> this rank's flat float32 shard, in host memory, of every frozen parameter."""
-        return dict(self._frozen)
+        return dict(self._shards.frozen)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Return AdamW's exp_avg and exp_avg_sq as name -> flat shard: views, which may be written to."""
-        return {moment: dict(shards) for moment, shards in self._moments.items()}
+        return {moment: dict(shards) for moment, shards in self._shards.moments.items()}
 
     @property
     def updates(self) -> int:
         """Number of steps that AdamW has taken, for its bias correction."""
-        return int(next(iter(self._adam.state.values()))["step"])
+        return self._shards.updates
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for state in self._adam.state.values():
-            # The fused AdamW counts in a tensor on its device, DeepSpeed's in a number on the host.
-            state["step"] = torch.full_like(state["step"], count) if self._fused else count
+        self._shards.updates = count
 
     def gather(self, name: str, shard: Tensor) -> Tensor:
         """Return the full parameter `name` from every rank's `shard`. All ranks call it."""
@@ -213,7 +202,7 @@ class Engine:
         Raises:
             ValueError: the stream has a parameter that the module lacks, or that has another shape there.
         """
-        return self.load_shards((name, self._own_shard(name, tensor)) for name, tensor in tensors)
+        return self.load_shards((name, self._shards.cut(name, tensor)) for name, tensor in tensors)
 
     @torch.no_grad()
     def load_shards(self, shards: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -221,67 +210,24 @@ class Engine:
         missing = dict.fromkeys(self.shapes)
         with self._parameters_released():
             for name, shard in shards:
-                float32_shards = self._masters if name in self._masters else self._frozen
-                float32_shards[name].copy_(shard)
-                self._parameters[name].ds_tensor.copy_(shard)
+                self._shards.write(name, shard)
                 missing.pop(name, None)
         return list(missing)
 
     @contextmanager
     def weights(self, shards: Mapping[str, Tensor]) -> Iterator[None]:
         """Replace weights inside the context by flat `shards` of this rank, such as those of averages."""
-        original = {name: self._parameters[name].ds_tensor.clone() for name in shards}
+        original = {name: self._shards.parameters[name].ds_tensor.clone() for name in shards}
         self._set_compute_shards(shards)
         try:
             yield
         finally:
             self._set_compute_shards(original)
 
-    def _find_optimizer_state(self) -> None:
-        """Find this rank's shard of each parameter in the optimiser's flat float32 buffers."""
-        buffers = self._zero.fp32_partitioned_groups_flat
-        for buffer in buffers:
-            # AdamW creates its state at its first step, but a checkpoint is loaded before that.
-            moments = {moment: torch.zeros_like(buffer) for moment in MOMENTS}
-            step = torch.zeros((), device=buffer.device) if self._fused else 0
-            self._adam.state[buffer] = {"step": step, **moments}
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                index, start, numel = self._zero.grad_position[self._zero.get_param_id(parameter)]
-                self._masters[name] = buffers[index].detach().narrow(0, start, numel)
-                for moment, shards in self._moments.items():
-                    shards[name] = self._adam.state[buffers[index]][moment].narrow(0, start, numel)
-
-    def _store_frozen_shards(self) -> None:
-        """Store float32 shards of frozen parameters: DeepSpeed stores those of trained parameters only."""
-        for name, parameter in self._parameters.items():
-            if name not in self._masters:
-                self._frozen[name] = parameter.ds_tensor.detach().to("cpu", torch.float32)
-
-    @torch.no_grad()
-    def _zero_padding(self) -> None:
-        # DeepSpeed leaves the end of the last rank's shard uninitialised.
-        for name, parameter in self._parameters.items():
-            kept = max(0, self.shapes[name].numel() - self._rank * parameter.ds_tensor.numel())
-            parameter.ds_tensor[kept:].zero_()
-            if name in self._masters:
-                self._masters[name][kept:].zero_()
-
-    def _own_shard(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self.shapes:
-            raise ValueError(f"the weights hold {name}, which the network does not have")
-        if tensor.shape != self.shapes[name]:
-            theirs, ours = tuple(tensor.shape), tuple(self.shapes[name])
-            raise ValueError(f"the weights' {name} has shape {theirs}, the network's {ours}")
-        numel = self._parameters[name].ds_tensor.numel()
-        shard = tensor.reshape(-1)[self._rank * numel : (self._rank + 1) * numel]
-        return nn.functional.pad(shard, (0, numel - shard.numel()))
-
     @torch.no_grad()
     def _set_compute_shards(self, shards: Mapping[str, Tensor]) -> None:
         with self._parameters_released():
-            for name, shard in shards.items():
-                self._parameters[name].ds_tensor.copy_(shard)
+            self._shards.write_compute(shards)
 
     @contextmanager
     def _parameters_released(self) -> Iterator[None]:
