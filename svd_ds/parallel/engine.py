@@ -17,7 +17,6 @@ is zero.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
@@ -29,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from svd_ds.parallel.gradient_norm import combined_norm, global_norm, norm_over_ranks
 from svd_ds.parallel.groups import ModelParallelUnit
 from svd_ds.parallel.zero_leaf_modules import ensure_input_gradient, largest_leaf_module
 from svd_ds.parallel.zero_shards import ZeroShards
@@ -37,6 +37,7 @@ from svd_ds.parallel.zero_shards import ZeroShards
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_module
 
@@ -128,18 +129,17 @@ class Engine:
         # Scaled here: DeepSpeed knows only the number in its configuration.
         self._engine.backward(loss / self._num_micro_batches, scale_wrt_gas=False)
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """Return the global norm of the mean gradient since the last step; inf if it is not finite.
 
-        All ranks call it, after at least one `backward`.
+        All ranks call it, after at least one `backward`. The norm is a scalar on the device: to read it waits
+        for the device, to call this does not.
         """
         if self._num_backwards != self._num_micro_batches:
             # An offloaded optimiser gets its gradients only at the end of a step.
             self._zero.finalize_gradient_accumulation_boundary()
-        norms = [float(norm) for norm in self._zero._get_norm_groups()]
-        # DeepSpeed has divided each by the micro-batches of a complete step; -1 stands for "not finite".
-        scale = self._num_micro_batches / self._num_backwards
-        return scale * math.hypot(*norms) if min(norms) >= 0 else math.inf
+        # DeepSpeed has divided the gradient by the micro-batches of a complete step.
+        return combined_norm(self._group_norms(), self._num_micro_batches / self._num_backwards)
 
     def step(self, rates: Mapping[str, float]) -> None:
         """Clip the gradient, take one AdamW step, and discard the gradients.
@@ -223,6 +223,17 @@ class Engine:
             yield
         finally:
             self._set_compute_shards(original)
+
+    def _group_norms(self) -> list[Tensor]:
+        """Return the gradient's norm of each parameter group."""
+        zero = self._zero
+        if self._fused:
+            return [global_norm(gradients, self.group) for gradients in zero.averaged_gradients.values()]
+        # DeepSpeed takes the norm of a partition when it copies it to the host; empty ones have none.
+        norms = zero.norm_for_param_grads
+        empty = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
+        ids = [[zero.get_param_id(parameter) for parameter in group] for group in zero.fp16_groups]
+        return [norm_over_ranks([norms.get(id, empty) for id in group], self.group) for group in ids]
 
     @torch.no_grad()
     def _set_compute_shards(self, shards: Mapping[str, Tensor]) -> None:

@@ -164,7 +164,7 @@ class Evaluation:
             loss = share * (counts_B * errors_BT[:, frames].mean(dim=1)).sum()
             engine.backward(loss, len(prepared))
             parts.append(errors_BT.detach())
-        norm = engine.gradient_norm()
+        norm = float(engine.gradient_norm())
         engine.discard_gradients()
         return torch.cat(parts), norm
 

@@ -79,7 +79,7 @@ class GradientComputation:
             means.append(loss.item())
             losses.append(loss_B.detach())
             clip_ids += batch.ids
-        norm, local_norm = self.engine.gradient_norm(), self.local_norm.take()
+        norm, local_norm = float(self.engine.gradient_norm()), self.local_norm.take()
         return StepGradients(tuple(clip_ids), tuple(losses), sum(means) / len(means), norm, local_norm)
 
     def recompute(

@@ -24,6 +24,7 @@ CHECKS = (
     "steps_may_differ_in_their_number_of_micro_batches",
     "wrong_weights_are_refused",
     "save_that_fails_on_one_rank_fails_on_all",
+    "gradient_norm_has_the_bits_of_deepspeeds_and_reads_nothing",
     "step_with_a_nonfinite_gradient_changes_nothing",
 )
 SLOW_CHECKS = (

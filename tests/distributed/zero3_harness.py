@@ -87,7 +87,7 @@ class Ranks:
                 loss = loss_of(engine, micro_batch)
                 engine.backward(loss, ACCUMULATION)
                 total += loss.detach()
-            norm = engine.gradient_norm()
+            norm = engine.gradient_norm().item()
             engine.step(RATES)
             dist.all_reduce(total)
             history.append((total.item() / (ACCUMULATION * self.env.world), norm))

@@ -26,6 +26,7 @@ from tests.distributed.zero3_harness import (
     random_adapters,
     random_weights,
 )
+from tests.host_reads import HostReads
 
 
 def check_no_rank_holds_the_model(ranks: Ranks) -> None:
@@ -122,6 +123,22 @@ def check_steps_may_differ_in_their_number_of_micro_batches(ranks: Ranks) -> Non
         engine.step(RATES)
         after = gathered(engine)
         assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def check_gradient_norm_has_the_bits_of_deepspeeds_and_reads_nothing(ranks: Ranks) -> None:
+    engine = ranks.shared_engine()
+    for micro_batch in micro_batches(0, ranks.env.world)[ranks.env.rank]:
+        engine.backward(loss_of(engine, micro_batch), ACCUMULATION)
+    with HostReads() as reads:
+        norms, norm = engine._group_norms(), engine.gradient_norm()
+    assert reads.places == [], reads.places
+    with HostReads() as reads:
+        expected = engine._zero._get_norm_groups()
+    assert reads.places, "DeepSpeed's own function copies a constant for each group"
+    assert [x.dtype for x in norms] == [x.dtype for x in expected] == [torch.float64] * len(norms)
+    assert all(torch.equal(x, y) for x, y in zip(norms, expected, strict=True))
+    assert norm.shape == () and norm.item() == torch.linalg.vector_norm(torch.stack(expected)).item()
+    engine.discard_gradients()
 
 
 def check_step_with_a_nonfinite_gradient_changes_nothing(ranks: Ranks) -> None:
