@@ -76,5 +76,7 @@ def deepspeed_config(zero: ZeroConfig, *, precision: str, gradient_clip: float) 
         # The optimiser is torch's own AdamW, which DeepSpeed does not list among those it tested.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        # It waits for the device in every forward pass and step.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": sharding,
     }

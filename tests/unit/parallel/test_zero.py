@@ -20,6 +20,7 @@ def test_default_deepspeed_configuration() -> None:
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
