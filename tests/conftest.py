@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a GPU, Triton's kernels are tested as Python. Triton reads this when anyone first imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # A torch for CPUs on a machine with GPUs: the tests use the CPUs on purpose (svd_ds.parallel.devices).
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -70,11 +70,11 @@ def main() -> None:
         folder = run_folder(options.arguments, clock)
         if (damage := record_queued_restart(folder, int(job.id), job.max_restarts)) is not None:
             print_line(f"warning: {damage}")
+        faults = failing_nodes(job, folder.path) if job.preflight and not stop.number else {}
     except ValueError:
         mark_settled(options.trial, clock)
         raise
     code = 0
-    faults = failing_nodes(job, folder.path) if job.preflight and not stop.number else {}
     # Checks that ended with the job say nothing about its nodes.
     if faults and not stop.number and job.is_running():
         exclude_nodes(job, faults)

@@ -11,10 +11,10 @@ import sys
 import time
 from types import FrameType
 
-import torch
 import torch.distributed as dist
 
 from svd_ds.cli import EXIT_PEER_FAILED, print_error, run_cli
+from svd_ds.parallel.devices import check_gpus_are_usable, num_gpus
 
 GRACE_S = 5.0
 """Seconds that the other ranks get to report their own errors once a rank has failed."""
@@ -29,7 +29,7 @@ def main() -> None:
         description=__doc__,
         epilog="example: tools/launch.py -n 2 -- +experiment=noise_schedule run.steps=100",
     )
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = num_gpus()
     parser.add_argument(
         "-n", type=int, default=gpus or 2, help="ranks (default: one per GPU, or 2 without GPUs)"
     )
@@ -40,6 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.n < 1:
         raise ValueError(f"-n is {options.n}: it must be at least 1")
+    check_gpus_are_usable()
     program = [options.script] if options.script else ["-m", "svd_ds.train"]
     sys.exit(launch([sys.executable, *program, *options.arguments], options.n))
 

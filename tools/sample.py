@@ -18,6 +18,7 @@ from svd_ds.cli import run_cli
 from svd_ds.diffusion.guidance import KINDS as GUIDANCE_KINDS
 from svd_ds.diffusion.samplers import SAMPLERS
 from svd_ds.model.conditioner import ConditionerConfig
+from svd_ds.parallel.devices import check_gpus_are_usable, num_gpus
 from svd_ds.sample import SampleConfig, load_pipeline, sample_video
 from svd_ds.scalars import RELEASED_SCALARS, SCALARS
 from svd_ds.video import contact_sheet, from_uint8, read_image, to_uint8, write_mp4
@@ -33,7 +34,9 @@ EXAMPLE = """examples:
 
 def main() -> None:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
+    if arguments.device is None:
+        check_gpus_are_usable()
+    device = torch.device(arguments.device or ("cuda" if num_gpus() else "cpu"))
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lora = (arguments.lora, arguments.lora_scale) if arguments.lora else None
     pipeline = load_pipeline(arguments.run, device, dtype, arguments.ema, arguments.frozen, lora)
@@ -172,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--frozen", metavar="FOLDER", help="folder with vae/ and the encoders; default: RUN's own")
     add("--lora", type=Path, metavar="FILE", help="LoRA file to merge into the weights")
     add("--lora-scale", type=float, default=1.0, metavar="S", help="factor of the LoRA; default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--device", help="default: cuda, or cpu on a machine without GPUs")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from svd_ds.cli import print_line
 from svd_ds.fsync_io import fsync_path, name_errors, write_text
 from svd_ds.parallel import env as environment
+from svd_ds.parallel.devices import UNUSABLE, check_gpus_are_usable, is_mismatch, num_gpus
 from svd_ds.parallel.env import Env
 
 FIT = "fit"
@@ -65,10 +66,14 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
 
     Returns:
         Node -> why it should not be used; all nodes if no single one is to blame.
+
+    Raises:
+        ValueError: torch cannot use the GPUs of any node: a user's mistake, which other nodes would repeat.
     """
     # A node that fails must not end the step for those that are slower to answer.
     results = _run_check(job, "alone", [job.nodes], folder, "--kill-on-bad-exit=0")
     faults = {node: result for node, result in results.items() if result != FIT}
+    _check_torch_fits(faults, len(job.nodes))
     if faults or not together or len(job.nodes) == 1:
         return faults
     results = _run_check(job, "together", [job.nodes], folder)
@@ -77,6 +82,16 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
     return _unreachable_nodes(job, folder) or dict.fromkeys(
         job.nodes, "reaches a neighbour, but the all-reduce over all nodes fails"
     )
+
+
+def _check_torch_fits(faults: dict[str, str], num_nodes: int) -> None:
+    """Raise ValueError if no node has GPUs that the installed torch can use."""
+    if len(faults) < num_nodes or not all(UNUSABLE in fault for fault in faults.values()):
+        return
+    fault = next(iter(faults.values()))
+    # The driver of a single node may have failed there alone.
+    if num_nodes > 1 or is_mismatch(fault):
+        raise ValueError(f"{fault} ({', '.join(faults)})")
 
 
 def exclude_nodes(job: Job, faults: dict[str, str]) -> None:
@@ -171,12 +186,13 @@ def check_node(folder: Path, gpus: int) -> None:
         gpus: number of GPUs that the machine should have; with 0 the CPU is checked.
 
     Raises:
+        ValueError: torch's build, or the driver's version, does not allow to use the GPUs.
         OSError: a GPU is missing or multiplies wrongly, or a folder cannot be written.
         RuntimeError: torch raises an error on a GPU.
     """
     if gpus:
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if found < gpus:
+        check_gpus_are_usable()
+        if (found := num_gpus()) < gpus:
             raise OSError(f"sees {found} GPUs of its {gpus}")
     for device in [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]:
         square = torch.ones(1024, 1024, device=device)
@@ -220,7 +236,7 @@ def main() -> None:
             check_node(options.folder, options.gpus)
         else:
             check_interconnect(Env.read())
-    except (OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         fault = " ".join(str(error).split())
     write_text(options.results / environment.host(), fault or FIT)
     sys.exit(1 if fault else 0)

@@ -19,6 +19,8 @@ from datetime import datetime, timedelta
 import torch
 import torch.distributed as dist
 
+from svd_ds.parallel.devices import check_gpus_are_usable, num_gpus
+
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Default timeout of collectives and of the rendezvous."""
 STARTED = "SVD_DS_STARTED"
@@ -56,7 +58,7 @@ class Env:
         found = _torchrun(environ) or _srun(environ) or _LauncherRank(0, 1, 0, 1, "127.0.0.1", 0)
         if not 0 <= found.rank < found.world:
             raise ValueError(f"rank {found.rank} is not among the {found.world} ranks of the run")
-        device = _device(found.local_rank, _num_gpus())
+        device = _device(found.local_rank, num_gpus())
         return Env(
             rank=found.rank,
             world=found.world,
@@ -72,9 +74,11 @@ class Env:
         """Check that this machine has a GPU for each of its ranks, at most one that they share, or none.
 
         Raises:
-            ValueError: there are fewer GPUs than ranks.
+            ValueError: there are fewer GPUs than ranks; or see `check_gpus_are_usable`.
+            OSError: see `check_gpus_are_usable`.
         """
-        if 1 < (gpus := _num_gpus()) < self.local_world:
+        check_gpus_are_usable()
+        if 1 < (gpus := num_gpus()) < self.local_world:
             raise ValueError(f"{self.local_world} ranks on this machine need a GPU each, and it has {gpus}")
 
 
@@ -117,7 +121,7 @@ def init(env: Env, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         timeout: limit of the rendezvous and of every collective.
 
     Raises:
-        ValueError: see `Env.check_gpus`.
+        ValueError, OSError: see `Env.check_gpus`.
     """
     env.check_gpus()
     # DeepSpeed reads the environment itself: LOCAL_RANK as the index of the device; without LOCAL_SIZE it
@@ -241,10 +245,6 @@ def _expand_counts(counts: str) -> list[int]:
         count, _, repeats = part.rstrip(")").partition("(x")
         expanded += [int(count)] * int(repeats or 1)
     return expanded
-
-
-def _num_gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _device(local_rank: int, gpus: int) -> torch.device:

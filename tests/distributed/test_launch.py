@@ -129,3 +129,16 @@ def test_launching_zero_ranks_is_refused(launcher: ModuleType, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["launch.py", "-n", "0"])
     with pytest.raises(ValueError, match="-n is 0"):
         launcher.main()
+
+
+def test_no_rank_is_started_where_torch_cannot_use_the_gpus(
+    launcher: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise ValueError("torch cannot use the NVIDIA GPUs")
+
+    monkeypatch.setattr(launcher, "check_gpus_are_usable", refuse)
+    monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(sys, "argv", ["launch.py"])
+    with pytest.raises(ValueError, match="cannot use the NVIDIA GPUs"):
+        launcher.main()

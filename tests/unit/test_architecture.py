@@ -190,7 +190,8 @@ def test_only_env_reads_the_launcher() -> None:
             if " " not in text
         )
     }
-    assert readers == {"svd_ds/parallel/env.py"}
+    # devices.py asks only if Slurm has allocated GPUs.
+    assert readers == {"svd_ds/parallel/env.py", "svd_ds/parallel/devices.py"}
 
 
 @pytest.mark.parametrize("package", ["model", "diffusion"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,8 @@ import pytest
 
 from svd_ds.jobs import preflight
 from svd_ds.jobs.preflight import FIT, check_node, failing_nodes
+from svd_ds.parallel.devices import UNUSABLE
+from svd_ds.parallel.env import host
 
 
 @dataclass
@@ -30,6 +34,7 @@ class FakeJob:
     groups: list[list[str]] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
     """Options of the steps."""
+    illness: str = "has no disk"
     id: str = "7"
 
     def requeue(self, exclude: Sequence[str] = ()) -> None:
@@ -45,7 +50,7 @@ class FakeJob:
         meets = not set(group) & set(self.apart) and not (self.crowded and len(group) > 2)
         for node in set(group) - set(self.silent):
             well = node not in self.ill if check == "alone" else meets
-            (notes / node).write_text(FIT if well else "has no disk")
+            (notes / node).write_text(FIT if well else self.illness)
         return subprocess.Popen(self.command)
 
 
@@ -69,6 +74,49 @@ def test_node_that_fails_or_is_silent_is_named_with_its_fault(tmp_path: Path) ->
     assert set(faults) == {"n1", "n2"}
     assert faults["n2"] == "has no disk"
     assert "does not answer" in faults["n1"]
+
+
+WITHOUT_CUDA = f"{UNUSABLE}: torch 2.13.0 is built without CUDA"
+OLD_DRIVER = f"{UNUSABLE}: The NVIDIA driver on your system is too old (found version 11040)"
+NO_DRIVER = f"{UNUSABLE}: Found no NVIDIA driver on your system"
+
+
+@pytest.mark.parametrize(
+    ("illness", "count", "ill", "refused"),
+    [
+        (WITHOUT_CUDA, 1, ["n0"], True),
+        (WITHOUT_CUDA, 3, ["n0", "n1", "n2"], True),
+        (OLD_DRIVER, 1, ["n0"], True),
+        (OLD_DRIVER, 3, ["n1"], False),
+        (NO_DRIVER, 1, ["n0"], False),
+        (NO_DRIVER, 3, ["n0", "n1", "n2"], True),
+        (NO_DRIVER, 3, ["n0", "n2"], False),
+        ("sees 7 GPUs of its 8", 3, ["n0", "n1", "n2"], False),
+    ],
+)
+def test_torch_that_cannot_use_the_gpus_of_any_node_is_a_mistake_of_the_user(
+    tmp_path: Path, illness: str, count: int, ill: list[str], refused: bool
+) -> None:
+    job = FakeJob(nodes(count), ill=ill, illness=illness)
+    if not refused:
+        assert failing_nodes(job, tmp_path) == dict.fromkeys(ill, illness)
+        return
+    with pytest.raises(ValueError, match=f"^{re.escape(illness)}.*n{count - 1}"):
+        failing_nodes(job, tmp_path)
+
+
+def test_gpu_of_a_node_that_torch_cannot_use_is_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ValueError(WITHOUT_CUDA)
+
+    monkeypatch.setattr(preflight, "check_gpus_are_usable", fail)
+    monkeypatch.setattr(sys, "argv", ["preflight", "alone", str(tmp_path), str(tmp_path), "--gpus", "8"])
+    with pytest.raises(SystemExit) as ended:
+        preflight.main()
+    assert ended.value.code == 1
+    assert (tmp_path / host()).read_text() == WITHOUT_CUDA
 
 
 @pytest.mark.parametrize(

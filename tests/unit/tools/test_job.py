@@ -151,6 +151,16 @@ def test_job_is_requeued_without_a_failing_node(
         end_job("", 0, nodes=nodes, check=lambda *_: dict.fromkeys(faults, "is broken"))
 
 
+def test_torch_that_fits_no_node_ends_the_job(end_job: EndJob, tmp_path: Path) -> None:
+    def refuse(*_: object) -> dict[str, str]:
+        raise ValueError("torch cannot use the NVIDIA GPUs")
+
+    with pytest.raises(ValueError, match="cannot use the NVIDIA GPUs"):
+        end_job("", 0, check=refuse)
+    assert (tmp_path / "log").read_text() == "", "not requeued"
+    assert not (tmp_path / "trial").exists(), "the sweep's next trial may start"
+
+
 @pytest.mark.parametrize(
     ("nodes", "bad", "requests"),
     [
