@@ -32,6 +32,7 @@ from svd_ds.parallel.gradient_norm import combined_norm, global_norm, norm_over_
 from svd_ds.parallel.groups import ModelParallelUnit
 from svd_ds.parallel.zero_leaf_modules import ensure_input_gradient, largest_leaf_module
 from svd_ds.parallel.zero_shards import ZeroShards
+from svd_ds.parallel.zero_streams import ZeroStreams
 
 # Without it DeepSpeed warns on every rank that it had to detect the accelerator.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -94,8 +95,12 @@ class Engine:
         self.group = mpu.get_data_parallel_group()
         self._num_backwards, self._num_micro_batches = 0, 1
         rank = mpu.get_data_parallel_rank()
-        self._shards = ZeroShards(module, self._zero, self._adam, rank, fused=self._fused)
+        self._streams = ZeroStreams(self._zero, get_accelerator().current_stream)
+        with self._streams.writing_shards():
+            self._shards = ZeroShards(module, self._zero, self._adam, rank, fused=self._fused)
         self.shapes = self._shards.shapes
+        if self._fused:
+            self._streams.let_host_run_ahead()
 
     @staticmethod
     def sharded_init(config: Mapping[str, Any], mpu: ModelParallelUnit) -> AbstractContextManager[None]:
@@ -153,7 +158,8 @@ class Engine:
         assert seen == due, f"a step of {due} micro-batches ends after {seen}"
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]]
-        self._engine.step()
+        with self._streams.writing_shards():
+            self._engine.step()
         self._num_backwards = 0
 
     def discard_gradients(self) -> None:
@@ -244,7 +250,8 @@ class Engine:
     def _parameters_released(self) -> Iterator[None]:
         """Release all gathered parameters inside the context; persistent ones are gathered again after it."""
         self._zero.checkpoint_event_prologue()
-        yield
+        with self._streams.writing_shards():
+            yield
         self._zero.checkpoint_event_epilogue()
 
 

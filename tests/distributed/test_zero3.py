@@ -25,6 +25,7 @@ CHECKS = (
     "wrong_weights_are_refused",
     "save_that_fails_on_one_rank_fails_on_all",
     "gradient_norm_has_the_bits_of_deepspeeds_and_reads_nothing",
+    "shards_are_written_between_earlier_and_later_gathers",
     "step_with_a_nonfinite_gradient_changes_nothing",
 )
 SLOW_CHECKS = (

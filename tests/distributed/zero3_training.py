@@ -26,6 +26,7 @@ from tests.distributed.zero3_harness import (
     random_adapters,
     random_weights,
 )
+from tests.fake_streams import fake_streams
 from tests.host_reads import HostReads
 
 
@@ -139,6 +140,21 @@ def check_gradient_norm_has_the_bits_of_deepspeeds_and_reads_nothing(ranks: Rank
     assert all(torch.equal(x, y) for x, y in zip(norms, expected, strict=True))
     assert norm.shape == () and norm.item() == torch.linalg.vector_norm(torch.stack(expected)).item()
     engine.discard_gradients()
+
+
+def check_shards_are_written_between_earlier_and_later_gathers(ranks: Ranks) -> None:
+    """The streams of a GPU are ordered around each place that writes shards."""
+    engine = ranks.engine()
+    calls: list[str] = []
+    engine._streams, _ = fake_streams(calls)
+    wanted = ["compute waits for gather", "gather waits for compute"]
+    ranks.train(engine, range(1))
+    assert calls == wanted
+    engine.load_full(random_weights().items())
+    assert calls == 2 * wanted
+    with engine.weights(engine.local_shards()):
+        assert calls == 3 * wanted
+    assert calls == 4 * wanted
 
 
 def check_step_with_a_nonfinite_gradient_changes_nothing(ranks: Ranks) -> None:
