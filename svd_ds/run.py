@@ -35,6 +35,7 @@ from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
 from svd_ds.run_folder import RunFolder
+from svd_ds.run_summary import end_summary, start_summary
 from svd_ds.tasks import Task, read_task
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation, as_eval_objective
@@ -105,7 +106,7 @@ def _train(
     opened = raise_on_all_ranks(lambda: _open_metrics(config, env, inputs, engine, stop))
     with stop, opened as metrics, outcome, checkpoints:
         notes = [metrics.wandb_status(), resume.note, *inputs.loader.notes, *task.notes]
-        metrics.print_line("\n".join([_start_summary(config, env, inputs, engine), *filter(None, notes)]))
+        metrics.print_line("\n".join([start_summary(config, env, inputs, engine), *filter(None, notes)]))
         if damaged_restarts is not None:
             damage.insert(0, f"{damaged_restarts}; a copy was kept next to it")
         for sentence in damage:
@@ -120,7 +121,7 @@ def _train(
         broadcast_from_rank0(checkpoints.check_not_fenced)
         if env.rank == 0:
             _write_report(inputs.folder, metrics)
-        metrics.print_line(_end_summary(config, inputs.folder, progress, stop, time.perf_counter() - started))
+        metrics.print_line(end_summary(config, inputs.folder, progress, stop, time.perf_counter() - started))
         metrics.print_wall_time()
         if session is not None:
             finished = progress.step == config.run.steps
@@ -272,29 +273,3 @@ def _optimizer_groups(config: RunConfig, network: UNet | Decoder, task: Task) ->
         }
         for group in parameter_groups(tags, shapes, config.optim)
     ]
-
-
-def _start_summary(config: RunConfig, env: Env, inputs: Inputs, engine: Engine) -> str:
-    millions = sum(shape.numel() for shape in engine.shapes.values()) / 1e6
-    shapes = " or ".join(f"{s.num_frames} x {s.height}x{s.width}" for s in config.data.shapes)
-    action = f"resuming at step {inputs.progress.step}" if inputs.resume else "starting"
-    return (
-        f"{action}: {millions:.1f}M parameters in ZeRO-3 shards, ranks: {env.world} x {env.device.type}, "
-        f"{inputs.precision}; {len(inputs.loader)} clips of {shapes}, "
-        f"batch {config.batch.size}; run folder {inputs.folder.path}"
-    )
-
-
-def _end_summary(
-    config: RunConfig, folder: RunFolder, progress: Progress, stop: StopRequest, seconds: float
-) -> str:
-    if progress.step < config.run.steps and stop.failing_nodes:
-        return f"stopped at step {progress.step}: the job is requeued without {', '.join(stop.failing_nodes)}"
-    if progress.step < config.run.steps:
-        return f"stopped at step {progress.step} as asked; the same command resumes from there"
-    return (
-        f"done: {progress.step} steps, this restart took {seconds:.0f} s\n"
-        f"  report   {folder.report}\n"
-        f"  videos   {folder.samples(progress.step)}\n"
-        f"  weights  {folder.checkpoints}"
-    )

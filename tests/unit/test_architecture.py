@@ -48,6 +48,7 @@ LAYERS = {
     "contents": 5,
     "config_reference": 6,
     "inputs": 6,
+    "run_summary": 7,
     "tasks": 7,
     "run": 8,
     "train": 9,
