@@ -30,7 +30,7 @@ from svd_ds.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.parallel.gpu_settings import configure_gpu
-from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
+from svd_ds.parallel.groups import ParallelDims, create_groups
 from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
@@ -75,7 +75,6 @@ def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Prog
         inputs = raise_on_all_ranks(lambda: read_inputs(config, env, resume.path))
         task = raise_on_all_ranks(lambda: read_task(config, env, inputs))
         progress = _train(config, env, resume, inputs, task, session)
-        destroy_groups()
     finally:
         environment.shutdown()
     return progress

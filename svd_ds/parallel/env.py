@@ -12,7 +12,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -25,6 +27,9 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Default timeout of collectives and of the rendezvous."""
 STARTED = "SVD_DS_STARTED"
 """Environment variable in which tools/job.py passes the time of the job's first start, in ISO format."""
+OPEN_FILES, OPEN_FILES_PER_RANK = 256, 3
+"""Open files that a process needs: its own (data, logs, libraries), and connections to each rank. gloo has
+one; rank 0 hosts the store, to which every rank connects once in `init` and once in `start_time`."""
 _stores: list[dist.Store] = []
 _runs = itertools.count()
 """Counter of the runs that this process has joined, several with a multirun; equal on every rank."""
@@ -106,6 +111,7 @@ def start_time(env: Env, environ: Mapping[str, str] = os.environ) -> datetime:
     now = datetime.now()
     if env.world == 1:
         return now
+    raise_open_file_limit(env.world)
     # Rank 0 may host the store, so it is kept open for ranks that connect later.
     _stores.append(_rendezvous(env, DEFAULT_TIMEOUT)[0])
     key = f"start-time-{len(_stores)}"
@@ -121,22 +127,21 @@ def init(env: Env, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         timeout: limit of the rendezvous and of every collective.
 
     Raises:
-        ValueError, OSError: see `Env.check_gpus`.
+        ValueError, OSError: see `Env.check_gpus` and `raise_open_file_limit`.
     """
     env.check_gpus()
+    raise_open_file_limit(env.world)
     # DeepSpeed reads the environment itself: LOCAL_RANK as the index of the device; without LOCAL_SIZE it
     # starts a process that counts the NUMA nodes of the CPU, at every reduction of gradients.
     local_rank = env.local_rank if env.device.index is None else env.device.index
     os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world))
     os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_SIZE=str(env.local_world))
-    device_id = None
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
-        device_id = env.device
+    # Without device_id: it would bind the device, and every process group then gets an NCCL communicator at
+    # once, by ncclCommSplit, in which all ranks take part. Without it the first collective creates it.
     if env.world == 1:
-        dist.init_process_group(
-            env.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
-        )
+        dist.init_process_group(env.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         store, rank, world = _rendezvous(env, timeout)
         dist.init_process_group(
@@ -146,7 +151,28 @@ def init(env: Env, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
             rank=rank,
             world_size=world,
             timeout=timeout,
-            device_id=device_id,
+        )
+
+
+def raise_open_file_limit(num_ranks: int) -> None:
+    """Raise the limit on open files of this process, and of processes that it starts, to the hard limit.
+
+    Slurm passes on the soft limit of the shell that submitted the job, often 1024.
+
+    Raises:
+        ValueError: the limit is too low for a run of `num_ranks` ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # Not permitted in a sandbox, or where the kernel's own limit (fs.nr_open) was lowered.
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = OPEN_FILES + OPEN_FILES_PER_RANK * num_ranks
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise ValueError(
+            f"a process may open {limit} files on {host()} (ulimit -Hn), and a run of {num_ranks} ranks "
+            f"needs {needed}"
         )
 
 

@@ -1,8 +1,12 @@
-"""Parallel dimensions, and their process groups, which megatron-core creates."""
+"""Parallel dimensions, and their process groups in the rank layout of megatron-core.
+
+Only groups that are used are created, and a rank creates only its own. megatron-core's
+initialize_model_parallel creates all groups that its features may need: 710 at 64 ranks, 17 of which contain
+a given rank, and with gloo each opens a connection to each of its ranks.
+"""
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +15,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from svd_ds.parallel.env import DEFAULT_TIMEOUT
+
+ORDER = "tp-cp-ep-dp-pp"
+"""Order of the dimensions, from the one whose ranks are next to each other; megatron-core's default."""
+DATA, MODEL = "dp", "tp-pp"
+"""Dimensions of the data-parallel and of the model-parallel groups, by megatron-core's names."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class ParallelDims:
 
 
 class ModelParallelUnit:
-    """DeepSpeed's `mpu` interface over the process groups of megatron-core.
+    """DeepSpeed's `mpu` interface over the process groups of this rank.
 
     megatron-core's parallel_state itself cannot be passed: it has no get_model_parallel_world_size and no
     get_model_parallel_rank.
@@ -56,27 +65,32 @@ class ModelParallelUnit:
 
 
 def create_groups(dims: ParallelDims, timeout: timedelta = DEFAULT_TIMEOUT) -> ModelParallelUnit:
-    """Create the process groups of `dims`. All ranks call it, once, after torch.distributed is initialised.
+    """Create the process groups of this rank. All ranks call it, after torch.distributed is initialised.
 
     Args:
-        timeout: limit of every collective, rounded up to minutes.
+        timeout: limit of every collective of a group that does not contain all ranks.
     """
     assert dims.world == dist.get_world_size(), f"{dims.world} ranks planned, {dist.get_world_size()} present"
     with warnings.catch_warnings():
         # megatron-core warns four times that Transformer Engine and Apex are absent: neither is used here.
         warnings.simplefilter("ignore", UserWarning)
-        from megatron.core import parallel_state
-    parallel_state.initialize_model_parallel(
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
-    )
+        from megatron.core.parallel_state import RankGenerator
+    layout = RankGenerator(tp=1, ep=1, dp=dims.world, pp=1, cp=1, order=ORDER)
     return ModelParallelUnit(
-        data=parallel_state.get_data_parallel_group(), model=parallel_state.get_model_parallel_group()
+        data=_own_group(layout.get_ranks(DATA), timeout), model=_own_group(layout.get_ranks(MODEL), timeout)
     )
 
 
-def destroy_groups() -> None:
-    """Destroy the process groups. Call it before torch.distributed is shut down."""
-    from megatron.core import parallel_state
+def _own_group(layout: list[list[int]], timeout: timedelta) -> ProcessGroup:
+    """Return the process group of this rank.
 
-    parallel_state.destroy_model_parallel()
+    Args:
+        layout: ranks of each group; every rank is in exactly one.
+    """
+    ranks = next(ranks for ranks in layout if dist.get_rank() in ranks)
+    if len(ranks) == dist.get_world_size():
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    # Synchronised among its members alone: the other ranks need not take part in its creation.
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)

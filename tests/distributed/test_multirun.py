@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from svd_ds.parallel.env import Env, init, shutdown
-from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
+from svd_ds.parallel.groups import ParallelDims, create_groups
 
 env = Env.read()
 for _ in range(2):
@@ -25,7 +25,6 @@ for _ in range(2):
     create_groups(ParallelDims(env.world))
     total = torch.ones(1)
     dist.all_reduce(total)
-    destroy_groups()
     shutdown()
 print(total.item())
 """

@@ -15,7 +15,6 @@ from torch import Tensor
 from svd_ds.batch import Batch
 from svd_ds.jobs.signals import SIGNALS
 from svd_ds.parallel.collectives import SharedError
-from svd_ds.parallel.groups import destroy_groups
 from svd_ds.training.objectives.diffusion import DiffusionObjective
 from svd_ds.training.preview import Previews
 from svd_ds.weights.manifest import check_checkpoint
@@ -34,7 +33,6 @@ def _quiet_and_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("svd_ds.run.write_report", lambda *_: None)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    destroy_groups()  # a run that ends with an error leaves them to the end of its process
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from svd_ds.parallel.env import Env, init, shutdown
-from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
+from svd_ds.parallel.groups import ParallelDims, create_groups
 from tests.distributed import zero3_checkpoints, zero3_evaluation, zero3_training, zero3_weights
 from tests.distributed.zero3_harness import Ranks
 
@@ -42,7 +42,6 @@ def main(folder: str, *names: str) -> None:
         except Exception:
             results[name] = traceback.format_exc()
     Path(folder, f"rank-{env.rank}.json").write_text(json.dumps(results))
-    destroy_groups()
     shutdown()
 
 

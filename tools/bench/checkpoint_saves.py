@@ -18,7 +18,6 @@ from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import broadcast_from_rank0
 from svd_ds.parallel.env import Env
-from svd_ds.parallel.groups import destroy_groups
 from svd_ds.run import build_engine
 from svd_ds.tasks import Task, read_task
 from svd_ds.training.checkpoint import Checkpoints
@@ -110,7 +109,6 @@ def main() -> None:
         if env.rank == 0:
             report(env, arguments.steps, rounds, folder)
             shutil.rmtree(folder)
-        destroy_groups()
     finally:
         environment.shutdown()
 

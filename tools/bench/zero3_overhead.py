@@ -18,7 +18,7 @@ from svd_ds.model.unet import UNet
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
-from svd_ds.parallel.groups import ParallelDims, create_groups, destroy_groups
+from svd_ds.parallel.groups import ParallelDims, create_groups
 from svd_ds.parallel.recompute import POLICIES, apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 
@@ -50,7 +50,6 @@ def main() -> None:
             pairs = compare(case, zero, arguments, env)
             if env.rank == 0:
                 report(case, env, pairs)
-            destroy_groups()
     finally:
         environment.shutdown()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import pytest
 import torch
@@ -165,3 +166,42 @@ def test_restart_id_of_a_later_restart_is_higher() -> None:
     first, again = ({"SLURM_JOB_ID": "7"} | more for more in ({}, {"SLURM_RESTART_COUNT": "1"}))
     assert environment.restart_id({}) < environment.restart_id(first) < environment.restart_id(again)
     assert environment.restart_id(again) < environment.restart_id({"SLURM_JOB_ID": "12"})
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Soft and hard limit on open files of this process, which are not changed."""
+    limits = [1024, 4096]
+
+    def set_limits(kind: int, values: tuple[int, int]) -> None:
+        limits[:] = values
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", set_limits)
+    return limits
+
+
+def test_limit_on_open_files_is_raised_to_the_hard_limit(limits: list[int]) -> None:
+    environment.raise_open_file_limit(384)
+    assert limits == [4096, 4096]
+
+
+def test_unlimited_open_files_are_enough(limits: list[int]) -> None:
+    limits[:] = 1024, resource.RLIM_INFINITY
+    environment.raise_open_file_limit(100_000)
+
+
+def test_hard_limit_too_low_for_the_ranks_is_refused(limits: list[int]) -> None:
+    limits[:] = 512, 1024
+    environment.raise_open_file_limit(256)
+    with pytest.raises(ValueError, match=r"may open 1024 files .*, and a run of 384 ranks needs 1408"):
+        environment.raise_open_file_limit(384)
+
+
+def test_limit_that_may_not_be_raised_is_left(limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(kind: int, values: tuple[int, int]) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    environment.raise_open_file_limit(64)
+    assert limits == [1024, 4096]
