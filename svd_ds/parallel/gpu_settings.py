@@ -22,8 +22,16 @@ def configure_allocator(environ: MutableMapping[str, str] = os.environ) -> None:
         environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def configure_gpu(device: torch.device, *, deterministic: bool, fixed_shapes: bool) -> None:
+def configure_gpu(
+    device: torch.device,
+    *,
+    deterministic: bool,
+    fixed_shapes: bool,
+    environ: MutableMapping[str, str] = os.environ,
+) -> None:
     """Set torch's process-wide switches for computing on `device`. On a CPU do nothing.
+
+    Call it before the first product on the GPU.
 
     Args:
         deterministic: use only algorithms whose results are the same each time.
@@ -34,3 +42,10 @@ def configure_gpu(device: torch.device, *, deterministic: bool, fixed_shapes: bo
     # The fastest of several algorithms can be another one in the next process, with other last bits.
     torch.backends.cudnn.benchmark = fixed_shapes and not deterministic
     torch.backends.cudnn.deterministic = deterministic
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
+        # Otherwise every torch.empty is filled with NaN, a pass over memory that no result needs.
+        torch.utils.deterministic.fill_uninitialized_memory = not deterministic  # type: ignore[attr-defined]
+    if deterministic:
+        # cuBLAS reads it at its first call; torch refuses a product without it.
+        environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
