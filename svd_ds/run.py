@@ -36,7 +36,7 @@ from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
 from svd_ds.run_folder import RunFolder
 from svd_ds.run_summary import end_summary, start_summary
-from svd_ds.tasks import Task, read_task
+from svd_ds.tasks import Task, choose_kernels_on_all_ranks, read_task
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation, as_eval_objective
 from svd_ds.training.git_version import code_version
@@ -68,12 +68,13 @@ def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Prog
         ValueError, OSError: a user's mistake, in one sentence; SharedError if all ranks know of it.
     """
     environment.init(env, config.watchdog.collective_timeout)
-    configure_gpu(env.device, deterministic=False, fixed_shapes=len(config.data.shapes) == 1)
+    configure_gpu(env.device, deterministic=config.deterministic, fixed_shapes=len(config.data.shapes) == 1)
     try:
         check_shared_folder(Path(config.run.dir), env)
         resume = find_resume(config, env)
         inputs = raise_on_all_ranks(lambda: read_inputs(config, env, resume.path))
-        task = raise_on_all_ranks(lambda: read_task(config, env, inputs))
+        kernels = choose_kernels_on_all_ranks(config, env, inputs.precision)
+        task = raise_on_all_ranks(lambda: read_task(config, env, inputs, kernels))
         progress = _train(config, env, resume, inputs, task, session)
     finally:
         environment.shutdown()

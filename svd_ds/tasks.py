@@ -17,12 +17,14 @@ from svd_ds.diffusion.noise import build_noise_schedule
 from svd_ds.inputs import Inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.decoder import Decoder, DecoderConfig, build_decoder
+from svd_ds.model.layers import choose_kernels
 from svd_ds.model.lora import add_lora, is_adapter
-from svd_ds.model.ops.attention import check_backend
-from svd_ds.model.ops.fused import check_kernels
+from svd_ds.model.ops.trial import UNTRIED, KernelChoice, KernelSettings, choose, run_trials
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import UNet
-from svd_ds.parallel.env import Env
+from svd_ds.parallel.collectives import all_gather_objects, raise_on_all_ranks
+from svd_ds.parallel.env import Env, host
+from svd_ds.parallel.triton_cache import use_local_cache
 from svd_ds.sample import frozen_folder
 from svd_ds.training.checkpoint_files import NetworkSettings
 from svd_ds.training.objectives.base import Objective
@@ -56,26 +58,55 @@ class Task:
     """Notes for the user, printed at the start."""
 
 
-def read_task(config: RunConfig, env: Env, inputs: Inputs) -> Task:
-    """Build the task of a run.
+def choose_kernels_on_all_ranks(config: RunConfig, env: Env, precision: str) -> KernelChoice:
+    """Try the kernels of the UNet, and choose those that work on every rank. All ranks call it.
+
+    The choice is the same on all ranks: ranks with different kernels would round differently.
+
+    Args:
+        precision: bf16 or fp32.
 
     Raises:
-        ValueError: a file of weights does not fit the task, or the machine lacks a kernel that was chosen.
+        SharedError: on all ranks; a kernel that is chosen by name cannot be used on one of them.
+    """
+    if config.task != "unet":
+        return KernelChoice()
+    if env.device.type == "cuda":
+        use_local_cache()
+    model = config.model
+    settings = KernelSettings(
+        kernels=model.kernels,
+        attention={
+            "model.spatial_attention": model.spatial_attention,
+            "model.temporal_attention": model.temporal_attention,
+        },
+        head_width=model.head_width,
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    reports = all_gather_objects([(host(), run_trials(settings, env.device, dtype))])
+    return raise_on_all_ranks(lambda: choose(settings, reports))
+
+
+def read_task(config: RunConfig, env: Env, inputs: Inputs, kernels: KernelChoice = UNTRIED) -> Task:
+    """Build the task of a run.
+
+    Args:
+        kernels: see `choose_kernels_on_all_ranks`.
+
+    Raises:
+        ValueError: a file of weights does not fit the task.
         OSError: a file of weights cannot be read.
     """
-    return _unet(config, env, inputs) if config.task == "unet" else _decoder(config, env, inputs)
+    return _unet(config, inputs, kernels) if config.task == "unet" else _decoder(config, env, inputs)
 
 
-def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
+def _unet(config: RunConfig, inputs: Inputs, kernels: KernelChoice) -> Task:
     """Build the diffusion task (arXiv 2311.15127 section D): the UNet, or LoRA adapters on it."""
     assert inputs.conditioner is not None, "a UNet has a conditioner"
-    check_kernels(config.model.kernels, env.device)
-    dtype = torch.bfloat16 if inputs.precision == "bf16" else torch.float32
-    for backend in (config.model.spatial_attention, config.model.temporal_attention):
-        check_backend(backend, env.device, dtype)
 
     def build() -> UNet:
         unet = UNet(config.model)
+        choose_kernels(unet, kernels.kernels, kernels.attention)
         add_lora(unet, config.lora)
         return unet
 
@@ -95,6 +126,7 @@ def _unet(config: RunConfig, env: Env, inputs: Inputs) -> Task:
         ),
         preview_fn=SamplingPreview(config.sampling, inputs.autoencoder, inputs.conditioner),
         preview_metrics={},
+        notes=kernels.notes,
     )
 
 

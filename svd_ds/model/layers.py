@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svd_ds.model.ops.attention import attention
+from svd_ds.model.ops.attention import Backend, attention, self_attention
 from svd_ds.model.ops.fused import conv, geglu, group_norm_silu
 
 NORM_GROUPS = 32
@@ -226,15 +226,10 @@ class FeedForward(nn.Module):
         return self.proj_out(geglu(self.proj_in(self.norm(x)), self.kernels))
 
 
-def choose_kernels(network: nn.Module, kernels: str) -> None:
-    """Set the kernels of the network's group norms and feed-forwards to `kernels`, one of fused.KERNELS."""
-    for module in network.modules():
-        if isinstance(module, (_GroupNorm, FeedForward)):
-            module.kernels = kernels
-
-
 class SelfAttention(nn.Module):
     """Base class of attention among a frame's pixels and among a pixel's frames."""
+
+    backend: Backend
 
     def __init__(self, width: int, head_width: int, backend: str) -> None:
         super().__init__()
@@ -246,8 +241,7 @@ class SelfAttention(nn.Module):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Compute attention among tokens: (..., tokens, 3 C) to (..., tokens, heads, head width)."""
-        q, k, v = qkv.unflatten(-1, (3, -1, self.head_width)).unbind(-3)
-        return attention(q, k, v, self.backend)
+        return self_attention(qkv.unflatten(-1, (3, -1, self.head_width)), self.backend)
 
 
 class CrossAttention(nn.Module):
@@ -257,6 +251,8 @@ class CrossAttention(nn.Module):
     and by pixel in the temporal one, has no effect: both are one attention of T * h * w queries to L keys,
     and keys and values are computed once a clip.
     """
+
+    backend: Backend
 
     def __init__(self, width: int, context_width: int, head_width: int, backend: str) -> None:
         super().__init__()
@@ -284,3 +280,17 @@ class CrossAttention(nn.Module):
             queries.unflatten(-1, heads), keys.unflatten(-1, heads), values.unflatten(-1, heads), self.backend
         )
         return self.out(attended.flatten(-2)).view(x.shape)
+
+
+def choose_kernels(network: nn.Module, kernels: str, attention: Backend = "auto") -> None:
+    """Set the kernels of a network's norms and feed-forwards, and the meaning of `auto` in its attention.
+
+    Args:
+        kernels: one of fused.KERNELS.
+        attention: backend of the attentions whose own is auto.
+    """
+    for module in network.modules():
+        if isinstance(module, (_GroupNorm, FeedForward)):
+            module.kernels = kernels
+        elif isinstance(module, (SelfAttention, CrossAttention)) and module.backend == "auto":
+            module.backend = attention

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from svd_ds.model.layers import choose_kernels
-from svd_ds.model.ops.attention import KERNELS, MAX_BATCH, MAX_SHORT_KEYS, attention, flash_attn_installed
+from svd_ds.model.ops.attention import (
+    FLASH,
+    KERNELS,
+    MAX_BATCH,
+    MAX_SHORT_KEYS,
+    attention,
+    self_attention,
+    unavailable,
+)
 from svd_ds.model.ops.fused import conv, geglu, group_norm_silu, triton_installed
+from svd_ds.model.ops.trial import FUSED, KernelSettings, choose, run_trials
 from svd_ds.model.unet import UNet, UNetConfig
+from svd_ds.parallel.gpu_settings import configure_gpu
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Norm of the difference over norm."""
@@ -30,6 +40,18 @@ NORMS = {
     "a clip at the lowest level": (2, 14 * 5 * 9, 1280),
 }
 """Shapes in the released network: frames or clips, positions, channels."""
+
+
+BACKENDS = [*KERNELS, "triton"]
+GPU = torch.device("cuda", 0)
+
+
+def skip_unless_it_runs(backend: str, dtype: torch.dtype) -> None:
+    """Skip a backend that is not installed, or is made for other GPUs."""
+    if reason := unavailable(backend, GPU, dtype):
+        pytest.skip(f"{backend} {reason}")
+    if backend == "flash_attn_3" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("flash_attn_3 is for Hopper")
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -59,19 +81,82 @@ def assert_agrees(run: Callable[..., Tensor], inputs: list[Tensor], dtype: torch
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", [*KERNELS, "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_agrees_with_float64(backend: str, shape: str, dtype: torch.dtype) -> None:
-    if backend == "flash_attn" and (dtype == torch.float32 or not flash_attn_installed()):
-        pytest.skip("flash_attn takes half precision alone" if flash_attn_installed() else "no flash_attn")
+    skip_unless_it_runs(backend, dtype)
     queries, num_keys = SHAPES[shape]
-    if backend == "triton" and not (triton_installed() and queries[-3] == num_keys <= MAX_SHORT_KEYS):
-        pytest.skip("triton takes few tokens alone" if triton_installed() else "Triton is not installed")
+    if backend == "triton" and not queries[-3] == num_keys <= MAX_SHORT_KEYS:
+        pytest.skip("triton takes few tokens alone")
     keys = (*queries[:-3], num_keys, *queries[-2:])
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, "reference" if q.dtype == torch.float64 else backend)
 
     assert_agrees(run, [torch.randn(queries), torch.randn(keys), torch.randn(keys)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_self_attention_of_a_projection_agrees_with_float64(backend: str, dtype: torch.dtype) -> None:
+    skip_unless_it_runs(backend, dtype)
+
+    def run(qkv: Tensor) -> Tensor:
+        # Clips, frames and pixels: attention over time reads them through a transposed view.
+        return self_attention(qkv.transpose(1, 2), "reference" if qkv.dtype == torch.float64 else backend)
+
+    assert_agrees(run, [torch.randn(2, 14, 96, 3, 5, 64)], dtype)
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    configure_gpu(GPU, deterministic=True, fixed_shapes=True)
+    yield
+    configure_gpu(GPU, deterministic=False, fixed_shapes=False)
+
+
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deterministic_attention_gives_the_same_bits(backend: str) -> None:
+    """Many blocks of keys add to each gradient of the queries: without determinism their order varies."""
+    skip_unless_it_runs(backend, torch.bfloat16)
+    tokens = 14 if backend == "triton" else 2304
+    qkv = torch.randn(4, tokens, 3, 5, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    gradient = torch.randn(4, tokens, 5, 64, dtype=torch.bfloat16, device="cuda")
+    results = []
+    for _ in range(4):
+        out = self_attention(qkv, backend)
+        results.append((out, *torch.autograd.grad(out, qkv, gradient)))
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("_deterministic")
+def test_deterministic_network_gives_the_same_bits(kernels: str) -> None:
+    """No operation of the network is refused by torch.use_deterministic_algorithms."""
+    config = UNetConfig(widths=(64, 128), attention_levels=(True, True), num_layers=1, context_width=64)
+    with torch.device("cuda"):
+        unet = UNet(config).bfloat16()
+        inputs = (torch.randn(2, 14, 8, 32, 48), torch.randn(2), torch.randn(2, 77, 64), torch.rand(2, 3))
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    choose_kernels(unet, kernels)
+    results = []
+    for _ in range(2):
+        unet.zero_grad()
+        y = unet(*inputs)
+        y.square().sum().backward()
+        results.append([y.detach(), *(parameter.grad for parameter in unet.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_kernels_of_auto_pass_their_trials(dtype: torch.dtype) -> None:
+    settings = KernelSettings("auto", {"model.spatial_attention": "auto"}, head_width=64)
+    report = run_trials(settings, GPU, dtype)
+    assert set(report) - set(FLASH) == {FUSED, "triton", "sdpa"}
+    assert not any(report.values()), report
+    assert choose(settings, [("here", report)]).kernels == "triton"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

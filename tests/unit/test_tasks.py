@@ -1,42 +1,66 @@
-"""A task that the machine cannot run is refused before its network is built."""
+"""Kernels that the machine cannot run are refused, or replaced on all ranks, before the network is built."""
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from svd_ds import tasks
 from svd_ds.compose import compose
-from svd_ds.model.ops import attention, fused
-from svd_ds.tasks import read_task
+from svd_ds.model.layers import FeedForward, SelfAttention
+from svd_ds.model.ops.trial import UNTRIED, KernelChoice
+from svd_ds.tasks import choose_kernels_on_all_ranks, read_task
+
+CPU: Any = SimpleNamespace(device=torch.device("cpu"))
 
 
-def test_kernels_that_the_machine_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs: Any = SimpleNamespace(conditioner="any")
-    env: Any = SimpleNamespace(device=torch.device("cpu"))
-    config = compose(["debug=tiny", "model.kernels=triton"])
-    monkeypatch.setattr(fused, "triton_installed", lambda: True)
-    monkeypatch.setitem(sys.modules, "svd_ds.model.ops.kernels", SimpleNamespace(INTERPRETED=False))
-    with pytest.raises(ValueError, match=r"model.kernels is triton, which needs a GPU, and this is a CPU"):
-        read_task(config, env, inputs)
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "all_gather_objects", lambda items: items)
+    monkeypatch.setattr(tasks, "raise_on_all_ranks", lambda action: action())
 
 
-@pytest.mark.parametrize(
-    ("installed", "sentence"),
-    [
-        (False, "flash_attn, which is not installed: choose auto or sdpa"),
-        (True, "half precision on a GPU, not torch.float32 on a cpu device: choose auto or sdpa"),
-    ],
-)
 @pytest.mark.parametrize("site", ["spatial_attention", "temporal_attention"])
-def test_attention_that_the_machine_cannot_run_is_refused(
-    site: str, installed: bool, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs: Any = SimpleNamespace(conditioner="any", precision="fp32")
-    env: Any = SimpleNamespace(device=torch.device("cpu"))
-    monkeypatch.setattr(attention, "flash_attn_installed", lambda: installed)
-    with pytest.raises(ValueError, match=sentence):
-        read_task(compose(["debug=tiny", f"model.{site}=flash_attn"]), env, inputs)
+def test_flash_attn_on_a_cpu_is_refused_by_its_key(site: str) -> None:
+    config = compose(["debug=tiny", f"model.{site}=flash_attn"])
+    with pytest.raises(ValueError, match=rf"^model.{site} is flash_attn, which cannot be used on .*: it "):
+        choose_kernels_on_all_ranks(config, CPU, "fp32")
+
+
+def test_triton_on_a_cpu_is_refused_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "run_trials", lambda *arguments: {"fused": "this is a CPU"})
+    config = compose(["debug=tiny", "model.kernels=triton"])
+    with pytest.raises(
+        ValueError, match=r"^model.kernels is triton, which cannot be used on .*: this is a CPU"
+    ):
+        choose_kernels_on_all_ranks(config, CPU, "fp32")
+
+
+def test_fault_of_another_rank_changes_the_kernels_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = {"fused": "", "triton": "", "sdpa": ""}
+    monkeypatch.setattr(tasks, "run_trials", lambda *arguments: fine)
+    others = [("node7", fine | {"triton": "no compiler"})]
+    monkeypatch.setattr(tasks, "all_gather_objects", lambda items: items + others)
+    config = compose(["debug=tiny"])
+    choice = choose_kernels_on_all_ranks(config, CPU, "bf16")
+    assert (choice.kernels, choice.attention) == ("triton", ("sdpa",))
+    assert "node7: no compiler" in choice.notes[0]
+    inputs: Any = SimpleNamespace(conditioner="any", autoencoder="any", weights=None)
+    task = read_task(config, CPU, inputs, choice)
+    assert task.notes == choice.notes
+    assert task.settings["config.json"]["temporal_attention"] == "auto", "the checkpoint keeps what was set"
+    with torch.device("meta"):
+        network = task.build()
+    assert {m.backend for m in network.modules() if isinstance(m, SelfAttention)} == {("sdpa",)}
+    assert {m.kernels for m in network.modules() if isinstance(m, FeedForward)} == {"triton"}
+
+
+def test_decoder_has_no_kernels_to_choose() -> None:
+    assert (
+        choose_kernels_on_all_ranks(compose(["debug=tiny", "task=decoder"]), CPU, "fp32")
+        == UNTRIED
+        == KernelChoice()
+    )

@@ -7,7 +7,6 @@ strides otherwise. The projections produce this layout, so a kernel that takes s
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svd_ds.model.ops.fused import triton_installed
+from svd_ds.model.ops.fused import triton_installed, triton_unavailable
 
 MAX_BATCH = 65_535
 """Largest batch of a kernel: CUDA has 16 bits for that grid dimension."""
@@ -23,9 +22,11 @@ HALF = (torch.float16, torch.bfloat16)
 MAX_SHORT_KEYS = 64
 """Largest number of keys, such as a clip's frames, for which `auto` avoids the tiles of fused kernels, which
 would mostly be padding (docs/benchmarks.md)."""
+Backend = str | tuple[str, ...]
+"""One of BACKENDS, or several, of which the first that supports the tensors is used."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
     """Compute softmax(q k^T / sqrt(head width)) v.
 
     With a leading dimension, (clips, batch, tokens, heads, width), clips are processed one by one, because
@@ -36,23 +37,46 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         q: queries, (batch, tokens, heads, width).
         k: keys, (batch, keys, heads, width).
         v: values, of the shape of `k`.
-        backend: one of BACKENDS: `flash_attn`; `triton` (our kernel for few tokens); `sdpa` (torch); `short`
-            (two batched products, all scores in memory); `reference` (the formula); or `auto`. For few tokens
-            auto is triton on a GPU, if installed, and short on a CPU; for more it is flash_attn for half
-            precision on a GPU, if installed, otherwise sdpa.
+        backend: `flash_attn` (FlashAttention-2), `flash_attn_3` (FlashAttention-3, for Hopper GPUs); `triton`
+            (our kernel for few tokens); `sdpa` (torch); `short` (two batched products, all scores in memory);
+            `reference` (the formula); a tuple of these, of which the first that supports the tensors is used;
+            or `auto`, see AUTO.
 
     Returns:
         A tensor of q's shape.
 
     Raises:
-        ValueError: the named backend is not installed, or does not support these tensors.
+        ValueError: the named backend cannot be imported, or does not support these tensors.
     """
-    backend = _choose(backend, q, k)
-    if backend == "triton":
+    name = _choose(backend, q, k)
+    if name == "triton":
         from svd_ds.model.ops.attention_triton import short_attention
 
-        return short_attention(q, k, v)
-    kernel = KERNELS[backend]
+        return short_attention(torch.stack([q, k, v], dim=-3))
+    return _attend(name, q, k, v)
+
+
+def self_attention(qkv: Tensor, backend: Backend = "auto") -> Tensor:
+    """Compute `attention` of the queries, keys and values of one projection, without a copy of them.
+
+    Args:
+        qkv: (batch, tokens, 3, heads, width), with a leading dimension for clips or without.
+        backend: see `attention`.
+
+    Returns:
+        (batch, tokens, heads, width), with the leading dimension of `qkv`.
+    """
+    q, k, v = qkv.unbind(-3)
+    name = _choose(backend, q, k)
+    if name == "triton":
+        from svd_ds.model.ops.attention_triton import short_attention
+
+        return short_attention(qkv)
+    return _attend(name, q, k, v)
+
+
+def _attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kernel = KERNELS[name]
     if q.dim() == 4:
         return _in_chunks(kernel, q, k, v)
     if q.shape[0] == 1:
@@ -90,58 +114,80 @@ def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1).to(v.dtype), v)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func
+@functools.cache
+def import_flash(backend: str) -> Callable[..., Tensor | tuple[Tensor, ...]] | Exception:
+    """Import the function of `flash_attn` or `flash_attn_3`, once.
 
-    return flash_attn_func(q, k, v)
+    Returns:
+        The function, or the exception that its import raises: a wheel for another torch, or a package of the
+        same name without the function, is found by nothing but its import.
+    """
+    try:
+        if backend == "flash_attn":
+            from flash_attn import flash_attn_func
+        else:
+            from flash_attn_interface import flash_attn_func
+    except Exception as error:
+        return error
+    return flash_attn_func
 
 
+def _flash(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    function = import_flash(backend)
+    assert not isinstance(function, Exception), "_choose has checked it"
+    result = function(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
+    # Older releases of FlashAttention-3 return the log-sum-exp, too.
+    return result[0] if isinstance(result, tuple) else result
+
+
+FLASH = ("flash_attn", "flash_attn_3")
 KERNELS: dict[str, Kernel] = {
-    "flash_attn": _flash_attn,
+    **{name: functools.partial(_flash, name) for name in FLASH},
     "sdpa": _sdpa,
     "short": _short,
     "reference": _reference,
 }
 BACKENDS = ("auto", "triton", *KERNELS)
 """Values of model.spatial_attention and model.temporal_attention."""
+AUTO = {"cuda": ("triton", "sdpa"), "cpu": ("short", "sdpa")}
+"""Type of the device -> backends of `auto`. On GPUs, trial.py extends and shortens the list at the start of a
+run."""
 
 
-@functools.cache
-def flash_attn_installed() -> bool:
-    """Return True if flash_attn is installed."""
-    return importlib.util.find_spec("flash_attn") is not None
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a backend cannot run on a device in a dtype, to follow "which"; None if it can."""
+    if backend == "triton":
+        return triton_unavailable(device)
+    if backend not in FLASH:
+        return None
+    if isinstance(error := import_flash(backend), Exception):
+        return f"cannot be imported ({type(error).__name__}: {error})"
+    if device.type != "cuda" or dtype not in HALF:
+        return f"needs half precision on a GPU, not {dtype} on a {device.type} device"
+    return None
 
 
-def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Check that a backend can run.
-
-    Raises:
-        ValueError: it is not installed, or cannot run on this device in this dtype.
-    """
-    installed = {"flash_attn": flash_attn_installed, "triton": triton_installed}
-    if backend in installed and not installed[backend]():
-        raise ValueError(f"the attention backend is {backend}, which is not installed: choose auto or sdpa")
-    if backend == "flash_attn" and (device.type != "cuda" or dtype not in HALF):
-        raise ValueError(
-            f"the attention backend is flash_attn, which needs half precision on a GPU, not {dtype} on a "
-            f"{device.type} device: choose auto or sdpa"
-        )
-
-
-def _choose(backend: str, q: Tensor, k: Tensor) -> str:
+def _choose(backend: Backend, q: Tensor, k: Tensor) -> str:
     if backend == "auto":
-        if not q.is_cuda:
-            return "short" if k.shape[-3] <= MAX_SHORT_KEYS else "sdpa"
-        if _triton_supports(q, k):
-            return "triton"
-        return "flash_attn" if q.dtype in HALF and flash_attn_installed() else "sdpa"
-    check_backend(backend, q.device, q.dtype)
+        backend = AUTO["cuda" if q.is_cuda else "cpu"]
+    if isinstance(backend, tuple):
+        return next(name for name in backend if _supports(name, q, k))
+    if reason := unavailable(backend, q.device, q.dtype):
+        raise ValueError(f"the attention backend is {backend}, which {reason}: choose auto or sdpa")
     if backend == "triton" and not _triton_supports(q, k):
         raise ValueError(
             f"the attention backend is triton, which does not support {k.shape[-3]} keys for "
             f"{q.shape[-3]} queries in {q.dtype} on {q.device}: choose auto or sdpa"
         )
     return backend
+
+
+def _supports(name: str, q: Tensor, k: Tensor) -> bool:
+    if name == "triton":
+        return _triton_supports(q, k)
+    if name == "short":
+        return k.shape[-3] <= MAX_SHORT_KEYS
+    return name not in FLASH or q.dtype in HALF
 
 
 def _triton_supports(q: Tensor, k: Tensor) -> bool:

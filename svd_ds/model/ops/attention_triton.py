@@ -30,40 +30,46 @@ def supports(q: Tensor, k: Tensor) -> bool:
     return runs and q.shape == k.shape and q.shape[-3] <= MAX_TOKENS and q.shape[-1] in HEAD_WIDTHS
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute `attention.attention` of tensors for which `supports` is true."""
-    if q.dim() == 4:
-        return _Attention.apply(q[:, None], k[:, None], v[:, None])[:, 0]
-    return _Attention.apply(q, k, v)
+def short_attention(qkv: Tensor) -> Tensor:
+    """Compute `attention.self_attention` of tensors for which `supports` is true."""
+    if qkv.dim() == 5:
+        return _Attention.apply(qkv[:, None])[:, 0]
+    return _Attention.apply(qkv)
 
 
 class _Attention(torch.autograd.Function):
-    """Attention of (clips, units, tokens, heads, width); in the memory of results, tokens come before
-    units."""
+    """Attention of (clips, units, tokens, 3, heads, width); in the memory of results, tokens come before
+    units. The gradient is one tensor in the memory order of the input: three apart would be joined by another
+    pass over them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        ctx.save_for_backward(q, k, v)
-        clips, units, tokens, heads, width = q.shape
-        out = q.new_empty(clips, tokens, units, heads, width).transpose(1, 2)
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
+        if qkv.stride(-1) != 1:
+            qkv = qkv.contiguous()
+        ctx.save_for_backward(qkv)
+        clips, units, tokens, _, heads, width = qkv.shape
+        out = qkv.new_empty(clips, tokens, units, heads, width).transpose(1, 2)
+        q, k, v = qkv.unbind(3)
         # Triton launches kernels on the current device, which may differ from the tensors'.
-        with torch.cuda.device_of(q):
+        with torch.cuda.device_of(qkv):
             attend[(clips * units * heads,)](q, k, v, out, *_layout(q, out), **_tile(q))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (qkv,) = ctx.saved_tensors
+        dqkv = torch.empty_like(qkv)
+        if dqkv.stride() != qkv.stride():  # parts of a larger tensor
+            qkv = qkv.contiguous()
+            dqkv = torch.empty_like(qkv)
         dout = grads[0].transpose(1, 2).contiguous().transpose(1, 2)
-        dq, dk, dv = (torch.empty_like(dout) for _ in range(3))
+        q, k, v = qkv.unbind(3)
         clips, units, _, heads, _ = q.shape
-        with torch.cuda.device_of(q):
+        with torch.cuda.device_of(qkv):
             attend_backward[(clips * units * heads,)](
-                q, k, v, dout, dq, dk, dv, *_layout(q, dout), **_tile(q)
+                q, k, v, dout, *dqkv.unbind(3), *_layout(q, dout), **_tile(q)
             )
-        return dq, dk, dv
+        return dqkv
 
 
 def _layout(inputs: Tensor, results: Tensor) -> tuple[int | float, ...]:

@@ -44,20 +44,23 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def triton_unavailable(device: torch.device) -> str | None:
+    """Return why Triton's kernels cannot run on a device, to follow "which"; None if they can."""
+    if not triton_installed():
+        return "is not installed"
+    from svd_ds.model.ops.kernels import INTERPRETED
+
+    return "needs a GPU, and this is a CPU" if device.type == "cpu" and not INTERPRETED else None
+
+
 def check_kernels(kernels: str, device: torch.device) -> None:
     """Check that the named kernels can run on a device.
 
     Raises:
         ValueError: `kernels` is triton, which is not installed or cannot run on the device.
     """
-    if kernels != "triton":
-        return
-    if not triton_installed():
-        raise ValueError("model.kernels is triton, which is not installed: choose auto or torch")
-    from svd_ds.model.ops.kernels import INTERPRETED
-
-    if device.type == "cpu" and not INTERPRETED:
-        raise ValueError("model.kernels is triton, which needs a GPU, and this is a CPU: choose auto")
+    if kernels == "triton" and (reason := triton_unavailable(device)):
+        raise ValueError(f"model.kernels is triton, which {reason}: choose auto or torch")
 
 
 def _on_triton(kernels: str, x: Tensor) -> bool:

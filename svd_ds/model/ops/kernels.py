@@ -276,16 +276,16 @@ def attend_backward(
     out_unit_stride, out_token_stride, out_head_stride, units, heads, T, scale,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients, in the layout of `dout`; the weights are recomputed."""
+    """Compute the gradients, in the layout of the inputs; the weights are recomputed."""
     start, offsets, mask = _token_offsets(
         clip_stride, unit_stride, token_stride, head_stride, units, heads, T, TOKENS, WIDTH
     )
     queries, keys = tl.load(q + start + offsets, mask, 0.0), tl.load(k + start + offsets, mask, 0.0)
     values = tl.load(v + start + offsets, mask, 0.0)
-    start, offsets, mask = _token_offsets(
+    out_start, out_offsets, _ = _token_offsets(
         out_clip_stride, out_unit_stride, out_token_stride, out_head_stride, units, heads, T, TOKENS, WIDTH
     )
-    grad = tl.load(dout + start + offsets, mask, 0.0)
+    grad = tl.load(dout + out_start + out_offsets, mask, 0.0)
     weights = _attention_weights(queries, keys, scale, T, TOKENS)
     dvalues = tl.dot(tl.trans(weights.to(values.dtype)), grad, input_precision="ieee")
     dweights = tl.dot(grad, tl.trans(values), input_precision="ieee")

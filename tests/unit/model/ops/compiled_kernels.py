@@ -37,8 +37,8 @@ def main() -> None:
                 x = torch.empty(2, 64, channels, dtype=dtype, requires_grad=True)
                 weight, bias = torch.empty(2, channels, dtype=dtype)
                 GroupNormSiLU.apply(x, weight, bias, 32, 1e-5, True).sum().backward()
-            qkv = torch.empty(3, 1, 2, 25, 2, 64, dtype=dtype, requires_grad=True)
-            short_attention(*qkv).sum().backward()
+            qkv = torch.empty(1, 2, 25, 3, 2, 64, dtype=dtype, requires_grad=True)
+            short_attention(qkv).sum().backward()
             GEGLU.apply(torch.empty(64, 2560, dtype=dtype, requires_grad=True)).sum().backward()
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from svd_ds.model.ops import attention as module
+from svd_ds.model.ops import fused
 from svd_ds.model.ops.attention import attention
 from svd_ds.model.ops.fused import triton_installed
 
@@ -68,35 +73,99 @@ def test_batch_above_the_kernel_limit_is_split(clips: int | None, monkeypatch: p
     torch.testing.assert_close(out, expected)
 
 
-def test_missing_flash_attn_is_refused_if_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "flash_attn_installed", lambda: False)
-    with pytest.raises(ValueError, match="flash_attn, which is not installed: choose auto or sdpa"):
-        attention(*draw(1, 2, 1, 2), "flash_attn")
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], None]]:
+    """Install a package of a name for one test."""
+
+    def install(name: str, package: Any) -> None:
+        monkeypatch.setitem(sys.modules, name, package)
+        module.import_flash.cache_clear()
+
+    module.import_flash.cache_clear()
+    yield install
+    module.import_flash.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "dtype", "installed", "num_keys", "expected"),
+    ("backend", "package", "content", "reason"),
     [
-        (True, torch.bfloat16, True, 14, "flash_attn"),
-        (True, torch.float16, True, 1536, "flash_attn"),
-        (True, torch.bfloat16, False, 14, "sdpa"),
-        (True, torch.float32, True, 14, "sdpa"),
-        (False, torch.bfloat16, True, 14, "short"),
-        (False, torch.bfloat16, True, 1536, "sdpa"),
+        ("flash_attn", "flash_attn", None, r"import of flash_attn halted"),
+        ("flash_attn", "flash_attn", ModuleType("flash_attn"), r"cannot import name 'flash_attn_func'"),
+        ("flash_attn_3", "flash_attn_interface", None, r"import of flash_attn_interface halted"),
+    ],
+    ids=["not there", "another package of that name", "FlashAttention-3"],
+)
+def test_package_that_cannot_be_imported_is_refused_with_the_reason(
+    backend: str, package: str, content: Any, reason: str, packages: Callable[[str, Any], None]
+) -> None:
+    packages(package, content)
+    with pytest.raises(
+        ValueError, match=rf"{backend}, which cannot be imported \(.*{reason}.*choose auto or"
+    ):
+        attention(*draw(1, 2, 1, 2), backend)
+
+
+def test_wheel_for_another_torch_is_imported_once(
+    monkeypatch: pytest.MonkeyPatch, packages: Callable[[str, Any], None], tmp_path: Path
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("print('imported')\nraise OSError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        error = module.import_flash("flash_attn")
+        assert isinstance(error, OSError) and "undefined symbol" in str(error)
+    assert module.import_flash.cache_info().misses == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "package"), [("flash_attn", "flash_attn"), ("flash_attn_3", "flash_attn_interface")]
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attn_is_called_with_torchs_determinism(
+    backend: str,
+    package: str,
+    deterministic: bool,
+    packages: Callable[[str, Any], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def flash_attn_func(*qkv: torch.Tensor, deterministic: bool) -> Any:
+        calls.append(deterministic)
+        out = module._reference(*qkv)
+        return (out, torch.zeros(1)) if backend == "flash_attn_3" else out
+
+    packages(package, SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    qkv = draw(2, 5, 1, 8)
+    torch.testing.assert_close(module.KERNELS[backend](*qkv), module._reference(*qkv))
+    assert calls == [deterministic]
+    # On a CPU it is refused, not called.
+    with pytest.raises(ValueError, match=f"{backend}, which needs half precision on a GPU"):
+        attention(*qkv, backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "is_cuda", "dtype", "num_keys", "expected"),
+    [
+        ("auto", True, torch.bfloat16, 14, "sdpa"),
+        ("auto", False, torch.bfloat16, 14, "short"),
+        ("auto", False, torch.bfloat16, 1536, "sdpa"),
+        (("flash_attn_3", "sdpa"), True, torch.bfloat16, 1536, "flash_attn_3"),
+        (("flash_attn_3", "sdpa"), True, torch.float32, 1536, "sdpa"),
+        (("triton", "sdpa"), True, torch.float16, 14, "sdpa"),
     ],
 )
-def test_auto_backend_depends_on_device_dtype_and_length(
+def test_first_backend_that_supports_the_tensors_is_used(
+    backend: Any,
     is_cuda: bool,
     dtype: torch.dtype,
-    installed: bool,
     num_keys: int,
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "flash_attn_installed", lambda: installed)
     monkeypatch.setattr(module, "triton_installed", lambda: False)
     q = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-    assert module._choose("auto", q, torch.empty(1, num_keys, 1, 8)) == expected  # type: ignore[arg-type]
+    assert module._choose(backend, q, torch.empty(1, num_keys, 1, 8)) == expected  # type: ignore[arg-type]
 
 
 def test_configured_triton_backend_refuses_unsupported_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +175,7 @@ def test_configured_triton_backend_refuses_unsupported_tensors(monkeypatch: pyte
         True: r"5 keys for 3 queries in torch\.float32 on cpu",
     }
     for installed in {False, triton_installed()}:
-        monkeypatch.setattr(module, "triton_installed", lambda installed=installed: installed)
+        monkeypatch.setattr(fused, "triton_installed", lambda installed=installed: installed)
         with pytest.raises(ValueError, match=expected[installed]):
             attention(q, k, v, "triton")
 

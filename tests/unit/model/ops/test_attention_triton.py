@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svd_ds.model.ops import attention as module
-from svd_ds.model.ops.attention import attention
+from svd_ds.model.ops.attention import attention, self_attention
 from svd_ds.model.ops.fused import triton_installed
 
 if not triton_installed():
@@ -81,3 +81,23 @@ def test_auto_uses_triton_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     double = tensor(True, *frames, dtype=torch.float64)
     assert not supports(double, double)
     assert module._choose("auto", *[tensor(True, *frames)] * 2) == "triton"  # type: ignore[arg-type]
+
+
+def test_gradient_of_a_projection_is_one_tensor_in_its_memory_order() -> None:
+    projection = torch.randn(2, 14, 3, 3, 2, 16, device=DEVICE, requires_grad=True)  # clips, frames, pixels
+    out = self_attention(projection.transpose(1, 2), "triton")
+    dout = torch.randn_like(out)
+    (together,) = torch.autograd.grad(out, projection, dout)
+    assert together.is_contiguous()
+    three = [part.detach().requires_grad_() for part in projection.transpose(1, 2).unbind(3)]
+    apart = torch.autograd.grad(attention(*three, "triton"), three, dout)
+    assert torch.equal(together, torch.stack(apart, dim=3).transpose(1, 2))
+
+
+def test_part_of_a_larger_projection_has_its_own_gradient() -> None:
+    wide = torch.randn(2, 3, 5, 3, 2, 32, device=DEVICE, requires_grad=True)
+    out = self_attention(wide[..., :16], "triton")
+    (found,) = torch.autograd.grad(out.square().sum(), wide)
+    exact = self_attention(wide.double()[..., :16], "reference")
+    (wanted,) = torch.autograd.grad(exact.square().sum(), wide)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
