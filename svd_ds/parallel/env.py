@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import resource
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from datetime import datetime, timedelta
 import torch
 import torch.distributed as dist
 
+from svd_ds.parallel.affinity import bind_to_gpu_cores
 from svd_ds.parallel.devices import check_gpus_are_usable, num_gpus
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -138,6 +140,8 @@ def init(env: Env, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
     os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_SIZE=str(env.local_world))
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
+        if (line := bind_to_gpu_cores(env.device)) is not None:
+            print(f"rank {env.rank}: {line}", file=sys.stderr)
     # Without device_id: it would bind the device, and every process group then gets an NCCL communicator at
     # once, by ncclCommSplit, in which all ranks take part. Without it the first collective creates it.
     if env.world == 1:
