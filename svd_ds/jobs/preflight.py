@@ -1,39 +1,29 @@
-"""Preflight check of a job's nodes: their GPUs, their disks, and the network between them.
+"""Preflight check of a job's nodes, from the batch host: which nodes should the job not use, and why?
 
-    srun --ntasks-per-node=1 python -m svd_ds.jobs.preflight alone RUN_FOLDER RESULTS --gpus 8
-
-This command runs on each node, and a second one with `together` in place of `alone`. `failing_nodes` starts
-both from the batch host and finds the nodes to blame. Each node writes its result to the file RESULTS/NODE:
-"fit", or what is wrong.
+node_checks.py has the checks that run on the nodes: each node alone, then all nodes together.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
-
 from svd_ds.cli import print_line
-from svd_ds.fsync_io import fsync_path, name_errors, write_text
-from svd_ds.parallel import env as environment
-from svd_ds.parallel.devices import UNUSABLE, check_gpus_are_usable, is_mismatch, num_gpus
-from svd_ds.parallel.env import Env
+from svd_ds.jobs.node_checks import UNREACHABLE_NAME, TaskResult, ring_rounds
+from svd_ds.parallel.devices import UNUSABLE, is_mismatch
+from svd_ds.parallel.env import restart_id
 
-FIT = "fit"
 CHECK_TIMEOUT_S = 300.0
 """Seconds within which all nodes must answer; this includes the start of Python from a shared disk."""
-RENDEZVOUS_TIMEOUT_S = 90.0
-"""Seconds within which the nodes must find each other."""
+SLOW = 0.5
+"""A GPU whose bandwidth to other nodes is below this fraction of the others' median is slow."""
 KILL_AFTER_S = 10.0
 """Seconds between SIGTERM, at CHECK_TIMEOUT_S, and SIGKILL of a step that has not ended."""
 
@@ -70,17 +60,23 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
     Raises:
         ValueError: torch cannot use the GPUs of any node: a user's mistake, which other nodes would repeat.
     """
-    # A node that fails must not end the step for those that are slower to answer.
-    results = _run_check(job, "alone", [job.nodes], folder, "--kill-on-bad-exit=0")
-    faults = {node: result for node, result in results.items() if result != FIT}
+    results = _run_check(job, "alone", [job.nodes], folder)
+    faults = _faults(results)
     _check_torch_fits(faults, len(job.nodes))
     if faults or not together or len(job.nodes) == 1:
         return faults
     results = _run_check(job, "together", [job.nodes], folder)
-    if all(result == FIT for result in results.values()):
-        return {}
+    faults = _faults(results)
+    if not faults:
+        return _slow_nodes(job, {node: result.bandwidths for node, result in results.items()})
+    if unnamed := {node: fault for node, fault in faults.items() if UNREACHABLE_NAME in fault}:
+        if len(unnamed) == len(job.nodes):
+            raise ValueError(
+                f"{job.nodes[0]} {unnamed[job.nodes[0]]}; so do all {len(unnamed)} nodes of the job"
+            )
+        return unnamed
     return _unreachable_nodes(job, folder) or dict.fromkeys(
-        job.nodes, "reaches a neighbour, but the all-reduce over all nodes fails"
+        job.nodes, "reaches a neighbour, but the check of all nodes together fails"
     )
 
 
@@ -121,46 +117,118 @@ def _unreachable_nodes(job: Job, folder: Path) -> dict[str, str]:
     nodes = job.nodes
     if len(nodes) == 2:
         return {nodes[1]: f"does not reach {nodes[0]}"}
-    ring = [(node, nodes[(i + 1) % len(nodes)]) for i, node in enumerate(nodes)]
     reached: set[str] = set()
-    # No node is in two pairs of a round; in a ring of odd length the last pair is a round by itself.
-    rounds = [ring[0 : len(ring) - 1 : 2], ring[1::2], ring[len(ring) - 1 :: 2] if len(ring) % 2 else []]
-    for pairs in filter(None, rounds):
+    for pairs in ring_rounds(nodes):
         results = _run_check(job, "together", pairs, folder)
-        reached |= {node for node, result in results.items() if result == FIT}
+        reached |= results.keys() - _faults(results).keys()
     return {node: "reaches none of its neighbours" for node in nodes if node not in reached}
 
 
-def _run_check(
-    job: Job, check: str, groups: Sequence[Sequence[str]], folder: Path, *options: str
-) -> dict[str, str]:
+def _slow_nodes(job: Job, bandwidths: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """Print the measured bandwidth between nodes, and find nodes with a slow GPU.
+
+    A few slow nodes are excluded when the job first starts, and only named when it restarts: a run at a lower
+    speed is better than none. Of two nodes none is known to be the slow one, and where half of the nodes are
+    slow the cause is elsewhere: they are only named, too.
+    """
+    print_line(describe_bandwidth(bandwidths))
+    slow = slow_rails(bandwidths) if job.gpus else {}
+    if len(job.nodes) > 2 and len(slow) < len(job.nodes) / 2 and restart_id()[1] == 0:
+        return slow
+    for node, fault in slow.items():
+        print_line(f"warning: {node} {fault}")
+    return {}
+
+
+def describe_bandwidth(bandwidths: Mapping[str, Sequence[float]]) -> str:
+    """Describe the bandwidth between nodes in one line.
+
+    Args:
+        bandwidths: node -> GB/s of each of its ranks.
+    """
+    least, node, rank = min((gb, node, i) for node, gbs in bandwidths.items() for i, gb in enumerate(gbs))
+    median = statistics.median(gb for gbs in bandwidths.values() for gb in gbs)
+    return (
+        f"bandwidth between nodes: {median:.3g} GB/s a rank in each direction (median); "
+        f"least {least:.3g} GB/s, rank {rank} of {node}"
+    )
+
+
+def slow_rails(bandwidths: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """Find the nodes with a GPU that is below SLOW of the median of all other GPUs.
+
+    Args:
+        bandwidths: node -> GB/s of each of its GPUs.
+
+    Returns:
+        Node -> its slowest GPU, in words.
+    """
+    rails = [(gb, node, gpu) for node, gbs in bandwidths.items() for gpu, gb in enumerate(gbs)]
+    slow = {}
+    for gb, node, gpu in sorted(rails, reverse=True):
+        median = statistics.median(other[0] for other in rails if other != (gb, node, gpu))
+        if gb < SLOW * median:
+            slow[node] = (
+                f"has a slow network: GPU {gpu} reaches {gb:.3g} GB/s to another node, "
+                f"the median of the others is {median:.3g} GB/s"
+            )
+    return slow
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """Result of a check on one node."""
+
+    fault: str | None
+    """The first fault among its tasks; None if all of them are fit."""
+    bandwidths: tuple[float, ...]
+    """Bandwidth of each task to other nodes in GB/s; empty if it was not measured."""
+
+    @staticmethod
+    def read(folder: Path, num_tasks: int) -> NodeResult:
+        """Read the results of the tasks of a node from its folder."""
+        results = [TaskResult.read(folder / str(task)) for task in range(num_tasks)]
+        faults = [result.fault for result in results if result is not None and result.fault is not None]
+        if not faults and None in results:
+            faults = [f"does not answer, or cannot write to {folder.parent}"]
+        bandwidths = [result.bandwidth for result in results if result is not None]
+        return NodeResult(next(iter(faults), None), tuple(gb for gb in bandwidths if gb is not None))
+
+
+def _faults(results: Mapping[str, NodeResult]) -> dict[str, str]:
+    """Return node -> fault of the nodes that are not fit."""
+    return {node: result.fault for node, result in results.items() if result.fault is not None}
+
+
+def _run_check(job: Job, check: str, groups: Sequence[Sequence[str]], folder: Path) -> dict[str, NodeResult]:
     """Run a check on each group of nodes, all groups at the same time; return the result of each node."""
     results = folder / "logs" / "preflight"
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
-    command = [sys.executable, "-m", "svd_ds.jobs.preflight", check, str(folder), str(results)]
+    command = [sys.executable, "-m", "svd_ds.jobs.node_checks", check, str(folder), str(results)]
     command += ["--gpus", str(job.gpus)]
+    # Together: a task per GPU, as in training. The job may have fewer CPUs, or other tasks.
+    num_tasks = max(job.gpus, 1) if check == "together" else 1
+    layout = ["--cpus-per-task=1", "--overcommit"] if num_tasks > 1 else []
     steps = [
         job.start_step(
             command,
             f"--nodes={len(group)}",
-            f"--ntasks={len(group)}",
-            "--ntasks-per-node=1",
+            f"--ntasks={num_tasks * len(group)}",
+            f"--ntasks-per-node={num_tasks}",
+            "--distribution=block",
+            *layout,
             f"--nodelist={','.join(group)}",
             # srun would read a % in the folder's name as a pattern.
             f"--error={str(folder).replace('%', '%%')}/logs/preflight.log",
-            *options,
+            # A node that fails must not end the step for those that are slower to answer.
+            "--kill-on-bad-exit=0",
             MASTER_ADDR=group[0],
         )
         for group in groups
     ]
     _wait(steps)
-    no_result = f"does not answer, or cannot write to {results}"
-    return {
-        node: ((results / node).read_text() if (results / node).exists() else "") or no_result
-        for group in groups
-        for node in group
-    }
+    return {node: NodeResult.read(results / node, num_tasks) for group in groups for node in group}
 
 
 def _wait(steps: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -177,70 +245,3 @@ def _wait(steps: Sequence[subprocess.Popen[bytes]]) -> None:
                 end(step)
     for step in steps:
         step.wait()
-
-
-def check_node(folder: Path, gpus: int) -> None:
-    """Check the GPUs of this machine, the run folder and the temporary folder.
-
-    Args:
-        gpus: number of GPUs that the machine should have; with 0 the CPU is checked.
-
-    Raises:
-        ValueError: torch's build, or the driver's version, does not allow to use the GPUs.
-        OSError: a GPU is missing or multiplies wrongly, or a folder cannot be written.
-        RuntimeError: torch raises an error on a GPU.
-    """
-    if gpus:
-        check_gpus_are_usable()
-        if (found := num_gpus()) < gpus:
-            raise OSError(f"sees {found} GPUs of its {gpus}")
-    for device in [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]:
-        square = torch.ones(1024, 1024, device=device)
-        if not bool(((square @ square) == 1024).all()):
-            raise OSError(f"multiplies wrongly on {device}")
-    for path in (folder, Path(tempfile.gettempdir())):
-        with name_errors(path), tempfile.NamedTemporaryFile(dir=path) as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            fsync_path(Path(file.name))
-
-
-def check_interconnect(env: Env) -> None:
-    """All-reduce over the nodes of the step.
-
-    Raises:
-        RuntimeError: the nodes do not reach each other, or the sum is wrong.
-    """
-    environment.init(env, timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S))
-    ones = torch.ones(1 << 20, device=env.device)
-    dist.all_reduce(ones)
-    if not bool((ones == env.world).all()):
-        raise RuntimeError(f"the sum of {env.world} ones came out as {ones.mean().item()}")
-    environment.shutdown()
-
-
-def main() -> None:
-    """Run one check on this node and write its result.
-
-    Exit code: 0 if the node is fit, 1 if not.
-    """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("check", choices=("alone", "together"))
-    parser.add_argument("folder", type=Path, help="run folder")
-    parser.add_argument("results", type=Path, help="folder in which each node writes its result")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that each node should have")
-    options = parser.parse_args()
-    fault = None
-    try:
-        if options.check == "alone":
-            check_node(options.folder, options.gpus)
-        else:
-            check_interconnect(Env.read())
-    except (ValueError, OSError, RuntimeError) as error:
-        fault = " ".join(str(error).split())
-    write_text(options.results / environment.host(), fault or FIT)
-    sys.exit(1 if fault else 0)
-
-
-if __name__ == "__main__":
-    main()

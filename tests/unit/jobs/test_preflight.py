@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from svd_ds.jobs import preflight
-from svd_ds.jobs.preflight import FIT, check_node, failing_nodes
+from svd_ds.jobs.node_checks import UNREACHABLE_NAME, TaskResult
+from svd_ds.jobs.preflight import describe_bandwidth, failing_nodes, slow_rails
 from svd_ds.parallel.devices import UNUSABLE
-from svd_ds.parallel.env import host
 
 
 @dataclass
 class FakeJob:
     """A job in which some nodes fail alone (ill), some do not answer (silent), some do not reach the others
-    (apart), or no more than two meet at once (crowded)."""
+    (apart), no more than two meet at once (crowded), or some have a slow GPU (bandwidths)."""
 
     nodes: tuple[str, ...]
     ill: Sequence[str] = ()
@@ -35,6 +34,10 @@ class FakeJob:
     options: list[str] = field(default_factory=list)
     """Options of the steps."""
     illness: str = "has no disk"
+    distance: str = "timed out"
+    """Fault of nodes that do not meet."""
+    bandwidths: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Node -> GB/s of its GPUs, where they are not 20."""
     id: str = "7"
 
     def requeue(self, exclude: Sequence[str] = ()) -> None:
@@ -46,11 +49,19 @@ class FakeJob:
         self.groups.append(group)
         self.options += options
         check, notes = command[3], Path(command[5])
-        assert ("--kill-on-bad-exit=0" in options) == (check == "alone")
+        assert "--kill-on-bad-exit=0" in options, "a node that fails must not end the others' check"
+        num_tasks = max(self.gpus, 1) if check == "together" else 1
+        assert {f"--ntasks={num_tasks * len(group)}", f"--ntasks-per-node={num_tasks}"} <= set(options)
         meets = not set(group) & set(self.apart) and not (self.crowded and len(group) > 2)
         for node in set(group) - set(self.silent):
-            well = node not in self.ill if check == "alone" else meets
-            (notes / node).write_text(FIT if well else self.illness)
+            for task in range(num_tasks):
+                if check == "alone":
+                    result = TaskResult(self.illness if node in self.ill else None)
+                elif meets:
+                    result = TaskResult(None, self.bandwidths.get(node, [20.0] * num_tasks)[task])
+                else:
+                    result = TaskResult(self.distance)
+                result.write(notes / node / str(task))
         return subprocess.Popen(self.command)
 
 
@@ -105,20 +116,6 @@ def test_torch_that_cannot_use_the_gpus_of_any_node_is_a_mistake_of_the_user(
         failing_nodes(job, tmp_path)
 
 
-def test_gpu_of_a_node_that_torch_cannot_use_is_its_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> None:
-        raise ValueError(WITHOUT_CUDA)
-
-    monkeypatch.setattr(preflight, "check_gpus_are_usable", fail)
-    monkeypatch.setattr(sys, "argv", ["preflight", "alone", str(tmp_path), str(tmp_path), "--gpus", "8"])
-    with pytest.raises(SystemExit) as ended:
-        preflight.main()
-    assert ended.value.code == 1
-    assert (tmp_path / host()).read_text() == WITHOUT_CUDA
-
-
 @pytest.mark.parametrize(
     ("count", "apart", "blamed"),
     [
@@ -151,7 +148,9 @@ def test_percent_sign_in_the_folder_is_no_pattern_of_srun(tmp_path: Path) -> Non
 
 
 def test_empty_result_of_a_node_on_a_full_disk_is_no_answer(tmp_path: Path) -> None:
-    job = FakeJob(nodes(1), silent=nodes(1), command=["touch", f"{tmp_path}/logs/preflight/n0"])
+    job = FakeJob(
+        nodes(1), silent=nodes(1), command=["install", "-D", "/dev/null", f"{tmp_path}/logs/preflight/n0/0"]
+    )
     assert "does not answer" in failing_nodes(job, tmp_path)["n0"]
 
 
@@ -165,12 +164,65 @@ def test_steps_that_hang_share_one_time_limit(tmp_path: Path, monkeypatch: pytes
     pairs = [[f"n{i}", f"n{i + 1}"] for i in range(0, 8, 2)]
     notes = preflight._run_check(job, "together", pairs, tmp_path)
     assert time.monotonic() - started < 2.5, "one limit and one grace for all of them"
-    assert notes and all("does not answer" in note for note in notes.values())
+    assert notes and all("does not answer" in (note.fault or "") for note in notes.values())
 
 
-def test_healthy_machine_passes_and_missing_gpu_or_disk_is_an_error(tmp_path: Path) -> None:
-    check_node(tmp_path, gpus=0)
-    with pytest.raises(OSError, match="GPUs of its 1000"):
-        check_node(tmp_path, gpus=1000)
-    with pytest.raises(OSError, match="nowhere"):
-        check_node(tmp_path / "nowhere", gpus=0)
+def test_name_that_no_other_node_reaches_is_a_mistake_of_the_user(tmp_path: Path) -> None:
+    fault = f"{UNREACHABLE_NAME}: it is 127.0.1.1; set GLOO_SOCKET_IFNAME"
+    job = FakeJob(nodes(3), apart=nodes(3), distance=fault)
+    with pytest.raises(
+        ValueError, match=r"^n0 has a name .*GLOO_SOCKET_IFNAME; so do all 3 nodes of the job"
+    ):
+        failing_nodes(job, tmp_path)
+    assert len(job.groups) == 2, "no pair is tried"
+
+
+def test_together_each_gpu_is_a_rank_whatever_the_cpus_of_the_job(tmp_path: Path) -> None:
+    job = FakeJob(nodes(2), gpus=8)
+    assert failing_nodes(job, tmp_path) == {}
+    assert {"--ntasks-per-node=8", "--ntasks=16", "--cpus-per-task=1", "--overcommit"} <= set(job.options)
+
+
+RAILS = {"n0": [20.0, 21.0], "n1": [20.0, 5.0], "n2": [20.0, 22.0]}
+
+
+def test_bandwidth_is_printed_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failing_nodes(FakeJob(nodes(3)), tmp_path)
+    line = "bandwidth between nodes: 20 GB/s a rank in each direction (median); least 20 GB/s, rank 0 of n0\n"
+    assert capsys.readouterr().out == line
+    assert "median); least 5 GB/s, rank 1 of n1" in describe_bandwidth(RAILS)
+
+
+def test_gpu_with_less_than_half_of_the_others_bandwidth_is_slow() -> None:
+    assert slow_rails(RAILS) == {
+        "n1": "has a slow network: GPU 1 reaches 5 GB/s to another node, the median of the others is 20 GB/s"
+    }
+    assert slow_rails(RAILS | {"n1": [20.0, 10.1]}) == {}
+
+
+@pytest.mark.parametrize(
+    ("slow", "count", "gpus", "restarts", "excluded", "warned"),
+    [
+        (["n1"], 3, 2, 0, {"n1"}, set()),
+        (["n1"], 3, 2, 1, set(), {"n1"}),  # a slow run is better than none
+        (["n1"], 2, 2, 0, set(), {"n1"}),  # either may be to blame
+        (["n0", "n1"], 4, 2, 0, set(), {"n0", "n1"}),  # half of them: the network itself
+        (["n1"], 3, 0, 0, set(), set()),  # CPUs share their cores with others
+    ],
+)
+def test_few_nodes_with_a_slow_gpu_are_excluded_at_the_first_start(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    slow: list[str],
+    count: int,
+    gpus: int,
+    restarts: int,
+    excluded: set[str],
+    warned: set[str],
+) -> None:
+    monkeypatch.setattr(preflight, "restart_id", lambda: (7, restarts))
+    slow_gpus = [20.0] * (gpus - 1) + [2.0]
+    job = FakeJob(nodes(count), gpus=gpus, bandwidths=dict.fromkeys(slow, slow_gpus))
+    assert set(failing_nodes(job, tmp_path)) == excluded
+    assert set(re.findall(r"warning: (n\d) has a slow network", capsys.readouterr().out)) == warned
