@@ -28,6 +28,8 @@ from svd_ds.diffusion.noise import karras_sigmas
 from svd_ds.diffusion.samplers import SAMPLERS, Progress
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
+from svd_ds.model.layers import choose_kernels
+from svd_ds.model.ops.trial import choose_on_this_machine
 from svd_ds.model.unet import UNet
 from svd_ds.scalars import AUGMENTATION, FPS, MOTION_BUCKET, RELEASED_SCALARS, SCALARS
 from svd_ds.settings import INT64_MAX, Settings, choice, number
@@ -201,6 +203,8 @@ class Pipeline:
     sampling: SampleConfig
     """Sampling settings of the run's previews; for public weights those of the released SVD. A run may have
     trained on few noise levels, which its previews then use."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: faster kernels that cannot be used on this machine."""
 
 
 def load_pipeline(
@@ -223,7 +227,7 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: a part is missing or damaged.
+        ValueError: a part is missing or damaged, or a kernel that the network names cannot be used.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no run and no pipeline {path}")
@@ -236,6 +240,8 @@ def load_pipeline(
     if lora is not None:
         merge_lora_file(unet, *lora)
     unet = unet.to(device, dtype).eval()
+    kernels = choose_on_this_machine(unet.config, device, dtype)
+    choose_kernels(unet, kernels.kernels, kernels.attention)
     if settings is None:
         shape, sampling = (unet.config.num_frames, *RELEASED_SIZE), SampleConfig()
         signal = "ends" if unet.config.masked else "image"
@@ -255,6 +261,7 @@ def load_pipeline(
         Conditioner.load(conditioning, parts, device, dtype),
         *shape,
         sampling,
+        kernels.notes,
     )
 
 

@@ -73,15 +73,7 @@ def choose_kernels_on_all_ranks(config: RunConfig, env: Env, precision: str) -> 
         return KernelChoice()
     if env.device.type == "cuda":
         use_local_cache()
-    model = config.model
-    settings = KernelSettings(
-        kernels=model.kernels,
-        attention={
-            "model.spatial_attention": model.spatial_attention,
-            "model.temporal_attention": model.temporal_attention,
-        },
-        head_width=model.head_width,
-    )
+    settings = KernelSettings.read(config.model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     reports = all_gather_objects([(host(), run_trials(settings, env.device, dtype))])
     return raise_on_all_ranks(lambda: choose(settings, reports))

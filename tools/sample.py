@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from svd_ds.cli import run_cli
+from svd_ds.cli import print_line, run_cli
 from svd_ds.diffusion.guidance import KINDS as GUIDANCE_KINDS
 from svd_ds.diffusion.samplers import SAMPLERS
 from svd_ds.model.conditioner import ConditionerConfig
@@ -40,6 +40,8 @@ def main() -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lora = (arguments.lora, arguments.lora_scale) if arguments.lora else None
     pipeline = load_pipeline(arguments.run, device, dtype, arguments.ema, arguments.frozen, lora)
+    for note in pipeline.notes:
+        print_line(note)
     conditioning = pipeline.conditioner.config
     config = replace(pipeline.sampling, **sampling_options(arguments, conditioning, pipeline.sampling))
     height, width = arguments.size or (pipeline.height, pipeline.width)

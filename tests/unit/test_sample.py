@@ -18,6 +18,8 @@ from svd_ds.batch import Conditioning
 from svd_ds.diffusion.draws import draw
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner, ConditionerConfig
+from svd_ds.model.layers import FeedForward
+from svd_ds.model.ops import trial
 from svd_ds.sample import RELEASED_SIZE, TINY, SampleConfig, load_pipeline, run_settings, sample_video
 from svd_ds.training.preview import PreviewConfig
 
@@ -249,6 +251,18 @@ def test_frozen_parts_and_shape_of_a_checkpoint_are_read_from_its_run(tmp_path: 
     assert pipeline.autoencoder.downsampling == 8
     assert pipeline.conditioner.config == ConditionerConfig()
     assert pipeline.sampling == SampleConfig(num_steps=3, sigma_max=80.0, fps=5.0), "as its previews"
+
+
+def test_kernels_that_fail_are_replaced_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = {"fused": "", "triton": "", "sdpa": ""}
+    monkeypatch.setattr(trial, "run_trials", lambda *arguments: fine | {"fused": "no compiler"})
+    pipeline = load_pipeline(TINY, torch.device("cpu"), torch.float32)
+    assert pipeline.notes == (
+        "torch's kernels replace Triton's group norm and GEGLU, which cannot be used on this machine: "
+        "no compiler",
+    )
+    kernels = {module.kernels for module in pipeline.unet.modules() if isinstance(module, FeedForward)}
+    assert kernels == {"torch"}
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from subprocess import CalledProcessError
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from svd_ds.model.ops.attention import FLASH, HALF, Backend, attention, import_flash, unavailable
 from svd_ds.model.ops.fused import geglu, group_norm_silu, triton_unavailable
+
+if TYPE_CHECKING:
+    from svd_ds.model.unet import UNetConfig
 
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest norm of the difference from float64 over the norm, of a result or a gradient: several times the
@@ -49,6 +53,14 @@ class KernelSettings:
     attention: dict[str, str]
     """Config key -> backend."""
     head_width: int
+
+    @staticmethod
+    def read(model: UNetConfig) -> KernelSettings:
+        """Return those of a network."""
+        keys = ("spatial_attention", "temporal_attention")
+        return KernelSettings(
+            model.kernels, {f"model.{key}": getattr(model, key) for key in keys}, model.head_width
+        )
 
 
 @dataclass(frozen=True)
@@ -126,10 +138,29 @@ def choose(settings: KernelSettings, reports: Sequence[tuple[str, Report]]) -> K
     return KernelChoice(kernels, backends, _notes(faults))
 
 
+def choose_on_this_machine(model: UNetConfig, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+    """Try the kernels of a network, and choose those that work here.
+
+    Raises:
+        ValueError: see `choose`.
+    """
+    settings = KernelSettings.read(model)
+    return choose(settings, [("this machine", run_trials(settings, device, dtype))])
+
+
+def try_triton(device: torch.device) -> str:
+    """Try Triton's kernels of training; return why they cannot be used on this machine, "" if they can."""
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    return try_fused(device, dtype) or try_attention("triton", device, dtype, head_width=64)
+
+
 def _fault(name: str, reports: Sequence[tuple[str, Report]]) -> str:
     """Return where and why a kernel cannot be used; "" if no rank reports a fault of it."""
-    faults = {host: report.get(name, "it is not for the GPU there") for host, report in reports}
-    faults = {host: fault for host, fault in faults.items() if fault}
+    # A host has several ranks, which need not agree.
+    faults: dict[str, str] = {}
+    for host, report in reports:
+        if fault := report.get(name, "it is not for the GPU there"):
+            faults.setdefault(host, fault)
     if not faults or not any(name in report for _, report in reports):
         return ""
     host, fault = next(iter(faults.items()))
@@ -231,5 +262,5 @@ def _results(run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tenso
 def _describe(error: Exception) -> str:
     if isinstance(error, CalledProcessError):
         return f"the C compiler, which needs Python's header files, ends with exit code {error.returncode}"
-    words = " ".join(f"{type(error).__name__}: {error}".split())
+    words = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
     return words if len(words) <= MAX_REASON else words[: MAX_REASON - 3] + "..."
