@@ -18,6 +18,7 @@ from svd_ds.data.batching import BatchConfig
 from svd_ds.data.config import DataConfig
 from svd_ds.data.cursor import Cursor
 from svd_ds.data.loader import Loader
+from svd_ds.data.shared_memory import check_shared_memory
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.parallel.collectives import broadcast_from_rank0
@@ -104,6 +105,7 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     progress = Progress.read(resume / "state.json") if resume else None
 
     loader = _loader(config, env, progress.cursor if progress else None)
+    check_shared_memory(config.data, loader.split.micro, env.local_world)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if supports_bf16(env.device) else "fp32"
