@@ -59,6 +59,8 @@ setup(
         "xxhash>=3.5",
     ],
     extras_require={
+        # For model.spatial_attention=flash_attn alone; torch's own attention has the same kernels. Without a
+        # wheel for this torch it is compiled from source.
         "gpu": ["flash-attn>=2.7"],
         # scenedetect asks for opencv-python, which overwrites opencv-python-headless: install it with
         # --no-deps, as the Makefile installs all of the lock file.

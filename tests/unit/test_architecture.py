@@ -73,6 +73,7 @@ SAME_LAYER = {
 ONLY_IMPORT_OF = {
     "deepspeed": {"svd_ds/parallel/engine.py"},
     "flash_attn": {"svd_ds/model/ops/attention.py"},
+    "flash_attn_interface": {"svd_ds/model/ops/attention.py"},
     "megatron": {"svd_ds/parallel/groups.py"},
     "omegaconf": {"svd_ds/compose.py"},
     "triton": {"svd_ds/model/ops/kernels.py"},
