@@ -25,13 +25,13 @@ from svd_ds.jobs.rank_session import RankSession
 from svd_ds.jobs.signals import StopRequest
 from svd_ds.model.decoder import Decoder
 from svd_ds.model.unet import UNet, parameter_tags
-from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.parallel.gpu_settings import configure_gpu
 from svd_ds.parallel.groups import ParallelDims, create_groups
 from svd_ds.parallel.local_norm import LocalNorm
+from svd_ds.parallel.process_group import process_group
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
 from svd_ds.run_folder import RunFolder
@@ -67,18 +67,17 @@ def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Prog
     Raises:
         ValueError, OSError: a user's mistake, in one sentence; SharedError if all ranks know of it.
     """
-    environment.init(env, config.watchdog.collective_timeout)
-    configure_gpu(env.device, deterministic=config.deterministic, fixed_shapes=len(config.data.shapes) == 1)
-    try:
+    # The outcome is recorded before the communicators are destroyed, which may take long.
+    outcome = session.record_outcome() if session is not None else nullcontext()
+    fixed_shapes = len(config.data.shapes) == 1
+    with process_group(env, config.watchdog.collective_timeout), outcome:
+        configure_gpu(env.device, deterministic=config.deterministic, fixed_shapes=fixed_shapes)
         check_shared_folder(Path(config.run.dir), env)
         resume = find_resume(config, env)
         inputs = raise_on_all_ranks(lambda: read_inputs(config, env, resume.path))
         kernels = choose_kernels_on_all_ranks(config, env, inputs.precision)
         task = raise_on_all_ranks(lambda: read_task(config, env, inputs, kernels))
-        progress = _train(config, env, resume, inputs, task, session)
-    finally:
-        environment.shutdown()
-    return progress
+        return _train(config, env, resume, inputs, task, session)
 
 
 def _train(

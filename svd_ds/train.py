@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from svd_ds import compose
 from svd_ds.cli import USER_ERRORS, keep_freed_memory, mask_tracebacks, print_error, wants_traceback
 from svd_ds.command_line import CONF, PRIMARY, VERSION_BASE
 from svd_ds.credentials import redact
+from svd_ds.jobs.out_of_memory import LEAST_MEMORY
 from svd_ds.jobs.rank_session import RankSession
 from svd_ds.parallel.env import Env, start_time
 from svd_ds.parallel.gpu_settings import configure_allocator
@@ -128,7 +130,8 @@ def _run(node: Any, env: Env, debug: bool, folder_keys: Collection[str]) -> None
         # Two runs in one folder would overwrite each other.
         folder = compose.multirun_folder(settings.run.dir, folder_keys)
         settings = replace(settings, run=replace(settings.run, dir=folder))
-    with RankSession(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug) as session:
+    memory = {key: attrgetter(key)(settings) for key in LEAST_MEMORY}
+    with RankSession(RunFolder(Path(settings.run.dir)), env, settings.watchdog, debug, memory) as session:
         # DeepSpeed takes seconds to import: mistakes in the settings are reported before that.
         from svd_ds.run import run
 

@@ -14,7 +14,6 @@ import ipaddress
 import json
 import os
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from svd_ds.fsync_io import fsync_path, name_errors, write_text
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.devices import check_gpus_are_usable, num_gpus
 from svd_ds.parallel.env import Env
+from svd_ds.parallel.process_group import leave, process_group
 
 RENDEZVOUS_TIMEOUT_S = 90.0
 """Seconds within which the nodes must find each other."""
@@ -107,14 +107,12 @@ def check_interconnect(env: Env) -> float:
     Raises:
         RuntimeError: the nodes do not reach each other, or the sum is wrong.
     """
-    environment.init(env, timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S))
-    ones = torch.ones(1 << 20, device=env.device)
-    dist.all_reduce(ones)
-    if not bool((ones == env.world).all()):
-        raise RuntimeError(f"the sum of {env.world} ones came out as {ones.mean().item()}")
-    bandwidth = measure_bandwidth(env)
-    environment.shutdown()
-    return bandwidth
+    with process_group(env, timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S)):
+        ones = torch.ones(1 << 20, device=env.device)
+        dist.all_reduce(ones)
+        if not bool((ones == env.world).all()):
+            raise RuntimeError(f"the sum of {env.world} ones came out as {ones.mean().item()}")
+        return measure_bandwidth(env)
 
 
 def measure_bandwidth(env: Env) -> float:
@@ -212,7 +210,9 @@ def main() -> None:
     options = parser.parse_args()
     result = run_check(options.check, options.folder, options.gpus)
     result.write(options.results / environment.host() / str(environment.Env.read().local_rank))
-    sys.exit(1 if result.fault else 0)
+    if result.fault:
+        # Other ranks may still wait for this one.
+        leave(1)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import TextIO, cast
 from svd_ds.cli import EXIT_PEER_FAILED, USER_ERRORS, LossyStream, is_retryable, print_error
 from svd_ds.credentials import redact
 from svd_ds.fsync_io import name_errors
+from svd_ds.jobs.out_of_memory import explain_out_of_memory, is_out_of_memory
 from svd_ds.jobs.outcome import (
     BAD_NODES,
     FAILED,
@@ -37,6 +38,7 @@ from svd_ds.jobs.requeue import is_managed_by_job
 from svd_ds.jobs.watchdog import Watchdog, WatchdogConfig
 from svd_ds.parallel.collectives import SharedError, is_peer_failure
 from svd_ds.parallel.env import Env, host, restart_id
+from svd_ds.parallel.process_group import leave, leaves_alone
 from svd_ds.run_folder import RunFolder
 
 
@@ -59,12 +61,23 @@ class RankSession:
     Only the first rank that records the outcome prints its error, so the console gets one line however many
     ranks fail. If the disk fails, log and outcome may be lost; the console gets the line in any case.
 
+    A rank of several that fails alone ends its process here: see svd_ds.parallel.process_group.
+
     Args:
-        debug: also raise the error, so that its traceback is shown.
+        debug: also show the traceback of the error.
+        memory_settings: values of the keys of `out_of_memory.LEAST_MEMORY`, for its sentence.
     """
 
-    def __init__(self, folder: RunFolder, env: Env, watchdog: WatchdogConfig, debug: bool = False) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        env: Env,
+        watchdog: WatchdogConfig,
+        debug: bool = False,
+        memory_settings: Mapping[str, object] | None = None,
+    ) -> None:
         self.debug = debug
+        self.memory_settings = memory_settings or {}
         self.folder = folder
         self.env = env
         self.log_path = folder.logs / f"rank-{env.rank:05d}.log"
@@ -73,7 +86,8 @@ class RankSession:
         """Exit code of a rank that ends without an error."""
         self._token = ""
         self._is_fenced: Callable[[], bool] = lambda: False
-        self._error_report: _ErrorReport | None = None
+        self._report: _ErrorReport | None = None
+        self._printed = False
         self._write_failure = ""
         """Error of writing the outcome; empty if it could be written."""
 
@@ -175,12 +189,15 @@ class RankSession:
 
     @contextmanager
     def record_outcome(self) -> Iterator[None]:
-        """Record the outcome of an error inside this context at once: closing the outer contexts may take so
-        long that Slurm ends the process first."""
+        """Record and print the outcome of an error inside this context at once: closing the outer contexts
+        may take so long that Slurm ends the process first."""
         try:
             yield
         except BaseException as error:
-            self._error_report = self._report_error(error)
+            self._report = self._report or self._report_error(error)
+            # A progress bar on a terminal would overwrite the line.
+            if not sys.stdout.isatty():
+                self._print_report()
             raise
 
     def __exit__(
@@ -189,29 +206,49 @@ class RankSession:
         self.watchdog.stop()
         faulthandler.disable()
         # The console first: it needs no disk.
+        if error is not None and not isinstance(error, SystemExit):
+            self._report = self._report or self._report_error(error)
+            self._print_report()
         with suppress(OSError):
             sys.stderr.flush()
         sys.stderr = self._stderr
         os.dup2(self._console, 2)
         os.close(self._console)
-        report = None
-        if error is not None and not isinstance(error, SystemExit):
-            report = self._error_report or self._report_error(error)
-            if report.sentence is not None:
-                print_error(report.sentence, report.prefix)
         with suppress(OSError):
             if error is not None:
                 self.log.write(redact("".join(traceback.format_exception(error))))
         with suppress(OSError):
             self.log.close()
-        if report is not None and not self.debug:
-            raise SystemExit(report.code) from None
         if error is None and self.code:
             raise SystemExit(self.code)
+        if error is None or self._report is None:
+            return
+        if leaves_alone(error, self.env):
+            if self.debug:
+                sys.excepthook(type(error), error, trace)
+            leave(self._report.code)
+        if not self.debug:
+            raise SystemExit(self._report.code) from None
+
+    def _print_report(self) -> None:
+        """Print the error on the console, unless another rank prints it or it has been printed."""
+        if self._report is None or self._report.sentence is None or self._printed:
+            return
+        self._printed = True
+        with suppress(OSError):
+            sys.stderr.flush()
+        redirected, sys.stderr = sys.stderr, self._stderr
+        os.dup2(self._console, 2)
+        print_error(self._report.sentence, self._report.prefix)
+        os.dup2(self.log.fileno(), 2)
+        sys.stderr = redirected
 
     def _report_error(self, error: BaseException) -> _ErrorReport:
         """Decide the exit code and the sentence for an error, and record the outcome if no rank has yet."""
-        if is_peer_failure(error):
+        if self.watchdog.num_steps == 0:
+            # The same command would run out of memory again.
+            error = explain_out_of_memory(error, self.env.device, self.memory_settings) or error
+        if is_peer_failure(error) and not is_out_of_memory(error):
             return _ErrorReport(EXIT_PEER_FAILED)
         if isinstance(error, KeyboardInterrupt):
             self._record(INTERRUPTED, "")

@@ -57,6 +57,8 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig, report: Callable[[str], None]) -> None:
         self.config = config
         self.report = report
+        self.num_steps = 0
+        """Steps that this process has completed."""
         self._stopped = threading.Event()
         self._minutes = 0.0
         self._deadline = math.inf
@@ -71,6 +73,7 @@ class Watchdog:
 
     def heartbeat(self) -> None:
         """Restart the timer: a step is complete."""
+        self.num_steps += 1
         if self.config.minutes != 0:
             self._arm(self.config.minutes)
 

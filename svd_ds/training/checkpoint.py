@@ -97,12 +97,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error on one rank no collective is possible: the pending save stays uncommitted.
+        alone = kind is not None and not issubclass(kind, SharedError)
+        committing = self._pending is not None and self._pending.written
         try:
-            # After an error on one rank no collective is possible: the pending save stays uncommitted.
-            if kind is None or issubclass(kind, SharedError):
+            if not alone:
                 self.finish()
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=not alone or committing or self.env.world == 1)
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, if any. Call it on one rank: others may find a newer one."""

@@ -163,6 +163,17 @@ def test_node_that_does_not_see_the_run_is_named_and_excluded(cluster: Cluster, 
 
 
 @pytest.mark.slow
+def test_memory_that_runs_out_in_the_first_step_fails_the_job_once(cluster: Cluster, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent / "faulty"), cluster.environment["PYTHONPATH"]])
+    job = submit(cluster, tmp_path / "run", FAULTS="memory:1", PYTHONPATH=path)
+    ended = cluster.wait(job)
+    output = cluster.output(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 1: out of GPU memory before the first step is complete"), output
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_node_that_computes_wrongly_is_named_and_excluded(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"

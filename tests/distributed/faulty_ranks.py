@@ -5,6 +5,7 @@ faulty_ranks.py FAULTS OVERRIDE ...
 FAULTS, with commas between:
     loss:STEP       rank 1's loss is NaN in the first computation of this step
     gradient:STEP   its loss is right then, and its gradient NaN
+    memory:STEP     rank 1 runs out of GPU memory in this step
     clip:ID         the loss of this clip is NaN in every computation
 """
 
@@ -30,8 +31,10 @@ def plant(faults: list[str], rank: int) -> None:
     compute, seen = DiffusionObjective.loss, set[int]()
 
     def loss(self: DiffusionObjective, net: Any, batch: Batch) -> Tensor:
-        loss_B = compute(self, net, batch)
         step = batch.ordinals[0] // BATCH + 1
+        if rank == 1 and f"memory:{step}" in faults:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        loss_B = compute(self, net, batch)
         first = batch.ordinals[0] not in seen
         seen.add(batch.ordinals[0])
         if rank == 1 and first and f"loss:{step}" in faults:

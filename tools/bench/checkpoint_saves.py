@@ -18,6 +18,7 @@ from svd_ds.inputs import Inputs, read_inputs
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.collectives import broadcast_from_rank0
 from svd_ds.parallel.env import Env
+from svd_ds.parallel.process_group import leave_on_error, process_group
 from svd_ds.run import build_engine
 from svd_ds.tasks import Task, read_task
 from svd_ds.training.checkpoint import Checkpoints
@@ -96,8 +97,7 @@ def main() -> None:
     keep_freed_memory()
     arguments = parse_arguments()
     config, env = compose(["run.dir=runs/bench", *arguments.overrides]), Env.read()
-    environment.init(env)
-    try:
+    with leave_on_error(env), process_group(env):
         inputs = read_inputs(config, env, None)
         folder = Path(broadcast_from_rank0(lambda: tempfile.mkdtemp(prefix="bench-", dir=arguments.folder)))
         training = Training(config, env, inputs, read_task(config, env, inputs), folder)
@@ -109,8 +109,6 @@ def main() -> None:
         if env.rank == 0:
             report(env, arguments.steps, rounds, folder)
             shutil.rmtree(folder)
-    finally:
-        environment.shutdown()
 
 
 def report(env: Env, steps: int, rounds: list[dict[str, tuple[float, float]]], folder: Path) -> None:

@@ -19,6 +19,7 @@ from svd_ds.parallel import env as environment
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.parallel.groups import ParallelDims, create_groups
+from svd_ds.parallel.process_group import leave_on_error, process_group
 from svd_ds.parallel.recompute import POLICIES, apply_recompute
 from svd_ds.parallel.zero import ZeroConfig, deepspeed_config
 
@@ -44,14 +45,11 @@ def main() -> None:
         max_reuse_distance=arguments.reuse,
     )
     env = Env.read()
-    environment.init(env)
-    try:
+    with leave_on_error(env), process_group(env):
         for case in cases:
             pairs = compare(case, zero, arguments, env)
             if env.rank == 0:
                 report(case, env, pairs)
-    finally:
-        environment.shutdown()
 
 
 def compare(case: Case, zero: ZeroConfig, arguments: argparse.Namespace, env: Env) -> list[tuple[float, ...]]:

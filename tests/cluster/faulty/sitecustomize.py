@@ -1,5 +1,5 @@
 """Imported by every Python process with this folder on its PYTHONPATH: in the first start of a job rank 1 of
-the training computes a step wrongly, once. FAULTS has the format of tests/distributed/faulty_ranks.py."""
+the training fails in a step, once. FAULTS has the format of tests/distributed/faulty_ranks.py."""
 
 import os
 import sys

@@ -38,6 +38,7 @@ def test_gpu_of_a_node_that_torch_cannot_use_is_its_result(
         raise ValueError(FAULT)
 
     monkeypatch.setattr(node_checks, "check_gpus_are_usable", fail)
+    monkeypatch.setattr(node_checks, "leave", sys.exit)
     monkeypatch.setattr(sys, "argv", ["node_checks", "alone", str(tmp_path), str(tmp_path), "--gpus", "8"])
     with pytest.raises(SystemExit) as ended:
         node_checks.main()

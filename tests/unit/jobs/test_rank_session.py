@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from svd_ds.jobs import outcome as outcome_module
+from svd_ds.jobs import rank_session
 from svd_ds.jobs.outcome import (
     BAD_NODES,
     FAILED,
@@ -30,6 +32,18 @@ from svd_ds.parallel.env import Env
 from svd_ds.run_folder import RunFolder
 
 OFF = WatchdogConfig(minutes=0)
+
+
+class LeftAloneError(SystemExit):
+    """Stands for the end of the process of a rank that fails alone."""
+
+
+@pytest.fixture(autouse=True)
+def _leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(code: int) -> None:
+        raise LeftAloneError(code)
+
+    monkeypatch.setattr(rank_session, "leave", leave)
 
 
 def env(rank: int, world: int = 2) -> Env:
@@ -87,21 +101,87 @@ def test_error_becomes_an_outcome_a_code_and_one_line(
     assert "Traceback" in (tmp_path / "logs/rank-00000.log").read_text()
 
 
-def test_outcome_is_recorded_before_the_contexts_around_are_closed(
+def test_outcome_is_recorded_and_printed_before_the_contexts_around_are_closed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """W&B may take a minute to close; by then Slurm may have ended this rank, because another has ended."""
     with (
         pytest.raises(SystemExit),
         RankSession(RunFolder(tmp_path), env(0), OFF) as session,
+        session.record_outcome(),
         ExitStack() as stack,
     ):
-        stack.callback(lambda: left.append(outcome(tmp_path)))
-        left: list[JobOutcome | None] = []
+        stack.callback(lambda: left.append((outcome(tmp_path), capsys.readouterr().err)))
+        left: list[tuple[JobOutcome | None, str]] = []
         with session.record_outcome():
             raise SharedError("data.path is nowhere")
-    assert left == [JobOutcome(REFUSED, 0, "data.path is nowhere", (0, 0))]
-    assert capsys.readouterr().err.splitlines() == ["error: data.path is nowhere"]
+    recorded = JobOutcome(REFUSED, 0, "data.path is nowhere", (0, 0))
+    assert left == [(recorded, "error: data.path is nowhere\n")]
+    assert capsys.readouterr().err == "", "printed once"
+
+
+@pytest.mark.parametrize(
+    ("error", "world", "alone"),
+    [
+        (KeyError("bug"), 2, True),
+        (ValueError("clip 7 cannot be read"), 2, True),
+        (RuntimeError("[gloo/transport/pair.cc] Connection closed by peer"), 2, True),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, True),
+        (KeyboardInterrupt(), 2, True),
+        (SharedError("data.path is nowhere"), 2, False),
+        (RetryableSharedError("no space left"), 2, False),
+        (KeyError("bug"), 1, False),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_rank_that_fails_alone_ends_its_process_after_it_has_reported(
+    tmp_path: Path,
+    error: BaseException,
+    world: int,
+    alone: bool,
+    debug: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with (
+        pytest.raises(BaseException) as ended,
+        RankSession(RunFolder(tmp_path), env(0, world), OFF, debug),
+    ):
+        raise error
+    assert isinstance(ended.value, LeftAloneError) == alone
+    assert (ended.value is error) == (debug and not alone), "it reaches the caller, who shows its traceback"
+    assert ("Traceback" in capsys.readouterr().err) == (debug and alone)
+    assert "Traceback" in (tmp_path / "logs/rank-00000.log").read_text()
+    assert (outcome(tmp_path) is None) == ("gloo" in str(error)), "the rank that failed first reports why"
+
+
+def test_memory_that_runs_out_is_a_mistake_only_before_the_first_step_is_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB."
+    for num_steps, code, kind, part in ((0, 2, REFUSED, "batch.micro=1 (now 4)"), (1, 1, FAILED, message)):
+        folder = tmp_path / kind
+        with (
+            pytest.raises(SystemExit) as ended,
+            RankSession(RunFolder(folder), env(0), OFF, memory_settings={"batch.micro": 4}) as session,
+        ):
+            for _ in range(num_steps):
+                session.watchdog.heartbeat()
+            raise torch.OutOfMemoryError(message)
+        recorded = outcome(folder)
+        assert recorded is not None and (recorded.kind, ended.value.code) == (kind, code)
+        assert part in recorded.message and part in capsys.readouterr().err
+
+
+def test_nccl_out_of_memory_is_no_failure_of_a_peer(tmp_path: Path) -> None:
+    message = "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
+    with (
+        pytest.raises(SystemExit) as ended,
+        RankSession(RunFolder(tmp_path), env(0), OFF) as session,
+    ):
+        session.watchdog.heartbeat()
+        raise dist.DistBackendError(message)
+    recorded = outcome(tmp_path)
+    assert recorded is not None and (recorded.kind, ended.value.code) == (FAILED, 1)
 
 
 def test_first_rank_to_fail_prints_its_error_and_names_its_log(

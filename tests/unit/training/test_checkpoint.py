@@ -471,3 +471,23 @@ def test_unproven_checkpoint_prunes_nothing(folder: Path) -> None:
     begin_save(store, 2)
     store.finish()
     assert list(complete_checkpoints(folder)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("world", "written", "waits"), [(1, False, True), (2, False, False), (2, True, True)]
+)
+def test_rank_that_fails_alone_waits_only_for_its_commit(
+    tmp_path: Path, world: int, written: bool, waits: bool
+) -> None:
+    """A save that other ranks may not have written is lost with the rank; a hanging disk must not hold it."""
+    store = checkpoints(tmp_path)
+    store.env = replace(store.env, world=world)
+    release = threading.Event()
+    job = store._submit(release.wait)
+    store._pending = drafts.PendingSave(1, tmp_path / "draft", job, proven=True, written=written)
+    if waits:
+        threading.Timer(0.2, release.set).start()
+    with pytest.raises(KeyError), store:
+        raise KeyError("bug")
+    assert job.done() == waits
+    release.set()
