@@ -104,7 +104,7 @@ def _train(
     stop = StopRequest(_print_from_signal_handler if env.rank == 0 else lambda text: None)
     opened = raise_on_all_ranks(lambda: _open_metrics(config, env, inputs, engine, stop))
     with stop, opened as metrics, outcome, checkpoints:
-        notes = [metrics.wandb_status(), resume.note, *inputs.loader.notes, *task.notes]
+        notes = [metrics.wandb_status(), resume.note, *inputs.loader.notes, *task.notes, *engine.notes]
         metrics.print_line("\n".join([start_summary(config, env, inputs, engine), *filter(None, notes)]))
         if damaged_restarts is not None:
             damage.insert(0, f"{damaged_restarts}; a copy was kept next to it")
@@ -255,6 +255,7 @@ def build_engine(config: RunConfig, env: Env, precision: str, task: Task) -> Eng
         leaves=network.blocks().values(),
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
+        fast_host_loops=config.parallel.fast_host_loops,
     )
 
 

@@ -17,18 +17,19 @@ is zero.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from svd_ds.parallel.gradient_norm import combined_norm, global_norm, norm_over_ranks
+from svd_ds.parallel.gradient_norm import combined_norm, gradient_norms, offloaded_gradient_norms
 from svd_ds.parallel.groups import ModelParallelUnit
 from svd_ds.parallel.zero_leaf_modules import ensure_input_gradient, largest_leaf_module
 from svd_ds.parallel.zero_shards import ZeroShards
@@ -42,6 +43,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_module
 
+from svd_ds.parallel.zero_host_cost import finiteness_known, replace_host_loops
+
 
 class Engine:
     """Module whose weights, gradients and optimiser state are sharded over the data-parallel ranks.
@@ -53,6 +56,7 @@ class Engine:
         config: result of `deepspeed_config`, the same as for `sharded_init`.
         leaves: modules whose parameters are gathered and released together. Their inputs and outputs are
             tensors, and their outputs must not be changed in place.
+        fast_host_loops: replace DeepSpeed's loops over parameters and ranks (zero_host_cost.py).
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Engine:
         leaves: Iterable[nn.Module] = (),
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        fast_host_loops: bool = True,
     ) -> None:
         leaves = list(leaves)
         trained = {id(parameter) for group in groups for parameter in group["params"]}
@@ -94,6 +99,7 @@ class Engine:
         self.module = module
         self.group = mpu.get_data_parallel_group()
         self._num_backwards, self._num_micro_batches = 0, 1
+        self._norms: list[Tensor] | None = None
         rank = mpu.get_data_parallel_rank()
         self._streams = ZeroStreams(self._zero, get_accelerator().current_stream)
         with self._streams.writing_shards():
@@ -101,6 +107,9 @@ class Engine:
         self.shapes = self._shards.shapes
         if self._fused:
             self._streams.let_host_run_ahead()
+        self.notes: list[str] = []
+        """Lines for the console."""
+        self._replaced = fast_host_loops and self._replace_host_loops(config["zero_optimization"])
 
     @staticmethod
     def sharded_init(config: Mapping[str, Any], mpu: ModelParallelUnit) -> AbstractContextManager[None]:
@@ -129,6 +138,7 @@ class Engine:
             num_micro_batches: micro-batches of this step.
         """
         self._num_backwards += 1
+        self._norms = None
         self._num_micro_batches = num_micro_batches
         self._engine.set_gradient_accumulation_boundary(self._num_backwards == self._num_micro_batches)
         # Scaled here: DeepSpeed knows only the number in its configuration.
@@ -146,27 +156,30 @@ class Engine:
         # DeepSpeed has divided the gradient by the micro-batches of a complete step.
         return combined_norm(self._group_norms(), self._num_micro_batches / self._num_backwards)
 
-    def step(self, rates: Mapping[str, float]) -> None:
+    def step(self, rates: Mapping[str, float], norm: float | None = None) -> None:
         """Clip the gradient, take one AdamW step, and discard the gradients.
 
         If the gradient is not finite, no weight changes.
 
         Args:
             rates: name of each parameter group -> its learning rate.
+            norm: result of `gradient_norm`, if the caller has read it; else it is read here.
         """
         seen, due = self._num_backwards, self._num_micro_batches
         assert seen == due, f"a step of {due} micro-batches ends after {seen}"
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]]
-        with self._streams.writing_shards():
+        known = self._replaced and norm is not None
+        answered = finiteness_known(norm != math.inf) if known else nullcontext()
+        with answered, self._streams.writing_shards():
             self._engine.step()
-        self._num_backwards = 0
+        self._num_backwards, self._norms = 0, None
 
     def discard_gradients(self) -> None:
         """Discard the gradients since the last step."""
         # DeepSpeed's own reaction to a gradient that is not finite; it only logs the argument.
         self._zero._overflow_clean_up(prev_scale=1.0)
-        self._num_backwards = 0
+        self._num_backwards, self._norms = 0, None
 
     def local_shards(self) -> dict[str, Tensor]:
         """Return name -> this rank's flat shard of the float32 master weights of trained parameters.
@@ -230,16 +243,21 @@ class Engine:
         finally:
             self._set_compute_shards(original)
 
+    def _replace_host_loops(self, settings: Iterable[str]) -> bool:
+        reason = replace_host_loops(self.module.parameters(), self._zero, settings, self._group_norms)
+        if reason is not None:
+            self.notes.append(
+                f"DeepSpeed's own loops over parameters and ranks are used: {reason}; on many ranks they may "
+                "take longer than the GPUs"
+            )
+        return reason is None
+
     def _group_norms(self) -> list[Tensor]:
         """Return the gradient's norm of each parameter group."""
-        zero = self._zero
-        if self._fused:
-            return [global_norm(gradients, self.group) for gradients in zero.averaged_gradients.values()]
-        # DeepSpeed takes the norm of a partition when it copies it to the host; empty ones have none.
-        norms = zero.norm_for_param_grads
-        empty = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
-        ids = [[zero.get_param_id(parameter) for parameter in group] for group in zero.fp16_groups]
-        return [norm_over_ranks([norms.get(id, empty) for id in group], self.group) for group in ids]
+        if self._norms is None:
+            read = gradient_norms if self._fused else offloaded_gradient_norms
+            self._norms = read(self._zero, self.group)
+        return self._norms
 
     @torch.no_grad()
     def _set_compute_shards(self, shards: Mapping[str, Tensor]) -> None:

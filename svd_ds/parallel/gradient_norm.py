@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,28 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
+def gradient_norms(zero: Any, group: ProcessGroup) -> list[Tensor]:
+    """Return the gradient's norm of each parameter group, bit for bit DeepSpeed's. All ranks call it.
+
+    Args:
+        zero: DeepSpeed's ZeRO-3 optimiser, after a backward pass.
+    """
+    return [global_norm(partitions, group) for partitions in zero.averaged_gradients.values()]
+
+
+def offloaded_gradient_norms(zero: Any, group: ProcessGroup) -> list[Tensor]:
+    """Return the same where the gradients go to the host, with an offloaded optimiser."""
+    # DeepSpeed takes the norm of a partition when it copies it to the host; empty ones have none.
+    norms, totals = zero.norm_for_param_grads, []
+    for parameters in zero.fp16_groups:
+        empty = torch.zeros((), dtype=torch.float64, device=parameters[0].ds_tensor.device)
+        ids = [zero.get_param_id(parameter) for parameter in parameters]
+        totals.append(norm_over_ranks([norms.get(id, empty) for id in ids], group))
+    return totals
+
+
 def global_norm(partitions: Sequence[Tensor], group: ProcessGroup) -> Tensor:
-    """Return the norm over the partitions of all ranks, bit for bit DeepSpeed's. All ranks call it."""
+    """Return the norm over the partitions of all ranks. All ranks call it."""
     # torch.nn.utils.clip_grad_norm_ takes the norms of many tensors by this function, too.
     return norm_over_ranks(torch._foreach_norm(list(partitions), 2, torch.float64), group)
 

@@ -36,6 +36,9 @@ class ZeroConfig(Settings, section="parallel"):
     """Overlap communication with computation (GPUs only)."""
     offload_optimizer: bool = False
     """Keep the master weights and AdamW's moments in host memory, and update them there."""
+    fast_host_loops: bool = True
+    """Replace what DeepSpeed does in Python for every parameter and rank by one copy a parameter, with the
+    same bits: the time of the host then does not grow with the ranks. false: DeepSpeed's own loops."""
 
 
 def deepspeed_config(zero: ZeroConfig, *, precision: str, gradient_clip: float) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def train_step(run: TrainingComponents, config: LoopConfig, progress: Progress) 
     decision = _check_step(run, progress, batches.read, gradients, loss)
 
     if decision.skipped is None:
-        run.engine.step(group_lrs(config.optim, lr))
+        run.engine.step(group_lrs(config.optim, lr), decision.grad_norm)
     else:
         run.engine.discard_gradients()
     loss_terms = run.objective.end_step()

@@ -25,6 +25,8 @@ CHECKS = (
     "wrong_weights_are_refused",
     "save_that_fails_on_one_rank_fails_on_all",
     "gradient_norm_has_the_bits_of_deepspeeds_and_reads_nothing",
+    "fast_host_loops_change_no_bit",
+    "step_reads_at_most_one_number_on_the_host",
     "shards_are_written_between_earlier_and_later_gathers",
     "step_with_a_nonfinite_gradient_changes_nothing",
 )
@@ -34,6 +36,8 @@ SLOW_CHECKS = (
     "adapters_alone_train_as_in_plain_torch",
     "discarded_gradients_leave_no_trace",
     "evaluation_equals_plain_torch_and_leaves_no_trace",
+    "fast_host_loops_change_no_bit_whatever_is_trained_and_kept",
+    "fast_host_loops_change_no_bit_of_an_offloaded_optimizer",
     "offloaded_optimizer_discards_gradients_too",
     "offloaded_optimizer_equals_plain_torch_and_resumes_bitwise",
 )

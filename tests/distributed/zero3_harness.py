@@ -62,17 +62,18 @@ class Ranks:
         **zero: int | bool | str,
     ) -> Engine:
         """New engine around the small UNet with the weights of `random_weights`."""
-        config = deepspeed_config(
-            ZeroConfig(persistence_threshold=1000, reduce_bucket=100_000, **zero),
-            precision=precision,
-            gradient_clip=GRADIENT_CLIP,
-        )
+        settings = ZeroConfig(**{"persistence_threshold": 1000, "reduce_bucket": 100_000} | zero)
+        config = deepspeed_config(settings, precision=precision, gradient_clip=GRADIENT_CLIP)
         with Engine.sharded_init(config, self.mpu):
             unet = UNet(SMALL)
             adapters = add_lora(unet, lora)
         apply_recompute(unet, unet.blocks(), recompute)
         groups = optimizer_groups(unet, trained, adapters)
-        engine = Engine(unet, groups, config, self.mpu, leaves=unet.blocks().values(), betas=BETAS, eps=EPS)
+        engine = Engine(
+            unet, groups, config, self.mpu, leaves=unet.blocks().values(), betas=BETAS, eps=EPS,
+            fast_host_loops=settings.fast_host_loops,
+        )  # fmt: skip
+        assert engine.notes == []
         engine.load_full((random_weights() | random_adapters(lora)).items())
         return engine
 

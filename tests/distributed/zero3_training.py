@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from svd_ds.model.lora import LoraConfig
@@ -134,12 +136,62 @@ def check_gradient_norm_has_the_bits_of_deepspeeds_and_reads_nothing(ranks: Rank
         norms, norm = engine._group_norms(), engine.gradient_norm()
     assert reads.places == [], reads.places
     with HostReads() as reads:
-        expected = engine._zero._get_norm_groups()
+        expected = type(engine._zero)._get_norm_groups(engine._zero)
     assert reads.places, "DeepSpeed's own function copies a constant for each group"
     assert [x.dtype for x in norms] == [x.dtype for x in expected] == [torch.float64] * len(norms)
     assert all(torch.equal(x, y) for x, y in zip(norms, expected, strict=True))
     assert norm.shape == () and norm.item() == torch.linalg.vector_norm(torch.stack(expected)).item()
     engine.discard_gradients()
+
+
+def check_fast_host_loops_change_no_bit(ranks: Ranks) -> None:
+    assert_same_bits(ranks, precision="bf16")
+
+
+def check_fast_host_loops_change_no_bit_whatever_is_trained_and_kept(ranks: Ranks) -> None:
+    assert_same_bits(ranks)
+    assert_same_bits(ranks, precision="bf16", reduce_dtype="bf16", persistence_threshold=0)
+    assert_same_bits(ranks, recompute="full", reduce_bucket=5000, prefetch_bucket=0)
+    assert_same_bits(ranks, trained=("temporal",), max_reuse_distance=100_000)
+    assert_same_bits(ranks, lora=LoraConfig(rank=2), precision="bf16")
+
+
+def check_fast_host_loops_change_no_bit_of_an_offloaded_optimizer(ranks: Ranks) -> None:
+    assert_same_bits(ranks, offload_optimizer=True)
+
+
+def assert_same_bits(ranks: Ranks, **options: Any) -> None:
+    """Train with and without the replacement of DeepSpeed's loops; losses, norms and shards are equal."""
+    fast, own = (ranks.engine(**options, fast_host_loops=flag) for flag in (True, False))
+    assert fast._replaced and not own._replaced
+    dtype = torch.bfloat16 if options.get("precision") == "bf16" else torch.float32
+    assert ranks.train(fast, range(4), dtype) == ranks.train(own, range(4), dtype)
+    pairs = [(fast.local_shards(), own.local_shards()), (fast.frozen_shards(), own.frozen_shards())]
+    pairs += [(fast.moments()[name], own.moments()[name]) for name in fast.moments()]
+    for ours, theirs in pairs:
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def check_step_reads_at_most_one_number_on_the_host(ranks: Ranks) -> None:
+    """The places of DeepSpeed that remain, with docs/gpu.md; the norm is read by the caller."""
+    engine = ranks.engine()
+    # DeepSpeed compares its traces among the ranks in the first passes.
+    ranks.train(engine, range(3))
+    batches = micro_batches(0, ranks.env.world)[ranks.env.rank]
+
+    def places(known: bool) -> list[str]:
+        with HostReads() as reads:
+            for micro_batch in batches:
+                engine.backward(loss_of(engine, micro_batch), ACCUMULATION)
+            norm = engine.gradient_norm()
+        numbers = (norm.item(),) if known else ()
+        with reads:
+            engine.step(RATES, *numbers)
+        return reads.places
+
+    assert places(known=True) == []
+    assert places(known=False) == ["utils.py:is_invalid_grad_norm"]
 
 
 def check_shards_are_written_between_earlier_and_later_gathers(ranks: Ranks) -> None:

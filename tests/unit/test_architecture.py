@@ -71,7 +71,7 @@ SAME_LAYER = {
 }
 """Parts of its own layer that a part may import."""
 ONLY_IMPORT_OF = {
-    "deepspeed": {"svd_ds/parallel/engine.py"},
+    "deepspeed": {"svd_ds/parallel/engine.py", "svd_ds/parallel/zero_host_cost.py"},
     "flash_attn": {"svd_ds/model/ops/attention.py"},
     "flash_attn_interface": {"svd_ds/model/ops/attention.py"},
     "megatron": {"svd_ds/parallel/groups.py"},

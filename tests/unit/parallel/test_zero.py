@@ -49,7 +49,8 @@ def test_every_field_has_its_effect() -> None:
         ZeroConfig(overlap_comm=False),
         ZeroConfig(offload_optimizer=True),
     )
-    names = [field.name for field in fields(ZeroConfig)]
+    # The engine reads fast_host_loops; DeepSpeed does not know it.
+    names = [field.name for field in fields(ZeroConfig) if field.name != "fast_host_loops"]
     assert {n for c in changes for n in names if getattr(c, n) != getattr(ZeroConfig(), n)} == set(names)
     for changed in changes:
         assert deepspeed_config(changed, **common) != plain, changed
