@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,3 +206,20 @@ def test_limit_that_may_not_be_raised_is_left(limits: list[int], monkeypatch: py
     monkeypatch.setattr(resource, "setrlimit", refuse)
     environment.raise_open_file_limit(64)
     assert limits == [1024, 4096]
+
+
+def test_gpu_is_set_but_not_bound_to_the_process_groups(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = torch.device("cuda", 0)
+    env = replace(Env.read({}), device=gpu, backend="cpu:gloo,cuda:nccl")
+    used: list[torch.device] = []
+    given: dict[str, object] = {}
+    monkeypatch.setattr(Env, "check_gpus", lambda env: None)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(environment, "bind_to_gpu_cores", lambda device: "bound to the cores 8-11")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
+    environment.init(env)
+    assert used == [gpu]
+    assert given.keys() == {"store", "rank", "world_size", "timeout"}, "no device_id: no eager communicators"
+    assert capsys.readouterr().err == "rank 0: bound to the cores 8-11\n"
