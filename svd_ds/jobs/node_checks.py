@@ -26,10 +26,12 @@ import torch
 import torch.distributed as dist
 
 from svd_ds.fsync_io import fsync_path, name_errors, write_text
+from svd_ds.model.ops.trial import try_triton
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.devices import check_gpus_are_usable, num_gpus
 from svd_ds.parallel.env import Env
 from svd_ds.parallel.process_group import leave, process_group
+from svd_ds.parallel.triton_cache import use_local_cache
 
 RENDEZVOUS_TIMEOUT_S = 90.0
 """Seconds within which the nodes must find each other."""
@@ -50,6 +52,8 @@ class TaskResult:
     """Reason why the node should not be used; None if it is fit."""
     bandwidth: float | None = None
     """Bandwidth to a neighbouring node in GB/s in each direction; None if it was not measured."""
+    triton_fault: str | None = None
+    """Reason why Triton's kernels cannot be used on the node, which is fit without them; None if they can."""
 
     def write(self, path: Path) -> None:
         """Write the result to a file, in a folder that is created."""
@@ -96,6 +100,14 @@ def check_node(folder: Path, gpus: int) -> None:
             file.write(bytes(1 << 20))
             file.flush()
             fsync_path(Path(file.name))
+
+
+def triton_fault(gpus: int) -> str | None:
+    """Try Triton's kernels on the first GPU; return why they cannot be used, None if they can."""
+    if not gpus:
+        return None
+    use_local_cache()
+    return try_triton(torch.device("cuda", 0)) or None
 
 
 def check_interconnect(env: Env) -> float:
@@ -184,7 +196,7 @@ def run_check(check: str, folder: Path, gpus: int) -> TaskResult:
     try:
         if check == "alone":
             check_node(folder, gpus)
-            return TaskResult(None)
+            return TaskResult(None, triton_fault=triton_fault(gpus))
         return TaskResult(None, check_interconnect(Env.read()))
     except (ValueError, OSError, RuntimeError) as error:
         fault = " ".join(str(error).split())

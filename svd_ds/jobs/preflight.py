@@ -61,6 +61,7 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
         ValueError: torch cannot use the GPUs of any node: a user's mistake, which other nodes would repeat.
     """
     results = _run_check(job, "alone", [job.nodes], folder)
+    _print_triton_faults(results)
     faults = _faults(results)
     _check_torch_fits(faults, len(job.nodes))
     if faults or not together or len(job.nodes) == 1:
@@ -78,6 +79,16 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
     return _unreachable_nodes(job, folder) or dict.fromkeys(
         job.nodes, "reaches a neighbour, but the check of all nodes together fails"
     )
+
+
+def _print_triton_faults(results: Mapping[str, NodeResult]) -> None:
+    """Name the nodes without Triton's kernels: a run needs none, and takes torch's on all nodes instead."""
+    nodes: dict[str, list[str]] = {}
+    for node, result in results.items():
+        if result.triton_fault is not None:
+            nodes.setdefault(result.triton_fault, []).append(node)
+    for fault, names in nodes.items():
+        print_line(f"warning: Triton's kernels cannot be used on {', '.join(names)}: {fault}")
 
 
 def _check_torch_fits(faults: dict[str, str], num_nodes: int) -> None:
@@ -183,6 +194,8 @@ class NodeResult:
     """The first fault among its tasks; None if all of them are fit."""
     bandwidths: tuple[float, ...]
     """Bandwidth of each task to other nodes in GB/s; empty if it was not measured."""
+    triton_fault: str | None = None
+    """See TaskResult."""
 
     @staticmethod
     def read(folder: Path, num_tasks: int) -> NodeResult:
@@ -192,7 +205,12 @@ class NodeResult:
         if not faults and None in results:
             faults = [f"does not answer, or cannot write to {folder.parent}"]
         bandwidths = [result.bandwidth for result in results if result is not None]
-        return NodeResult(next(iter(faults), None), tuple(gb for gb in bandwidths if gb is not None))
+        triton = (result.triton_fault for result in results if result is not None)
+        return NodeResult(
+            next(iter(faults), None),
+            tuple(gb for gb in bandwidths if gb is not None),
+            next((fault for fault in triton if fault is not None), None),
+        )
 
 
 def _faults(results: Mapping[str, NodeResult]) -> dict[str, str]:

@@ -133,7 +133,10 @@ def choose(settings: KernelSettings, reports: Sequence[tuple[str, Report]]) -> K
         kernels = "torch" if faults[FUSED] else "triton"
     if "auto" in settings.attention.values() and "sdpa" in faults:
         if faults["sdpa"]:
-            raise ValueError(f"torch's attention, sdpa, cannot be used {faults['sdpa']}")
+            raise ValueError(
+                f"torch's attention, sdpa, cannot be used {faults['sdpa']}: the environment variable "
+                "TORCH_CUDNN_SDPA_DEPRIORITIZED=1 avoids cuDNN's"
+            )
         backends = tuple(name for name in AUTO_ON_GPUS if faults.get(name) == "")
     return KernelChoice(kernels, backends, _notes(faults))
 

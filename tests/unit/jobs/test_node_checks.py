@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from svd_ds.jobs import node_checks
 from svd_ds.jobs.node_checks import (
@@ -84,3 +85,21 @@ def test_node_that_is_not_reached_names_the_variable_if_its_name_is_a_loopback_a
     assert all(word in fault for word in ("127.0.1.1", "GLOO_SOCKET_IFNAME", "connectFullMesh"))
     monkeypatch.setattr(node_checks, "loopback_address", lambda name: None)
     assert run_check("together", tmp_path, gpus=0) == TaskResult("Gloo connectFullMesh failed")
+
+
+def test_node_whose_triton_fails_is_fit_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, environ = [], {}
+
+    def try_triton(device: torch.device) -> str:
+        tried.append(device)
+        return "RuntimeError: Failed to find C compiler"
+
+    monkeypatch.setattr(node_checks, "check_node", lambda folder, gpus: None)
+    monkeypatch.setattr(node_checks, "try_triton", try_triton)
+    monkeypatch.setattr(node_checks, "use_local_cache", lambda: environ.update(local=True))
+    fault = "RuntimeError: Failed to find C compiler"
+    assert run_check("alone", tmp_path, gpus=8) == TaskResult(None, triton_fault=fault)
+    assert tried == [torch.device("cuda", 0)] and environ == {"local": True}
+    monkeypatch.setattr(node_checks, "try_triton", lambda device: "")
+    assert run_check("alone", tmp_path, gpus=8) == TaskResult(None)
+    assert run_check("alone", tmp_path, gpus=0) == TaskResult(None)

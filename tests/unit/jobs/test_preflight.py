@@ -38,6 +38,7 @@ class FakeJob:
     """Fault of nodes that do not meet."""
     bandwidths: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Node -> GB/s of its GPUs, where they are not 20."""
+    without_triton: Sequence[str] = ()
     id: str = "7"
 
     def requeue(self, exclude: Sequence[str] = ()) -> None:
@@ -56,7 +57,8 @@ class FakeJob:
         for node in set(group) - set(self.silent):
             for task in range(num_tasks):
                 if check == "alone":
-                    result = TaskResult(self.illness if node in self.ill else None)
+                    triton = "no C compiler" if node in self.without_triton else None
+                    result = TaskResult(self.illness if node in self.ill else None, triton_fault=triton)
                 elif meets:
                     result = TaskResult(None, self.bandwidths.get(node, [20.0] * num_tasks)[task])
                 else:
@@ -78,6 +80,15 @@ def test_healthy_nodes_have_no_fault(tmp_path: Path) -> None:
 def test_nodes_are_checked_only_alone_if_together_is_false(tmp_path: Path) -> None:
     job = FakeJob(nodes(3), apart=["n1"])
     assert failing_nodes(job, tmp_path, together=False) == {} and len(job.groups) == 1
+
+
+def test_nodes_without_triton_are_named_in_one_line_and_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob(nodes(4), without_triton=["n1", "n3"])
+    assert failing_nodes(job, tmp_path, together=False) == {}
+    line = "warning: Triton's kernels cannot be used on n1, n3: no C compiler"
+    assert capsys.readouterr().out.splitlines() == [line]
 
 
 def test_node_that_fails_or_is_silent_is_named_with_its_fault(tmp_path: Path) -> None:
