@@ -159,9 +159,10 @@ def describe_bandwidth(bandwidths: Mapping[str, Sequence[float]]) -> str:
     """
     least, node, rank = min((gb, node, i) for node, gbs in bandwidths.items() for i, gb in enumerate(gbs))
     median = statistics.median(gb for gbs in bandwidths.values() for gb in gbs)
+    per_node = statistics.median(map(sum, bandwidths.values()))
     return (
-        f"bandwidth between nodes: {median:.3g} GB/s a rank in each direction (median); "
-        f"least {least:.3g} GB/s, rank {rank} of {node}"
+        f"bandwidth between nodes, in each direction: {per_node:.3g} GB/s a node and {median:.3g} GB/s "
+        f"a rank (medians); least {least:.3g} GB/s, rank {rank} of {node}"
     )
 
 

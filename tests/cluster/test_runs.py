@@ -160,7 +160,7 @@ def test_node_that_does_not_see_the_run_is_named_and_excluded(cluster: Cluster, 
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
     assert ended["ExcNodeList"] == unmounted
     assert f"requeued without {unmounted}: {unmounted} does not answer, or cannot write" in output
-    assert output.count("bandwidth between nodes: ") == 1, "of the two nodes that remain"
+    assert output.count("bandwidth between nodes, ") == 1, "of the two nodes that remain"
 
 
 @pytest.mark.slow
