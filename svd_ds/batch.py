@@ -3,7 +3,8 @@
     shards -> Clip -> Batch -> (latents, Conditioning) -> loss
 
 Shape legend: B clips, T frames, C latent channels, M = 2C moments of them, H x W pixels, h x w latent
-pixels (H/8 x W/8), L context tokens, D context width, S scalars.
+pixels (H/8 x W/8), K conditioning frames, N conditioning signals, L context tokens, D context width,
+S scalars.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from svd_ds.scalars import signal_names
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,33 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Standard uniform and normal numbers of a batch (diffusion/draws.py); the code that uses them scales
+    them."""
+
+    u_B: Tensor
+    """float64, uniform in (0, 1): becomes sigma through `NoiseSchedule.quantile`."""
+    augmentation_B: Tensor
+    """float64, standard normal: becomes ln sigma of the conditioning frames' noise."""
+    drop_BN: Tensor
+    """float64, uniform in [0, 1): a column for each of `signal_names`, then unused ones."""
+    noise_BTChw: Tensor
+    """float32, standard normal (plus offset noise): the n of x = x0 + sigma n."""
+    posterior_noise_BTChw: Tensor
+    """float32, standard normal: samples the autoencoder's posterior."""
+    given_noise_BKCHW: Tensor
+    """float32, standard normal: noise of the conditioning frames, on their pixels or their latents."""
+
+    def drop(self, signal: str, rate: float) -> Tensor:
+        """Choose the clips whose `signal` is dropped, a share `rate` of all clips: bool, (B,)."""
+        return self.drop_BN[:, signal_names().index(signal)] < rate
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
+        """Apply `function` to every tensor."""
+        return Draws(*(function(getattr(self, field.name)) for field in fields(self)))
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro-batch of clips of one shape, on one rank."""
 
@@ -58,6 +88,11 @@ class Batch:
     """Mask of the clips that are still images: bool, (B,); None if there are none."""
     num_micro_batches: int = 1
     """Number of micro-batches that its rank processes in the same step."""
+    draws: Draws | None = None
+    """Random numbers of the clips; None until `Objective.draw`."""
+    tokens_BL: Tensor | None = None
+    """CLIP's token ids of the captions: int64, (B, L); None until `Objective.draw`, and if no caption is
+    read."""
 
     @property
     def num_frames(self) -> int:
@@ -89,22 +124,23 @@ class Batch:
     def select(self, rows: Sequence[int]) -> Batch:
         """Return the clips at `rows`, in that order."""
         return replace(
-            self._map(lambda tensor: tensor[list(rows)]),
+            self.map(lambda tensor: tensor[list(rows)]),
             ids=tuple(self.ids[row] for row in rows),
             ordinals=tuple(self.ordinals[row] for row in rows),
             captions=tuple(self.captions[row] for row in rows),
         )
 
     def to(self, device: torch.device) -> Batch:
-        """Copy every tensor to `device`, without waiting for the copies."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy every tensor to `device`. Copies from pinned host memory are not waited for."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Apply `function` to every tensor."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
         scalars_B = {name: function(value_B) for name, value_B in self.scalars_B.items()}
-        return Batch(**values | tensors | {"scalars_B": scalars_B})
+        draws = None if self.draws is None else self.draws.map(function)
+        return Batch(**values | tensors | {"scalars_B": scalars_B, "draws": draws})
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -47,6 +47,7 @@ from svd_ds.training.metrics import Metrics
 from svd_ds.training.null_metrics import NullMetrics
 from svd_ds.training.objectives.diffusion import DiffusionObjective
 from svd_ds.training.optim import parameter_groups
+from svd_ds.training.prefetch import Prefetcher
 from svd_ds.training.preview import Previews
 from svd_ds.training.progress import Progress
 from svd_ds.training.resume import Resume
@@ -116,7 +117,8 @@ def _train(
         components = _components(config, env, inputs, task, engine, ema, stop, metrics, session)
         # Decided on rank 0: a shared file system may show the ranks different files.
         managed = broadcast_from_rank0(lambda: session is not None and session.is_managed_by_job())
-        progress = train(components, _loop_config(config, managed), inputs.progress)
+        with components.batches:
+            progress = train(components, _loop_config(config, managed), inputs.progress)
         broadcast_from_rank0(checkpoints.check_not_fenced)
         if env.rank == 0:
             _write_report(inputs.folder, metrics)
@@ -139,8 +141,7 @@ def _components(
         gradients=GradientComputation(engine, task.objective, LocalNorm(engine.module), env.rank, env.device),
         objective=task.objective,
         ema=ema,
-        batches=iter(loader),
-        pop_faults=loader.pop_faults,
+        batches=Prefetcher(iter(loader), loader.pop_faults, task.objective.draw, env.device),
         quarantine=Quarantine(max_share, loader.quarantine.num_samples, inputs.folder.quarantine),
         guard=Guard(config.guard),
         checkpoints=inputs.checkpoints,
@@ -161,10 +162,8 @@ def _print_from_signal_handler(text: str) -> None:
 
 
 def _previews(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Previews:
-    return Previews(
-        inputs.preview_clips, task.preview_fn, task.preview_metrics, config.sampling.fps,
-        inputs.folder, env, inputs.checkpoints.check_not_fenced
-    )  # fmt: skip
+    return Previews(inputs.preview_clips, task.preview_fn, task.preview_metrics, config.sampling.fps,
+                    inputs.folder, env, inputs.checkpoints.check_not_fenced)  # fmt: skip
 
 
 def _write_report(folder: RunFolder, metrics: NullMetrics) -> None:

@@ -145,7 +145,8 @@ def sample_video(
     _check_shape(num_frames, height, width, downsampling)
     latent_shape = (num_frames, autoencoder.latent_channels, height // downsampling, width // downsampling)
     given_shape = conditioner.noise_shape(autoencoder, height, width)
-    draws = draw(config.seed, ordinals or range(batch_size), latent_shape, given_shape, device)
+    draws = draw(config.seed, ordinals or range(batch_size), latent_shape, given_shape)
+    draws = draws.map(lambda tensor: tensor.to(device))
 
     conditioning = conditioner(
         autoencoder,

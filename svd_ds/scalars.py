@@ -109,6 +109,11 @@ def register(scalar: Scalar) -> Scalar:
     return scalar
 
 
+def signal_names() -> tuple[str, ...]:
+    """Return the names of the conditioning signals that can be dropped, in the order of their draws."""
+    return (*OTHER_SIGNALS, *SCALARS)
+
+
 def clip_scalars(clip: ClipProperties, read_field: Callable[[str], float | None]) -> dict[str, float]:
     """Compute the scalars of a clip, except those that the objective draws.
 

@@ -3,20 +3,18 @@
 Therefore they do not depend on the rank or micro-batch of a clip. Within a clip they are drawn in the order
 of the fields of `Draws`, offset noise last.
 
-Shape legend: B clips, T frames, K conditioning frames, C channels, H x W pixels or latent pixels, h x w
-latent pixels, N conditioning signals.
+Shape legend: T frames, K conditioning frames, C channels, H x W pixels or latent pixels, h x w latent pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from svd_ds.scalars import OTHER_SIGNALS, SCALARS
+from svd_ds.batch import Draws
+from svd_ds.scalars import signal_names
 
 NUM_SIGNALS = 8
 """Number of columns of `drop_BN` that come from the clip's generator. Further columns come from a second
@@ -26,42 +24,14 @@ TAIL = 2.0**-32
 """Distance of u from 0 and 1, where a quantile may be infinite: 6.2 standard deviations of a normal."""
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Standard uniform and normal numbers of a batch; the code that uses them scales them."""
-
-    u_B: Tensor
-    """float64, uniform in (0, 1): becomes sigma through `NoiseSchedule.quantile`."""
-    augmentation_B: Tensor
-    """float64, standard normal: becomes ln sigma of the conditioning frames' noise."""
-    drop_BN: Tensor
-    """float64, uniform in [0, 1): a column for each of `signal_names`, then unused ones."""
-    noise_BTChw: Tensor
-    """float32, standard normal (plus offset noise): the n of x = x0 + sigma n."""
-    posterior_noise_BTChw: Tensor
-    """float32, standard normal: samples the autoencoder's posterior."""
-    given_noise_BKCHW: Tensor
-    """float32, standard normal: noise of the conditioning frames, on their pixels or their latents."""
-
-    def drop(self, signal: str, rate: float) -> Tensor:
-        """Choose the clips whose `signal` is dropped, a share `rate` of all clips: bool, (B,)."""
-        return self.drop_BN[:, signal_names().index(signal)] < rate
-
-
-def signal_names() -> tuple[str, ...]:
-    """Return the names of the conditioning signals that can be dropped, in the order of their draws."""
-    return (*OTHER_SIGNALS, *SCALARS)
-
-
 def draw(
     seed: int,
     ordinals: Sequence[int],
     latent_shape: tuple[int, int, int, int],
     given_shape: tuple[int, int, int, int],
-    device: torch.device | str = "cpu",
     offset_noise: float = 0.0,
 ) -> Draws:
-    """Draw the random numbers of the clips at `ordinals`.
+    """Draw the random numbers of the clips at `ordinals`, in host memory. Any thread may call it.
 
     Args:
         ordinals: sample ordinals, one for each clip.
@@ -73,7 +43,7 @@ def draw(
     """
     clips = [_draw_clip(seed, ordinal, latent_shape, given_shape, offset_noise) for ordinal in ordinals]
     u, augmentation, drop, noise, posterior_noise, given_noise = (
-        torch.from_numpy(np.stack(column)).to(device) for column in zip(*clips, strict=True)
+        torch.from_numpy(np.stack(column)) for column in zip(*clips, strict=True)
     )
     return Draws(u, augmentation, drop, noise, posterior_noise, given_noise)
 

@@ -115,7 +115,9 @@ class Discrete(NoiseSchedule):
 
     def quantile(self, u: Tensor) -> Tensor:
         level = (u * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
-        return self.sigmas.to(u)[level]
+        # Kept on the device of u: the copy from host memory is waited for, and is made once.
+        self.sigmas = self.sigmas.to(u.device)
+        return self.sigmas.to(u.dtype)[level]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Shape legend: B clips, C channels, H x W pixels, L tokens, D width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.width = int(network.config.hidden_size)
         self.num_tokens = int(network.config.max_position_embeddings)
+        self._lock = threading.Lock()
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
@@ -79,16 +81,28 @@ class TextEncoder:
         return TextEncoder(network, from_pretrained(CLIPTokenizer, path, "tokenizer"))
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Encode B captions, each cut or padded to L = 77 tokens, to embeddings, float32, (B, L, D)."""
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=self.num_tokens,
-            return_tensors="pt",
-        )
-        return self.network(tokens.input_ids.to(self.network.device)).last_hidden_state.float()
+    def __call__(self, captions: Sequence[str], tokens: Tensor | None = None) -> Tensor:
+        """Encode B captions to embeddings, float32, (B, L, D).
+
+        Args:
+            tokens: result of `tokenize`, on the network's device; None computes it.
+        """
+        ids_BL = (self.tokenize(captions) if tokens is None else tokens).to(self.network.device)
+        return self.network(ids_BL).last_hidden_state.float()
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Return the token ids of captions, each cut or padded to L = 77 tokens: int64, (B, L), in host
+        memory. Any thread may call it."""
+        # tokenizers' objects refuse a second thread while a call sets their padding.
+        with self._lock:
+            tokens = self.tokenizer(
+                list(captions),
+                padding="max_length",
+                truncation=True,
+                max_length=self.num_tokens,
+                return_tensors="pt",
+            )
+        return tokens.input_ids
 
 
 def preprocess_frames(frames: Tensor, size: int) -> Tensor:
@@ -105,7 +119,11 @@ def preprocess_frames(frames: Tensor, size: int) -> Tensor:
         (B, 3, size, size), with CLIP's mean subtracted and divided by its deviation.
     """
     pixels_BCHW = resize_antialiased(frames.float(), size)
-    mean, std = (pixels_BCHW.new_tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    # Filled on the device: a tensor made of a list would be copied from host memory, and waited for.
+    mean, std = (
+        torch.stack([pixels_BCHW.new_full((1, 1), value) for value in colours])
+        for colours in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
     return ((pixels_BCHW + 1) / 2 - mean) / std
 
 

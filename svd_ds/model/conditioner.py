@@ -164,11 +164,12 @@ class Conditioner:
 
     def concat_channels(self, autoencoder: Autoencoder) -> int:
         """Return the number of the UNet's input channels besides those of the noisy latents."""
-        return {
-            "image": autoencoder.latent_channels,
-            "ends": autoencoder.latent_channels + 1,
-            "none": 0,
-        }[self.config.concat]
+        channels = autoencoder.latent_channels
+        return {"image": channels, "ends": channels + 1, "none": 0}[self.config.concat]
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor | None:
+        """Return the token ids of captions, int64, (B, L), in host memory; None without a text encoder."""
+        return self.encoder.tokenize(captions) if isinstance(self.encoder, TextEncoder) else None
 
     def noise_shape(self, autoencoder: Autoencoder, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the shape (K, C, H, W) of a clip's augmentation noise.
@@ -196,6 +197,7 @@ class Conditioner:
         noise: Tensor,
         last_frame: Tensor | None = None,
         context: Tensor | None = None,
+        tokens: Tensor | None = None,
         drop_context: Tensor | None = None,
         drop_concat: Tensor | None = None,
         drop_scalars: Mapping[str, Tensor] | None = None,
@@ -212,6 +214,7 @@ class Conditioner:
             noise: standard normal, (B, K, C, H, W), of `noise_shape`.
             last_frame: (B, 3, H, W) in [-1, 1]; needed only if `config.context` or `config.concat` is "ends".
             context: cached output of the encoder, (B, L, D); None computes it.
+            tokens: result of `tokenize`, on the encoder's device; None computes it.
             drop_context: bool, (B,); None drops nothing.
             drop_concat: bool, (B,); None drops nothing.
             drop_scalars: scalar -> bool, (B,); those without an entry are kept.
@@ -233,7 +236,7 @@ class Conditioner:
                     "least 3"
                 )
             frames.append(last_frame)
-        context_BLD = self._context(frames, captions) if context is None else context.float()
+        context_BLD = self._context(frames, captions, tokens) if context is None else context.float()
         if drop_context is not None:
             context_BLD = context_BLD.masked_fill(drop_context[:, None, None], 0.0)
         given_BKChw = self._given(autoencoder, frames, scalars, noise)
@@ -255,13 +258,13 @@ class Conditioner:
             value_B = value_B + offset
         return value_B.masked_fill(drop[name], torch.nan) if name in drop else value_B
 
-    def _context(self, frames: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+    def _context(self, frames: Sequence[Tensor], captions: Sequence[str], tokens_BL: Tensor | None) -> Tensor:
         """Compute the context before dropout: (B, L, D)."""
         if isinstance(self.encoder, ImageEncoder):
             encoded = frames if self.config.context == "ends" else frames[:1]
             return torch.cat([self.encoder(frame_BCHW) for frame_BCHW in encoded], dim=1)
         if isinstance(self.encoder, TextEncoder):
-            return self.encoder(captions)
+            return self.encoder(captions, tokens_BL)
         assert self.config.context == "none", "without an encoder every call is given a cached context"
         return frames[0].new_zeros((len(frames[0]), 1, self.context_width))
 
@@ -290,5 +293,6 @@ def _expand_to_clip(given_BKChw: Tensor, num_frames: int) -> Tensor:
     if num_given == 1:
         return given_BKChw.expand(-1, num_frames, -1, -1, -1)
     concat_BTChw = given_BKChw.new_zeros(num_clips, num_frames, *shape)
-    concat_BTChw[:, [0, -1]] = given_BKChw
+    # Not by [0, -1]: a list of indices is copied to the device, and waited for.
+    concat_BTChw[:, 0], concat_BTChw[:, -1] = given_BKChw[:, 0], given_BKChw[:, 1]
     return concat_BTChw

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
-from svd_ds.batch import Batch
-from svd_ds.data.cursor import Cursor
-from svd_ds.data.quarantine import Fault, Quarantine
+from svd_ds.data.quarantine import Quarantine
 from svd_ds.jobs.signals import StopRequest
 from svd_ds.parallel.collectives import (
     SharedError,
@@ -24,11 +22,12 @@ from svd_ds.training.checkpoint_files import NetworkSettings
 from svd_ds.training.ema import ShardEMA
 from svd_ds.training.evaluate import Evaluation
 from svd_ds.training.fault_cause import FaultCause
-from svd_ds.training.gradients import GradientComputation, StepBatches, StepGradients
+from svd_ds.training.gradients import GradientComputation, StepBatches, StepGradients, StepNumbers
 from svd_ds.training.guard import Guard, GuardState
 from svd_ds.training.null_metrics import NullMetrics, StepMetrics
 from svd_ds.training.objectives.base import Objective
 from svd_ds.training.optim import OptimConfig, group_lrs, learning_rate
+from svd_ds.training.prefetch import Prefetcher
 from svd_ds.training.preview import Previews
 from svd_ds.training.progress import Progress
 from svd_ds.training.usage import StageTimer
@@ -63,10 +62,8 @@ class TrainingComponents:
     gradients: GradientComputation
     objective: Objective
     ema: ShardEMA
-    batches: Iterator[tuple[Batch, Cursor]]
-    """Micro-batches, each with the cursor after its step."""
-    pop_faults: Callable[[], list[Fault]]
-    """Returns the samples that were replaced in this rank's batches since the last call."""
+    batches: Prefetcher
+    """Iterator over the micro-batches of this rank."""
     quarantine: Quarantine
     """Damaged samples of all ranks."""
     guard: Guard
@@ -100,9 +97,8 @@ class _StepResult:
 class _GuardDecision:
     """The guard's decision about a step, the same on all ranks."""
 
-    loss: float
-    """Mean loss over all ranks."""
-    grad_norm: float
+    numbers: StepNumbers
+    """Numbers of the computation that counts; the loss is the mean over all ranks."""
     guard: GuardState
     fault: str | None
     """Sentence about the value that was out of bounds in the first computation; None if there was none."""
@@ -161,14 +157,14 @@ def train_step(run: TrainingComponents, config: LoopConfig, progress: Progress) 
     batches = StepBatches(run.batches, run.timer)
     gradients = run.gradients.compute(batches)
     overheads_s = run.timer.lap()
-    loss, overheads_s["data"], stop = _exchange(run, progress, gradients.loss, overheads_s["data"])
-    decision = _check_step(run, progress, batches.read, gradients, loss)
+    loss, overheads_s["data"], stop = _exchange(run, progress, batches, gradients, overheads_s["data"])
+    decision = _check_step(run, progress, batches, gradients, loss)
 
     if decision.skipped is None:
-        run.engine.step(group_lrs(config.optim, lr), decision.grad_norm)
+        run.engine.step(group_lrs(config.optim, lr), decision.numbers.grad_norm)
     else:
         run.engine.discard_gradients()
-    loss_terms = run.objective.end_step()
+    loss_terms = run.objective.end_step(decision.numbers.terms)
     run.ema.update(run.engine.local_shards(), samples, config.batch_size)
     progress = progress.advance(batches.cursor, config.batch_size, decision.guard)
 
@@ -178,9 +174,9 @@ def train_step(run: TrainingComponents, config: LoopConfig, progress: Progress) 
         StepMetrics(
             step=progress.step,
             samples=progress.samples,
-            loss=decision.loss,
+            loss=decision.numbers.loss,
             lr=lr,
-            grad_norm=decision.grad_norm,
+            grad_norm=decision.numbers.grad_norm,
             clips_per_s=config.batch_size / step_s,
             step_s=step_s,
             overheads_s=overheads_s,
@@ -198,12 +194,11 @@ def train_step(run: TrainingComponents, config: LoopConfig, progress: Progress) 
 
 
 def _exchange(
-    run: TrainingComponents, progress: Progress, loss: float, data_s: float
+    run: TrainingComponents, progress: Progress, batches: StepBatches, gradients: StepGradients, data_s: float
 ) -> tuple[float, float, bool]:
-    """Exchange numbers among the ranks: one reduction a step.
+    """Read the numbers of a step from the device, and exchange them among the ranks: one reduction a step.
 
     Args:
-        loss: mean loss of this rank.
         data_s: seconds that this rank has waited for data.
 
     Returns:
@@ -212,35 +207,37 @@ def _exchange(
     Raises:
         SharedError: another restart has acquired the run folder, or too many samples cannot be read.
     """
-    faults = run.pop_faults()
     # Rank 0 writes the files, so it checks that this restart still owns the run folder.
     fenced = run.rank == 0 and run.checkpoints.is_fenced()
     loss, data_s, asked, num_faults, any_fenced = all_reduce_mean(
-        [loss, data_s, float(run.stop.asked), float(len(faults)), float(fenced)]
+        [gradients.numbers.loss, data_s, float(run.stop.asked), float(len(batches.faults)), float(fenced)]
     )
     if any_fenced:
         broadcast_from_rank0(run.checkpoints.check_not_fenced)
     if num_faults:
-        faults, step = all_gather_objects(faults), progress.step + 1
+        faults, step = all_gather_objects(batches.faults), progress.step + 1
         raise_on_all_ranks(partial(run.quarantine.add, faults, step, write=run.rank == 0))
     return loss, data_s, asked > 0
 
 
 def _check_step(
-    run: TrainingComponents, progress: Progress, batches: list[Batch], gradients: StepGradients, loss: float
+    run: TrainingComponents, progress: Progress, batches: StepBatches, gradients: StepGradients, loss: float
 ) -> _GuardDecision:
     """Check a step by the guard. If it is out of bounds, compute it again: bad data give the same numbers,
     failing hardware does not."""
-    fault, guard = run.guard.check(progress.guard, loss, gradients.grad_norm)
+    numbers = replace(gradients.numbers, loss=loss)
+    fault, guard = run.guard.check(progress.guard, loss, numbers.grad_norm)
     tolerance = run.guard.config.recompute_tolerance
     if fault is None or not tolerance:
-        return _GuardDecision(loss, gradients.grad_norm, guard, fault, skipped=fault)
-    again, cause = run.gradients.recompute(batches, gradients, tolerance)
+        return _GuardDecision(numbers, guard, fault, skipped=fault)
+    again, cause = run.gradients.recompute(batches.read, gradients, tolerance)
     if not cause.hardware:
-        return _GuardDecision(loss, gradients.grad_norm, guard, fault, skipped=fault, cause=cause)
-    (loss,) = all_reduce_mean([again.loss])
-    skipped, guard = run.guard.check(progress.guard.with_hardware_fault(), loss, again.grad_norm)
-    return _GuardDecision(loss, again.grad_norm, guard, fault, skipped, cause)
+        numbers = replace(numbers, terms=again.numbers.terms)
+        return _GuardDecision(numbers, guard, fault, skipped=fault, cause=cause)
+    (loss,) = all_reduce_mean([again.numbers.loss])
+    numbers = replace(again.numbers, loss=loss)
+    skipped, guard = run.guard.check(progress.guard.with_hardware_fault(), loss, numbers.grad_norm)
+    return _GuardDecision(numbers, guard, fault, skipped, cause)
 
 
 def _evaluate(run: TrainingComponents, evaluation: Evaluation, progress: Progress) -> None:

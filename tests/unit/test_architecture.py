@@ -56,6 +56,7 @@ LAYERS = {
 }
 """A part of svd_ds imports from lower layers and from itself."""
 SAME_LAYER = {
+    "batch": {"scalars"},
     "cli": {"credentials"},
     "command_line": {"package_files"},
     "json_lines": {"fsync_io", "small_files"},

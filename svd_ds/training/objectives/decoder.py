@@ -15,7 +15,7 @@ Shape legend: B clips, T frames, C latent channels, H x W pixels, h x w latent p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from svd_ds.batch import Batch
 from svd_ds.diffusion.draws import draw
 from svd_ds.model.autoencoder import Autoencoder, posterior
 from svd_ds.model.perceptual import Perceptual
-from svd_ds.parallel.collectives import all_reduce_mean
+from svd_ds.parallel.collectives import all_reduce_sum
 from svd_ds.settings import Settings, location, number
 from svd_ds.training.objectives.base import Objective
 from svd_ds.training.objectives.discriminator import DiscriminatorTrainer
@@ -73,16 +73,30 @@ class DecoderObjective(Objective):
         self.perceptual = perceptual
         self.discriminator = discriminator
         self.seed = seed
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        """Term -> sum over this rank's clips, a float64 scalar on the device."""
         self._clips: dict[str, int] = {}
+
+    def draw(self, batch: Batch) -> Batch:
+        """Draw the noise of each clip's posterior."""
+        T, _, H, W = batch.frames_BTCHW.shape[1:]
+        f = self.autoencoder.downsampling
+        latent_shape = (T, self.autoencoder.latent_channels, H // f, W // f)
+        # The decoder has no conditioning frames that would get noise: K = 0.
+        return replace(batch, draws=draw(self.seed, batch.ordinals, latent_shape, (0, 3, H, W)))
 
     def loss(self, net: Callable[..., Tensor], batch: Batch) -> Tensor:
         """Return the weighted loss of each clip, (B,) float32, differentiable in the network's parameters.
 
         It also accumulates the gradients of the discriminator, if there is one.
         """
+        batch, draws = self.with_draws(batch)
         frames_BTCHW = from_uint8(batch.frames_BTCHW)
-        decoded_BTCHW = net(self._latents(batch.ordinals, frames_BTCHW)).float()
+        with torch.no_grad():
+            moments_BTMhw = self.autoencoder.encode_clips(frames_BTCHW)
+            # Without the scaling factor.
+            latents_BTChw = posterior(moments_BTMhw, draws.posterior_noise_BTChw)
+        decoded_BTCHW = net(latents_BTChw).float()
         loss_B = (decoded_BTCHW - frames_BTCHW).abs().mean(dim=(1, 2, 3, 4))
         self._add_term("reconstruction", loss_B)
         if self.perceptual is not None:
@@ -96,16 +110,25 @@ class DecoderObjective(Objective):
             )
         return loss_B
 
-    def end_step(self) -> dict[str, float]:
+    def reduce_terms(self) -> dict[str, Tensor]:
+        """Sum each term and its clips over all ranks, and reduce the gradients of the discriminator."""
+        device = next(self.autoencoder.network.parameters()).device
+        sums = {name: self._sums.get(name, _scalar(0.0, device)) for name in self._term_names()}
+        clips = {name: _scalar(self._clips.get(name, 0), device) for name in sums}
+        all_reduce_sum([*sums.values(), *clips.values()])
+        terms = sums | {f"{name}_clips": count for name, count in clips.items()}
+        if self.discriminator is not None:
+            terms["discriminator_is_finite"] = self.discriminator.reduce_gradients()
+        return terms
+
+    def end_step(self, terms: Mapping[str, float]) -> dict[str, float]:
         """Take the discriminator's optimiser step, and return the mean of each term over the step's clips."""
         if self.discriminator is not None:
-            self.discriminator.step()
-        names = self._term_names()
-        sums = all_reduce_mean([self._sums.get(name, 0.0) for name in names])
-        clips = all_reduce_mean([float(self._clips.get(name, 0)) for name in names])
+            self.discriminator.step(is_finite=terms["discriminator_is_finite"] > 0)
         self._clear()
+        clips = {name: terms[f"{name}_clips"] for name in self._term_names()}
         # Before loss.adversarial_start the adversarial terms have no clips.
-        return {name: a / b for name, a, b in zip(names, sums, clips, strict=True) if b > 0}
+        return {name: terms[name] / count for name, count in clips.items() if count > 0}
 
     def discard(self) -> None:
         if self.discriminator is not None:
@@ -133,7 +156,8 @@ class DecoderObjective(Objective):
         self._clips.clear()
 
     def _add_term(self, name: str, values_B: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + values_B.detach().sum().item()
+        total = values_B.detach().sum().double()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._clips[name] = self._clips.get(name, 0) + len(values_B)
 
     def _adversarial_term(
@@ -144,29 +168,29 @@ class DecoderObjective(Objective):
         decoded_BTCHW: Tensor,
     ) -> Tensor:
         """Return the adversarial term, (B,), which is 0 for clips before loss.adversarial_start."""
-        term_B = frames_BTCHW.new_zeros(len(ordinals))
         # Sample ordinals make the start independent of the number of ranks and micro-batches.
         rows = [row for row, ordinal in enumerate(ordinals) if ordinal >= self.config.adversarial_start]
-        if rows:
-            self._add_term(
-                "discriminator",
-                discriminator.accumulate_discriminator_grads(frames_BTCHW[rows], decoded_BTCHW[rows]),
-            )
-            loss_B = discriminator.generator_loss(decoded_BTCHW[rows])
-            self._add_term("adversarial", loss_B)
-            term_B = term_B.index_put((torch.tensor(rows, device=term_B.device),), loss_B)
-        return term_B
+        zero = frames_BTCHW.new_zeros(())
+        if not rows:
+            return zero.expand(len(ordinals))
+        real, generated = _select(frames_BTCHW, rows), _select(decoded_BTCHW, rows)
+        loss_B = discriminator.accumulate_discriminator_grads(real, generated)
+        self._add_term("discriminator", loss_B)
+        loss_B = discriminator.generator_loss(generated)
+        self._add_term("adversarial", loss_B)
+        found = dict(zip(rows, loss_B.unbind(), strict=True))
+        return torch.stack([found.get(row, zero) for row in range(len(ordinals))])
 
-    @torch.no_grad()
-    def _latents(self, ordinals: Sequence[int], frames_BTCHW: Tensor) -> Tensor:
-        """Sample the encoder's posterior: latents without the scaling factor, (B, T, C, h, w)."""
-        H, W = frames_BTCHW.shape[-2:]
-        f = self.autoencoder.downsampling
-        moments_BTMhw = self.autoencoder.encode_clips(frames_BTCHW)
-        latent_shape = (frames_BTCHW.shape[1], self.autoencoder.latent_channels, H // f, W // f)
-        # The decoder has no conditioning frames that would get noise: K = 0.
-        draws = draw(self.seed, ordinals, latent_shape, (0, 3, H, W), frames_BTCHW.device)
-        return posterior(moments_BTMhw, draws.posterior_noise_BTChw)
+
+def _select(x: Tensor, rows: Sequence[int]) -> Tensor:
+    # Not x[rows]: a list of indices is copied to the device, and waited for.
+    parts = x.unbind()
+    return x if len(rows) == len(parts) else torch.stack([parts[row] for row in rows])
+
+
+def _scalar(value: float, device: torch.device) -> Tensor:
+    # Filled on the device: a copy from host memory is waited for.
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True)

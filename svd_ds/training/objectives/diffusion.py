@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svd_ds.batch import Batch, Conditioning
+from svd_ds.batch import Batch, Conditioning, Draws
 from svd_ds.diffusion.denoiser import Network
-from svd_ds.diffusion.draws import Draws, draw
+from svd_ds.diffusion.draws import draw
 from svd_ds.diffusion.loss import v_loss
 from svd_ds.diffusion.noise import NoiseSchedule
 from svd_ds.model.autoencoder import Autoencoder, posterior
@@ -49,6 +49,25 @@ class DiffusionObjective(Objective):
     conditioner: Conditioner
     seed: int
 
+    def draw(self, batch: Batch) -> Batch:
+        """Draw the random numbers of each clip, and tokenize its caption if the network gets it."""
+        H, W = batch.frames_BTCHW.shape[-2:]
+        f = self.autoencoder.downsampling
+        given_shape = self.conditioner.noise_shape(self.autoencoder, H, W)
+        if self.conditioner.config.concat == "none" and self.offset_noise == 0:
+            # Nothing reads this noise, the last of a clip's stream but for offset noise: with that, drawing
+            # it is what keeps the offsets' place in the stream.
+            given_shape = (0, *given_shape[1:])
+        draws = draw(
+            self.seed,
+            batch.ordinals,
+            latent_shape=(batch.num_frames, self.autoencoder.latent_channels, H // f, W // f),
+            given_shape=given_shape,
+            offset_noise=self.offset_noise,
+        )
+        tokens_BL = self.conditioner.tokenize(batch.captions) if batch.context_BLD is None else None
+        return replace(batch, draws=draws, tokens_BL=tokens_BL)
+
     def loss(self, net: Network, batch: Batch) -> Tensor:
         """Compute each clip's weighted v-space error, (B,) float32, differentiable in the network's
         parameters."""
@@ -62,26 +81,14 @@ class DiffusionObjective(Objective):
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> PreparedBatch:
-        """Compute the latents and the conditioning of a batch, and draw its noise."""
+        """Compute the latents and the conditioning of a batch."""
+        batch, draws = self.with_draws(batch)
         frames_BTCHW = from_uint8(batch.frames_BTCHW)
-        draws = self._draw(batch)
         return PreparedBatch(
             x0_BTChw=self._latents(batch, frames_BTCHW, draws),
             noise_BTChw=draws.noise_BTChw,
             cond=self._condition(batch, frames_BTCHW, draws),
             u_B=draws.u_B,
-        )
-
-    def _draw(self, batch: Batch) -> Draws:
-        H, W = batch.frames_BTCHW.shape[-2:]
-        f = self.autoencoder.downsampling
-        return draw(
-            self.seed,
-            batch.ordinals,
-            latent_shape=(batch.num_frames, self.autoencoder.latent_channels, H // f, W // f),
-            given_shape=self.conditioner.noise_shape(self.autoencoder, H, W),
-            device=batch.frames_BTCHW.device,
-            offset_noise=self.offset_noise,
         )
 
     def _latents(self, batch: Batch, frames_BTCHW: Tensor, draws: Draws) -> Tensor:
@@ -103,6 +110,7 @@ class DiffusionObjective(Objective):
             scalars=batch.scalars_B | {AUGMENTATION.name: sigma_B},
             noise=draws.given_noise_BKCHW,
             context=batch.context_BLD,
+            tokens=batch.tokens_BL,
             drop_context=draws.drop("context", config.context_drop_rate),
             drop_concat=draws.drop("concat", config.concat_drop_rate),
             drop_scalars={name: draws.drop(name, rate) for name, rate in config.drop_scalars.items()},

@@ -63,16 +63,26 @@ class DiscriminatorTrainer:
         self.clips += len(loss_B)
         return loss_B.detach()
 
-    def step(self) -> None:
-        """Take an optimiser step on the mean over all clips of all ranks, if there are any. All ranks call
-        it."""
+    def reduce_gradients(self) -> Tensor:
+        """Average the gradients over all clips of all ranks. All ranks call it.
+
+        Returns:
+            bool, a scalar on the device: True if all gradients are finite, and False without clips, whose
+            mean is 0 / 0.
+        """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         all_reduce_sum([*gradients, self.clips])
-        if self.clips > 0:
-            torch._foreach_div_(gradients, self.clips)
-            # Like the engine, skip a step whose gradient is not finite.
-            if torch.stack([gradient.norm() for gradient in gradients]).isfinite().all():
-                self.optimizer.step()
+        torch._foreach_div_(gradients, self.clips)
+        return torch.stack([gradient.norm() for gradient in gradients]).isfinite().all()
+
+    def step(self, is_finite: bool) -> None:
+        """Take an optimiser step, and discard the gradients.
+
+        Args:
+            is_finite: result of `reduce_gradients`. Like the engine, a step that is not finite is skipped.
+        """
+        if is_finite:
+            self.optimizer.step()
         self.discard_gradients()
 
     def discard_gradients(self) -> None:

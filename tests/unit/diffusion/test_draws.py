@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from svd_ds import batch as batch_module
+from svd_ds.batch import Draws
 from svd_ds.diffusion import draws as draws_module
-from svd_ds.diffusion.draws import NUM_SIGNALS, Draws, draw, signal_names
+from svd_ds.diffusion.draws import NUM_SIGNALS, draw
+from svd_ds.scalars import signal_names
 
 LATENT, GIVEN = (3, 4, 5, 6), (1, 3, 40, 48)
 
@@ -74,7 +77,8 @@ def test_offset_noise_is_one_number_per_channel_and_changes_no_other_draw() -> N
 def test_signal_beyond_the_reserved_columns_changes_no_other_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tensors(draw(1, [2, 3], LATENT, GIVEN, offset_noise=0.5))
     names = (*signal_names(), *(f"new{i}" for i in range(5)))
-    monkeypatch.setattr(draws_module, "signal_names", lambda: names)
+    for module in (draws_module, batch_module):
+        monkeypatch.setattr(module, "signal_names", lambda: names)
     draws = draw(1, [2, 3], LATENT, GIVEN, offset_noise=0.5)
     more = tensors(draws)
     found = more.pop("drop_BN")

@@ -22,6 +22,7 @@ from svd_ds.training.guard import Guard, GuardConfig
 from svd_ds.training.loop import LoopConfig, TrainingComponents, train
 from svd_ds.training.null_metrics import NullMetrics
 from svd_ds.training.optim import OptimConfig
+from svd_ds.training.prefetch import PrefetchedBatch
 from svd_ds.training.progress import Progress
 
 BATCH = 8
@@ -61,15 +62,17 @@ class Recorder:
 
         return call
 
-    def batches(self) -> Iterator[tuple[Any, Cursor]]:
-        step = 0
+    def batches(self, *faults: tuple[Fault, ...]) -> Iterator[PrefetchedBatch]:
+        """Endless micro-batches; `faults` are those of the first ones."""
+        step, remaining = 0, iter(faults)
         while True:
             step += 1
             for number in range(self.micro):
                 self.calls.append("read")
                 batch = SimpleNamespace(num_micro_batches=self.micro, ids=(f"clip-{step}-{number}",))
                 batch.to = lambda device, batch=batch: batch
-                yield batch, Cursor(step * BATCH, "data")
+                cursor = Cursor(step * BATCH, "data")
+                yield PrefetchedBatch(host=batch, on_device=batch, cursor=cursor, faults=next(remaining, ()))
 
     def loss(self, net: Any, batch: Any) -> torch.Tensor:
         self.calls.append("loss")
@@ -80,13 +83,16 @@ class Recorder:
         note = self.note
         engine: Any = SimpleNamespace(
             backward=note("backward"),
-            gradient_norm=note("gradient_norm", 1.0),
+            gradient_norm=note("gradient_norm", torch.tensor(1.0)),
             step=note("optimizer"),
             discard_gradients=note("discard_gradients"),
             local_shards=dict,
         )
         objective: Any = SimpleNamespace(
-            loss=self.loss, end_step=note("end_step", {}), discard=note("discard_objective")
+            loss=self.loss,
+            reduce_terms=note("reduce_terms", {}),
+            end_step=note("end_step", {}),
+            discard=note("discard_objective"),
         )
         checkpoints: Any = SimpleNamespace(
             poll_pending_save=note("poll"),
@@ -114,7 +120,6 @@ class Recorder:
             "objective": objective,
             "ema": SimpleNamespace(update=note("ema")),
             "batches": self.batches(),
-            "pop_faults": list,
             "quarantine": Quarantine(1.0, 10),
             "guard": Guard(GuardConfig(max_skips=1, max_rollbacks=1)),
             "checkpoints": checkpoints,
@@ -129,7 +134,7 @@ class Recorder:
         return TrainingComponents(**made | changes)
 
 
-STEP = "read loss backward read loss backward gradient_norm optimizer end_step ema log"
+STEP = "read loss backward read loss backward gradient_norm reduce_terms optimizer end_step ema log"
 EVALUATION = "evaluate check_not_fenced log_evaluation"
 
 
@@ -166,8 +171,8 @@ def test_run_that_is_asked_to_stop_saves_and_ends_without_evaluation_or_preview(
 
 
 SKIPPED = (
-    "read loss backward read loss backward gradient_norm "
-    "discard_gradients discard_objective loss backward loss backward gradient_norm "
+    "read loss backward read loss backward gradient_norm reduce_terms "
+    "discard_gradients discard_objective loss backward loss backward gradient_norm reduce_terms "
     "discard_gradients end_step ema log log_fault"
 )
 
@@ -240,7 +245,7 @@ def test_run_whose_folder_another_restart_has_acquired_ends_before_the_optimizer
 def test_damaged_samples_are_listed_with_the_step_that_replaced_them(tmp_path: Path) -> None:
     recorder = Recorder()
     quarantine = Quarantine(1.0, 10, tmp_path / "quarantine.jsonl")
-    faults = iter([[Fault("a", "0.tar", "it is junk")]])
-    components = recorder.components(quarantine=quarantine, pop_faults=lambda: next(faults, []))
+    batches = recorder.batches((), (), (Fault("a", "0.tar", "it is junk"),))
+    components = recorder.components(quarantine=quarantine, batches=batches)
     train(components, replace(CONFIG, total_steps=2), START)
-    assert len(quarantine) == 1 and '"step": 1' in (tmp_path / "quarantine.jsonl").read_text()
+    assert len(quarantine) == 1 and '"step": 2' in (tmp_path / "quarantine.jsonl").read_text()

@@ -109,6 +109,34 @@ def test_captions_reach_the_network_and_are_dropped_a_clip_at_a_time(diffusion: 
     assert all(torch.allclose(states[0], kept, atol=1e-5) for kept in net.context[~dropped])
 
 
+@pytest.mark.parametrize("offset_noise", [0.0, 0.5])
+def test_noise_of_frames_that_nothing_reads_is_drawn_only_before_offset_noise(
+    diffusion: DiffusionObjective, offset_noise: float
+) -> None:
+    """Offset noise comes after it in a clip's stream, and must not change."""
+    text = ConditionerConfig(context="none", concat="none", scalars=(), context_width=8)
+    objective = replace(diffusion, conditioner=Conditioner(text), offset_noise=offset_noise)
+    found = objective.draw(Batch.from_clips([clip(3)])).draws
+    expected = draw(0, [3], (4, 4, 8, 8), (1, 3, 64, 64), offset_noise)
+    assert found is not None
+    assert found.given_noise_BKCHW.numel() == (0 if offset_noise == 0 else 3 * 64 * 64)
+    for name in ("u_B", "augmentation_B", "drop_BN", "noise_BTChw", "posterior_noise_BTChw"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_draws_made_ahead_give_the_same_loss(diffusion: DiffusionObjective) -> None:
+    net, batch = Recorder(), Batch.from_clips([clip(3), clip(9)])
+    assert torch.equal(diffusion.loss(net, diffusion.draw(batch)), diffusion.loss(net, batch))
+    text = ConditionerConfig(context="text", concat="none", scalars=("fps", "motion_bucket"))
+    captions = replace(diffusion, conditioner=Conditioner.load(text, TINY))
+    drawn = captions.draw(batch)
+    assert drawn.tokens_BL is not None and drawn.tokens_BL.shape == (2, 77)
+    captions.loss(net, drawn)
+    context = net.context
+    captions.loss(net, batch)
+    assert torch.equal(context, net.context)
+
+
 def test_sigma_depends_on_the_clip_and_not_on_its_batch(diffusion: DiffusionObjective) -> None:
     net = Recorder()
     together = diffusion.loss(net, Batch.from_clips([clip(3), clip(9)]))
