@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svd_ds.batch import Batch
 from svd_ds.checks import check_config_fits, check_sample_scalars, check_scalar_order, check_trainable
 from svd_ds.config import RunConfig
 from svd_ds.contents import compute_contents
@@ -28,6 +27,7 @@ from svd_ds.sample import frozen_folder
 from svd_ds.training.checkpoint import Checkpoints
 from svd_ds.training.evaluate import SEED, FixedSet
 from svd_ds.training.optim import TAGS
+from svd_ds.training.preview import PreviewClips
 from svd_ds.training.progress import Progress
 from svd_ds.training.resume import Resume, find_checkpoint
 from svd_ds.training.verify import check_checkpoint_on_all_ranks, newest_intact_checkpoint
@@ -46,7 +46,7 @@ class Inputs:
     """Checkpoint that the run resumes from; None if it begins at step 0."""
     progress: Progress
     loader: Loader
-    preview_clips: Batch
+    preview_clips: PreviewClips
     fixed_set: FixedSet | None
     """Clips of the evaluation by noise level; None if there is no evaluation."""
     autoencoder: Autoencoder
@@ -112,11 +112,11 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = frozen_folder(config.frozen.path)
     autoencoder = Autoencoder.load(frozen, env.device, dtype, chunk=config.frozen.chunk)
-    preview_clips = _preview_clips(config, loader)
+    preview_clips = _preview_clips(config, env, loader)
     fixed_set = _fixed_set(config, env, loader, autoencoder)
     conditioner = None
     if config.task == "unet":
-        seen = [preview_clips] if fixed_set is None else [preview_clips, fixed_set.clips]
+        seen = [part.clips for part in (preview_clips, fixed_set) if part is not None]
         contexts = [clips.context_BLD for clips in seen if clips.context_BLD is not None]
         if loader.context is not None and len(contexts) == len(seen):
             conditioner = Conditioner(config.conditioning, cached_width=contexts[0].shape[-1])
@@ -192,10 +192,10 @@ def _fixed_loader(
     return Loader(centred, seed, rank, world, BatchConfig(count), context=main_loader.context)
 
 
-def _preview_clips(config: RunConfig, main_loader: Loader) -> Batch:
+def _preview_clips(config: RunConfig, env: Env, main_loader: Loader) -> PreviewClips:
     loader = _fixed_loader(config.data, main_loader, config.run.seed, config.sampling.num_videos)
     clips, _ = next(iter(loader))
-    return clips
+    return PreviewClips.divide(clips, env.rank, env.world)
 
 
 def _fixed_set(config: RunConfig, env: Env, main_loader: Loader, autoencoder: Autoencoder) -> FixedSet | None:

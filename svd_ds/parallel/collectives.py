@@ -57,6 +57,32 @@ def all_gather_cat(part: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_rows_to_rank0(part: Tensor, counts: Sequence[int]) -> Tensor | None:
+    """Concatenate the first rows of the tensors of all ranks, on rank 0 only. All ranks call it.
+
+    No other rank receives anything, and a rank without rows sends nothing.
+
+    Args:
+        part: tensor in host memory, whose rows have the same shape on all ranks.
+        counts: number of rows that each rank contributes.
+
+    Returns:
+        All rows in rank order; None on ranks above 0.
+    """
+    own = part[: counts[dist.get_rank()]]
+    if dist.get_rank() != 0:
+        if len(own):
+            dist.send(own.contiguous(), dst=0)
+        return None
+    rows = part.new_empty(sum(counts), *part.shape[1:])
+    for rank, received in enumerate(rows.split(list(counts))):
+        if rank == 0:
+            received.copy_(own)
+        elif len(received):
+            dist.recv(received, src=rank)
+    return rows
+
+
 def all_gather_objects(items: list[Result]) -> list[Result]:
     """Return the items of all ranks in rank order. All ranks call it."""
     lists: list[list[Result]] = [[] for _ in range(dist.get_world_size())]

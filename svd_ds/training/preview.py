@@ -14,7 +14,7 @@ from svd_ds.batch import Batch
 from svd_ds.fsync_io import name_errors, replace_text
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
-from svd_ds.parallel.collectives import all_gather_cat, raise_on_all_ranks
+from svd_ds.parallel.collectives import gather_rows_to_rank0, raise_on_all_ranks
 from svd_ds.parallel.engine import Engine
 from svd_ds.parallel.env import Env
 from svd_ds.run_folder import RunFolder
@@ -39,6 +39,30 @@ PreviewFn = Callable[[Callable[..., Tensor], Batch, Sequence[int]], Tensor]
 """(network, clips, ordinals that seed the noise) -> frames in [-1, 1], (B, T, 3, H, W)."""
 PreviewMetrics = Mapping[str, Callable[[Tensor, Tensor], float]]
 """Metric name -> function of generated and real videos, both uint8 (B, T, 3, H, W)."""
+
+
+@dataclass(frozen=True)
+class PreviewClips:
+    """One rank's part of the clips whose previews are rendered, the same clips each time."""
+
+    clips: Batch
+    """Clips that this rank renders, the same number on every rank: all must run the sharded network equally
+    often. The last ranks may have copies of the last clip, which are not shown."""
+    indices: tuple[int, ...]
+    """Index of each of `clips` among all clips; it seeds the noise."""
+    counts: tuple[int, ...]
+    """Number of clips of each rank that are shown."""
+    real_BTCHW: Tensor | None
+    """Frames of all clips, which are shown next to their previews; None on ranks above 0."""
+
+    @staticmethod
+    def divide(clips: Batch, rank: int, world: int) -> PreviewClips:
+        """Return the part of `rank` of all clips."""
+        per_rank = -(-len(clips) // world)
+        indices = tuple(min(rank * per_rank + i, len(clips) - 1) for i in range(per_rank))
+        counts = tuple(min(max(len(clips) - per_rank * other, 0), per_rank) for other in range(world))
+        real_BTCHW = clips.frames_BTCHW if rank == 0 else None
+        return PreviewClips(clips.select(indices), indices, counts, real_BTCHW)
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,7 @@ class SamplingPreview:
 class Previews:
     """Renders previews of the same clips each time; the clips are divided over the ranks."""
 
-    clips: Batch
+    clips: PreviewClips
     preview_fn: PreviewFn
     metrics: PreviewMetrics
     fps: float
@@ -98,18 +122,18 @@ class Previews:
         Returns:
             The preview on rank 0, None on the others.
         """
-        per_rank = -(-len(self.clips) // self.env.world)
-        # Every rank must run the sharded network the same number of times: the last ranks may repeat a clip.
-        indices = [min(self.env.rank * per_rank + i, len(self.clips) - 1) for i in range(per_rank)]
-        clips = self.clips.select(indices).to(self.env.device)
+        clips = self.clips.clips.to(self.env.device)
         with torch.no_grad(), engine.weights(ema.shards(ema.config.names[0])):
-            frames_BTCHW = self.preview_fn(engine, clips, indices)
-        videos = all_gather_cat(to_uint8(frames_BTCHW))[: len(self.clips)]
-        return raise_on_all_ranks(lambda: self._write(step, videos) if self.env.rank == 0 else None)
+            frames_BTCHW = self.preview_fn(engine, clips, self.clips.indices)
+        # A copy of a clip that is not shown leaves neither the device nor the rank.
+        shown_BTCHW = to_uint8(frames_BTCHW[: self.clips.counts[self.env.rank]])
+        videos_BTCHW = gather_rows_to_rank0(shown_BTCHW, self.clips.counts)
+        return raise_on_all_ranks(lambda: None if videos_BTCHW is None else self._write(step, videos_BTCHW))
 
     def _write(self, step: int, videos_BTCHW: Tensor) -> Preview:
         self.check_not_fenced()
-        folder, real_BTCHW = self.folder.samples(step), self.clips.frames_BTCHW
+        folder, real_BTCHW = self.folder.samples(step), self.clips.real_BTCHW
+        assert real_BTCHW is not None, "rank 0 writes"
         paths = [folder / f"video-{i}.mp4" for i in range(len(videos_BTCHW))]
         sheet = folder / "contact_sheet.png"
         with name_errors(folder):

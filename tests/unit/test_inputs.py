@@ -54,7 +54,7 @@ def test_latents_of_another_autoencoder_are_refused_with_both(tmp_path: Path) ->
     inputs = read_inputs(config, env, None)
     batch, _ = next(iter(inputs.loader))
     assert batch.frames_BTCHW.shape[1] == 1 and batch.num_frames == 6
-    assert inputs.preview_clips.frames_BTCHW.shape[1] == 6, "a preview shows more frames than its own"
+    assert inputs.preview_clips.clips.frames_BTCHW.shape[1] == 6, "a preview shows more frames than its own"
 
     (tmp_path / "data" / "index.jsonl").unlink()
     write(tmp_path / "data", "0123456789ab")
