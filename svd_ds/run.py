@@ -162,8 +162,10 @@ def _print_from_signal_handler(text: str) -> None:
 
 
 def _previews(config: RunConfig, env: Env, inputs: Inputs, task: Task) -> Previews:
-    return Previews(inputs.preview_clips, task.preview_fn, task.preview_metrics, config.sampling.fps,
-                    inputs.folder, env, inputs.checkpoints.check_not_fenced)  # fmt: skip
+    return Previews(
+        inputs.preview_clips, task.preview_fn, task.preview_metrics, config.sampling.fps,
+        inputs.folder, env, inputs.checkpoints.check_not_fenced
+    )  # fmt: skip
 
 
 def _write_report(folder: RunFolder, metrics: NullMetrics) -> None:
