@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+READS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+)
 CONSTANTS = (torch.ops.aten.lift_fresh.default,)
 """`torch.tensor(number, device=...)`, which on a GPU is a copy from the host that waits for the device."""
 
@@ -23,9 +27,16 @@ class HostReads(TorchDispatchMode):
         """`file.py:function` of each, in order; the innermost frame outside of torch."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READS or func in CONSTANTS:
+        if func in READS or func in CONSTANTS or _has_mask(func, args):
             self.places.append(_place())
         return func(*args, **(kwargs or {}))
+
+
+def _has_mask(func: Any, args: Any) -> bool:
+    """True for x[mask] and x[mask] = y, which read the number of elements of the mask."""
+    if func.overloadpacket not in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+        return False
+    return any(index is not None and index.dtype == torch.bool for index in args[1])
 
 
 def _place() -> str:
