@@ -24,6 +24,7 @@ from svd_ds.config import RunConfig
 from svd_ds.inputs import Inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
+from svd_ds.model.ops.attention import FLASH
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import parameter_tags
 from svd_ds.parallel.env import Env
@@ -238,7 +239,7 @@ def _without_packages(config: RunConfig) -> RunConfig:
     backends: dict[str, Any] = {
         name: "sdpa"
         for name in ("spatial_attention", "temporal_attention")
-        if getattr(model, name) == "flash_attn"
+        if getattr(model, name) in FLASH
     }
     return replace(config, model=replace(model, **backends))
 
