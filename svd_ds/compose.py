@@ -27,7 +27,7 @@ from svd_ds.command_line import CommandLine
 from svd_ds.config import FIELD_ALIASES, InitConfig, RunConfig
 from svd_ds.credentials import redact, remember_tree
 from svd_ds.fsync_io import replace_text
-from svd_ds.settings import TYPE_NAMES, Setting, all_settings, check_setting
+from svd_ds.settings import Setting, all_settings, check_setting
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 """Errors of Hydra and OmegaConf for a key, choice or value; see `explain`."""
@@ -46,12 +46,15 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=_schema())
 
 
-def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> RunConfig:
+def to_config(
+    node: DictConfig, now: Callable[[], datetime] = datetime.now, placeholder: str | None = None
+) -> RunConfig:
     """Convert Hydra's DictConfig to a RunConfig, which checks every value.
 
     Args:
         now: returns the time of `${now:PATTERN}`; called only if a value uses it. Hydra's own resolver would
             read the clock of each rank in each restart of a job, so each would get a different run folder.
+        placeholder: value of the required keys that are missing, where nothing is read; None refuses.
 
     Raises:
         ValueError: a key is unknown, or a value is wrong or missing.
@@ -60,6 +63,8 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
     with read_write(node), open_dict(node):
         for name in EXTRA_SECTIONS:
             node.pop(name, None)
+    if placeholder is not None:
+        _fill_required(node, placeholder)
     _check_keys(node, _cached_schema())
     if OmegaConf.get_type(node, "run") is dict:
         # A user's own primary config need not name the schema in its defaults.
@@ -73,12 +78,14 @@ def to_config(node: DictConfig, now: Callable[[], datetime] = datetime.now) -> R
     return config
 
 
-def compose(words: Sequence[str] = (), now: Callable[[], datetime] = datetime.now) -> RunConfig:
+def compose(
+    words: Sequence[str] = (), now: Callable[[], datetime] = datetime.now, placeholder: str | None = None
+) -> RunConfig:
     """Compose the config of `python -m svd_ds.train WORDS`.
 
     Args:
         words: arguments of the command line.
-        now: see `to_config`.
+        now, placeholder: see `to_config`.
 
     Raises:
         ValueError: the words do not start exactly one run, or a value is wrong.
@@ -91,7 +98,7 @@ def compose(words: Sequence[str] = (), now: Callable[[], datetime] = datetime.no
     HydraConfig.instance().set_config(node)
     with read_write(node), open_dict(node):
         del node["hydra"]
-    return to_config(node, now)
+    return to_config(node, now, placeholder)
 
 
 def parse_command_line(words: Sequence[str]) -> CommandLine:
@@ -199,7 +206,7 @@ def _wrong_type(error: BaseException) -> str:
     setting = settings_by_key().get(str(getattr(cause, "full_key", "")).partition("[")[0])
     if not isinstance(cause, ValidationError) or setting is None:
         return ""
-    return f"{cause.full_key} is {cause.value!r}: it must be {TYPE_NAMES[setting.kind]}"
+    return f"{cause.full_key} is {cause.value!r}: it must be {setting.type_name}"
 
 
 def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
@@ -224,6 +231,15 @@ def _check_keys(node: DictConfig, schema: DictConfig, path: str = "") -> None:
             _check_keys(child, known, f"{path}{key!s}.")
         elif str(value := child._value()).startswith(REQUIRED_MARK):
             raise ValueError(f"{path}{key!s} must be given: {value.removeprefix(REQUIRED_MARK)}")
+
+
+def _fill_required(node: DictConfig, placeholder: str) -> None:
+    for key in node:
+        child: Any = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _fill_required(child, placeholder)
+        elif str(child._value()).startswith(REQUIRED_MARK):
+            node[key] = placeholder
 
 
 def _check_written(node: DictConfig) -> None:

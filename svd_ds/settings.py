@@ -43,6 +43,8 @@ class Range:
     hint: str = ""
     path_keys: bool = False
     """True if the keys of the dict are paths or URLs."""
+    words: tuple[str, ...] = ()
+    """Words that are accepted in place of a number."""
 
     def check(self, value: Any) -> str:
         """Return what the number must be; "" if it is in the range."""
@@ -61,6 +63,7 @@ class Range:
         bounds = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
         words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
         words += f", or {self.off} to switch it off" if self.off is not None else ""
+        words += "".join(f", or {word}" for word in self.words)
         return words + (f" ({self.hint})" if self.hint else "")
 
 
@@ -107,14 +110,15 @@ def number(
     off: float | None = None,
     hint: str = "",
     path_keys: bool = False,
+    words: tuple[str, ...] = (),
 ) -> Any:
     """Declare a dataclass field for a number, or for a tuple or dict of numbers, each in the range.
 
     Args:
         default: default value; `dict` is an empty dict.
-        ge, gt, le, lt, off, hint, path_keys: see `Range`.
+        ge, gt, le, lt, off, hint, path_keys, words: see `Range`.
     """
-    return _field(default, Range(ge, gt, le, lt, off, hint, path_keys))
+    return _field(default, Range(ge, gt, le, lt, off, hint, path_keys, words))
 
 
 def choice(default: Any, options: Collection[str]) -> Any:
@@ -161,6 +165,12 @@ class Setting:
     @property
     def is_text(self) -> bool:
         return self.kind is str and not self.is_list and not self.is_dict
+
+    @property
+    def type_name(self) -> str:
+        """Return what a value or element must be, for error messages."""
+        words = self.rule.words if isinstance(self.rule, Range) else ()
+        return " or ".join((TYPE_NAMES[self.kind], *words))
 
 
 class Settings:
@@ -246,10 +256,12 @@ def _elements(setting: Setting, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _requirement_not_met(setting: Setting, value: Any) -> str:
     """Return what the value must be; "" if it is valid."""
+    if isinstance(setting.rule, Range) and value in setting.rule.words:
+        return ""
     # isinstance(True, int) holds, and a whole number is accepted for a float.
     kinds: Any = (int, float) if setting.kind is float else setting.kind
     if not isinstance(value, kinds) or (isinstance(value, bool) and setting.kind is not bool):
-        return TYPE_NAMES[setting.kind]
+        return setting.type_name
     if setting.rule is not None and (wrong := setting.rule.check(value)):
         return wrong
     bounds: dict[type, float] = {int: INT64_MAX, float: FLOAT32_MAX}

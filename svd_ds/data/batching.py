@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from svd_ds.settings import Settings, number
 
+AUTO = "auto"
+"""Value of batch.micro: the largest micro-batch that fits, by the plan (svd_ds.plan.auto)."""
+
 
 @dataclass(frozen=True)
 class BatchSplit:
@@ -36,9 +39,10 @@ class BatchConfig(Settings, section="batch"):
     # A million clips a step: its divisors are searched one by one, and the largest published batch is 1536.
     size: int = number(8, ge=1, le=2**20)
     """Clips in an optimiser step, over all ranks and micro-batches: the paper's batch size."""
-    micro: int | None = number(None, ge=1, le=2**20)
-    """Clips a rank processes at once; null processes its whole share. Not used with data.buckets, which has
-    a size for each bucket."""
+    micro: int | str | None = number(None, ge=1, le=2**20, words=(AUTO,))
+    """Clips a rank processes at once; null processes its whole share. auto: as many as fit the memory of the
+    rank, by the plan of tools/plan.py; the start of the run prints the number. Not used with data.buckets,
+    which has a size for each bucket."""
 
     def split(self, world: int, buckets: Mapping[str, int] | None = None) -> BatchSplit:
         """Divide the batch among `world` ranks.
@@ -51,14 +55,11 @@ class BatchConfig(Settings, section="batch"):
             ValueError: the batch cannot be split over the ranks, or a rank's share into micro-batches; the
                 message has the nearest numbers that are possible.
         """
-        if self.size % world:
-            raise ValueError(
-                f"batch.size {self.size} cannot be split over {world} ranks; start "
-                f"{_nearest_divisors(self.size, world)}"
-            )
-        share = self.size // world
+        share = self.share(world)
         micro_sizes = {f"data.buckets.{name}": micro for name, micro in (buckets or {}).items()}
-        micro_sizes = micro_sizes or {"batch.micro": self.micro or share}
+        if not micro_sizes:
+            assert not isinstance(self.micro, str), "batch.micro=auto is resolved before the batch is divided"
+            micro_sizes = {"batch.micro": self.micro or share}
         for key, micro in micro_sizes.items():
             if share % micro:
                 raise ValueError(
@@ -67,10 +68,27 @@ class BatchConfig(Settings, section="batch"):
                 )
         return BatchSplit(self.size, world, tuple(micro_sizes.values()))
 
+    def share(self, world: int) -> int:
+        """Return the clips of a step that each of `world` ranks processes.
+
+        Raises:
+            ValueError: the batch cannot be split over the ranks.
+        """
+        if self.size % world:
+            raise ValueError(
+                f"batch.size {self.size} cannot be split over {world} ranks; start "
+                f"{_nearest_divisors(self.size, world)}"
+            )
+        return self.size // world
+
+
+def divisors(total: int) -> list[int]:
+    """Return the divisors of `total`, from 1 to itself."""
+    return [n for n in range(1, total + 1) if total % n == 0]
+
 
 def _nearest_divisors(total: int, target: int) -> str:
     """Return the divisors of `total` next below and next above `target`, as text."""
-    divisors = [n for n in range(1, total + 1) if total % n == 0]
-    below = [n for n in divisors if n < target][-1:]
-    above = [n for n in divisors if n > target][:1]
+    below = [n for n in divisors(total) if n < target][-1:]
+    above = [n for n in divisors(total) if n > target][:1]
     return " or ".join(str(n) for n in below + above)

@@ -10,7 +10,7 @@ import torch
 from hydra.errors import HydraException
 
 from svd_ds.command_line import CONF
-from svd_ds.compose import compose, debug_last, explain
+from svd_ds.compose import COMPOSE_ERRORS, compose, debug_last, explain
 from svd_ds.config import RunConfig
 from svd_ds.diffusion.noise import build_noise_schedule
 from svd_ds.model.unet import UNet
@@ -164,3 +164,19 @@ def test_buckets_and_mixtures_are_given_on_the_command_line() -> None:
         compose(["data.buckets={6x64x64:2}"])
     with pytest.raises(ValueError, match="'6x64', which is not FRAMESxHEIGHTxWIDTH"):
         compose(["data.buckets={6x64:2}"])
+
+
+def test_micro_batch_is_a_number_or_auto() -> None:
+    assert compose(["batch.micro=auto"]).batch.micro == "auto"
+    assert compose(["batch.micro=auto"]).as_dict()["batch"] == {"size": 8, "micro": "auto"}
+    for value in ("most", "2.5", "true"):
+        with pytest.raises((ValueError, *COMPOSE_ERRORS)) as refused:
+            compose([f"batch.micro={value}"])
+        sentence = explain(refused.value) if isinstance(refused.value, COMPOSE_ERRORS) else str(refused.value)
+        assert sentence.endswith("it must be a whole number or auto"), value
+
+
+def test_placeholder_replaces_only_required_values_that_are_missing() -> None:
+    config = compose(["+experiment=stage2", "frozen.path=mine"], placeholder="later")
+    assert (config.data.path, config.init.source, config.frozen.path) == ("later", "later", "mine")
+    assert config.optim == compose(["+experiment=stage2", *REQUIRED]).optim

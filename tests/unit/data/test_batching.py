@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from svd_ds.data.batching import BatchConfig, BatchSplit
+from svd_ds.data.batching import BatchConfig, BatchSplit, divisors
 
 
 def test_null_micro_batch_is_the_share_of_a_rank() -> None:
@@ -32,3 +32,15 @@ def test_indivisible_sizes_are_refused_with_the_nearest_divisors(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         batch.split(world, buckets)
+
+
+def test_auto_must_be_resolved_before_the_batch_is_divided() -> None:
+    batch = BatchConfig(12, "auto")
+    assert batch.share(3) == 4
+    with pytest.raises(AssertionError, match="resolved before"):
+        batch.split(3)
+    assert batch.split(3, {"1x8x8": 2}).micro == (2,), "buckets have their own"
+
+
+def test_divisors() -> None:
+    assert divisors(12) == [1, 2, 3, 4, 6, 12] and divisors(1) == [1]
