@@ -84,17 +84,19 @@ def find_resume(config: RunConfig, env: Env) -> Resume:
     return found
 
 
-def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
+def read_inputs(config: RunConfig, env: Env, resume: Path | None, batch: BatchConfig | None = None) -> Inputs:
     """Open and check everything that a run reads.
 
     Args:
         resume: checkpoint that the run resumes from; None begins at step 0.
+        batch: batch settings with a number for batch.micro=auto; None: those of the config.
 
     Raises:
         ValueError: a user's mistake, in one sentence.
         OSError: a file cannot be read.
     """
-    config.batch.split(env.world, config.data.buckets)
+    batch = batch or config.batch
+    batch.split(env.world, config.data.buckets)
     folder = RunFolder(Path(config.run.dir))
     initial_config = folder.initial_config()
     contents = compute_contents(config, initial_config)
@@ -104,7 +106,7 @@ def read_inputs(config: RunConfig, env: Env, resume: Path | None) -> Inputs:
         contents = compute_contents(config, None)
     progress = Progress.read(resume / "state.json") if resume else None
 
-    loader = _loader(config, env, progress.cursor if progress else None)
+    loader = _loader(config, env, batch, progress.cursor if progress else None)
     check_shared_memory(config.data, loader.split.micro, env.local_world)
     precision = config.precision
     if precision == "auto":
@@ -163,13 +165,13 @@ def _initial_weights(config: RunConfig) -> Iterator[tuple[str, Tensor]] | None:
     return source.tensors(config.model, merge=True)
 
 
-def _loader(config: RunConfig, env: Env, cursor: Cursor | None) -> Loader:
+def _loader(config: RunConfig, env: Env, batch: BatchConfig, cursor: Cursor | None) -> Loader:
     return Loader(
         config.data,
         seed=config.run.seed,
         rank=env.rank,
         world=env.world,
-        batch=config.batch,
+        batch=batch,
         cursor=cursor,
         context=config.conditioning.context if config.data.latents else None,
         read_last_frame=config.conditioning.uses_last_frame,

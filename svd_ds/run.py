@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from svd_ds.parallel.local_norm import LocalNorm
 from svd_ds.parallel.process_group import process_group
 from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero import deepspeed_config
+from svd_ds.plan.auto import resolve_batch
+from svd_ds.plan.memory_check import start_memory_check
+from svd_ds.plan.requests import profile_rank_steps
 from svd_ds.run_folder import RunFolder
 from svd_ds.run_summary import end_summary, start_summary
 from svd_ds.tasks import Task, choose_kernels_on_all_ranks, read_task
@@ -75,15 +79,17 @@ def run(config: RunConfig, env: Env, session: RankSession | None = None) -> Prog
         configure_gpu(env.device, deterministic=config.deterministic, fixed_shapes=fixed_shapes)
         check_shared_folder(Path(config.run.dir), env)
         resume = find_resume(config, env)
-        inputs = raise_on_all_ranks(lambda: read_inputs(config, env, resume.path))
+        batch, batch_note = resolve_batch(config, env, profile_rank_steps(env))
+        inputs = raise_on_all_ranks(lambda: read_inputs(config, env, resume.path, batch))
         kernels = choose_kernels_on_all_ranks(config, env, inputs.precision)
         task = raise_on_all_ranks(lambda: read_task(config, env, inputs, kernels))
-        return _train(config, env, resume, inputs, task, session)
+        return _train(config, env, resume, inputs, task, session, batch_note)
 
 
 def _train(
-    config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, session: RankSession | None
-) -> Progress:
+    config: RunConfig, env: Env, resume: Resume, inputs: Inputs, task: Task, session: RankSession | None,
+    batch_note: str
+) -> Progress:  # fmt: skip
     checkpoints, folder = inputs.checkpoints, inputs.folder
     damaged_restarts = broadcast_from_rank0(lambda: restarts_damage(checkpoints.folder))
     checkpoints.start_session(inputs.progress.step, resume.origin)
@@ -105,7 +111,8 @@ def _train(
     stop = StopRequest(_print_from_signal_handler if env.rank == 0 else lambda text: None)
     opened = raise_on_all_ranks(lambda: _open_metrics(config, env, inputs, engine, stop))
     with stop, opened as metrics, outcome, checkpoints:
-        notes = [metrics.wandb_status(), resume.note, *inputs.loader.notes, *task.notes, *engine.notes]
+        notes = [metrics.wandb_status(), resume.note, batch_note, *inputs.loader.notes, *task.notes]
+        notes += engine.notes
         metrics.print_line("\n".join([start_summary(config, env, inputs, engine), *filter(None, notes)]))
         if damaged_restarts is not None:
             damage.insert(0, f"{damaged_restarts}; a copy was kept next to it")
@@ -150,9 +157,24 @@ def _components(
         previews=_previews(config, env, inputs, task),
         stop=stop,
         timer=StageTimer(),
-        heartbeat=session.watchdog.heartbeat if session is not None else lambda: None,
+        heartbeat=_after_step(config, env, inputs, metrics, session),
         metrics=metrics,
     )
+
+
+def _after_step(
+    config: RunConfig, env: Env, inputs: Inputs, metrics: NullMetrics, session: RankSession | None
+) -> Callable[[], None]:
+    """Return what is called after each step: the watchdog's heartbeat, and on rank 0 the check of memory."""
+    calls = [session.watchdog.heartbeat] if session is not None else []
+    if env.rank == 0 and (check := start_memory_check(config, env, inputs.loader.split, metrics.print_line)):
+        calls.append(check.after_step)
+
+    def after_step() -> None:
+        for call in calls:
+            call()
+
+    return after_step
 
 
 def _print_from_signal_handler(text: str) -> None:
