@@ -22,7 +22,7 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS NCCL_DEBUG
 
-# Options of tools/job.py and tools/sweep.py; SVD_DS_JOB_OPTIONS has those of the site, such as --no-preflight.
+# Options of tools/job.py and tools/sweep.py; SVD_DS_JOB_OPTIONS has those of the site, such as --no-preflight or --no-plan.
 JOB=(--job "$SLURM_JOB_ID" --nodes "$NODES" --cpus "$CPUS" --gpus "${SLURM_GPUS_ON_NODE:-0}" ${SVD_DS_JOB_OPTIONS:-})
 
 exec_python() {  # exec_python SCRIPT ARGUMENT...: replace this process, which Slurm signals

@@ -20,11 +20,15 @@ if __name__ == "__main__":
 
 from svd_ds import compose
 from svd_ds.cli import print_line, run_cli
+from svd_ds.config import RunConfig
 from svd_ds.fsync_io import replace_text
-from svd_ds.jobs.outcome import FINISHED, INTERRUPTED, REFUSED, JobOutcome
+from svd_ds.jobs.outcome import FINISHED, INTERRUPTED, REFUSED, JobOutcome, outcome_path
 from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
 from svd_ds.jobs.requeue import record_queued_restart
 from svd_ds.parallel.env import STARTED, restart_id
+from svd_ds.plan.admission import PlannedJob, check_fits, query_gpu
+from svd_ds.plan.planner import DoesNotFitError
+from svd_ds.plan.requests import profile_gpu_steps
 from svd_ds.run_folder import RunFolder
 
 EXAMPLE = """The scripts in slurm/ call it with the allocation's own values (slurm/lib.sh):
@@ -67,10 +71,18 @@ def main() -> None:
     job = Job.from_options(options)
     clock = JobClock(job.id, options.arguments)
     try:
-        folder = run_folder(options.arguments, clock)
+        config = read_config(options.arguments, clock)
+        folder = RunFolder(Path(config.run.dir))
+        plan = plan_job(config, job)
         if (damage := record_queued_restart(folder, int(job.id), job.max_restarts)) is not None:
             print_line(f"warning: {damage}")
         faults = failing_nodes(job, folder.path) if job.preflight and not stop.number else {}
+        if plan is not None and not faults and (line := plan.wait(lambda: bool(stop.number))):
+            print_line(line)
+    except DoesNotFitError as error:
+        record_refusal(folder, error)
+        mark_settled(options.trial, clock)
+        raise
     except ValueError:
         mark_settled(options.trial, clock)
         raise
@@ -140,17 +152,30 @@ def mark_settled(trial: Path | None, clock: JobClock) -> None:
         trial.unlink(missing_ok=True)
 
 
-def run_folder(arguments: Sequence[str], clock: JobClock) -> RunFolder:
-    """Find the folder of a run with these arguments.
+def plan_job(config: RunConfig, job: Job) -> PlannedJob | None:
+    """Start to plan the run on the job's GPUs; return None if there are none, or --no-plan is given."""
+    if not job.plan or not job.gpus:
+        return None
+    ranks = job.gpus * len(job.nodes)
+    return PlannedJob(lambda: check_fits(config, query_gpu(), ranks, job.gpus, profile_gpu_steps))
+
+
+def record_refusal(folder: RunFolder, error: ValueError) -> None:
+    """Record that the run was refused, as its ranks would."""
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    JobOutcome(REFUSED, 0, str(error), restart_id()).record(outcome_path(folder))
+
+
+def read_config(arguments: Sequence[str], clock: JobClock) -> RunConfig:
+    """Compose the config of a run with these arguments.
 
     Raises:
         ValueError: a mistake in the arguments; no rank has been started.
     """
     try:
-        settings = compose.compose(arguments, clock.read)
+        return compose.compose(arguments, clock.read)
     except compose.COMPOSE_ERRORS as error:
         raise ValueError(compose.explain(error)) from None
-    return RunFolder(Path(settings.run.dir))
 
 
 def settled_code(outcome: JobOutcome | None, code: int) -> int | None:

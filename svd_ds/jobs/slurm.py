@@ -49,6 +49,8 @@ class Job:
     """Restarts of a run in a row that may begin after the same step."""
     preflight: bool
     """True if the nodes are checked before the ranks start."""
+    plan: bool = True
+    """True if a run that cannot fit its GPUs is refused before the ranks start."""
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
@@ -66,19 +68,21 @@ class Job:
             help="restarts in a row without a new checkpoint; default: %(default)s",
         )
         add("--no-preflight", action="store_true", help="do not check the nodes before the ranks start")
+        add("--no-plan", action="store_true", help="start a run even if its plan does not fit the GPUs")
 
     @staticmethod
     def from_options(options: Namespace) -> Job:
         """Build the job from parsed `add_options`."""
         nodes = tuple(options.nodes.split(","))
         numbers = options.cpus, options.gpus, options.max_restarts
-        return Job(str(options.job), nodes, *numbers, preflight=not options.no_preflight)
+        return Job(str(options.job), nodes, *numbers, not options.no_preflight, not options.no_plan)
 
     def to_options(self) -> list[str]:
         """Return the command-line options that `from_options` turns into this job."""
         numbers = {"--cpus": self.cpus, "--gpus": self.gpus, "--max-restarts": self.max_restarts}
         words = [word for name, number in numbers.items() for word in (name, str(number))]
         switches = [] if self.preflight else ["--no-preflight"]
+        switches += [] if self.plan else ["--no-plan"]
         return ["--job", self.id, "--nodes", ",".join(self.nodes), *words, *switches]
 
     def start_step(self, command: Sequence[str], *options: str, **variables: str) -> subprocess.Popen[bytes]:

@@ -19,7 +19,7 @@ case "$*" in
 requeue*) [ {allowed} = yes ] || {{ echo "requests are disabled" >&2; exit 1; }} ;;
 esac
 """
-JOB = Job("7", ("node1", "node2"), cpus=4, gpus=8, max_restarts=5, preflight=False)
+JOB = Job("7", ("node1", "node2"), cpus=4, gpus=8, max_restarts=5, preflight=False, plan=False)
 
 
 def scontrol(

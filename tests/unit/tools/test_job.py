@@ -16,6 +16,9 @@ from types import ModuleType
 
 import pytest
 
+from svd_ds.config import RunConfig
+from svd_ds.plan.planner import DoesNotFitError
+
 TOOL = Path(__file__).parents[3] / "tools" / "job.py"
 SRUN = """#!/bin/sh
 # A signal to the job is passed on to its ranks.
@@ -63,6 +66,8 @@ def end_job(
         nodes: str = "node1",
         bad: Sequence[str] = (),
         check: Callable[..., dict[str, str]] = lambda *_: {},
+        gpus: int = 0,
+        options: Sequence[str] = (),
     ) -> tuple[int, list[str], bool]:
         log = scontrol(state)
         trial.touch()
@@ -75,8 +80,8 @@ def end_job(
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setattr(tool, "failing_nodes", check)
         monkeypatch.setattr(tool, "CLOCKS", tmp_path / "clocks")
-        options = ["--job", "7", "--nodes", nodes, "--trial", str(trial), "--"]
-        monkeypatch.setattr(sys, "argv", ["job.py", *options, "debug=tiny", f"run.dir={run}", *arguments])
+        job = ["--job", "7", "--nodes", nodes, "--gpus", str(gpus), "--trial", str(trial), *options, "--"]
+        monkeypatch.setattr(sys, "argv", ["job.py", *job, "debug=tiny", f"run.dir={run}", *arguments])
         number = 0
         try:
             tool.main()
@@ -269,3 +274,53 @@ def test_arguments_that_do_not_start_one_run_end_the_job(
     with pytest.raises(ValueError, match=message):
         end_job("", 0, *words)
     assert (tmp_path / "log").read_text() == "", "it is not requeued"
+
+
+def plan_with(tool: ModuleType, check: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the job a GPU and a plan."""
+    monkeypatch.setattr(tool, "query_gpu", lambda: None)
+    monkeypatch.setattr(tool, "check_fits", check)
+
+
+def test_run_that_cannot_fit_starts_no_rank(
+    end_job: EndJob, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: RunConfig, gpu: None, ranks: int, gpus_per_node: int, profile_fn: object) -> str:
+        assert (ranks, gpus_per_node, config.run.dir) == (16, 8, str(tmp_path / "run"))
+        raise DoesNotFitError("it needs 89 GiB")
+
+    plan_with(tool, refuse, monkeypatch)
+    with pytest.raises(DoesNotFitError, match="it needs 89 GiB"):
+        end_job("finished", 0, nodes="node1,node2", gpus=8)
+    outcome = json.loads((tmp_path / "run/logs/outcome.json").read_text())
+    assert (outcome["kind"], outcome["message"]) == ("refused", "it needs 89 GiB")
+    assert not (tmp_path / "run.started").exists()
+    assert (tmp_path / "log").read_text() == "", "not requeued"
+    assert not (tmp_path / "trial").exists(), "the sweep's next trial may start"
+    assert end_job("finished", 0, nodes="node1,node2", gpus=8, options=["--no-plan"])[0] == 0
+    assert (tmp_path / "run.started").exists()
+
+
+def test_plan_is_printed_and_a_failed_one_starts_the_run(
+    end_job: EndJob, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_with(tool, lambda *_: "plan: 15.7 GiB", monkeypatch)
+    assert end_job("finished", 0, gpus=8)[0] == 0
+    assert capsys.readouterr().out == "plan: 15.7 GiB\n"
+
+    def fail(*_: object) -> str:
+        raise RuntimeError("no compiler")
+
+    plan_with(tool, fail, monkeypatch)
+    assert end_job("finished", 0, gpus=8)[0] == 0
+    assert "the run starts without a plan of its memory: no compiler" in capsys.readouterr().out
+
+
+def test_job_without_gpus_is_not_planned(
+    end_job: EndJob, tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> str:
+        raise AssertionError("nothing is planned")
+
+    plan_with(tool, never, monkeypatch)
+    assert end_job("finished", 0)[0] == 0
