@@ -54,7 +54,7 @@ def plan_option(
         profile: of the shape of `bucket`, with config's recompute policy.
     """
     memory = plan_gpu_memory(config, profile, split.micro[bucket], cluster)
-    speed = plan_speed(config, profile, split, bucket, cluster, cached=config.data.latents)
+    speed = plan_speed(config, profile, split, bucket, cluster)
     return Option(
         config.recompute,
         split.micro[bucket],

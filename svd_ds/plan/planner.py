@@ -125,7 +125,9 @@ def _plan_shape(
     config: RunConfig, profile: StepProfile, shape: Shape, split: BatchSplit, bucket: int, cluster: Cluster
 ) -> ShapePlan:
     option = plan_option(config, profile, split, bucket, cluster)
-    return ShapePlan(shape, option, plan_speed(config, profile, split, bucket, cluster, cached=True))
+    # With data.latents the profile has the encoders that remain.
+    cached = plan_speed(config, profile, split, bucket, cluster, encoders=config.data.latents)
+    return ShapePlan(shape, option, cached)
 
 
 def _resolved_split(config: RunConfig, options: Sequence[Option], cluster: Cluster) -> BatchSplit:

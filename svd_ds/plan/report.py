@@ -205,6 +205,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"host: ({HOST_LAW.base_s:g} + {HOST_LAW.per_rank_s:g} x ranks) s a micro-step and "
         f"{HOST_LAW.tensors} tensors ({HOST_LAW.source})",
         *ASSUMPTIONS,
+        "with the latent cache no frame is encoded (the given frames, which are, do not count)",
         "not counted: checkpoints, evaluations, previews, restarts, waits for data",
     ]
     if not plan.profile.exact:

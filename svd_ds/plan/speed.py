@@ -144,19 +144,25 @@ def optimizer_seconds(config: RunConfig, profile: StepProfile, cluster: Cluster)
 
 
 def plan_speed(
-    config: RunConfig, profile: StepProfile, split: BatchSplit, bucket: int, cluster: Cluster, *, cached: bool
+    config: RunConfig,
+    profile: StepProfile,
+    split: BatchSplit,
+    bucket: int,
+    cluster: Cluster,
+    *,
+    encoders: bool = True,
 ) -> Speed:
     """Plan the time of a step.
 
     Args:
         split: division of the batch; its micro-batch of `bucket` is timed.
-        cached: True if latents and CLIP embeddings come from the cache, so that no encoder runs.
+        encoders: False leaves out VAE and CLIP, which the latent cache saves.
     """
     gpu, micro = cluster.gpu, split.micro[bucket]
     encoders_s, forward_s, backward_s = (
         phase_seconds(profile, phase, micro, gpu) for phase in ("encoders", "forward", "backward")
     )
-    encoders_s = 0.0 if cached else encoders_s
+    encoders_s = encoders_s if encoders else 0.0
     traffic = plan_traffic(config, profile, cluster)
     gpu_s = encoders_s + max(forward_s, traffic.forward_s) + max(backward_s, traffic.backward_s)
     not_overlapped_s = encoders_s + forward_s + backward_s + traffic.forward_s + traffic.backward_s

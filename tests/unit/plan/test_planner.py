@@ -24,6 +24,14 @@ def test_plan_of_the_configured_run(profile_fn: ProfileFn, cluster: Cluster) -> 
     plan.check_fits()
 
 
+def test_run_on_cached_latents_has_the_encoders_of_its_own_profile(
+    profile_fn: ProfileFn, cluster: Cluster
+) -> None:
+    words = ["batch.size=64", "data.latents=true", "data.crop=center", "data.flip=false"]
+    (shape,) = make_plan(compose(words), cluster, profile_fn).shapes
+    assert shape.cached == shape.option.speed and shape.cached.encoders_s > 0
+
+
 def test_auto_is_resolved(profile_fn: ProfileFn, cluster: Cluster) -> None:
     plan = make_plan(compose(["batch.size=224", "batch.micro=auto"]), cluster, profile_fn)
     assert plan.shapes[0].option.micro == 7

@@ -89,14 +89,14 @@ def test_step_is_the_slowest_of_gpu_communication_and_host(
     config: RunConfig, make_profile: MakeProfile, cluster: Cluster
 ) -> None:
     profile, split = make_profile(), BatchSplit(64, 16, (2,))
-    speed = plan_speed(config, profile, split, 0, cluster, cached=False)
+    speed = plan_speed(config, profile, split, 0, cluster)
     host_s = speed.host_s
     assert speed.bound == "host" and speed.num_micro_batches == 2
     assert speed.step_s == pytest.approx(2 * host_s + speed.optimizer_s)
     slow_network = replace(cluster, node_network=1e9)
-    speed = plan_speed(config, profile, split, 0, slow_network, cached=False)
+    speed = plan_speed(config, profile, split, 0, slow_network)
     assert speed.bound == "communication" and speed.gpu_s > host_s
-    speed = plan_speed(config, replace(profile, tensors=13), split, 0, cluster, cached=False)
+    speed = plan_speed(config, replace(profile, tensors=13), split, 0, cluster)
     assert speed.bound == "GPU"
     assert speed.gpu_s == pytest.approx(speed.encoders_s + speed.forward_s + speed.backward_s)
     assert speed.not_overlapped_s == pytest.approx(
@@ -107,7 +107,7 @@ def test_step_is_the_slowest_of_gpu_communication_and_host(
 def test_mfu_is_three_forward_passes_over_the_peak(
     config: RunConfig, make_profile: MakeProfile, cluster: Cluster
 ) -> None:
-    speed = plan_speed(config, make_profile(), BatchSplit(64, 16, (4,)), 0, cluster, cached=False)
+    speed = plan_speed(config, make_profile(), BatchSplit(64, 16, (4,)), 0, cluster)
     assert speed.clips_per_s == pytest.approx(64 / speed.step_s)
     assert speed.mfu == pytest.approx(3 * 20e12 * speed.clips_per_s / (16 * 312e12))
 
@@ -115,7 +115,7 @@ def test_mfu_is_three_forward_passes_over_the_peak(
 def test_cache_saves_the_encoders(config: RunConfig, make_profile: MakeProfile, cluster: Cluster) -> None:
     split = BatchSplit(64, 16, (4,))
     speed, cached = (
-        plan_speed(config, make_profile(), split, 0, cluster, cached=cached) for cached in (False, True)
+        plan_speed(config, make_profile(), split, 0, cluster, encoders=encoders) for encoders in (True, False)
     )
     assert speed.encoders_s > 0 and cached.encoders_s == 0
     assert speed.gpu_s - cached.gpu_s == pytest.approx(speed.encoders_s)
