@@ -39,7 +39,7 @@ KINDS = {"none": None, "asynchronous": True, "synchronous": False}
 
 
 class Training:
-    """A training with a folder of checkpoints for each kind."""
+    """A training with a run folder for each kind: a restart in a shared one would fence the others."""
 
     def __init__(self, config: RunConfig, env: Env, inputs: Inputs, task: Task, folder: Path) -> None:
         self.config, self.env, self.task = config, env, task
@@ -51,7 +51,7 @@ class Training:
         self.progress = inputs.progress
         self.ema_s = 0.0
         self.stores = {
-            kind: Checkpoints(folder / kind, CheckpointConfig(asynchronous=flag), env, "unet")
+            kind: Checkpoints(folder / kind / "checkpoints", CheckpointConfig(asynchronous=flag), env, "unet")
             for kind, flag in KINDS.items()
             if flag is not None
         }
@@ -113,7 +113,7 @@ def main() -> None:
 
 def report(env: Env, steps: int, rounds: list[dict[str, tuple[float, float]]], folder: Path) -> None:
     """Print a table: time of a step, size of a checkpoint, overheads."""
-    newest = max(folder.glob("asynchronous/step-*"))
+    newest = max(folder.glob("asynchronous/checkpoints/step-*"))
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     step_ms = 1e3 * statistics.median(kinds["none"][0] for kinds in rounds) / steps
     shares = {
