@@ -8,12 +8,16 @@ module are whole until its backward pass is over, those of other parameters unti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from svd_ds.parallel.recompute import apply_recompute
 from svd_ds.parallel.zero_leaf_modules import ensure_input_gradient
 from svd_ds.plan.tracker import GATHERED, GRADIENTS, StepTracker
 
@@ -77,10 +81,11 @@ class FakeEngine:
         (loss / num_micro_batches).backward()
         self.tracker.phase = "optimiser"
 
-    def gradient_norm(self) -> Any:
+    def gradient_norm(self) -> Tensor:
         """Return the norm of the gradient, on the device."""
         assert self.flat.grad is not None
-        return torch.linalg.vector_norm(self.flat.grad)
+        norm = torch.linalg.vector_norm(self.flat.grad)
+        return norm.to(self.tracker.device, non_blocking=True)
 
     def step(self, rates: Mapping[str, float]) -> None:
         """Take the optimiser's step."""
@@ -131,6 +136,28 @@ class FakeEngine:
     def _reduce(self, parameter: Tensor) -> None:
         self._keep(parameter)
         parameter.grad = None
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """Form a process group of one rank, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def recomputing(network: nn.Module, blocks: dict[str, nn.Module], policy: str) -> Iterator[None]:
+    """Apply a recompute policy inside the context."""
+    apply_recompute(network, blocks, policy)
+    try:
+        yield
+    finally:
+        for module in network.modules():
+            # apply_recompute replaces `forward` of the instance; the class's stays.
+            module.__dict__.pop("forward", None)
 
 
 def _units(network: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, int]]:

@@ -7,7 +7,6 @@ here it is sent to the fused operator that a GPU would take.
 
 from __future__ import annotations
 
-import importlib.machinery
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch._dynamo  # before the stand-in for triton, which it would take for the real one
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from svd_ds.model.ops import attention, fused
 from svd_ds.plan.tracker import StepTracker
 
 MAX_FLASH_WIDTH = 256
@@ -32,25 +31,29 @@ _scaled_dot_product_attention = F.scaled_dot_product_attention
 
 @contextmanager
 def counted_by(tracker: StepTracker) -> Iterator[None]:
-    """Have `tracker` count the launches inside the context."""
+    """Have `tracker` count launches of kernels, and reads by `tolist`, inside the context."""
     global _tracker
-    _tracker = tracker
+    fake: Any = FakeTensor
+    _tracker, read = tracker, fake.tolist
+    # FakeTensor reads a list number by number, which would be a read each.
+    fake.tolist = lambda tensor: tracker.read_list(tensor)
     try:
         yield
     finally:
-        _tracker = None
+        _tracker, fake.tolist = None, read
 
 
 def replace_kernels() -> None:
-    """Replace Triton and fused attention, for the rest of the process."""
-    assert "svd_ds.model.ops.kernels" not in sys.modules, "the real kernels are imported already"
-    triton, language = ModuleType("triton"), ModuleType("triton.language")
-    attributes: dict[str, Any] = {"jit": _jit, "JITFunction": _Kernel, "language": language}
-    vars(triton).update(attributes)
-    vars(language)["constexpr"] = object()
-    for module in (triton, language):
-        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
-        sys.modules[module.__name__] = module
+    """Replace Triton's kernels and fused attention, for the rest of the process."""
+    name = "svd_ds.model.ops.kernels"
+    assert name not in sys.modules, "the real kernels are imported already"
+    kernels = ModuleType(name)
+    vars(kernels).update({"INTERPRETED": False, "__getattr__": _Kernel})
+    sys.modules[name] = kernels
+    users: Any = (attention, fused)
+    for module in users:
+        # A login node need not have Triton.
+        module.triton_installed = lambda: True
     functional: Any = F
     functional.scaled_dot_product_attention = _attention
     cuda: Any = torch.cuda
@@ -72,21 +75,21 @@ def pretending_cuda() -> Iterator[None]:
 
 
 class _Kernel:
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.__name__ = function.__name__
+    """Stand-in for the Triton kernel of a name."""
+
+    def __init__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.name = name
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         assert all(isinstance(size, int) and 0 < size < MAX_GRID for size in grid), grid
 
         def launch(*args: Any, **options: Any) -> None:
             assert _tracker is not None
-            _tracker.kernel(self.__name__, args)
+            _tracker.kernel(self.name, args)
 
         return launch
-
-
-def _jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    return _Kernel(function) if function is not None else _Kernel
 
 
 def _attention(

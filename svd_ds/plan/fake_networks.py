@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,14 +61,20 @@ image_encoder) and stabilityai/stable-diffusion-2-1-base (text_encoder)."""
 
 @contextmanager
 def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Make parameters on `device` in `dtype` inside the context: fake parameters cannot be moved later."""
-    before = torch.get_default_dtype()
+    """Make parameters on `device` in `dtype` inside the context, where `Module.to` does nothing.
+
+    Fake parameters cannot be moved.
+    """
+    before, module = torch.get_default_dtype(), cast(Any, nn.Module)
+    move = module.to
     torch.set_default_dtype(dtype)
+    module.to = lambda self, *args, **options: self
     try:
         with device:
             yield
     finally:
         torch.set_default_dtype(before)
+        module.to = move
 
 
 def move_stray_parameters(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

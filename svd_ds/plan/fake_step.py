@@ -9,8 +9,9 @@ What differs from a run: frozen networks have shapes and no weights (fake_networ
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +26,12 @@ from svd_ds.inputs import Inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.model.ops.attention import FLASH
+from svd_ds.model.ops.trial import KernelChoice
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import parameter_tags
 from svd_ds.parallel.env import Env
-from svd_ds.parallel.recompute import apply_recompute
-from svd_ds.plan.fake_engine import FakeEngine
+from svd_ds.parallel.local_norm import LocalNorm
+from svd_ds.plan.fake_engine import FakeEngine, one_rank, recomputing
 from svd_ds.plan.fake_kernels import counted_by
 from svd_ds.plan.fake_networks import build_autoencoder, build_conditioner, made_on, move_stray_parameters
 from svd_ds.plan.tracker import StepTracker
@@ -37,6 +39,8 @@ from svd_ds.sample import frozen_folder
 from svd_ds.scalars import SCALARS
 from svd_ds.tasks import Task, read_task
 from svd_ds.training.ema import ShardEMA
+from svd_ds.training.gradients import GradientComputation
+from svd_ds.training.objectives.base import Objective
 from svd_ds.training.objectives.decoder import DecoderObjective
 from svd_ds.training.objectives.diffusion import DiffusionObjective, PreparedBatch
 from svd_ds.training.optim import group_lrs, parameter_groups
@@ -60,12 +64,14 @@ class FakeStep:
         config: settings of the run.
         device: cuda with fake_cuda.load, or the CPU.
         precision: bf16 or fp32.
+        fake: False runs the step on real tensors, on a CPU: the tracker's result can then be compared with
+            the allocator's.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, precision: str) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, precision: str, fake: bool = True) -> None:
         self.config = config = _without_packages(config)
         self.device = device
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with self.mode:
             self.autoencoder, self.conditioner = self._frozen()
@@ -104,26 +110,30 @@ class FakeStep:
             policy: recompute policy.
             clips: clips of the micro-batch.
         """
-        blocks = self.network.blocks()
-        with self.mode, _recomputing(self.network, blocks, policy):
+        objective, network = self.task.objective, self.network
+        # A module whose inputs need no gradient: torch warns that its hook runs early.
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        with self.mode, recomputing(network, network.blocks(), policy), one_rank():
             tracker = StepTracker(self.device, self._constants())
             self.engine.tracker = tracker
-            batch = Batch.from_clips([self._clip(ordinal) for ordinal in range(clips)])
-            objective = self.task.objective
             if isinstance(objective, DiffusionObjective):
-                objective = self._keeping_encoders(objective, tracker)
+                objective = self._encoding_once(objective, tracker)
+            host = objective.draw(Batch.from_clips([self._clip(ordinal) for ordinal in range(clips)]))
+            gradients = GradientComputation(
+                cast(Any, self.engine), objective, LocalNorm(network), rank=0, device=self.device
+            )
             with tracker, counted_by(tracker), self._labelled(tracker, clips):
-                loss_B = objective.loss(self.engine, batch.to(self.device))
-                self.engine.backward(loss_B.mean())
-                loss_B = loss_B.detach()
-                self.engine.gradient_norm()
-                # A fake tensor has no value to read: each term counts as 1, a finite gradient as well.
-                terms = dict.fromkeys(objective.reduce_terms(), 1.0)
-                self.engine.step(group_lrs(self.config.optim, 1e-4))
-                objective.end_step(terms)
-                self.ema.update(self.engine.local_shards(), 2 * clips, clips)
+                self._step(objective, gradients, host)
         _, encoders = self._encoded.get(clips, (None, tracker))
         return StepRun(tracker, encoders, self.engine.kept)
+
+    def _step(self, objective: Objective, gradients: GradientComputation, host: Batch) -> None:
+        """Take a step, as training/loop.py does; the batch is copied as by training/prefetch.py."""
+        found = gradients.compute([host.to(self.device)])
+        numbers = found.numbers
+        self.engine.step(group_lrs(self.config.optim, self.config.optim.lr))
+        objective.end_step(numbers.terms)
+        self.ema.update(self.engine.local_shards(), 2 * len(host), len(host))
 
     def _frozen(self) -> tuple[Autoencoder, Conditioner | None]:
         config, path = self.config, frozen_folder(self.config.frozen.path)
@@ -150,7 +160,7 @@ class FakeStep:
         }
         inputs = Inputs(**cast(Any, fields | given))
         with made_on(self.device, torch.float32):
-            task = read_task(config, env, inputs)
+            task = read_task(config, env, inputs, KernelChoice(config.model.kernels))
             if has_perceptual:
                 perceptual = Perceptual().eval().requires_grad_(False)
                 cast(DecoderObjective, task.objective).perceptual = perceptual
@@ -189,7 +199,7 @@ class FakeStep:
         ordinal += config.loss.adversarial_start
         return Clip(str(ordinal), ordinal, frames_TCHW, "", scalars, moments_TMhw, context_LD, still)
 
-    def _keeping_encoders(self, objective: DiffusionObjective, tracker: StepTracker) -> DiffusionObjective:
+    def _encoding_once(self, objective: DiffusionObjective, tracker: StepTracker) -> DiffusionObjective:
         """Return the objective with a `prepare` that runs once for each size of the micro-batch."""
 
         def prepare(batch: Batch) -> PreparedBatch:
@@ -249,17 +259,6 @@ def _trained_parameters(config: RunConfig, network: nn.Module, task: Task) -> li
     tags = {name: tag for name, tag in parameter_tags(network).items() if task.is_trainable(name)}
     groups = parameter_groups(tags, shapes, config.optim)
     return [name for group in groups for name in group.parameter_names]
-
-
-@contextmanager
-def _recomputing(network: nn.Module, blocks: dict[str, nn.Module], policy: str) -> Iterator[None]:
-    apply_recompute(network, blocks, policy)
-    try:
-        yield
-    finally:
-        for module in network.modules():
-            # apply_recompute replaces `forward` of the instance; the class's stays.
-            module.__dict__.pop("forward", None)
 
 
 def _labelled_network(network: nn.Module, tracker: StepTracker) -> list[Any]:

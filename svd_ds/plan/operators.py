@@ -16,6 +16,8 @@ _COPIES = ("aten::_to_copy", "aten::copy_", "aten::_foreach_copy_", "aten::copy"
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index")
 _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
 _ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
+CALLERS = 3
+"""Callers that a location names."""
 _PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 _OWN = f"{Path(__file__).resolve().parent}{os.sep}"
 
@@ -35,17 +37,19 @@ class Op(NamedTuple):
 
 
 def locate() -> str:
-    """Return file:line of the innermost frame in svd_ds, or of the caller's if there is none."""
+    """Return file:line of the innermost frames in svd_ds, "FIRST (from SECOND, THIRD)"; else of any frame."""
     frame: Any = sys._getframe(1)
-    fallback = ""
-    while frame is not None:
+    found: list[str] = []
+    fallback = "the backward pass"
+    while frame is not None and len(found) <= CALLERS:
         name = frame.f_code.co_filename
         if name.startswith(_PACKAGE) and not name.startswith(_OWN):
-            return f"svd_ds/{name.removeprefix(_PACKAGE)}:{frame.f_lineno}"
-        if not fallback and "/torch/" not in name and not name.startswith(_OWN):
+            found.append(f"svd_ds/{name.removeprefix(_PACKAGE)}:{frame.f_lineno}")
+        elif fallback == "the backward pass" and "/torch/" not in name and not name.startswith(_OWN):
             fallback = f"{name}:{frame.f_lineno}"
         frame = frame.f_back
-    return fallback or "the backward pass"
+    first, *callers = found or [fallback]
+    return f"{first} (from {', '.join(callers)})" if callers else first
 
 
 def describe(func: Any) -> Op:
@@ -85,3 +89,12 @@ def replace_tensors(values: Any, replaced: dict[int, Tensor]) -> Any:
 def stand_in_number(tensor: Tensor) -> Any:
     """Return a number of the tensor's type, in place of one that a fake tensor does not have."""
     return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+
+
+def stand_in_result(name: str, tensor: Tensor) -> Any:
+    """Return a result for an operator that reads values: one number, one index, or one element."""
+    if name == "aten::_local_scalar_dense":
+        return stand_in_number(tensor)
+    if name == "aten::nonzero":
+        return tensor.new_zeros(1, tensor.dim(), dtype=torch.long)
+    return True if name == "aten::equal" else tensor.new_zeros(1)

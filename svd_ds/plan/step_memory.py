@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from svd_ds.plan.fake_step import StepRun
+from svd_ds.plan.records import CLIP, CONSTANT
 from svd_ds.plan.step_profile import PHASES, Amount, MemoryPoint, sum_amounts
-from svd_ds.plan.tracker import CLIP, CONSTANT, StepTracker
+from svd_ds.plan.tracker import StepTracker
 
 MAX_MICRO_BATCH = 1024
 """Largest micro-batch size for which the peak is known."""

@@ -110,7 +110,8 @@ class StepProfile:
     phases: dict[str, PhaseCost]
     """Costs by phase. Those of the optimiser are for all elements: a rank has its share of them."""
     host_reads: tuple[str, ...]
-    """Location (file:line) of every read of a device number by the host, except the step's own report."""
+    """Places (file:line) where the host waits for the device: it reads a number, or copies to the device
+    without non_blocking. One is expected, the read of losses and norm."""
     device_errors: tuple[str, ...]
     """Operations on tensors of different devices, with their locations."""
     exact: bool

@@ -40,6 +40,7 @@ def profile(request: ProfileRequest, steps: dict[str, FakeStep], exact: bool) ->
         points = (*(p for p in memory_points(encoders, clips, chunk) if p.phase == "encoders"), *own)
         phases["encoders"] = _phase_cost(encoders, "encoders", clips)
     parameters = dict(step.network.named_parameters())
+    waits = [place for seen in (encoders, tracker) for place in (*seen.host_reads, *seen.blocking_copies)]
     discriminator = getattr(step.task.objective, "discriminator", None)
     return StepProfile(
         policy=request.policy,
@@ -56,7 +57,7 @@ def profile(request: ProfileRequest, steps: dict[str, FakeStep], exact: bool) ->
         kept=kept_bytes(run, clips),
         points=points,
         phases=phases,
-        host_reads=tuple(dict.fromkeys((*encoders.host_reads, *tracker.host_reads))),
+        host_reads=tuple(dict.fromkeys(waits)),
         device_errors=tuple(dict.fromkeys((*encoders.device_errors, *tracker.device_errors))),
         exact=exact,
     )

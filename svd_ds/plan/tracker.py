@@ -4,7 +4,8 @@ The tracker is a dispatch mode: it sees every operation of the forward pass, of 
 optimiser. It counts the bytes of the device's storages, as torch's caching allocator would (rounded up to 512
 bytes), and for each whether its size depends on the micro-batch. It reports
 - an operation on tensors of different devices, which fails on a GPU,
-- a read of a device number by the host, for which the host waits for the GPU.
+- a read of a device number by the host, and a copy to the device that is not non_blocking: for both, the host
+  waits until the GPU has done all the work before.
 
 After such an operation the step continues, so that one run finds all of them.
 """
@@ -15,54 +16,28 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svd_ds.plan.operators import Op, describe, locate, replace_tensors, stand_in_number, tensors_in
+from svd_ds.plan.operators import (
+    Op,
+    describe,
+    locate,
+    replace_tensors,
+    stand_in_number,
+    stand_in_result,
+    tensors_in,
+)
+from svd_ds.plan.records import CLIP, CONSTANT, FRAME, Cost, Event, Storage
 
-CONSTANT, CLIP, FRAME = range(3)
-"""Scale of a storage: independent of the micro-batch, proportional to it, or to the autoencoder's chunk."""
 ROUND = 512
 """Size to which torch's CUDA allocator rounds up."""
 GATHERED, GRADIENTS = "gathered weights", "gradients"
 """Parts of the memory other than activations."""
-
-
-class Storage(NamedTuple):
-    """A storage of the device."""
-
-    size: int
-    phase: str
-    part: str
-    frames: int
-    """Frames that the autoencoder encodes at once, 0 for another storage."""
-    frames_per_clip: int
-
-
-class Cost(NamedTuple):
-    """Operation with its cost at the micro-batch size of the run."""
-
-    phase: str
-    kind: str
-    flops: float
-    bytes: float
-    """Bytes that scale with the micro-batch, or with the chunk."""
-    constant_bytes: float
-    frames: int
-    frames_per_clip: int
-
-
-class Event(NamedTuple):
-    """Allocation or release of a storage."""
-
-    storage: int
-    """Index of the storage; its complement (~index) for a release."""
-    phase: str
-    module: str
 
 
 class _Release(weakref.ref):  # type: ignore[type-arg]
@@ -100,8 +75,8 @@ class StepTracker(TorchDispatchMode):
         self.device_errors: list[str] = []
         self.host_operands: list[str] = []
         """Operations on device tensors with numbers or indices in host memory, which torch allows."""
-        self.uploads: list[str] = []
-        """Copies from host memory to the device."""
+        self.blocking_copies: list[str] = []
+        """Copies from host memory to the device that are not non_blocking: the host waits for the device."""
         self._live: dict[int, int] = {}
         self._constants = {tensor.untyped_storage()._cdata for tensor in constants}
         self._references: dict[int, _Release] = {}
@@ -120,8 +95,7 @@ class StepTracker(TorchDispatchMode):
         if op.reads and inputs and isinstance(inputs[0], FakeTensor):
             if on_device:
                 self.read(op.name)
-            if op.name == "aten::_local_scalar_dense":
-                return stand_in_number(inputs[0])
+            return stand_in_result(op.name, inputs[0])
         out = func(*args, **kwargs)
         outputs = list(tensors_in((out,)))
         self._account(op, args, kwargs, out, inputs, on_device, outputs)
@@ -141,6 +115,15 @@ class StepTracker(TorchDispatchMode):
     def read(self, name: str) -> None:
         """Record that the host reads a number of the device."""
         self.host_reads.append(f"{locate()}: {name}")
+
+    def read_list(self, tensor: FakeTensor) -> Any:
+        """Record that the host reads a tensor by `tolist`, and return a list of its shape."""
+        if self._is_on_device(tensor):
+            self.read("tolist")
+        values: Any = stand_in_number(tensor)
+        for size in reversed(tensor.shape):
+            values = [values] * size
+        return values
 
     def set_constant(self, tensor: Tensor, part: str) -> None:
         """Correct a storage: its size, such as that of a gradient, does not depend on the micro-batch."""
@@ -194,6 +177,8 @@ class StepTracker(TorchDispatchMode):
         return list(self._live.values())
 
     def _is_on_device(self, tensor: Tensor) -> bool:
+        if self.device.type == "cpu":
+            return True
         return isinstance(tensor, FakeTensor) and tensor.fake_device.type == self.device.type
 
     def _scale(self, tensor: Tensor) -> int:
@@ -227,7 +212,7 @@ class StepTracker(TorchDispatchMode):
     ) -> None:  # fmt: skip
         results = [tensor for tensor in outputs if self._is_on_device(tensor)]
         if op.is_copy and len(on_device) + len(results) > 0:
-            self._check_copy(op, inputs, on_device, outputs, results)
+            self._check_copy(op, args, kwargs, inputs, outputs)
         if not results and not on_device:
             return
         scale, moved, seen = CONSTANT, [0.0, 0.0], set()
@@ -259,15 +244,16 @@ class StepTracker(TorchDispatchMode):
                 self._producers[index] = cost
 
     def _check_copy(
-        self, op: Op, inputs: list[Tensor], on_device: list[Tensor],
-        outputs: list[Tensor], results: list[Tensor]
-    ) -> None:  # fmt: skip
+        self, op: Op, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         source = inputs[-1] if op.name == "aten::copy_" else inputs[0]
         target = outputs[0] if outputs else inputs[0]
         if self._is_on_device(source) and not self._is_on_device(target):
             self.read("copy to host memory")
         elif not self._is_on_device(source) and self._is_on_device(target):
-            self.uploads.append(locate())
+            waits = not kwargs.get("non_blocking", op.name == "aten::copy_" and args[2:] == (True,))
+            if waits:
+                self.blocking_copies.append(f"{locate()}: {op.name}")
 
     def _allocate(self, tensor: Tensor, key: int, scale: int) -> int:
         storage = tensor.untyped_storage()
