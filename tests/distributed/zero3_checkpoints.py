@@ -48,6 +48,9 @@ def shared_folder(ranks: Ranks) -> str:
 class NoObjective(Objective):
     """Objective without state, for checkpoints of an engine alone."""
 
+    def draw(self, batch: Batch) -> Batch:
+        raise AssertionError("no test draws for this loss")
+
     def loss(self, net: Callable[..., Tensor], batch: Batch) -> Tensor:
         raise AssertionError("no test computes this loss")
 
