@@ -247,9 +247,7 @@ def _without_packages(config: RunConfig) -> RunConfig:
     """Replace backends that must be installed by ones with the same memory: the GPU node has them."""
     model = config.model
     backends: dict[str, Any] = {
-        name: "sdpa"
-        for name in ("spatial_attention", "temporal_attention")
-        if getattr(model, name) in FLASH
+        name: "sdpa" for name in ("spatial_attention", "temporal_attention") if getattr(model, name) in FLASH
     }
     return replace(config, model=replace(model, **backends))
 

@@ -33,7 +33,7 @@ class ShapePlan:
     option: Option
     """Step as configured."""
     cached: Speed
-    """Speed with latents and CLIP embeddings from the cache."""
+    """Speed with latents and CLIP embeddings from the cache; that of `option` for a decoder."""
 
 
 class DoesNotFitError(ValueError):
@@ -125,8 +125,9 @@ def _plan_shape(
     config: RunConfig, profile: StepProfile, shape: Shape, split: BatchSplit, bucket: int, cluster: Cluster
 ) -> ShapePlan:
     option = plan_option(config, profile, split, bucket, cluster)
-    # With data.latents the profile has the encoders that remain.
-    cached = plan_speed(config, profile, split, bucket, cluster, encoders=config.data.latents)
+    # With data.latents the profile has the encoders that remain. A decoder is trained on frames.
+    encoders = config.data.latents or config.task == "decoder"
+    cached = plan_speed(config, profile, split, bucket, cluster, encoders=encoders)
     return ShapePlan(shape, option, cached)
 
 

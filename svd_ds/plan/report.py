@@ -156,7 +156,7 @@ def _speed_lines(plan: Plan, shape: ShapePlan) -> list[str]:
     speed, traffic = shape.option.speed, shape.option.speed.traffic
     mfu = f", MFU {speed.mfu:.1%}" if speed.mfu is not None else ""
     between = f"; {traffic.between_nodes / GB:.1f} GB into each node" if traffic.between_nodes else ""
-    return [
+    lines = [
         f"step of {shape.shape}: {speed.step_s:.2f} s, {speed.clips_per_s:.3g} clips/s{mfu}, bound by the "
         f"{speed.bound}",
         f"  {speed.num_micro_batches} micro-steps of {max(speed.gpu_s, speed.host_s):.3f} s, optimiser "
@@ -168,17 +168,21 @@ def _speed_lines(plan: Plan, shape: ShapePlan) -> list[str]:
         f"{traffic.reduced / GB:.2f} GB per rank{between}; forward {traffic.forward_s:.3f} s, backward "
         f"{traffic.backward_s:.3f} s",
         f"  host: {speed.host_s:.3f} s",
-        f"  with the latent cache (tools/encode.py): {shape.cached.step_s:.2f} s, "
-        f"{shape.cached.clips_per_s:.3g} clips/s",
     ]
+    if shape.cached != speed:
+        clips_per_s = f"{shape.cached.clips_per_s:.3g} clips/s"
+        lines += [f"  with the latent cache (tools/encode.py): {shape.cached.step_s:.2f} s, {clips_per_s}"]
+    return lines
 
 
 def _cost_lines(plan: Plan) -> list[str]:
     steps = plan.config.run.steps
-    return [
+    lines = [
         f"run of {steps:,} steps, {steps * plan.config.batch.size:,} clips: {_cost(plan.cost)}",
-        f"  with the latent cache: {_cost(plan.cached_cost)}",
     ]
+    if plan.cached_cost != plan.cost:
+        lines += [f"  with the latent cache: {_cost(plan.cached_cost)}"]
+    return lines
 
 
 def _cost(cost: Cost) -> str:

@@ -30,7 +30,7 @@ def test_text_has_parts_table_step_and_cost(plan: Plan) -> None:
         "best that fits: batch.micro=",
         "all-gather 3.75 GB, reduce-scatter 3.75 GB per rank; 7.5 GB into each node",
         "with the latent cache",
-        "bound by the host",
+        "bound by the GPU",
         " USD",
     ):
         assert words in text, words
