@@ -70,7 +70,7 @@ class FakeStep:
 
     def __init__(self, config: RunConfig, device: torch.device, precision: str, fake: bool = True) -> None:
         self.config = config = _without_packages(config)
-        self.device = device
+        self.device, self.fake = device, fake
         self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with self.mode:
@@ -122,14 +122,16 @@ class FakeStep:
             gradients = GradientComputation(
                 cast(Any, self.engine), objective, LocalNorm(network), rank=0, device=self.device
             )
-            with tracker, counted_by(tracker), self._labelled(tracker, clips):
+            with tracker if self.fake else nullcontext(), counted_by(tracker), self._labelled(tracker, clips):
                 self._step(objective, gradients, host)
         _, encoders = self._encoded.get(clips, (None, tracker))
         return StepRun(tracker, encoders, self.engine.kept)
 
     def _step(self, objective: Objective, gradients: GradientComputation, host: Batch) -> None:
         """Take a step, as training/loop.py does; the batch is copied as by training/prefetch.py."""
-        found = gradients.compute([host.to(self.device)])
+        batch = host.to(self.device)
+        self.engine.tracker.adopt(_tensors_of(batch))  # On a CPU nothing is copied.
+        found = gradients.compute([batch])
         numbers = found.numbers
         self.engine.step(group_lrs(self.config.optim, self.config.optim.lr))
         objective.end_step(numbers.terms)
@@ -274,5 +276,7 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
         part = getattr(value, entry.name)
         if isinstance(part, Tensor):
             yield part
+        elif isinstance(part, dict):
+            yield from part.values()
         elif dataclasses.is_dataclass(part):
             yield from _tensors_of(part)

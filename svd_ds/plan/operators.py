@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,3 +98,19 @@ def stand_in_result(name: str, tensor: Tensor) -> Any:
     if name == "aten::nonzero":
         return tensor.new_zeros(1, tensor.dim(), dtype=torch.long)
     return True if name == "aten::equal" else tensor.new_zeros(1)
+
+
+def onednn_scratch(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> int:
+    """Return the bytes that a convolution on a CPU allocates besides its results, and frees before them.
+
+    oneDNN copies operands with channels first into a layout of its own, and the result out of it. GPUs have
+    workspaces, too, which only they know.
+    """
+    if (
+        inputs[0].is_cuda
+        or inputs[0].dim() != 4
+        or inputs[0].is_contiguous(memory_format=torch.channels_last)
+    ):
+        return 0
+    copied, made = (sum(t.numel() * t.element_size() for t in group) for group in (inputs[:2], results))
+    return max(copied + made, 2 * made)

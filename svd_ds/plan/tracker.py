@@ -27,6 +27,7 @@ from svd_ds.plan.operators import (
     Op,
     describe,
     locate,
+    onednn_scratch,
     replace_tensors,
     stand_in_number,
     stand_in_result,
@@ -36,7 +37,7 @@ from svd_ds.plan.records import CLIP, CONSTANT, FRAME, Cost, Event, Storage
 
 ROUND = 512
 """Size to which torch's CUDA allocator rounds up."""
-GATHERED, GRADIENTS = "gathered weights", "gradients"
+GATHERED, GRADIENTS, SCRATCH = "gathered weights", "gradients", "scratch of convolutions"
 """Parts of the memory other than activations."""
 
 
@@ -228,6 +229,8 @@ class StepTracker(TorchDispatchMode):
             scale = CLIP
         if scale == CLIP and self.frames:
             scale = FRAME
+        if op.kind == "conv" and self.device.type == "cpu" and (scratch := onednn_scratch(inputs, results)):
+            self._count_scratch(scratch, scale)
         fresh = []
         for tensor in results:
             key = tensor.untyped_storage()._cdata
@@ -257,18 +260,24 @@ class StepTracker(TorchDispatchMode):
 
     def _allocate(self, tensor: Tensor, key: int, scale: int) -> int:
         storage = tensor.untyped_storage()
-        index = len(self.storages)
         size = -(-storage.nbytes() // ROUND) * ROUND
-        module = self.modules[-1]
-        self.storages.append(
-            Storage(size, self.phase, self.part or module, self.frames, self.frames_per_clip)
-        )
-        self.scales.append(CONSTANT if self.part else scale)
+        index = self._add(size, self.part or self.modules[-1], CONSTANT if self.part else scale)
         self._live[key] = index
-        self.events.append(Event(index, self.phase, module))
         reference = _Release(storage, self._release)
         reference.key = key
         self._references[key] = reference
+        return index
+
+    def _count_scratch(self, size: int, scale: int) -> None:
+        """Count a buffer that an operation allocates and frees."""
+        index = self._add(size, SCRATCH, scale)
+        self.events.append(Event(~index, self.phase, self.modules[-1]))
+
+    def _add(self, size: int, part: str, scale: int) -> int:
+        index = len(self.storages)
+        self.storages.append(Storage(size, self.phase, part, self.frames, self.frames_per_clip))
+        self.scales.append(scale)
+        self.events.append(Event(index, self.phase, self.modules[-1]))
         return index
 
     def _release(self, reference: _Release) -> None:
