@@ -22,6 +22,8 @@ NCCL_BYTES = 3 * GIB // 2
 """Buffers of NCCL's communicators; assumed."""
 WORKSPACE_BYTES = GIB
 """Workspaces of cuDNN and cuBLAS, and the float32 gradient inside attention's backward pass; assumed."""
+WORKSPACES, GATHERED_AHEAD = "workspaces", "weights gathered ahead"
+"""Parts of the allowance that torch's allocator counts."""
 FRAGMENTATION = 0.08
 """Share of the allocated bytes that the allocator holds besides; assumed."""
 CPU_PROCESS_BYTES = 3 * GIB // 2
@@ -54,6 +56,11 @@ class Memory:
     @property
     def total(self) -> int:
         return self.allocated + sum(self.allowance.values())
+
+    @property
+    def most_allocated(self) -> int:
+        """Return the peak of torch's allocator with the part of the allowance that goes through it."""
+        return self.allocated + sum(self.allowance.get(name, 0) for name in (WORKSPACES, GATHERED_AHEAD))
 
 
 def shard_bytes(config: RunConfig, profile: StepProfile, ranks: int, bf16: bool) -> dict[str, int]:
@@ -128,8 +135,8 @@ def plan_memory(
         allowance = {
             "CUDA context": CONTEXT_BYTES,
             "NCCL": NCCL_BYTES if ranks > 1 else 0,
-            "workspaces": WORKSPACE_BYTES,
-            "weights gathered ahead": gathered,
+            WORKSPACES: WORKSPACE_BYTES,
+            GATHERED_AHEAD: gathered,
             "fragmentation": fragmentation,
         }
     kept = round(profile.kept.at(micro, profile.chunk))

@@ -19,7 +19,7 @@ STEPS = 3
 """Steps of a process after which its peak is measured: the allocator and DeepSpeed's trace have settled."""
 LOWEST_PRIORITY = 19
 TOLERANCE = 0.10
-"""Difference between plan and measurement above which a warning is printed."""
+"""Relative difference between plan and measurement above which a warning is printed."""
 
 
 class MemoryCheck:
@@ -30,22 +30,26 @@ class MemoryCheck:
     """
 
     def __init__(
-        self, plan: Callable[[], int], measure: Callable[[], int], print_line: Callable[[str], None]
+        self,
+        plan: Callable[[], tuple[int, int]],
+        measure: Callable[[], int],
+        print_line: Callable[[str], None],
     ) -> None:
         """
         Args:
-            plan: returns the planned peak of torch's allocator in bytes; takes a minute.
+            plan: returns the planned peak of torch's allocator in bytes, without and with the workspaces and
+                gathered weights that are an allowance; takes a minute.
             measure: returns the measured peak in bytes.
             print_line: prints a line for the user.
         """
         self._measure, self._print_line = measure, print_line
         self._num_steps, self._measured, self._is_done = 0, 0, False
-        self._planned: int | None = None
+        self._planned: tuple[int, int] | None = None
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, args=(plan,), name="memory plan", daemon=True)
         self._thread.start()
 
-    def _run(self, plan: Callable[[], int]) -> None:
+    def _run(self, plan: Callable[[], tuple[int, int]]) -> None:
         try:
             # Linux has a priority for each thread; a process inherits that of the thread which starts it.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
@@ -67,13 +71,13 @@ class MemoryCheck:
     def _comparison(self) -> str:
         if self._planned is None:
             return f"note: the memory of a step could not be planned: {self._failure}"
-        planned, measured = self._planned / GIB, self._measured / GIB
-        line = f"memory: plan {planned:.1f} GiB, measured {measured:.1f} GiB"
-        if abs(measured - planned) <= TOLERANCE * planned:
+        least, most = self._planned
+        line = f"memory: plan {least / GIB:.1f} GiB, measured {self._measured / GIB:.1f} GiB"
+        if (1 - TOLERANCE) * least <= self._measured <= (1 + TOLERANCE) * most:
             return line
         return (
-            f"warning: {line}, which differ by more than {TOLERANCE:.0%}: what tools/plan.py says of other "
-            "settings is as far off"
+            f"warning: {line}: with the {(most - least) / GIB:.1f} GiB of workspaces and gathered weights "
+            f"that the plan allows for, they differ by more than {TOLERANCE:.0%}"
         )
 
 
@@ -89,8 +93,9 @@ def start_memory_check(
     if env.device.type != "cuda" or config.data.buckets:
         return None
 
-    def plan() -> int:
+    def plan() -> tuple[int, int]:
         profile = profile_gpu_steps(config, [config.recompute], config.data.shape)[config.recompute]
-        return plan_memory(config, profile, split.micro[0], env.world, env.local_world).allocated
+        memory = plan_memory(config, profile, split.micro[0], env.world, env.local_world)
+        return memory.allocated, memory.most_allocated
 
     return MemoryCheck(plan, torch.cuda.max_memory_allocated, print_line)

@@ -28,7 +28,7 @@ def test_micro_batch_is_planned_and_memory_is_compared(
         config: RunConfig, env: Env, split: BatchSplit, print_line: Callable[[str], None]
     ) -> MemoryCheck:
         splits.append(split)
-        started = MemoryCheck(lambda: 7 * GIB, lambda: 9 * GIB, print_line)
+        started = MemoryCheck(lambda: (7 * GIB, 8 * GIB), lambda: 9 * GIB, print_line)
         started._thread.join(60)
         return started
 

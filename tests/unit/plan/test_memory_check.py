@@ -36,19 +36,26 @@ def planned(plan: object, measured: float) -> list[str]:
 
 
 def test_both_numbers_are_printed_once() -> None:
-    assert planned(lambda: int(15.7 * GIB), 16.1) == ["memory: plan 15.7 GiB, measured 16.1 GiB"]
+    assert planned(lambda: (int(15.7 * GIB), int(19 * GIB)), 16.1) == [
+        "memory: plan 15.7 GiB, measured 16.1 GiB"
+    ]
 
 
-@pytest.mark.parametrize("measured", [13.9, 17.4])
+@pytest.mark.parametrize("measured", [14.2, 20.8])
+def test_difference_within_a_tenth_is_none(measured: float) -> None:
+    assert planned(lambda: (int(15.7 * GIB), int(19 * GIB)), measured)[0].startswith("memory: plan 15.7 GiB")
+
+
+@pytest.mark.parametrize("measured", [13.9, 21.0])
 def test_large_difference_is_a_warning(measured: float) -> None:
-    (line,) = planned(lambda: int(15.7 * GIB), measured)
+    (line,) = planned(lambda: (int(15.7 * GIB), int(19 * GIB)), measured)
     assert line.startswith(
-        f"warning: memory: plan 15.7 GiB, measured {measured} GiB, which differ by more than 10%"
+        f"warning: memory: plan 15.7 GiB, measured {measured} GiB: with the 3.3 GiB of work"
     )
 
 
 def test_failed_plan_does_not_disturb_the_run() -> None:
-    def fail() -> int:
+    def fail() -> tuple[int, int]:
         raise RuntimeError("no\ncompiler")
 
     assert planned(fail, 1.0) == ["note: the memory of a step could not be planned: no compiler"]
@@ -57,9 +64,9 @@ def test_failed_plan_does_not_disturb_the_run() -> None:
 def test_steps_do_not_wait_for_the_plan() -> None:
     release, lines, peaks = threading.Event(), [], [7 * GIB, 9 * GIB]
 
-    def plan() -> int:
+    def plan() -> tuple[int, int]:
         release.wait(60)
-        return 7 * GIB
+        return 7 * GIB, 7 * GIB
 
     check = MemoryCheck(plan, lambda: peaks.pop(0), lines.append)
     run_steps(check, 2 * STEPS)
@@ -75,10 +82,10 @@ def test_steps_do_not_wait_for_the_plan() -> None:
 def test_the_planning_process_has_the_lowest_priority() -> None:
     found = []
 
-    def plan() -> int:
+    def plan() -> tuple[int, int]:
         command = [sys.executable, "-c", "import os; print(os.getpriority(os.PRIO_PROCESS, 0))"]
         found.append(int(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
-        return GIB
+        return GIB, GIB
 
     before = os.getpriority(os.PRIO_PROCESS, 0)
     planned(plan, 1.0)
