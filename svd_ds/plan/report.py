@@ -7,7 +7,7 @@ from typing import Any
 
 from svd_ds.parallel.recompute import POLICIES
 from svd_ds.plan.fit import DOES_NOT_FIT, FITS, TIGHT, Option, best_option
-from svd_ds.plan.hardware import CALIBRATIONS, GB, GIB, HOST_LAW, LAUNCH_S, NODE_NETWORK_SHARE
+from svd_ds.plan.hardware import CALIBRATIONS, GB, GIB, HOST_LAWS, LAUNCH_S, NODE_NETWORK_SHARE
 from svd_ds.plan.memory import ASSUMPTIONS
 from svd_ds.plan.planner import Plan, ShapePlan
 from svd_ds.plan.speed import Cost, Speed
@@ -193,7 +193,7 @@ def _cost(cost: Cost) -> str:
 def assumptions(plan: Plan) -> list[str]:
     """Return every assumption of the plan, with its source."""
     gpu, cluster = plan.cluster.gpu, plan.cluster
-    shares = gpu.shares
+    shares, law = gpu.shares, HOST_LAWS[plan.config.parallel.fast_host_loops]
     calibrations = [c for c in CALIBRATIONS if c.gpu == gpu.name]
     lines = [
         f"{gpu.name}: {gpu.bf16_flops / 1e12:g} TFLOP/s in bf16, {gpu.tf32_flops / 1e12:g} in TF32 "
@@ -206,8 +206,8 @@ def assumptions(plan: Plan) -> list[str]:
         *(() if calibrations else ["not calibrated: no step was measured on it, so times are lower bounds"]),
         f"all-gather and reduce-scatter within a node at {gpu.link / GB:g} GB/s per GPU, between nodes at "
         f"{NODE_NETWORK_SHARE:.0%} of {cluster.node_network / GB:g} GB/s per node (--interconnect)",
-        f"host: ({HOST_LAW.base_s:g} + {HOST_LAW.per_rank_s:g} x ranks) s a micro-step and "
-        f"{HOST_LAW.tensors} tensors ({HOST_LAW.source})",
+        f"host: ({law.base_s:g} + {law.per_rank_s:g} x ranks) s a micro-step and {law.tensors} tensors "
+        f"({law.source}); no launch of a kernel",
         *ASSUMPTIONS,
         "with the latent cache no frame is encoded (the given frames, which are, do not count)",
         "not counted: checkpoints, evaluations, previews, restarts, waits for data",

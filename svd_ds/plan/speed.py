@@ -15,7 +15,7 @@ from svd_ds.config import RunConfig
 from svd_ds.data.batching import BatchSplit
 from svd_ds.plan.hardware import (
     CALIBRATIONS,
-    HOST_LAW,
+    HOST_LAWS,
     LAUNCH_S,
     NODE_NETWORK_SHARE,
     Cluster,
@@ -166,7 +166,7 @@ def plan_speed(
     traffic = plan_traffic(config, profile, cluster)
     gpu_s = encoders_s + max(forward_s, traffic.forward_s) + max(backward_s, traffic.backward_s)
     not_overlapped_s = encoders_s + forward_s + backward_s + traffic.forward_s + traffic.backward_s
-    host_s = HOST_LAW.seconds(profile.tensors, cluster.ranks)
+    host_s = HOST_LAWS[config.parallel.fast_host_loops].seconds(profile.tensors, cluster.ranks)
     optimizer_s = optimizer_seconds(config, profile, cluster)
     num_micro_batches = split.num_micro_batches(bucket)
     step_s = num_micro_batches * max(gpu_s, host_s) + optimizer_s

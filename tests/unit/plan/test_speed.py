@@ -104,6 +104,15 @@ def test_step_is_the_slowest_of_gpu_communication_and_host(
     )
 
 
+def test_deepspeeds_own_loops_slow_the_host(
+    config: RunConfig, make_profile: MakeProfile, cluster: Cluster
+) -> None:
+    own = replace(config, parallel=replace(config.parallel, fast_host_loops=False))
+    split, many = BatchSplit(1536, 384, (4,)), replace(cluster, ranks=384)
+    fast, slow = (plan_speed(each, make_profile(), split, 0, many) for each in (config, own))
+    assert slow.host_s > 8 * fast.host_s and slow.bound == "host"
+
+
 def test_mfu_is_three_forward_passes_over_the_peak(
     config: RunConfig, make_profile: MakeProfile, cluster: Cluster
 ) -> None:

@@ -41,7 +41,7 @@ def test_overrides_and_options_may_be_mixed(tool_output: PlanTool, asked: list[P
 
 def test_required_paths_may_be_left_out(tool_output: PlanTool, asked: list[ProfileRequest]) -> None:
     for experiment in ("stage2", "camera_lora", "temporal_decoder"):
-        code, _, err = tool_output("plan.py", f"+experiment={experiment}", "--gpus", 16)
+        code, _, err = tool_output("plan.py", f"+experiment={experiment}", "recompute=full", "--gpus", 16)
         assert (code, err) == (0, ""), experiment
     assert {request.config["frozen"]["path"] for request in asked} == {"planned"}, "not the tiny models"
     tool_output("plan.py", "+experiment=stage2", "frozen.path=mine", "--gpus", 16)
@@ -49,7 +49,9 @@ def test_required_paths_may_be_left_out(tool_output: PlanTool, asked: list[Profi
 
 
 def test_json_is_the_only_output(tool_output: PlanTool, asked: list[ProfileRequest]) -> None:
-    code, out, err = tool_output("plan.py", "+experiment=stage2", "--gpus", 64, "--json", "--price", 2)
+    code, out, err = tool_output(
+        "plan.py", "+experiment=stage2", "recompute=full", "--gpus", 64, "--json", "--price", 2
+    )
     document = json.loads(out)
     assert (code, err, document["name"]) == (0, "", "stage2")
     assert document["cost"]["money"] == pytest.approx(2 * document["cost"]["gpu_hours"])
