@@ -255,7 +255,8 @@ def test_job_and_ranks_find_the_same_run_folder(
     monkeypatch.setattr(sys, "argv", ["job.py", *options])
     arguments = tool.parse_arguments().arguments
     assert arguments[1:] == words, "srun starts a program with these, without a shell"
-    assert str(tool.run_folder(arguments, tool.JobClock("7", arguments)).path) == str(Path(value))
+    folder = tool.read_config(arguments, tool.JobClock("7", arguments)).run.dir
+    assert str(Path(folder)) == str(Path(value))
 
 
 def test_agent_of_a_sweep_passes_values_unchanged() -> None:
