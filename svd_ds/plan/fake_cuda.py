@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 SOURCE = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -108,6 +109,16 @@ def load() -> None:
     import torch  # noqa: F401
 
     library.svd_ds_register_guard()
+
+
+def leave() -> NoReturn:
+    """End a process that has called `load`, successfully.
+
+    A torch built with CUDA aborts if its own destructors run: its threads were started with this library.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def cache_folder() -> Path:

@@ -21,7 +21,7 @@ from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svd_ds.plan.fake_cuda import NoCompilerError, cache_folder, load
+from svd_ds.plan.fake_cuda import NoCompilerError, cache_folder, leave, load
 from svd_ds.plan.step_profile import ProfileRequest, StepProfile
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def main() -> None:
             stack.enter_context(pretending_cuda())
         profiles = profile_steps(requests, exact)
     json.dump([profile.as_dict() for profile in profiles], sys.stdout)
+    leave()
 
 
 def _run_process(requests: Sequence[ProfileRequest]) -> list[StepProfile]:

@@ -12,6 +12,8 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
+from svd_ds.plan.fake_cuda import leave
+
 ALL = ("none", "blocks", "attention", "full")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     # name: (command line, recompute policies)
@@ -69,3 +71,4 @@ if __name__ == "__main__":
     with redirect_stdout(sys.stderr):
         result = run(sys.argv[1:])
     print(json.dumps(result))
+    leave()
