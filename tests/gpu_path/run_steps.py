@@ -14,10 +14,12 @@ from typing import Any
 
 from svd_ds.plan.fake_cuda import leave
 
+BASE = "frozen.path=tiny data.path=data/shards model.widths=[64] model.attention_levels=[true]"
+TWO_LEVELS = "model.widths=[64,64] model.attention_levels=[true,false]"
 ALL = ("none", "blocks", "attention", "full")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     # name: (command line, recompute policies)
-    "image": ("", ALL),
+    "image": (TWO_LEVELS, ALL),
     "text": ("conditioning=text_to_video model.in_channels=4", ALL),
     "decoder": (
         "+experiment=temporal_decoder data.num_frames=4 data.height=32 data.width=32 "
@@ -30,8 +32,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "offload": ("parallel.offload_optimizer=true ema.on_host=true", ("blocks",)),
     "pseudo3d": ("temporal=make_a_video", ("blocks",)),
     "stills": ("data.image_share=0.5 optim.spatial_lr_scale=0", ("blocks",)),
-    "torch": ("model.kernels=torch model.temporal_attention=sdpa", ("blocks",)),
-    "full_size": ("+experiment=stage3_i2v_xt frozen.path=public init.from=runs/base", ("blocks",)),
+    "torch": (f"{TWO_LEVELS} model.kernels=torch model.temporal_attention=sdpa", ("blocks",)),
+    "full_size": (
+        "+experiment=stage3_i2v_xt frozen.path=public init.from=runs/base "
+        "model.widths=[320,640,1280,1280] model.attention_levels=[true,true,true,false]",
+        ("blocks",),
+    ),
 }
 
 
