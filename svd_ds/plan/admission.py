@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from svd_ds.config import RunConfig
-from svd_ds.plan.fit import DOES_NOT_FIT, FITS
+from svd_ds.plan.fit import FITS
 from svd_ds.plan.hardware import GIB, GPUS, Cluster, Gpu, match_gpu
 from svd_ds.plan.planner import DoesNotFitError, ProfileFn, make_plan
 
@@ -58,8 +58,11 @@ def check_fits(config: RunConfig, gpu: Gpu, ranks: int, gpus_per_node: int, prof
         DoesNotFitError: the tensors of a step need more memory than a GPU has; the message says what fits.
     """
     cluster = Cluster(gpu, ranks, gpus_per_node, gpu.node_network)
-    plan = make_plan(config, cluster, profile_fn, [config.recompute])
-    if plan.peak.option.verdict == DOES_NOT_FIT:
+    try:
+        plan = make_plan(config, cluster, profile_fn, [config.recompute])
+        plan.check_fits()
+    except DoesNotFitError:
+        # Once more with every policy, to say what fits.
         plan = make_plan(config, cluster, profile_fn)
         plan.check_fits()
     memory = plan.peak.option.memory

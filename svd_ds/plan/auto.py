@@ -46,8 +46,8 @@ def _plan(config: RunConfig, env: Env, profile_fn: ProfileFn) -> tuple[int, str]
     if micro is None:
         raise ValueError(
             f"batch.micro is auto: even 1 clip with recompute={config.recompute} needs "
-            f"{memory.total / GIB:.1f} GiB, and a rank has {capacity / GIB:.1f} GiB; tools/plan.py shows "
-            "what fits"
+            f"{memory.allocated / GIB:.1f} GiB of tensors, and a rank has {capacity / GIB:.1f} GiB; "
+            "tools/plan.py shows what fits"
         )
     return micro, (
         f"batch.micro=auto: {micro} of the {share} clips of a rank at once, planned {memory.total / GIB:.1f} "
@@ -71,13 +71,14 @@ def choose_micro(
         capacity: memory of a rank in bytes.
 
     Returns:
-        The micro-batch, and the memory of its step; None, and the memory for 1 clip, if none fits.
+        The micro-batch, and the memory of its step. It is 1 if only the tensors of that fit, without the
+        allowance, and None if they do not fit either.
     """
     for micro in reversed(divisors(share)):
         memory = plan_memory(config, profile, micro, ranks, ranks_per_node, on_gpu=on_gpu)
         if memory.total <= capacity:
             return micro, memory
-    return None, memory
+    return 1 if memory.allocated <= capacity else None, memory
 
 
 def rank_memory(env: Env) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svd_ds.config import RunConfig
@@ -85,14 +85,12 @@ def plan_options(config: RunConfig, profiles: Mapping[str, StepProfile], cluster
 
 def largest_micro(options: Iterable[Option], config: RunConfig) -> Option | None:
     """Return the option with the largest micro-batch that fits with the configured recompute policy and
-    offloading; None if none fits."""
-    fitting = [
-        option
-        for option in options
-        if option.verdict == FITS
-        and (option.recompute, option.offload) == (config.recompute, config.parallel.offload_optimizer)
-    ]
-    return max(fitting, key=lambda option: option.micro, default=None)
+    offloading; one clip if that is tight; None if the tensors of one clip do not fit."""
+    configured = config.recompute, config.parallel.offload_optimizer
+    own = [option for option in options if (option.recompute, option.offload) == configured]
+    fitting = [option for option in own if option.verdict == FITS]
+    tight = [option for option in own if option.verdict == TIGHT and option.micro == 1]
+    return max(fitting or tight, key=lambda option: option.micro, default=None)
 
 
 def best_option(options: Iterable[Option]) -> Option | None:
@@ -104,17 +102,23 @@ def best_option(options: Iterable[Option]) -> Option | None:
     return min(fast, key=lambda option: (option.offload, option.memory.total), default=None)
 
 
-def refusal(option: Option, options: Iterable[Option], cluster: Cluster) -> str:
-    """Return the sentence that refuses a run that does not fit: both numbers, and what would fit."""
+def refusal(option: Option, options: Sequence[Option], cluster: Cluster, bucket: str | None = None) -> str:
+    """Return the sentence that refuses a run that does not fit: both numbers, and what would fit.
+
+    Args:
+        options: alternatives; empty with buckets.
+        bucket: shape of the bucket that does not fit; None without buckets.
+    """
     gpu, memory = cluster.gpu, option.memory
     allowance = sum(memory.allowance.values()) / GIB
-    best = best_option(options)
-    advice = (
-        f"it fits with {best.settings}, {best.memory.total / GIB:.1f} GiB"
-        if best is not None
-        else "no micro-batch fits under any recompute policy, with or without parallel.offload_optimizer"
-    )
+    best, settings = best_option(options), option.settings
+    advice = "no micro-batch fits under any recompute policy, with or without parallel.offload_optimizer"
+    if bucket is not None:
+        settings = settings.replace("batch.micro=", f"data.buckets.{bucket}=")
+        advice = "give this bucket fewer clips, or another recompute policy"
+    elif best is not None:
+        advice = f"it fits with {best.settings}, {best.memory.total / GIB:.1f} GiB"
     return (
-        f"the run does not fit: {option.settings} needs {memory.allocated / GIB:.1f} GiB of tensors and "
+        f"the run does not fit: {settings} needs {memory.allocated / GIB:.1f} GiB of tensors and "
         f"{allowance:.1f} GiB besides, and {gpu.name} has {gpu.memory_gib:g} GiB; {advice}"
     )

@@ -69,7 +69,8 @@ class Plan:
         """
         option = self.peak.option
         if option.verdict == DOES_NOT_FIT:
-            raise DoesNotFitError(refusal(option, self.options, self.cluster))
+            bucket = str(self.peak.shape) if self.config.data.buckets else None
+            raise DoesNotFitError(refusal(option, self.options, self.cluster, bucket))
 
 
 def make_plan(

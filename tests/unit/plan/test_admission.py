@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_run_that_cannot_fit_is_refused_with_what_fits(profile_fn: ProfileFn) ->
     assert tight.startswith("warning: plan: ") and tight.endswith("it may run out of memory")
     with pytest.raises(DoesNotFitError, match=r"it fits with batch\.micro="):
         check_fits(compose(["batch.size=32", "recompute=none"]), gpu, 16, 8, profile_fn)
+
+
+def test_automatic_micro_batch_that_fits_nowhere_is_refused_with_all_policies(profile_fn: ProfileFn) -> None:
+    config = compose(["batch.size=32", "batch.micro=auto", "recompute=none"])
+    gpu = replace(GPUS["a100-80"], memory_gib=30.0)
+    with pytest.raises(DoesNotFitError, match=r"batch.micro=1 recompute=none .* it fits with batch\.micro=2"):
+        check_fits(config, gpu, 16, 8, profile_fn)
 
 
 def test_failed_plan_is_a_note() -> None:

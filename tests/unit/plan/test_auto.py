@@ -15,6 +15,7 @@ from svd_ds.parallel.env import Env
 from svd_ds.plan import auto
 from svd_ds.plan.auto import available_memory, choose_micro, resolve_batch
 from svd_ds.plan.hardware import GIB
+from svd_ds.plan.memory import plan_memory
 from svd_ds.plan.planner import ProfileFn
 from svd_ds.plan.step_profile import StepProfile
 
@@ -67,6 +68,13 @@ def test_too_little_memory_is_refused(
     monkeypatch.setattr(auto, "rank_memory", lambda env: 9 * GIB)
     with pytest.raises(SharedError, match=r"even 1 clip with recompute=blocks needs .* a rank has 9.0 GiB"):
         resolve_batch(compose(["batch.size=12", "batch.micro=auto"]), env, profile_fn)
+
+
+def test_one_clip_is_taken_if_its_tensors_fit(make_profile: Callable[..., StepProfile]) -> None:
+    config, profile = compose(["batch.size=12"]), make_profile()
+    memory = plan_memory(config, profile, 1, 64, 8)
+    for capacity, micro in ((memory.total, 1), (memory.allocated, 1), (memory.allocated - 1, None)):
+        assert choose_micro(config, profile, 12, 64, 8, capacity, True) == (micro, memory)
 
 
 def test_gpus_need_the_allowance_and_shards_of_fewer_ranks_are_larger(

@@ -67,7 +67,9 @@ def test_auto_takes_the_largest_micro_batch_of_the_configured_policy(
     assert best is not None and best.settings == "batch.micro=7 recompute=blocks"
     best = largest_micro(options, replace(config, recompute="none"))
     assert best is not None and best.settings == "batch.micro=1 recompute=none"
-    assert largest_micro([o for o in options if o.verdict != FITS], config) is None
+    tight = replace(best, micro=1, verdict=TIGHT)
+    assert largest_micro([tight, replace(tight, micro=2)], replace(config, recompute="none")) == tight
+    assert largest_micro([o for o in options if o.verdict == DOES_NOT_FIT], config) is None
 
 
 def test_best_option_is_fast_then_small_and_avoids_offloading(options: list[Option]) -> None:
@@ -92,3 +94,6 @@ def test_refusal_has_both_numbers_and_what_fits(options: list[Option], cluster: 
     assert refusal(wrong, [wrong], small).endswith(
         "no micro-batch fits under any recompute policy, with or without parallel.offload_optimizer"
     )
+    sentence = refusal(wrong, [], cluster, "14x64x64")
+    assert sentence.startswith("the run does not fit: data.buckets.14x64x64=2 recompute=none needs 8")
+    assert sentence.endswith("give this bucket fewer clips, or another recompute policy")

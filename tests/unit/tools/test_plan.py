@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from svd_ds.compose import compose
 from svd_ds.plan import requests
 from svd_ds.plan.hardware import GIB
 from svd_ds.plan.step_profile import ProfileRequest, StepProfile
+from svd_ds.training.usage import unet_forward_flops
 from tests.profiles import make_profile
 from tests.unit.tools.conftest import ToolResult
 
@@ -127,6 +129,10 @@ def test_full_size_plan_is_in_line_with_the_audit(tool_output: PlanTool) -> None
     assert memory["peak"] == "backward: decoder.11.transformer"
     assert memory["kept"] / GIB == pytest.approx(4.34, rel=0.03)
     assert shape["speed"]["gpu_s"] == pytest.approx(2.53, rel=0.05)
+    config = compose(words[:1], placeholder="planned")
+    forward = unet_forward_flops(config.model, 25, 576, 1024, config.conditioning.num_tokens)
+    mfu = 3 * forward * shape["speed"]["clips_per_s"] / (64 * 312e12)
+    assert shape["speed"]["mfu"] == pytest.approx(mfu, rel=0.01), "as svd_ds.training.usage counts"
     code, _, err = tool_output("plan.py", *words, "recompute=none")
     assert code == 2 and "recompute=none needs 88." in err and "a100-80 has 79.15 GiB" in err
     small = [*words[:2], "--gpus", 8, "--gpu", "4090", "recompute=blocks", "--json"]
