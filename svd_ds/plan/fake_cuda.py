@@ -89,7 +89,7 @@ COMPILERS = ("g++", "c++", "clang++")
 
 
 class NoCompilerError(RuntimeError):
-    """There is no C++ compiler, or it cannot compile against torch's headers."""
+    """There is no C++ compiler, it cannot compile against torch's headers, or the cache cannot be written."""
 
 
 def load() -> None:
@@ -100,7 +100,10 @@ def load() -> None:
     """
     assert "torch" not in sys.modules, "torch has read its CUDA hooks already"
     torch_folder = _torch_folder()
-    built = _build(torch_folder)
+    try:
+        built = _build(torch_folder)
+    except OSError as error:
+        raise NoCompilerError(f"{cache_folder()} cannot be written: {error}") from error
     # Even on a machine with GPUs nothing may be started on one.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name in ("libc10.so", "libtorch_cpu.so"):
