@@ -103,12 +103,15 @@ def _headline(plan: Plan) -> str:
 def _memory_lines(plan: Plan, shape: ShapePlan) -> list[str]:
     memory, gpu = shape.option.memory, plan.cluster.gpu
     rows = [(name, size) for name, size in memory.parts.items() if size]
+    width = max(len(name) for name, _ in rows)
     lines = [f"memory of a GPU, {shape.shape} with {shape.option.settings}, GiB"]
-    lines += [f"  {name:34}{size / GIB:8.2f}" for name, size in rows]
-    lines += [f"  {'= tensors':34}{memory.allocated / GIB:8.2f}  at the peak, in {memory.where}"]
-    lines += [f"  {name:34}{size / GIB:8.2f}  assumed" for name, size in memory.allowance.items() if size]
+    lines += [f"  {name:{width}}{size / GIB:8.2f}" for name, size in rows]
+    lines += [f"  {'= tensors':{width}}{memory.allocated / GIB:8.2f}  at the peak, in {memory.where}"]
+    lines += [
+        f"  {name:{width}}{size / GIB:8.2f}  assumed" for name, size in memory.allowance.items() if size
+    ]
     total = f"of {gpu.memory_gib:g}: {shape.option.verdict}"
-    lines += [f"  {'= total':34}{memory.total / GIB:8.2f}  {total}"]
+    lines += [f"  {'= total':{width}}{memory.total / GIB:8.2f}  {total}"]
     lines += [f"  kept from forward to backward: {memory.kept / GIB:.2f}"]
     if memory.host:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.host.items())
@@ -149,18 +152,23 @@ def _cell(option: Option) -> str:
     total = f"{option.memory.total / GIB:.1f}"
     if option.verdict == DOES_NOT_FIT:
         return f"{total} x"
-    return f"{total} {option.speed.clips_per_s:.3g}/s {MARKS[option.verdict]}"
+    return f"{total} {_three_digits(option.speed.clips_per_s)}/s {MARKS[option.verdict]}"
+
+
+def _three_digits(value: float) -> str:
+    """Write a number with at least three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _speed_lines(plan: Plan, shape: ShapePlan) -> list[str]:
     speed, traffic = shape.option.speed, shape.option.speed.traffic
     mfu = f", MFU {speed.mfu:.1%}" if speed.mfu is not None else ""
     between = f"; {traffic.between_nodes / GB:.1f} GB into each node" if traffic.between_nodes else ""
+    micro_steps = f"{speed.num_micro_batches} micro-step{'s' if speed.num_micro_batches > 1 else ''}"
     lines = [
-        f"step of {shape.shape}: {speed.step_s:.2f} s, {speed.clips_per_s:.3g} clips/s{mfu}, bound by the "
-        f"{speed.bound}",
-        f"  {speed.num_micro_batches} micro-steps of {max(speed.gpu_s, speed.host_s):.3f} s, optimiser "
-        f"{speed.optimizer_s:.3f} s",
+        f"step of {shape.shape}: {speed.step_s:.2f} s, {_three_digits(speed.clips_per_s)} clips/s{mfu}, bound "
+        f"by the {speed.bound}",
+        f"  {micro_steps} of {max(speed.gpu_s, speed.host_s):.3f} s, optimiser {speed.optimizer_s:.3f} s",
         f"  GPU: encoders {speed.encoders_s:.3f}, forward {speed.forward_s:.3f}, backward "
         f"{speed.backward_s:.3f}; with communication overlapped {speed.gpu_s:.3f}, not overlapped "
         f"{speed.not_overlapped_s:.3f}",
@@ -170,7 +178,7 @@ def _speed_lines(plan: Plan, shape: ShapePlan) -> list[str]:
         f"  host: {speed.host_s:.3f} s",
     ]
     if shape.cached != speed:
-        clips_per_s = f"{shape.cached.clips_per_s:.3g} clips/s"
+        clips_per_s = f"{_three_digits(shape.cached.clips_per_s)} clips/s"
         lines += [f"  with the latent cache (tools/encode.py): {shape.cached.step_s:.2f} s, {clips_per_s}"]
     return lines
 
