@@ -19,7 +19,7 @@ from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.decoder import Decoder, DecoderConfig, build_decoder
 from svd_ds.model.layers import choose_kernels
 from svd_ds.model.lora import add_lora, is_adapter
-from svd_ds.model.ops.trial import UNTRIED, KernelChoice, KernelSettings, choose, run_trials
+from svd_ds.model.ops.trial import KernelChoice, KernelSettings, choose, run_trials
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import UNet
 from svd_ds.parallel.collectives import all_gather_objects, raise_on_all_ranks
@@ -79,11 +79,11 @@ def choose_kernels_on_all_ranks(config: RunConfig, env: Env, precision: str) -> 
     return raise_on_all_ranks(lambda: choose(settings, reports))
 
 
-def read_task(config: RunConfig, env: Env, inputs: Inputs, kernels: KernelChoice = UNTRIED) -> Task:
+def read_task(config: RunConfig, env: Env, inputs: Inputs, kernels: KernelChoice | None = None) -> Task:
     """Build the task of a run.
 
     Args:
-        kernels: see `choose_kernels_on_all_ranks`.
+        kernels: result of `choose_kernels_on_all_ranks`; None keeps those of the config, untried.
 
     Raises:
         ValueError: a file of weights does not fit the task.
@@ -92,13 +92,14 @@ def read_task(config: RunConfig, env: Env, inputs: Inputs, kernels: KernelChoice
     return _unet(config, inputs, kernels) if config.task == "unet" else _decoder(config, env, inputs)
 
 
-def _unet(config: RunConfig, inputs: Inputs, kernels: KernelChoice) -> Task:
+def _unet(config: RunConfig, inputs: Inputs, kernels: KernelChoice | None) -> Task:
     """Build the diffusion task (arXiv 2311.15127 section D): the UNet, or LoRA adapters on it."""
     assert inputs.conditioner is not None, "a UNet has a conditioner"
 
     def build() -> UNet:
         unet = UNet(config.model)
-        choose_kernels(unet, kernels.kernels, kernels.attention)
+        if kernels is not None:
+            choose_kernels(unet, kernels.kernels, kernels.attention)
         add_lora(unet, config.lora)
         return unet
 
@@ -118,7 +119,7 @@ def _unet(config: RunConfig, inputs: Inputs, kernels: KernelChoice) -> Task:
         ),
         preview_fn=SamplingPreview(config.sampling, inputs.autoencoder, inputs.conditioner),
         preview_metrics={},
-        notes=kernels.notes,
+        notes=kernels.notes if kernels is not None else (),
     )
 
 

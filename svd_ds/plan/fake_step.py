@@ -26,7 +26,6 @@ from svd_ds.inputs import Inputs
 from svd_ds.model.autoencoder import Autoencoder
 from svd_ds.model.conditioner import Conditioner
 from svd_ds.model.ops.attention import FLASH
-from svd_ds.model.ops.trial import KernelChoice
 from svd_ds.model.perceptual import Perceptual
 from svd_ds.model.unet import parameter_tags
 from svd_ds.parallel.env import Env
@@ -162,7 +161,7 @@ class FakeStep:
         }
         inputs = Inputs(**cast(Any, fields | given))
         with made_on(self.device, torch.float32):
-            task = read_task(config, env, inputs, KernelChoice(config.model.kernels))
+            task = read_task(config, env, inputs)
             if has_perceptual:
                 perceptual = Perceptual().eval().requires_grad_(False)
                 cast(DecoderObjective, task.objective).perceptual = perceptual

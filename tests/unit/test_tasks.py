@@ -11,7 +11,7 @@ import torch
 from svd_ds import tasks
 from svd_ds.compose import compose
 from svd_ds.model.layers import FeedForward, SelfAttention
-from svd_ds.model.ops.trial import UNTRIED, KernelChoice
+from svd_ds.model.ops.trial import KernelChoice
 from svd_ds.tasks import choose_kernels_on_all_ranks, read_task
 
 CPU: Any = SimpleNamespace(device=torch.device("cpu"))
@@ -59,8 +59,15 @@ def test_fault_of_another_rank_changes_the_kernels_of_this_one(monkeypatch: pyte
 
 
 def test_decoder_has_no_kernels_to_choose() -> None:
-    assert (
-        choose_kernels_on_all_ranks(compose(["debug=tiny", "task=decoder"]), CPU, "fp32")
-        == UNTRIED
-        == KernelChoice()
-    )
+    config = compose(["debug=tiny", "task=decoder"])
+    assert choose_kernels_on_all_ranks(config, CPU, "fp32") == KernelChoice()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_without_a_trial_the_network_has_the_kernels_of_the_config(kernels: str) -> None:
+    config = compose(["debug=tiny", f"model.kernels={kernels}", "model.temporal_attention=sdpa"])
+    inputs: Any = SimpleNamespace(conditioner="any", autoencoder="any", weights=None)
+    with torch.device("meta"):
+        network = read_task(config, CPU, inputs).build()
+    assert {m.kernels for m in network.modules() if isinstance(m, FeedForward)} == {kernels}
+    assert "sdpa" in {m.backend for m in network.modules() if isinstance(m, SelfAttention)}

@@ -75,10 +75,6 @@ class KernelChoice:
     """Sentences for the user: kernels that `auto` does without, and why."""
 
 
-UNTRIED = KernelChoice()
-"""Leaves `auto` to each call of a kernel."""
-
-
 def run_trials(settings: KernelSettings, device: torch.device, dtype: torch.dtype) -> Report:
     """Try the kernels that a network would use on this machine.
 
