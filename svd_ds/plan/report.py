@@ -166,8 +166,8 @@ def _speed_lines(plan: Plan, shape: ShapePlan) -> list[str]:
     between = f"; {traffic.between_nodes / GB:.1f} GB into each node" if traffic.between_nodes else ""
     micro_steps = f"{speed.num_micro_batches} micro-step{'s' if speed.num_micro_batches > 1 else ''}"
     lines = [
-        f"step of {shape.shape}: {speed.step_s:.2f} s, {_three_digits(speed.clips_per_s)} clips/s{mfu}, bound "
-        f"by the {speed.bound}",
+        f"step of {shape.shape}: {speed.step_s:.2f} s, {_three_digits(speed.clips_per_s)} clips/s{mfu}, "
+        f"bound by the {speed.bound}",
         f"  {micro_steps} of {max(speed.gpu_s, speed.host_s):.3f} s, optimiser {speed.optimizer_s:.3f} s",
         f"  GPU: encoders {speed.encoders_s:.3f}, forward {speed.forward_s:.3f}, backward "
         f"{speed.backward_s:.3f}; with communication overlapped {speed.gpu_s:.3f}, not overlapped "
