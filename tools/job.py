@@ -25,6 +25,7 @@ from svd_ds.fsync_io import replace_text
 from svd_ds.jobs.outcome import FINISHED, INTERRUPTED, REFUSED, JobOutcome, outcome_path
 from svd_ds.jobs.preflight import exclude_nodes, failing_nodes
 from svd_ds.jobs.requeue import record_queued_restart
+from svd_ds.model.ops.trial import KernelSettings
 from svd_ds.parallel.env import STARTED, restart_id
 from svd_ds.plan.admission import PlannedJob, check_fits, query_gpu
 from svd_ds.plan.planner import DoesNotFitError
@@ -76,7 +77,7 @@ def main() -> None:
         plan = plan_job(config, job)
         if (damage := record_queued_restart(folder, int(job.id), job.max_restarts)) is not None:
             print_line(f"warning: {damage}")
-        faults = failing_nodes(job, folder.path) if job.preflight and not stop.number else {}
+        faults = check_nodes(config, job, folder) if job.preflight and not stop.number else {}
         if plan is not None and not faults and (line := plan.wait(lambda: bool(stop.number))):
             print_line(line)
     except DoesNotFitError as error:
@@ -150,6 +151,12 @@ def mark_settled(trial: Path | None, clock: JobClock) -> None:
     clock.discard()
     if trial is not None:
         trial.unlink(missing_ok=True)
+
+
+def check_nodes(config: RunConfig, job: Job, folder: RunFolder) -> dict[str, str]:
+    """Return node -> why the job should not use it; print on which nodes the network's kernels fail."""
+    kernels = KernelSettings.read(config.model) if config.task == "unet" else None
+    return failing_nodes(job, folder.path, kernels=kernels)
 
 
 def plan_job(config: RunConfig, job: Job) -> PlannedJob | None:

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from svd_ds.fsync_io import fsync_path, name_errors, write_text
-from svd_ds.model.ops.trial import try_triton
+from svd_ds.model.ops.trial import KernelSettings, find_kernel_faults
 from svd_ds.parallel import env as environment
 from svd_ds.parallel.devices import check_gpus_are_usable, num_gpus
 from svd_ds.parallel.env import Env
@@ -52,8 +52,8 @@ class TaskResult:
     """Reason why the node should not be used; None if it is fit."""
     bandwidth: float | None = None
     """Bandwidth to a neighbouring node in GB/s in each direction; None if it was not measured."""
-    triton_fault: str | None = None
-    """Reason why Triton's kernels cannot be used on the node, which is fit without them; None if they can."""
+    kernel_faults: dict[str, str] = field(default_factory=dict)
+    """Kernel of the network that cannot be used on the node, which is fit without it -> why."""
 
     def write(self, path: Path) -> None:
         """Write the result to a file, in a folder that is created."""
@@ -102,12 +102,12 @@ def check_node(folder: Path, gpus: int) -> None:
             fsync_path(Path(file.name))
 
 
-def triton_fault(gpus: int) -> str | None:
-    """Try Triton's kernels on the first GPU; return why they cannot be used, None if they can."""
-    if not gpus:
-        return None
+def kernel_faults(kernels: KernelSettings | None, gpus: int) -> dict[str, str]:
+    """Try the kernels of a network on the first GPU; return those that cannot be used, and why."""
+    if kernels is None or not gpus:
+        return {}
     use_local_cache()
-    return try_triton(torch.device("cuda", 0)) or None
+    return find_kernel_faults(kernels, torch.device("cuda", 0))
 
 
 def check_interconnect(env: Env) -> float:
@@ -185,18 +185,19 @@ def loopback_address(name: str, environ: Mapping[str, str] = os.environ) -> str 
     return address if ipaddress.ip_address(address).is_loopback else None
 
 
-def run_check(check: str, folder: Path, gpus: int) -> TaskResult:
+def run_check(check: str, folder: Path, gpus: int, kernels: KernelSettings | None = None) -> TaskResult:
     """Run a check in this task.
 
     Args:
         check: alone or together.
         folder: run folder.
         gpus: number of GPUs that the node should have.
+        kernels: kernels of the network to try on the node alone; None tries none.
     """
     try:
         if check == "alone":
             check_node(folder, gpus)
-            return TaskResult(None, triton_fault=triton_fault(gpus))
+            return TaskResult(None, kernel_faults=kernel_faults(kernels, gpus))
         return TaskResult(None, check_interconnect(Env.read()))
     except (ValueError, OSError, RuntimeError) as error:
         fault = " ".join(str(error).split())
@@ -219,8 +220,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="run folder")
     parser.add_argument("results", type=Path, help="folder in which each task writes its result")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that each node should have")
+    parser.add_argument("--kernels", type=json.loads, help="settings of the network's kernels, to try them")
     options = parser.parse_args()
-    result = run_check(options.check, options.folder, options.gpus)
+    kernels = KernelSettings(**options.kernels) if options.kernels else None
+    result = run_check(options.check, options.folder, options.gpus, kernels)
     result.write(options.results / environment.host() / str(environment.Env.read().local_rank))
     if result.fault:
         # Other ranks may still wait for this one.

@@ -5,18 +5,20 @@ node_checks.py has the checks that run on the nodes: each node alone, then all n
 
 from __future__ import annotations
 
+import json
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from svd_ds.cli import print_line
 from svd_ds.jobs.node_checks import UNREACHABLE_NAME, TaskResult, ring_rounds
+from svd_ds.model.ops.trial import KernelSettings
 from svd_ds.parallel.devices import UNUSABLE, is_mismatch
 from svd_ds.parallel.env import restart_id
 
@@ -47,12 +49,15 @@ class Job(Protocol):
     def requeue(self, exclude: Sequence[str] = ()) -> None: ...
 
 
-def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, str]:
+def failing_nodes(
+    job: Job, folder: Path, together: bool = True, kernels: KernelSettings | None = None
+) -> dict[str, str]:
     """Check the nodes of a job, each alone and then all together.
 
     Args:
         folder: run folder, in which each node writes its result.
         together: also check that the nodes reach each other.
+        kernels: kernels of the network, which are tried on each node; None tries none.
 
     Returns:
         Node -> why it should not be used; all nodes if no single one is to blame.
@@ -60,8 +65,9 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
     Raises:
         ValueError: torch cannot use the GPUs of any node: a user's mistake, which other nodes would repeat.
     """
-    results = _run_check(job, "alone", [job.nodes], folder)
-    _print_triton_faults(results)
+    trial = [] if kernels is None else ["--kernels", json.dumps(asdict(kernels))]
+    results = _run_check(job, "alone", [job.nodes], folder, trial)
+    _print_kernel_faults(results)
     faults = _faults(results)
     _check_torch_fits(faults, len(job.nodes))
     if faults or not together or len(job.nodes) == 1:
@@ -81,14 +87,20 @@ def failing_nodes(job: Job, folder: Path, together: bool = True) -> dict[str, st
     )
 
 
-def _print_triton_faults(results: Mapping[str, NodeResult]) -> None:
-    """Name the nodes without Triton's kernels: a run needs none, and takes torch's on all nodes instead."""
-    nodes: dict[str, list[str]] = {}
+def _print_kernel_faults(results: Mapping[str, NodeResult]) -> None:
+    """Name the nodes on which kernels cannot be used, a line for each fault.
+
+    The nodes are fit: a run takes other kernels on all of them, or refuses the one that was chosen by name.
+    """
+    nodes: dict[tuple[str, str], list[str]] = {}
     for node, result in results.items():
-        if result.triton_fault is not None:
-            nodes.setdefault(result.triton_fault, []).append(node)
-    for fault, names in nodes.items():
-        print_line(f"warning: Triton's kernels cannot be used on {', '.join(names)}: {fault}")
+        by_fault: dict[str, list[str]] = {}
+        for kernel, fault in result.kernel_faults.items():
+            by_fault.setdefault(fault, []).append(kernel)
+        for fault, kernels in by_fault.items():
+            nodes.setdefault((" and ".join(kernels), fault), []).append(node)
+    for (kernel, fault), names in nodes.items():
+        print_line(f"warning: {kernel} cannot be used on {', '.join(names)}: {fault}")
 
 
 def _check_torch_fits(faults: dict[str, str], num_nodes: int) -> None:
@@ -195,7 +207,7 @@ class NodeResult:
     """The first fault among its tasks; None if all of them are fit."""
     bandwidths: tuple[float, ...]
     """Bandwidth of each task to other nodes in GB/s; empty if it was not measured."""
-    triton_fault: str | None = None
+    kernel_faults: dict[str, str] = field(default_factory=dict)
     """See TaskResult."""
 
     @staticmethod
@@ -206,11 +218,11 @@ class NodeResult:
         if not faults and None in results:
             faults = [f"does not answer, or cannot write to {folder.parent}"]
         bandwidths = [result.bandwidth for result in results if result is not None]
-        triton = (result.triton_fault for result in results if result is not None)
+        kernel_faults: dict[str, str] = {}
+        for result in results:
+            kernel_faults |= {} if result is None else result.kernel_faults
         return NodeResult(
-            next(iter(faults), None),
-            tuple(gb for gb in bandwidths if gb is not None),
-            next((fault for fault in triton if fault is not None), None),
+            next(iter(faults), None), tuple(gb for gb in bandwidths if gb is not None), kernel_faults
         )
 
 
@@ -219,13 +231,19 @@ def _faults(results: Mapping[str, NodeResult]) -> dict[str, str]:
     return {node: result.fault for node, result in results.items() if result.fault is not None}
 
 
-def _run_check(job: Job, check: str, groups: Sequence[Sequence[str]], folder: Path) -> dict[str, NodeResult]:
-    """Run a check on each group of nodes, all groups at the same time; return the result of each node."""
+def _run_check(
+    job: Job, check: str, groups: Sequence[Sequence[str]], folder: Path, arguments: Sequence[str] = ()
+) -> dict[str, NodeResult]:
+    """Run a check on each group of nodes, all groups at the same time; return the result of each node.
+
+    Args:
+        arguments: further arguments of node_checks.py.
+    """
     results = folder / "logs" / "preflight"
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     command = [sys.executable, "-m", "svd_ds.jobs.node_checks", check, str(folder), str(results)]
-    command += ["--gpus", str(job.gpus)]
+    command += ["--gpus", str(job.gpus), *arguments]
     # Together: a task per GPU, as in training. The job may have fewer CPUs, or other tasks.
     num_tasks = max(job.gpus, 1) if check == "together" else 1
     layout = ["--cpus-per-task=1", "--overcommit"] if num_tasks > 1 else []

@@ -147,10 +147,15 @@ def choose_on_this_machine(model: UNetConfig, device: torch.device, dtype: torch
     return choose(settings, [("this machine", run_trials(settings, device, dtype))])
 
 
-def try_triton(device: torch.device) -> str:
-    """Try Triton's kernels of training; return why they cannot be used on this machine, "" if they can."""
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    return try_fused(device, dtype) or try_attention("triton", device, dtype, head_width=64)
+def find_kernel_faults(settings: KernelSettings, device: torch.device) -> Report:
+    """Try the kernels of a network on this machine, in the dtype that `precision=auto` takes.
+
+    Returns:
+        Description of each kernel that cannot be used -> why.
+    """
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    report = run_trials(settings, device, torch.bfloat16 if half else torch.float32)
+    return {LABELS.get(name, name): fault for name, fault in report.items() if fault}
 
 
 def _fault(name: str, reports: Sequence[tuple[str, Report]]) -> str:

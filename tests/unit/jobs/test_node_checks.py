@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from svd_ds.jobs.node_checks import (
     ring_rounds,
     run_check,
 )
+from svd_ds.model.ops.trial import KernelSettings
 from svd_ds.parallel.devices import UNUSABLE
 from svd_ds.parallel.env import host
 
@@ -87,19 +90,31 @@ def test_node_that_is_not_reached_names_the_variable_if_its_name_is_a_loopback_a
     assert run_check("together", tmp_path, gpus=0) == TaskResult("Gloo connectFullMesh failed")
 
 
-def test_node_whose_triton_fails_is_fit_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_whose_kernels_fail_is_fit_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried, environ = [], {}
+    faults = {"Triton's attention": "RuntimeError: Failed to find C compiler"}
 
-    def try_triton(device: torch.device) -> str:
-        tried.append(device)
-        return "RuntimeError: Failed to find C compiler"
+    def find_faults(settings: KernelSettings, device: torch.device) -> dict[str, str]:
+        tried.append((settings, device))
+        return faults
 
     monkeypatch.setattr(node_checks, "check_node", lambda folder, gpus: None)
-    monkeypatch.setattr(node_checks, "try_triton", try_triton)
+    monkeypatch.setattr(node_checks, "find_kernel_faults", find_faults)
     monkeypatch.setattr(node_checks, "use_local_cache", lambda: environ.update(local=True))
-    fault = "RuntimeError: Failed to find C compiler"
-    assert run_check("alone", tmp_path, gpus=8) == TaskResult(None, triton_fault=fault)
-    assert tried == [torch.device("cuda", 0)] and environ == {"local": True}
-    monkeypatch.setattr(node_checks, "try_triton", lambda device: "")
-    assert run_check("alone", tmp_path, gpus=8) == TaskResult(None)
-    assert run_check("alone", tmp_path, gpus=0) == TaskResult(None)
+    kernels = KernelSettings("auto", {"model.spatial_attention": "auto"}, 64)
+    assert run_check("alone", tmp_path, 8, kernels) == TaskResult(None, kernel_faults=faults)
+    assert tried == [(kernels, torch.device("cuda", 0))] and environ == {"local": True}
+    assert run_check("alone", tmp_path, 0, kernels) == TaskResult(None), "a CPU has torch's kernels"
+    assert run_check("alone", tmp_path, 8) == TaskResult(None)
+
+
+def test_command_tries_the_kernels_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    kernels = KernelSettings("torch", {"model.spatial_attention": "sdpa"}, 64)
+    monkeypatch.setattr(
+        node_checks, "run_check", lambda *arguments: given.append(arguments) or TaskResult(None)
+    )
+    words = ["alone", str(tmp_path), str(tmp_path), "--gpus", "8", "--kernels", json.dumps(asdict(kernels))]
+    monkeypatch.setattr(sys, "argv", ["node_checks", *words])
+    node_checks.main()
+    assert given == [("alone", tmp_path, 8, kernels)]

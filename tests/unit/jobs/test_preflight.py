@@ -14,6 +14,7 @@ import pytest
 from svd_ds.jobs import preflight
 from svd_ds.jobs.node_checks import UNREACHABLE_NAME, TaskResult
 from svd_ds.jobs.preflight import describe_bandwidth, failing_nodes, slow_rails
+from svd_ds.model.ops.trial import KernelSettings
 from svd_ds.parallel.devices import UNUSABLE
 
 
@@ -38,7 +39,8 @@ class FakeJob:
     """Fault of nodes that do not meet."""
     bandwidths: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Node -> GB/s of its GPUs, where they are not 20."""
-    without_triton: Sequence[str] = ()
+    kernel_faults: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    """Node -> kernels that cannot be used there, and why; known only to a check that tries kernels."""
     id: str = "7"
 
     def requeue(self, exclude: Sequence[str] = ()) -> None:
@@ -57,8 +59,8 @@ class FakeJob:
         for node in set(group) - set(self.silent):
             for task in range(num_tasks):
                 if check == "alone":
-                    triton = "no C compiler" if node in self.without_triton else None
-                    result = TaskResult(self.illness if node in self.ill else None, triton_fault=triton)
+                    found = self.kernel_faults.get(node, {}) if "--kernels" in command else {}
+                    result = TaskResult(self.illness if node in self.ill else None, kernel_faults=found)
                 elif meets:
                     result = TaskResult(None, self.bandwidths.get(node, [20.0] * num_tasks)[task])
                 else:
@@ -82,13 +84,19 @@ def test_nodes_are_checked_only_alone_if_together_is_false(tmp_path: Path) -> No
     assert failing_nodes(job, tmp_path, together=False) == {} and len(job.groups) == 1
 
 
-def test_nodes_without_triton_are_named_in_one_line_and_used(
+def test_nodes_whose_kernels_fail_are_named_in_one_line_a_fault_and_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = FakeJob(nodes(4), without_triton=["n1", "n3"])
+    kernels = KernelSettings("auto", {"model.spatial_attention": "flash_attn"}, 64)
+    triton = {"Triton's group norm": "no C compiler", "Triton's attention": "no C compiler"}
+    job = FakeJob(nodes(4), kernel_faults={"n1": triton, "n3": triton | {"flash_attn": "wrong numbers"}})
+    assert failing_nodes(job, tmp_path, together=False, kernels=kernels) == {}
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: Triton's group norm and Triton's attention cannot be used on n1, n3: no C compiler",
+        "warning: flash_attn cannot be used on n3: wrong numbers",
+    ]
     assert failing_nodes(job, tmp_path, together=False) == {}
-    line = "warning: Triton's kernels cannot be used on n1, n3: no C compiler"
-    assert capsys.readouterr().out.splitlines() == [line]
+    assert capsys.readouterr().out == "", "a job without a network tries no kernels"
 
 
 def test_node_that_fails_or_is_silent_is_named_with_its_fault(tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
+from svd_ds.compose import compose
 from svd_ds.config import RunConfig
 from svd_ds.plan.planner import DoesNotFitError
+from svd_ds.run_folder import RunFolder
 
 TOOL = Path(__file__).parents[3] / "tools" / "job.py"
 SRUN = """#!/bin/sh
@@ -78,7 +81,7 @@ def end_job(
         )
         (tmp_path / "srun").chmod(0o755)
         monkeypatch.setenv("SLURM_JOB_ID", "7")
-        monkeypatch.setattr(tool, "failing_nodes", check)
+        monkeypatch.setattr(tool, "failing_nodes", lambda job, folder, kernels: check(job, folder))
         monkeypatch.setattr(tool, "CLOCKS", tmp_path / "clocks")
         job = ["--job", "7", "--nodes", nodes, "--gpus", str(gpus), "--trial", str(trial), *options, "--"]
         monkeypatch.setattr(sys, "argv", ["job.py", *job, "debug=tiny", f"run.dir={run}", *arguments])
@@ -185,6 +188,27 @@ def test_job_is_requeued_without_a_node_that_computed_wrongly(
         assert "job 7 is requeued without node1: node1 is broken" in capsys.readouterr().out
     with pytest.raises(ValueError, match="3 times from step 0"):
         end_job("bad nodes", 0, nodes=nodes, bad=bad)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tried"),
+    [
+        (["model.kernels=torch", "model.spatial_attention=flash_attn"], ("torch", "flash_attn", "auto")),
+        (["task=decoder"], None),
+    ],
+)
+def test_nodes_try_the_kernels_of_the_config(
+    overrides: list[str],
+    tried: tuple[str, str, str] | None,
+    tool: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(tool, "failing_nodes", lambda job, folder, kernels: given.append(kernels) or {})
+    job: Any = SimpleNamespace()
+    assert tool.check_nodes(compose(["debug=tiny", *overrides]), job, RunFolder(Path("run"))) == {}
+    (kernels,) = given
+    assert (None if kernels is None else (kernels.kernels, *kernels.attention.values())) == tried
 
 
 def test_checks_that_end_with_the_job_exclude_no_node(end_job: EndJob) -> None:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from svd_ds.model.layers import FeedForward, SelfAttention, _GroupNorm, choose_kernels
 from svd_ds.model.ops import attention, fused, trial
-from svd_ds.model.ops.trial import FUSED, KernelChoice, KernelSettings, choose, run_trials, try_attention
+from svd_ds.model.ops.trial import (
+    FUSED,
+    KernelChoice,
+    KernelSettings,
+    choose,
+    find_kernel_faults,
+    run_trials,
+    try_attention,
+)
 from svd_ds.model.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
@@ -117,7 +125,18 @@ def test_real_triton_kernels_pass_their_trial() -> None:
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
     assert trial.try_fused(device, torch.float32) == ""
     assert try_attention("triton", device, torch.float32, head_width=16) == ""
-    assert trial.try_triton(device) == ""
+    assert (
+        find_kernel_faults(KernelSettings("triton", {"model.temporal_attention": "triton"}, 16), device) == {}
+    )
+
+
+def test_faults_are_named_by_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = {FUSED: "no C compiler", "triton": "", "flash_attn": "wrong numbers"}
+    monkeypatch.setattr(trial, "run_trials", lambda settings, device, dtype: report)
+    assert find_kernel_faults(settings(), CPU) == {
+        "Triton's group norm and GEGLU": "no C compiler",
+        "flash_attn": "wrong numbers",
+    }
 
 
 def test_nothing_of_auto_is_tried_on_a_cpu() -> None:
