@@ -7,6 +7,7 @@ allocates them. What torch's allocator does not see is an allowance, and assumed
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from svd_ds.config import RunConfig
@@ -80,19 +81,21 @@ def shard_bytes(config: RunConfig, profile: StepProfile, ranks: int, bf16: bool)
     }
 
 
-def buffer_bytes(config: RunConfig, profile: StepProfile, bf16: bool) -> dict[str, int]:
-    """Return the bytes of DeepSpeed's buffers: for the next block, and for gradients that are reduced.
+def buffer_bytes(config: RunConfig, profile: StepProfile, bf16: bool, phase: str) -> dict[str, int]:
+    """Return the bytes of DeepSpeed's buffers in a phase of the step.
 
-    The gathered tensors of a message are copied out of one flat tensor. Gradients are copied to the bucket,
-    and from there, rank by rank, to the tensor that is reduced.
+    The bucket of gradients is there all the time; from it they are copied, rank by rank, to the tensor that
+    is reduced. The gathered tensors of a message, for the next block, are copied out of one flat tensor.
     """
     zero = config.parallel
-    ahead = min(zero.prefetch_bucket, profile.largest_block)
-    bucket = zero.reduce_bucket * (BF16 if zero.reduce_dtype == "bf16" else FP32)
-    return {
-        "prefetched block": 2 * ahead * (BF16 if bf16 else FP32),
-        "reduce buckets": 2 * bucket,
-    }
+    element = BF16 if zero.reduce_dtype == "bf16" else FP32
+    buffers = {"reduce bucket": zero.reduce_bucket * element}
+    if phase in ("forward", "backward"):
+        ahead = min(zero.prefetch_bucket, profile.largest_block)
+        buffers["prefetched block"] = 2 * ahead * (BF16 if bf16 else FP32)
+    if phase == "backward":
+        buffers["reduced gradients"] = min(zero.reduce_bucket, profile.trained_parameters) * element
+    return buffers
 
 
 def plan_memory(
@@ -121,8 +124,9 @@ def plan_memory(
     elif config.ema.on_host and on_gpu:
         averages = next(name for name in shards if name.startswith("averages"))
         host = {averages: ranks_per_node * shards.pop(averages)}
-    peak = step_peak(profile, micro)
-    parts = shards | buffer_bytes(config, profile, bf16) | {"frozen networks": profile.frozen_bytes}
+    buffers = {phase: buffer_bytes(config, profile, bf16, phase) for phase in PHASES}
+    peak = step_peak(profile, micro, {phase: sum(sizes.values()) for phase, sizes in buffers.items()})
+    parts = shards | buffers[peak.phase] | {"frozen networks": profile.frozen_bytes}
     if profile.extra_bytes:
         parts["discriminator"] = profile.extra_bytes
     parts |= _step_parts(profile, peak, micro)
@@ -156,11 +160,15 @@ def _step_parts(profile: StepProfile, peak: MemoryPoint, micro: int) -> dict[str
     return parts
 
 
-def step_peak(profile: StepProfile, micro: int) -> MemoryPoint:
-    """Return the moment at which the step's own tensors take the most memory."""
+def step_peak(profile: StepProfile, micro: int, buffers: Mapping[str, int]) -> MemoryPoint:
+    """Return the moment of a step at which its tensors and DeepSpeed's buffers take the most memory.
+
+    Args:
+        buffers: phase -> bytes of the buffers.
+    """
     # The optimiser runs when the activations are gone, on shards that are counted by formula.
     points = [point for point in profile.points if point.phase != OPTIMISER]
-    return max(points, key=lambda point: point.total.at(micro, profile.chunk))
+    return max(points, key=lambda point: point.total.at(micro, profile.chunk) + buffers[point.phase])
 
 
 def plan_gpu_memory(config: RunConfig, profile: StepProfile, micro: int, cluster: Cluster) -> Memory:

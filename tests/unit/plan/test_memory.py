@@ -49,15 +49,26 @@ def test_peak_is_in_the_encoder_while_clips_are_few(config: RunConfig, make_prof
 
 
 def test_buffers_follow_the_settings(config: RunConfig, make_profile: MakeProfile) -> None:
-    parts = plan_memory(config, make_profile(), 1, RANKS, PER_NODE).parts
+    parts = plan_memory(config, make_profile(), 3, RANKS, PER_NODE).parts
     assert parts["prefetched block"] == 2 * 2 * 50_000_000, "the bucket is smaller than the largest block"
-    assert parts["reduce buckets"] == 2 * 4 * 50_000_000
+    assert parts["reduce bucket"] == parts["reduced gradients"] == 4 * 50_000_000
     zero = replace(
         config.parallel, prefetch_bucket=200_000_000, reduce_bucket=10_000_000, reduce_dtype="bf16"
     )
-    parts = plan_memory(replace(config, parallel=zero), make_profile(), 1, RANKS, PER_NODE).parts
+    parts = plan_memory(replace(config, parallel=zero), make_profile(), 3, RANKS, PER_NODE).parts
     assert parts["prefetched block"] == 2 * 2 * 100_000_000
-    assert parts["reduce buckets"] == 2 * 2 * 10_000_000
+    assert parts["reduce bucket"] == parts["reduced gradients"] == 2 * 10_000_000
+
+
+def test_encoders_run_while_only_the_bucket_is_there(config: RunConfig, make_profile: MakeProfile) -> None:
+    memory = plan_memory(config, make_profile(), 1, RANKS, PER_NODE)
+    assert memory.where == "encoders: vae" and "reduce bucket" in memory.parts
+    assert not {"prefetched block", "reduced gradients"} & memory.parts.keys()
+
+
+def test_few_trained_parameters_fill_no_bucket(config: RunConfig, make_profile: MakeProfile) -> None:
+    profile = make_profile(trained_parameters=1_000_000)
+    assert plan_memory(config, profile, 3, RANKS, PER_NODE).parts["reduced gradients"] == 4_000_000
 
 
 def test_offloading_moves_the_states_to_the_host(config: RunConfig, make_profile: MakeProfile) -> None:
