@@ -13,8 +13,8 @@ from tests.distributed.conftest import RunRanks
 
 NUM_RANKS = 2
 SETTINGS = (
-    "data.num_frames=8", "data.height=64", "data.width=80", "data.num_workers=0", "batch.size=8", "run.steps=4",
-    "precision=fp32", "evaluation.every=0", "sampling.every=1000000", "sampling.num_videos=1",
+    "data.num_frames=8", "data.height=64", "data.width=80", "data.num_workers=0", "batch.size=8",
+    "run.steps=4", "precision=fp32", "evaluation.every=0", "sampling.every=1000000", "sampling.num_videos=1",
     "sampling.num_steps=1", "checkpoint.every=1000", "logger.wandb=disabled",
 )  # fmt: skip
 
