@@ -63,6 +63,7 @@ def test_bug_of_one_rank_ends_the_job_at_once(run_ranks: RunRanks, shards: Path,
     assert "step 1/5" in ended.stdout, "rank 0's output is not lost"
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback_of_the_rank_that_failed(
     run_ranks: RunRanks, shards: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +72,9 @@ def test_debug_shows_the_traceback_of_the_rank_that_failed(
     assert "Traceback" in ended.stderr and "KeyError: 'a bug'" in ended.stderr
 
 
-@pytest.mark.parametrize(("step", "code", "kind"), [(1, 2, "refused"), (2, 1, "failed")])
+@pytest.mark.parametrize(
+    ("step", "code", "kind"), [(1, 2, "refused"), pytest.param(2, 1, "failed", marks=pytest.mark.slow)]
+)
 def test_gpu_out_of_memory_is_refused_in_the_first_step_and_requeued_later(
     run_ranks: RunRanks, shards: Path, tmp_path: Path, step: int, code: int, kind: str
 ) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from svd_ds.weights.io import load_unet
 from tests.runs import metrics
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 REGISTRATION = """
 import runpy, sys
