@@ -68,6 +68,7 @@ def test_profiles_are_cached_with_their_code(
     assert asked == requests
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_profile_is_nearly_the_same(
     requests: list[ProfileRequest], exact: list[StepProfile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

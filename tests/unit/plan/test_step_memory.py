@@ -49,7 +49,7 @@ def test_peak_is_what_the_allocator_held(policy: str, config: RunConfig) -> None
     assert allocator_peak(real, policy) == pytest.approx(later, rel=0.05)
 
 
-@pytest.mark.parametrize("policy", ["none", "blocks"])
+@pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "blocks"])
 def test_one_clip_gives_the_peak_of_any_micro_batch(policy: str, config: RunConfig) -> None:
     # One clip of 14 frames fills no chunk of the autoencoder, and two clips do. The clips are so large that
     # the kernels of CPUs are the same for one and for four.

@@ -239,6 +239,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports private memory apart")
 def test_reading_and_converting_take_little_more_memory_than_the_weights(
     image_unet: Any, tmp_path: Path

@@ -37,6 +37,7 @@ def tiny() -> Any:
     )
 
 
+@pytest.mark.slow
 def test_table_has_a_row_for_each_case(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     size = ("--size", "16x16", "--frames", "2", "--widths", "64", "--pairs", "1")
     assert bench(*size, "--tokens", "3,1", "--dtype", "fp32") == 0
@@ -98,7 +99,9 @@ def test_half_precision_step_updates_float32_masters(tiny: Any) -> None:
     assert timed_network.held_bytes() >= 7 * weights, "the weights, and three float32 copies of their size"
 
 
-@pytest.mark.parametrize("room", [0, 1, 5, 8])
+@pytest.mark.parametrize(
+    "room", [0, 1, pytest.param(5, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_largest_batch_is_found(tiny: Any, room: int) -> None:
     from against_diffusers import find_largest_batch
     from timed_network import TimedNetwork
