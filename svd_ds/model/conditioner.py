@@ -223,19 +223,7 @@ class Conditioner:
             ValueError: a scalar has no value; or both ends of a clip are needed, and there is no last frame
                 or no frame between them.
         """
-        frames = [first_frame]
-        if self.config.uses_last_frame:
-            if last_frame is None:
-                raise ValueError(
-                    f"conditioning.context is {self.config.context} and conditioning.concat is "
-                    f"{self.config.concat}: last_frame must be given"
-                )
-            if num_frames < 3:
-                raise ValueError(
-                    f"num_frames is {num_frames}: with the first and the last frame given it must be at "
-                    "least 3"
-                )
-            frames.append(last_frame)
+        frames = self._given_frames(first_frame, last_frame, num_frames)
         context_BLD = self._context(frames, captions, tokens) if context is None else context.float()
         if drop_context is not None:
             context_BLD = context_BLD.masked_fill(drop_context[:, None, None], 0.0)
@@ -248,6 +236,21 @@ class Conditioner:
             scalars_BS=torch.stack(columns, dim=1) if columns else first_frame.new_zeros(len(first_frame), 0),
             concat_BTChw=None if given_BKChw is None else _expand_to_clip(given_BKChw, num_frames),
         )
+
+    def _given_frames(self, first: Tensor, last: Tensor | None, num_frames: int) -> list[Tensor]:
+        """Return the conditioning frames, each (B, 3, H, W): the first, or the first and the last."""
+        if not self.config.uses_last_frame:
+            return [first]
+        if last is None:
+            raise ValueError(
+                f"conditioning.context is {self.config.context} and conditioning.concat is "
+                f"{self.config.concat}: last_frame must be given"
+            )
+        if num_frames < 3:
+            raise ValueError(
+                f"num_frames is {num_frames}: with the first and the last frame given it must be at least 3"
+            )
+        return [first, last]
 
     def _scalar(self, name: str, scalars: Mapping[str, Tensor], drop: Mapping[str, Tensor]) -> Tensor:
         """Return the number that the UNet embeds, (B,) float32; NaN where it is dropped."""
