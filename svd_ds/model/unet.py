@@ -74,13 +74,11 @@ class UNetConfig(Settings, section="model"):
     temporal: str = choice("svd", BLOCKS)
     """Temporal layers: svd (blocks.py, as VideoLDM), make_a_video (pseudo3d.py) or none (image.py)."""
     spatial_attention: str = choice("auto", BACKENDS)
-    """Backend of attention among a frame's pixels and to the context; auto takes the fastest that works
-    (docs/numerics.md)."""
+    """Backend of attention among a frame's pixels and to the context (docs/numerics.md)."""
     temporal_attention: str = choice("auto", BACKENDS)
     """Backend of attention among a pixel's frames."""
     kernels: str = choice("auto", KERNELS)
-    """Kernels of group norm with SiLU and of GEGLU: auto (Triton's if they work on all GPUs), triton or
-    torch."""
+    """Kernels of group norm with SiLU and GEGLU: auto (Triton's if all GPUs run them), triton or torch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -99,11 +99,11 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error on one rank no collective is possible: the pending save stays uncommitted.
         alone = kind is not None and not issubclass(kind, SharedError)
-        committing = self._pending is not None and self._pending.written
         try:
             if not alone:
                 self.finish()
         finally:
+            committing = self._pending is not None and self._pending.written
             self._thread.shutdown(wait=not alone or committing or self.env.world == 1)
 
     def latest(self) -> Path | None:
