@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from svd_ds.config import RunConfig
 from svd_ds.data.config import Shape
+from svd_ds.plan import requests
 from svd_ds.plan.hardware import GIB
-from svd_ds.plan.step_profile import Amount, MemoryPoint, Operation, PhaseCost, StepProfile
+from svd_ds.plan.step_profile import Amount, MemoryPoint, Operation, PhaseCost, ProfileRequest, StepProfile
 
 KEPT_GIB = {"none": 40, "blocks": 4, "attention": 5, "full": 3}
 """Recompute policy -> activations of a clip."""
+
+
+def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[ProfileRequest]:
+    """Answer requests for profiles with made-up ones; return the list that they are added to."""
+    asked: list[ProfileRequest] = []
+
+    def answer(wanted: Sequence[ProfileRequest]) -> list[StepProfile]:
+        asked.extend(wanted)
+        return [make_profile(request.policy) for request in wanted]
+
+    monkeypatch.setattr(requests, "profile_in_subprocess", answer)
+    return asked
 
 
 def _point(phase: str, module: str, **parts: Amount) -> MemoryPoint:

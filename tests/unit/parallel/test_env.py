@@ -190,6 +190,7 @@ def test_limit_on_open_files_is_raised_to_the_hard_limit(limits: list[int]) -> N
 def test_unlimited_open_files_are_enough(limits: list[int]) -> None:
     limits[:] = 1024, resource.RLIM_INFINITY
     environment.raise_open_file_limit(100_000)
+    assert limits == [resource.RLIM_INFINITY] * 2
 
 
 def test_hard_limit_too_low_for_the_ranks_is_refused(limits: list[int]) -> None:

@@ -42,3 +42,4 @@ def test_cpus_have_no_streams() -> None:
     ordered.let_host_run_ahead()
     with ordered.writing_shards():
         pass
+    assert zero.reduce_and_partition_stream is None

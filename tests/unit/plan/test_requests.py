@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import pytest
 import torch
 
 from svd_ds.compose import compose
 from svd_ds.data.config import Shape
 from svd_ds.parallel.env import Env, supports_bf16
-from svd_ds.plan import requests
 from svd_ds.plan.requests import profile_cpu_steps, profile_gpu_steps, profile_rank_steps
-from svd_ds.plan.step_profile import ProfileRequest, StepProfile
+from svd_ds.plan.step_profile import ProfileRequest
+from tests.profiles import record_requests
 
 
 @pytest.fixture
-def asked(make_profile: Callable[..., StepProfile], monkeypatch: pytest.MonkeyPatch) -> list[ProfileRequest]:
-    """All requests."""
-    seen: list[ProfileRequest] = []
-
-    def answer(asked_now: Sequence[ProfileRequest]) -> list[StepProfile]:
-        seen.extend(asked_now)
-        return [make_profile(request.policy) for request in asked_now]
-
-    monkeypatch.setattr(requests, "profile_in_subprocess", answer)
-    return seen
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[ProfileRequest]:
+    """All requests for profiles, which are answered with made-up ones."""
+    return record_requests(monkeypatch)
 
 
 def test_each_policy_is_profiled_with_the_shape(asked: list[ProfileRequest]) -> None:

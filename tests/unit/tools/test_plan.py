@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
 from svd_ds.compose import compose
-from svd_ds.plan import requests
 from svd_ds.plan.hardware import GIB
-from svd_ds.plan.step_profile import ProfileRequest, StepProfile
+from svd_ds.plan.step_profile import ProfileRequest
 from svd_ds.training.usage import unet_forward_flops
-from tests.profiles import make_profile
+from tests.profiles import record_requests
 from tests.unit.tools.conftest import ToolResult
 
 PlanTool = Callable[..., ToolResult]
@@ -22,14 +21,7 @@ PlanTool = Callable[..., ToolResult]
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[ProfileRequest]:
     """All requests for profiles, which are answered with made-up ones."""
-    seen: list[ProfileRequest] = []
-
-    def answer(wanted: Sequence[ProfileRequest]) -> list[StepProfile]:
-        seen.extend(wanted)
-        return [make_profile(request.policy) for request in wanted]
-
-    monkeypatch.setattr(requests, "profile_in_subprocess", answer)
-    return seen
+    return record_requests(monkeypatch)
 
 
 def test_overrides_and_options_may_be_mixed(tool_output: PlanTool, asked: list[ProfileRequest]) -> None:
