@@ -89,6 +89,7 @@ def divisors(total: int) -> list[int]:
 
 def _nearest_divisors(total: int, target: int) -> str:
     """Return the divisors of `total` next below and next above `target`, as text."""
-    below = [n for n in divisors(total) if n < target][-1:]
-    above = [n for n in divisors(total) if n > target][:1]
+    possible = divisors(total)
+    below = [n for n in possible if n < target][-1:]
+    above = [n for n in possible if n > target][:1]
     return " or ".join(str(n) for n in below + above)
